@@ -1,0 +1,35 @@
+# The two commands: `make demo` and `make test`. Both make their own virtual
+# environment on first use; only python3 (>= 3.11, with venv) is needed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format clean
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+# The label-noise study on scikit-learn's handwritten digits.
+demo: $(INSTALLED)
+	$(RUN) -m experiments.study --config=configs/digits.py --workdir=runs/digits
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Grad-Mimic in JAX."""
