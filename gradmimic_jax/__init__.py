@@ -1,1 +1,29 @@
-"""Grad-Mimic in JAX."""
+"""Grad-Mimic in JAX: which samples pull a model toward a better one.
+
+Own loop: replace `jax.value_and_grad` by `mimic_value_and_grad`, or wrap the
+optimizer with `mimic`. Data work: collect scores in a `ScoreLedger`, then
+`select` what to keep.
+"""
+
+from gradmimic_jax._version import __version__
+from gradmimic_jax.directions import Direction, toward_weights
+from gradmimic_jax.gradients import (
+  MimicInfo,
+  MimicScores,
+  mimic_scores,
+  mimic_value_and_grad,
+)
+from gradmimic_jax.transform import (
+  ReweightByMimicScoreState,
+  mimic,
+  reweight_by_mimic_score,
+)
+from gradmimic_jax.weighting import (
+  Weighting,
+  effective_sample_size,
+  ess_softmax,
+  positive,
+  softmax,
+  top_fraction,
+  uniform,
+)

@@ -1,0 +1,96 @@
+"""The forward engine: all scores from one jvp, the gradient from one vjp.
+
+All B scores are one directional derivative of the loss vector,
+`-d/de losses(params + e v/||v||)`, and the reweighted gradient is one vjp of
+the losses with the weights as cotangent. The jvp is taken inside the function
+that the vjp differentiates, so that both share one forward pass, and along the
+mimic layers only, so that a tangent flows from the first of them upward.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import _tree
+from gradmimic_jax._problem import (
+  Answer,
+  Problem,
+  Weigh,
+  mean_weights,
+  merge,
+  split,
+)
+
+
+def answer(problem: Problem) -> Answer:
+  """Scores and losses without a gradient."""
+  if problem.score.needs_norms:
+    losses, pullback, (descents, aux) = _linearize(problem)
+    return _answer(problem, losses, descents, aux, pullback)
+  losses, descents, aux = _descents(problem, problem.params)
+  return _answer(problem, losses, descents, aux, None)
+
+
+def reweighted(
+  problem: Problem, weigh: Weigh, scope: str
+) -> tuple[Answer, jax.Array, list[jax.Array]]:
+  """Scores, weights `[B]`, and the gradient's leaves."""
+  losses, pullback, (descents, aux) = _linearize(problem)
+  found = _answer(problem, losses, descents, aux, pullback)
+  weights = weigh(found.scores, found.valid)
+  (grads,) = pullback(weights.astype(losses.dtype))
+  leaves = jax.tree.leaves(grads)
+  if scope == "layers" and not all(problem.flags):
+    # A second pullback for the plain mean of the other leaves; of both, jit
+    # keeps only what leads to the leaves that are used.
+    plain = mean_weights(found.valid, losses.dtype)
+    (means,) = pullback(plain)
+    chosen, _ = split(leaves, problem.flags)
+    _, others = split(jax.tree.leaves(means), problem.flags)
+    leaves = merge(chosen, others, problem.flags)
+  return found, weights, leaves
+
+
+def _descents(problem, params):
+  """`(losses [B], descents [B], aux)` by one jvp along the unit direction."""
+  leaves, structure = jax.tree.flatten(params)
+  mimic, rest = split(leaves, problem.flags)
+
+  def along(mimic):
+    return problem.losses_fn(
+      structure.unflatten(merge(mimic, rest, problem.flags)), problem.batch
+    )
+
+  tangent = [
+    u.astype(p.dtype) for u, p in zip(problem.unit, mimic, strict=True)
+  ]
+  losses, slopes, aux = jax.jvp(along, (mimic,), (tangent,), has_aux=True)
+  return losses, -slopes, aux
+
+
+def _linearize(problem):
+  def with_descents(params):
+    losses, descents, aux = _descents(problem, params)
+    return losses, (descents, aux)
+
+  return jax.vjp(with_descents, problem.params, has_aux=True)
+
+
+def _answer(problem, losses, descents, aux, pullback):
+  norms = None
+  if problem.score.needs_norms:
+    norms = _gradient_norms(problem, losses, pullback)
+  # Losses may come in bfloat16; scores and all that follows don't.
+  scores = problem.score.fn(_tree.to_accumulate(descents), norms)
+  losses = _tree.to_accumulate(losses)
+  valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
+  return Answer(scores, losses, valid, aux)
+
+
+def _gradient_norms(problem, losses, pullback):
+  """`||g_i||` over the mimic layers, one pullback a sample."""
+
+  def norm_of(basis_vector):
+    (grads,) = pullback(basis_vector)
+    return _tree.norm(split(jax.tree.leaves(grads), problem.flags)[0])
+
+  return jax.lax.map(norm_of, jnp.eye(losses.size, dtype=losses.dtype))

@@ -1,0 +1,111 @@
+"""One step's question, as both engines are asked it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import _tree, _validate
+from gradmimic_jax.scores import Score
+
+
+class Problem(NamedTuple):
+  """What an engine needs to know about a step."""
+
+  losses_fn: Callable[[Any, Any], tuple[jax.Array, Any]]  # -> losses [B], aux
+  params: Any  # the learner's parameters
+  batch: Any  # leaves [B, ...], every floating row finite
+  flags: list[bool]  # which leaves of params are mimic layers
+  unit: list[jax.Array]  # unit direction, mimic layers only
+  score: Score  # how descents become scores
+  candidates: jax.Array  # bool [B]: real samples whose input is finite
+
+
+class Answer(NamedTuple):
+  """What an engine found out about a batch."""
+
+  scores: jax.Array  # [B], raw
+  losses: jax.Array  # [B]
+  valid: jax.Array  # bool [B]: candidates with finite loss, score, gradient
+  aux: Any  # losses_fn's aux, or None
+
+
+Weigh = Callable[[jax.Array, jax.Array], jax.Array]  # scores, valid -> weights
+
+
+def plain_losses_fn(
+  losses_fn: Callable[..., Any], has_aux: bool, kwargs: dict[str, Any]
+) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
+  """`losses_fn` with its keyword arguments bound and an aux in any case."""
+
+  def call(params, batch):
+    returned = losses_fn(params, batch, **kwargs)
+    if not has_aux:
+      losses, aux = returned, None
+    elif isinstance(returned, tuple) and len(returned) == 2:
+      losses, aux = returned
+    else:
+      raise TypeError(
+        "losses_fn returned no (losses, aux) pair although has_aux=True;"
+        f" it returned {type(returned).__name__}."
+      )
+    if isinstance(losses, tuple):
+      raise TypeError(
+        "losses_fn returned a tuple; expected losses [B]. Pass has_aux=True if"
+        " it returns (losses, aux)."
+      )
+    losses = jnp.asarray(losses)
+    _validate.losses_shape(losses, _validate.batch_size(batch))
+    return losses, aux
+
+  return call
+
+
+def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
+  """A batch without non-finite rows, and the samples that may count.
+
+  A weight of zero can't undo a NaN on the way back (zero times NaN is NaN), so
+  the floating features of a broken row are replaced by those of the first good
+  one before anything is computed; the row gets no weight.
+
+  Args:
+    batch: leaves `[B, ...]`.
+    mask: bool `[B]`, True for real samples.
+
+  Returns:
+    The batch, and bool `[B]`: real samples that came with finite features.
+  """
+  leaves, structure = jax.tree.flatten(batch)
+  if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves):
+    return batch, mask
+  finite = _tree.rows_finite(leaves)
+  source = jnp.argmax(finite & mask)
+
+  def mend(leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      return leaf
+    return jnp.where(
+      _tree.expand_rows(finite, leaf.ndim), leaf, leaf[source][None]
+    )
+
+  return structure.unflatten([mend(leaf) for leaf in leaves]), finite & mask
+
+
+def split(items: list[Any], flags: list[bool]) -> tuple[list[Any], list[Any]]:
+  """The items whose flag is set, and the others."""
+  chosen = [x for x, flag in zip(items, flags, strict=True) if flag]
+  others = [x for x, flag in zip(items, flags, strict=True) if not flag]
+  return chosen, others
+
+
+def merge(chosen: list[Any], others: list[Any], flags: list[bool]) -> list[Any]:
+  """What `split` took apart."""
+  first, second = iter(chosen), iter(others)
+  return [next(first) if flag else next(second) for flag in flags]
+
+
+def mean_weights(valid: jax.Array, dtype: Any) -> jax.Array:
+  """Weights of the plain mean over the valid samples, `[B]`."""
+  chosen = valid.astype(dtype)
+  return chosen / jnp.maximum(jnp.sum(chosen), 1)

@@ -1,0 +1,110 @@
+"""Leaf paths and the few reductions over trees that the engines share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+
+
+def key_path(path: Sequence[Any]) -> str:
+  """The "/"-joined name of a leaf, such as `head/kernel`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def leaf_paths(tree: Tree) -> list[str]:
+  """The path of every leaf, in flattening order."""
+  return [
+    key_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+  """float32, or wider when the data already is: sums never run in bfloat16."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def to_accumulate(x: jax.Array) -> jax.Array:
+  """`x` in the dtype that sums over it use."""
+  return jnp.asarray(x).astype(accumulation_dtype(jnp.asarray(x).dtype))
+
+
+def common_dtype(leaves: Sequence[jax.Array]) -> Any:
+  """The accumulation dtype that holds every leaf."""
+  dtype = np.dtype("float32")
+  for leaf in leaves:
+    dtype = jnp.promote_types(dtype, leaf.dtype)
+  return dtype
+
+
+def norm(leaves: Sequence[jax.Array]) -> jax.Array:
+  """Euclidean norm over all leaves together, `[]`."""
+  dtype = common_dtype(leaves)
+  squares = [
+    jnp.sum(jnp.square(to_accumulate(x))).astype(dtype) for x in leaves
+  ]
+  return jnp.sqrt(sum(squares, start=jnp.zeros([], dtype)))
+
+
+def expand_rows(rows: jax.Array, ndim: int) -> jax.Array:
+  """`rows [B]` reshaped to `[B, 1, ...]` so that it broadcasts on axis 0."""
+  return rows.reshape(rows.shape + (1,) * (ndim - rows.ndim))
+
+
+def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+  """Which of the B rows are finite in every floating leaf, bool `[B]`."""
+  finite = jnp.ones(leaves[0].shape[:1], bool)
+  for leaf in leaves:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+  return finite
+
+
+def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
+  """`leaf [B, *p]` with zeros in the rows that are not chosen.
+
+  Multiplying by zero would not do: zero times NaN is NaN.
+  """
+  return jnp.where(
+    expand_rows(rows, leaf.ndim), leaf, jnp.zeros([], leaf.dtype)
+  )
+
+
+def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+  """`sum_i weights_i leaf_i` over the batch axis, in the accumulation dtype."""
+  leaf = to_accumulate(leaf)
+  return jnp.tensordot(
+    weights.astype(leaf.dtype),
+    leaf,
+    axes=1,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def row_inner_products(
+  rows: Sequence[jax.Array], vectors: Sequence[jax.Array]
+) -> jax.Array:
+  """`<rows_i, vectors>` summed over leaves, `[B]`."""
+  dtype = common_dtype([*rows, *vectors])
+  total = jnp.zeros(rows[0].shape[:1], dtype)
+  for row, vector in zip(rows, vectors, strict=True):
+    total += jnp.tensordot(
+      row.reshape(row.shape[0], -1).astype(dtype),
+      vector.reshape(-1).astype(dtype),
+      axes=1,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+  return total
+
+
+def row_norms(rows: Sequence[jax.Array]) -> jax.Array:
+  """Euclidean norm of each of the B rows over all leaves, `[B]`."""
+  dtype = common_dtype(rows)
+  total = jnp.zeros(rows[0].shape[:1], dtype)
+  for row in rows:
+    flat = row.reshape(row.shape[0], -1).astype(dtype)
+    total += jnp.sum(jnp.square(flat), axis=1)
+  return jnp.sqrt(total)

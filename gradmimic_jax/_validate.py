@@ -1,0 +1,229 @@
+"""Checks on what users hand in; every message says what to do about it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import _tree
+
+
+def concrete(value: Any) -> bool:
+  """Whether a value can be looked at now (it can't while jax traces it)."""
+  return not isinstance(value, jax.core.Tracer)
+
+
+def positive_scalar(name: str, value: Any) -> None:
+  """Raises unless `value` is a finite scalar above zero."""
+  if not concrete(value):
+    return
+  number = _scalar(name, value)
+  if not (math.isfinite(number) and number > 0):
+    raise ValueError(f"{name} is {number}; expected a finite number above 0.")
+
+
+def fraction(name: str, value: Any) -> None:
+  """Raises unless `value` is a scalar in (0, 1]."""
+  if not concrete(value):
+    return
+  number = _scalar(name, value)
+  if not 0 < number <= 1:
+    raise ValueError(f"{name} is {number}; expected a fraction in (0, 1].")
+
+
+def _scalar(name: str, value: Any) -> float:
+  try:
+    return float(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(f"{name} is {value!r}; expected a number.") from error
+
+
+def choice(name: str, value: Any, choices: Any) -> None:
+  """Raises unless `value` is one of the choices."""
+  if value not in choices:
+    known = ", ".join(repr(c) for c in choices)
+    raise ValueError(f"{name} is {value!r}; expected one of {known}.")
+
+
+def floating_params(params: Any) -> None:
+  """Raises unless params has leaves and all of them are floating point."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  if not leaves:
+    raise TypeError(
+      "params has no array leaves; expected a tree of floating-point arrays."
+    )
+  for path, leaf in leaves:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f"params leaf {_tree.key_path(path)!r} is {_describe(leaf)}; expected a"
+        " floating-point array. Keep counters, random keys and other state out"
+        " of params and pass them as keyword arguments."
+      )
+
+
+def like_params(name: str, tree: Any, params: Any, advice: str) -> None:
+  """Raises unless `tree` has the structure and the shapes of `params`.
+
+  Args:
+    name: what the tree is called in the message.
+    tree: the tree to check.
+    params: the tree it must resemble.
+    advice: what to do about a difference.
+
+  Raises:
+    TypeError: paths are missing or unknown; they are listed.
+    ValueError: a leaf has another shape; path and both shapes are named.
+  """
+  ours = dict(_leaves_by_path(params))
+  theirs = dict(_leaves_by_path(tree))
+  missing = [path for path in ours if path not in theirs]
+  unknown = [path for path in theirs if path not in ours]
+  if missing or unknown:
+    problems = []
+    if missing:
+      problems.append(f"lacks {_listing(missing)}")
+    if unknown:
+      problems.append(f"has {_listing(unknown)}, which params does not have")
+    raise TypeError(f"{name} {' and '.join(problems)}. {advice}")
+  for path, leaf in ours.items():
+    if jnp.shape(theirs[path]) != jnp.shape(leaf):
+      raise ValueError(
+        f"{name} leaf {path!r} has shape {jnp.shape(theirs[path])}; params has"
+        f" {jnp.shape(leaf)} there. {advice}"
+      )
+  if jax.tree.structure(tree) != jax.tree.structure(params):
+    raise TypeError(
+      f"{name} is a {jax.tree.structure(tree)}; expected the containers of"
+      f" params, {jax.tree.structure(params)}. {advice}"
+    )
+
+
+def batch_size(batch: Any) -> int:
+  """The B that the leading axis of every batch leaf must have."""
+  leaves = jax.tree_util.tree_leaves_with_path(batch)
+  if not leaves:
+    raise TypeError(
+      "batch has no array leaves; expected arrays with a leading axis [B]."
+    )
+  sizes: dict[str, int] = {}
+  for path, leaf in leaves:
+    label = _tree.key_path(path) or "batch"
+    shape = jnp.shape(leaf)
+    if not shape:
+      raise ValueError(
+        f"batch leaf {label!r} is a scalar; expected a leading axis [B]. Pass"
+        " what is not per sample as a keyword argument."
+      )
+    sizes[label] = shape[0]
+  if len(set(sizes.values())) > 1:
+    listed = ", ".join(f"{label!r}: {size}" for label, size in sizes.items())
+    raise ValueError(
+      f"batch leaves have different leading sizes ({listed}); expected the same"
+      " B for all. Pass what is not per sample as a keyword argument."
+    )
+  size = next(iter(sizes.values()))
+  if size == 0:
+    raise ValueError("batch has leading size 0; expected at least one sample.")
+  return size
+
+
+def padding_mask(mask: Any, size: int) -> jax.Array:
+  """`mask` as bool `[B]`; all True when there is none."""
+  if mask is None:
+    return jnp.ones([size], bool)
+  mask = jnp.asarray(mask)
+  if mask.dtype != bool:
+    raise TypeError(
+      f"mask has dtype {mask.dtype}; expected bool [B], True for real samples."
+    )
+  if mask.shape != (size,):
+    raise ValueError(
+      f"mask has shape {mask.shape}; expected ({size},), one entry for each"
+      " sample of the batch."
+    )
+  return mask
+
+
+def losses_shape(losses: Any, size: int) -> None:
+  """Raises unless losses_fn returned one floating-point loss a sample."""
+  if jnp.shape(losses) != (size,):
+    raise ValueError(
+      f"losses_fn returned shape {jnp.shape(losses)}; expected ({size},), one"
+      " loss for each sample. Drop the mean or sum over the batch."
+    )
+  if not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise TypeError(
+      f"losses_fn returned dtype {losses.dtype}; expected floating point."
+    )
+
+
+def per_sample_gradients(updates: Any, params: Any) -> int:
+  """Raises unless every leaf is `[B, *p]` over a params leaf `[*p]`.
+
+  Args:
+    updates: the gradients that came.
+    params: the parameters they belong to.
+
+  Returns:
+    B, the number of samples.
+
+  Raises:
+    TypeError: the trees differ, or a leaf is missing.
+    ValueError: a leaf is averaged already, or the leaves disagree about B.
+  """
+  ours = dict(_leaves_by_path(params))
+  theirs = dict(_leaves_by_path(updates))
+  if ours.keys() != theirs.keys():
+    odd = sorted(set(ours) ^ set(theirs))
+    raise TypeError(
+      f"per-sample gradients and params differ at {_listing(odd)}; expected the"
+      " gradients of all of params. Choose layers with layers=, not with"
+      " optax.masked or optax.partition around this transformation."
+    )
+  how = (
+    "Compute per-sample gradients with jax.vmap(jax.grad(loss_fn), in_axes="
+    "(None, 0))(params, batch), and put this transformation first in the chain."
+  )
+  size = None
+  for path, leaf in ours.items():
+    shape, expected = jnp.shape(theirs[path]), jnp.shape(leaf)
+    if shape == expected:
+      raise ValueError(
+        f"gradient {path!r} has shape {shape}, the shape of its parameter: it"
+        f" is averaged over the batch already; expected (B,) + {expected}. {how}"
+      )
+    if len(shape) != len(expected) + 1 or shape[1:] != expected:
+      raise ValueError(
+        f"gradient {path!r} has shape {shape}; expected (B,) + {expected}. {how}"
+      )
+    if size is None:
+      size, first = shape[0], path
+    elif shape[0] != size:
+      raise ValueError(
+        f"gradient {path!r} has {shape[0]} samples and {first!r} has {size};"
+        f" expected the same B for all. {how}"
+      )
+  if size is None:
+    raise TypeError("params has no leaves; expected a tree of arrays.")
+  if size == 0:
+    raise ValueError("gradients have 0 samples; expected at least one.")
+  return size
+
+
+def _leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+  return [
+    (_tree.key_path(path), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def _listing(paths: list[str], most: int = 8) -> str:
+  shown = ", ".join(repr(path) for path in paths[:most])
+  return shown + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def _describe(leaf: Any) -> str:
+  dtype = getattr(leaf, "dtype", None)
+  return f"{type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"

@@ -1,0 +1,108 @@
+"""Directions: where the learner should go.
+
+A direction is any callable `(params, reference, batch, **kwargs) -> tree like
+params`; what `reference` is, is up to the direction. Only its leaves in the
+mimic layers are looked at, and only their direction counts: scores divide by
+the norm. It is a constant of the step: no gradient flows through it.
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+from gradmimic_jax import _tree, _validate
+
+
+class Direction(Protocol):
+  """`(params, reference, batch, **kwargs) -> tree like params`."""
+
+  def __call__(
+    self, params: Any, reference: Any, batch: Any, **kwargs: Any
+  ) -> Any:
+    """The tree that points where the learner should go."""
+
+
+def toward_weights() -> Direction:
+  """Direction toward the reference's weights.
+
+  `v = reference - params`
+
+  The reference must lie in the learner's basin: a model that was trained from
+  the learner's own initialisation, or a later checkpoint of the same run. The
+  scores of a reference of the same accuracy from another initialisation are
+  inverted.
+
+  Returns:
+    A direction whose `reference` is a parameter tree with the structure and the
+    shapes of params. Calling it raises TypeError when paths differ and
+    ValueError when shapes do.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> direction = toward_weights()
+    >>> direction({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, None)
+    {'w': Array([1., 1.], dtype=float32)}
+
+  References:
+    Huang et al., Evaluating Sample Utility for Efficient Data Selection by
+    Mimicking Model Weights, `arXiv:2501.06708
+    <https://arxiv.org/abs/2501.06708>`_, section 3.
+  """
+
+  def direction(params, reference, batch, **kwargs):
+    del batch, kwargs
+    _validate.like_params(
+      "reference",
+      reference,
+      params,
+      "The reference must be a checkpoint of the learner's own architecture.",
+    )
+    # Subtracted wide: near the end of training a bfloat16 difference is noise.
+    return jax.tree.map(
+      lambda p, r: _tree.to_accumulate(r) - _tree.to_accumulate(p),
+      params,
+      reference,
+    )
+
+  return direction
+
+
+def unit_vector(
+  direction_tree: Any, params: Any, flags: list[bool]
+) -> tuple[list[jax.Array], jax.Array]:
+  """The direction over the mimic layers, at length one.
+
+  Args:
+    direction_tree: what a direction returned.
+    params: the parameter tree.
+    flags: which leaves are mimic layers.
+
+  Returns:
+    The unit vector's leaves `[*p]`, mimic layers only, zeros if the direction
+    vanishes there (a reference equal to params); and the norm before, `[]`.
+  """
+  _validate.like_params(
+    "the direction's tree",
+    direction_tree,
+    params,
+    "A direction returns a tree with the structure and the shapes of params.",
+  )
+  leaves = [
+    jax.lax.stop_gradient(leaf)
+    for leaf, chosen in zip(jax.tree.leaves(direction_tree), flags, strict=True)
+    if chosen
+  ]
+  return normalize(leaves)
+
+
+def normalize(
+  leaves: list[jax.Array],
+) -> tuple[list[jax.Array], jax.Array]:
+  """The leaves divided by their joint norm (zeros if that is 0), and the norm."""
+  distance = _tree.norm(leaves)
+  scale = jax.numpy.where(distance > 0, 1 / distance, 0)
+  unit = []
+  for leaf in leaves:
+    wide = _tree.to_accumulate(leaf)
+    unit.append(wide * scale.astype(wide.dtype))
+  return unit, distance

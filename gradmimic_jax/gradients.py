@@ -1,0 +1,274 @@
+"""`mimic_value_and_grad` and `mimic_scores`: the method in one's own loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import (
+  _forward,
+  _per_sample,
+  _problem,
+  _validate,
+  layers as layers_lib,
+  scores as scores_lib,
+  weighting as weighting_lib,
+)
+from gradmimic_jax.directions import Direction, toward_weights, unit_vector
+from gradmimic_jax.layers import Layers
+from gradmimic_jax.weighting import Weighting
+
+_ENGINES = {"forward": _forward, "per_sample": _per_sample}
+SCOPES = ("all", "layers")
+
+
+class MimicInfo(NamedTuple):
+  """What a reweighted step found out; float32 or wider throughout."""
+
+  scores: jax.Array  # [B], raw, high = good; NaN: not finite; 0: padding
+  weights: jax.Array  # [B], sum to 1 over the valid samples
+  losses: jax.Array  # [B]; NaN where not finite, 0 where padding
+  distance: jax.Array  # [], norm of the direction over the mimic layers
+  effective_sample_size: jax.Array  # [], 1 / sum of squared weights
+  aux: Any  # losses_fn's aux, or None
+
+
+class MimicScores(NamedTuple):
+  """Scores of a batch; float32 or wider throughout."""
+
+  scores: jax.Array  # [B], raw, high = good; NaN: not finite; 0: padding
+  losses: jax.Array  # [B]; NaN where not finite, 0 where padding
+  distance: jax.Array  # [], norm of the direction over the mimic layers
+
+
+def mimic_value_and_grad(
+  losses_fn: Callable[..., Any],
+  *,
+  direction: Direction = toward_weights(),  # noqa: B008 - a pure closure
+  layers: Layers = None,
+  score: str = "projection",
+  weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
+  scope: str = "all",
+  engine: str = "auto",
+  microbatch_size: int | None = None,
+  has_aux: bool = False,
+) -> Callable[..., tuple[tuple[jax.Array, MimicInfo], Any]]:
+  """Like `jax.value_and_grad`, with samples weighted by their mimic scores.
+
+  `m_i = <-g_i, v> / ||v||`, `w = weighting(m)`, `grads = sum_i w_i g_i`
+
+  with g_i the gradient of sample i's loss, v the direction toward the
+  reference, and the inner product over the mimic layers only. Weights are
+  constants: no gradient flows through them.
+
+  Guarantees:
+
+  * `"forward"` and `"per_sample"` give the same numbers up to rounding.
+  * A reference equal to params gives scores 0 and uniform softmax weights.
+  * Samples outside the mask, samples with non-finite features, loss or score
+    get weight 0, and the others' weights sum to 1. If none is left, the loss
+    and the gradient are 0. Their non-finite features don't reach the gradient;
+    nor does, with `"per_sample"`, a gradient that overflows on the way.
+  * Scores, weights and sums are float32 or wider; gradients have the dtypes of
+    params.
+
+  Args:
+    losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`, or `(losses,
+      aux)` with `has_aux`. Leaves of params are floating point.
+    direction: where the learner should go; see `toward_weights`.
+    layers: the mimic layers: None (all), a regular expression or a list of them
+      on "/"-joined leaf paths, a predicate `(path, leaf) -> bool`, or a tree of
+      bools.
+    score: `"projection"`, or `"cosine"` (divided by the gradient norm too).
+    weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`, `uniform`,
+      or a callable of their kind.
+    scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
+      (the mimic layers; the others get the plain mean).
+    engine: `"forward"`: one jvp inside one vjp, at about the price of a plain
+      gradient; exact for losses that couple the samples of a batch, where g_i
+      is the gradient of the i-th loss with its batch mates as they are; the
+      cosine score costs it one more pullback a sample. `"per_sample"`:
+      `vmap(grad)`, which needs losses that don't depend on batch mates, and
+      memory for B gradients. `"auto"`: forward for the projection score,
+      per_sample for the cosine.
+    microbatch_size: must be None for now.
+    has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
+      calls losses_fn with batches of one and stacks their aux over samples, so
+      that aux leaves `[B, ...]` are the same in both engines.
+
+  Returns:
+    `fn(params, reference, batch, *, mask=None, step=None, **kwargs) -> ((loss,
+    MimicInfo), grads)`. `reference`: what the direction asks for. `batch`: a
+    tree of arrays with leading axis `[B]`. `mask`: bool `[B]`, False for
+    padding. `step`: updates done so far, needed by scheduled weightings; it is
+    not handed to losses_fn. Other keyword arguments go to losses_fn and to the
+    direction. `loss`: mean unweighted loss over the valid samples. `grads`: the
+    reweighted gradient, a tree like params.
+
+  Raises:
+    ValueError: an unknown score, scope or engine; and, from `fn`, shapes that
+      don't fit, or layers that match nothing.
+    TypeError: from `fn`, trees or dtypes that don't fit.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import gradmimic_jax as gm
+    >>> def losses_fn(params, batch):
+    ...   logits = batch["x"] @ params["w"]
+    ...   return optax.softmax_cross_entropy_with_integer_labels(
+    ...     logits, batch["y"])
+    >>> params = {"w": jnp.zeros((2, 2))}
+    >>> reference = {"w": jnp.eye(2)}
+    >>> batch = {"x": jnp.eye(2)[jnp.array([0, 1, 1])],
+    ...          "y": jnp.array([0, 1, 0])}  # the last one is mislabelled
+    >>> step = jax.jit(gm.mimic_value_and_grad(
+    ...   losses_fn, weighting=gm.softmax(0.1)))
+    >>> (loss, info), grads = step(params, reference, batch)
+    >>> info.weights.round(2)
+    Array([0.5, 0.5, 0. ], dtype=float32)
+
+  References:
+    Huang et al., Evaluating Sample Utility for Efficient Data Selection by
+    Mimicking Model Weights, `arXiv:2501.06708
+    <https://arxiv.org/abs/2501.06708>`_, section 3.
+  """
+  _validate.choice("scope", scope, SCOPES)
+  score_kind = scores_lib.get(score)
+  solver = _engine(engine, score_kind, microbatch_size)
+
+  def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
+    plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs)
+    problem, mask, distance = _pose(
+      plain,
+      direction,
+      layers,
+      score_kind,
+      params,
+      reference,
+      batch,
+      mask,
+      kwargs,
+    )
+
+    def weigh(scores, valid):
+      return weighting_lib.guarded(weighting, scores, valid, step)
+
+    found, weights, leaves = solver.reweighted(problem, weigh, scope)
+    scores, losses = _presentable(found, mask)
+    info = MimicInfo(
+      scores=scores,
+      weights=weights,
+      losses=losses,
+      distance=distance,
+      effective_sample_size=weighting_lib.effective_sample_size(weights),
+      aux=found.aux,
+    )
+    plain_mean = _problem.mean_weights(found.valid, losses.dtype)
+    loss = jnp.sum(plain_mean * jnp.where(found.valid, found.losses, 0))
+    grads = jax.tree.structure(params).unflatten(leaves)
+    return (loss, info), grads
+
+  return fn
+
+
+def mimic_scores(
+  losses_fn: Callable[..., Any],
+  *,
+  direction: Direction = toward_weights(),  # noqa: B008 - a pure closure
+  layers: Layers = None,
+  score: str = "projection",
+  engine: str = "auto",
+  microbatch_size: int | None = None,
+) -> Callable[..., MimicScores]:
+  """Mimic scores of a batch, without a gradient.
+
+  `m_i = <-g_i, v> / ||v||`
+
+  With the forward engine this is one jvp of the losses: the price of about two
+  forward passes, and no backward pass.
+
+  Args:
+    losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`.
+    direction: as in `mimic_value_and_grad`.
+    layers: the mimic layers, as in `mimic_value_and_grad`.
+    score: `"projection"` or `"cosine"`.
+    engine: `"auto"`, `"forward"` or `"per_sample"`.
+    microbatch_size: must be None for now.
+
+  Returns:
+    `fn(params, reference, batch, *, mask=None, **kwargs) -> MimicScores`.
+
+  Raises:
+    ValueError: as `mimic_value_and_grad`.
+    TypeError: as `mimic_value_and_grad`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import gradmimic_jax as gm
+    >>> def losses_fn(params, batch):
+    ...   return (batch["x"] * params["w"] - batch["y"]) ** 2
+    >>> score = gm.mimic_scores(losses_fn)
+    >>> batch = {"x": jnp.ones(2), "y": jnp.array([1.0, -1.0])}
+    >>> score({"w": jnp.zeros([])}, {"w": jnp.ones([])}, batch).scores
+    Array([ 2., -2.], dtype=float32)
+
+  References:
+    Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
+    section 3.
+  """
+  score_kind = scores_lib.get(score)
+  solver = _engine(engine, score_kind, microbatch_size)
+
+  def fn(params, reference, batch, *, mask=None, **kwargs):
+    plain = _problem.plain_losses_fn(losses_fn, False, kwargs)
+    problem, mask, distance = _pose(
+      plain,
+      direction,
+      layers,
+      score_kind,
+      params,
+      reference,
+      batch,
+      mask,
+      kwargs,
+    )
+    scores, losses = _presentable(solver.answer(problem), mask)
+    return MimicScores(scores, losses, distance)
+
+  return fn
+
+
+def _engine(name, score, microbatch_size):
+  _validate.choice("engine", name, ("auto", *_ENGINES))
+  if name == "auto":
+    name = "per_sample" if score.needs_norms else "forward"
+  return _ENGINES[name]
+
+
+def _pose(
+  losses_fn, direction, layers, score, params, reference, batch, mask, kwargs
+):
+  """The step as a Problem, the padding mask and the direction's norm."""
+  _validate.floating_params(params)
+  size = _validate.batch_size(batch)
+  mask = _validate.padding_mask(mask, size)
+  flags = layers_lib.choose(layers, params)
+  batch, candidates = _problem.mend_rows(jax.tree.map(jnp.asarray, batch), mask)
+  params = jax.tree.map(jnp.asarray, params)
+  unit, distance = unit_vector(
+    direction(params, reference, batch, **kwargs), params, flags
+  )
+  problem = _problem.Problem(
+    losses_fn, params, batch, flags, unit, score, candidates
+  )
+  return problem, mask, distance
+
+
+def _presentable(found, mask):
+  """Scores and losses with NaN for broken samples and 0 for padding."""
+  unknown = jnp.where(mask, jnp.nan, 0)
+  return tuple(
+    jnp.where(found.valid, x, unknown.astype(x.dtype))
+    for x in (found.scores, found.losses)
+  )

@@ -1,0 +1,222 @@
+"""Mimic-guided training as an optax gradient transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradmimic_jax import (
+  _per_sample,
+  _tree,
+  _validate,
+  directions,
+  layers as layers_lib,
+  scores as scores_lib,
+  weighting as weighting_lib,
+)
+from gradmimic_jax.gradients import SCOPES
+from gradmimic_jax.layers import Layers
+from gradmimic_jax.weighting import Weighting
+
+
+class ReweightByMimicScoreState(NamedTuple):
+  """State of `reweight_by_mimic_score`; every field is an array or a tree."""
+
+  count: jax.Array  # [], updates done so far; drives temperature schedules
+  reference: Any  # like params; optax.MaskedNode outside the mimic layers
+  distance: jax.Array  # [], ||reference - params|| at the last update
+  effective_sample_size: jax.Array  # [], of the last update's weights
+  nonfinite: jax.Array  # [], samples of the last update given weight 0 for it
+
+
+def reweight_by_mimic_score(
+  reference: Any,
+  *,
+  layers: Layers = None,
+  score: str = "projection",
+  weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
+  scope: str = "all",
+) -> optax.GradientTransformationExtraArgs:
+  """Turns per-sample gradients into one gradient, weighted by mimic score.
+
+  `m_i = <-g_i, v> / ||v||`, `v = reference - params` over the mimic layers,
+  `w = weighting(m)`, `update = sum_i w_i g_i`
+
+  The updates that come in carry a leading batch axis on every leaf, `[B, *p]`,
+  as `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` makes them; what goes out
+  has the shapes of params. It must therefore come first in a chain. Choose
+  layers with `layers`: `optax.masked` or `optax.partition` around it would let
+  `[B, *p]` leaves through; accumulate with larger batches, not with
+  `optax.MultiSteps`, whose accumulator has the shapes of params.
+
+  Args:
+    reference: a parameter tree with the structure and shapes of params. Its
+      mimic layers are copied into the state, so that they are sharded, donated
+      and checkpointed with it.
+    layers: the mimic layers, as in `mimic_value_and_grad`.
+    score: `"projection"` or `"cosine"`.
+    weighting: as in `mimic_value_and_grad`; a temperature schedule follows the
+      state's count.
+    scope: `"all"`, or `"layers"` (leaves outside the mimic layers get the plain
+      mean).
+
+  Returns:
+    A transformation. `update(updates, state, params, mask=None, **extra_args)`
+    needs params; `mask` is bool `[B]`, False for padding. A sample whose
+    gradient is not finite gets weight 0 and is counted in the state.
+
+  Raises:
+    ValueError: an unknown score or scope; from `init` and `update`, layers that
+      match nothing, shapes that differ, or gradients that are averaged already.
+    TypeError: from `init` and `update`, trees that differ.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import gradmimic_jax as gm
+    >>> def loss_fn(params, example):
+    ...   return (example["x"] @ params["w"] - example["y"]) ** 2
+    >>> params, reference = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    >>> optimizer = optax.chain(
+    ...   gm.reweight_by_mimic_score(reference), optax.sgd(1e-2))
+    >>> state = optimizer.init(params)
+    >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.array([2.0, 2.0, 2.0, -2.0])}
+    >>> grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batch)
+    >>> updates, state = optimizer.update(grads, state, params)
+    >>> optax.apply_updates(params, updates)["w"].round(3)
+    Array([0.04, 0.04], dtype=float32)
+
+  References:
+    Huang et al., Evaluating Sample Utility for Efficient Data Selection by
+    Mimicking Model Weights, `arXiv:2501.06708
+    <https://arxiv.org/abs/2501.06708>`_, section 3.
+  """
+  _validate.choice("scope", scope, SCOPES)
+  score_kind = scores_lib.get(score)
+
+  def init_fn(params):
+    # optax.tree.map_params calls init with a placeholder, not with params, to
+    # see which fields are shaped like them: hand the placeholder on.
+    if not jax.tree.leaves(params):
+      stored = params
+    else:
+      stored = _mimic_layers(reference, params, layers)
+    return ReweightByMimicScoreState(
+      count=jnp.zeros([], jnp.int32),
+      reference=stored,
+      distance=jnp.zeros([], jnp.float32),
+      effective_sample_size=jnp.zeros([], jnp.float32),
+      nonfinite=jnp.zeros([], jnp.int32),
+    )
+
+  def update_fn(updates, state, params=None, *, mask=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(
+        "reweight_by_mimic_score got no params; call update(updates, state,"
+        " params): the direction is reference - params."
+      )
+    size = _validate.per_sample_gradients(updates, params)
+    mask = _validate.padding_mask(mask, size)
+    flags = layers_lib.choose(layers, params)
+    rows, structure = jax.tree.flatten(updates)
+    unit, distance = directions.normalize(
+      [
+        _tree.to_accumulate(r) - _tree.to_accumulate(p)
+        for r, p in zip(
+          jax.tree.leaves(state.reference),
+          [
+            p
+            for p, flag in zip(jax.tree.leaves(params), flags, strict=True)
+            if flag
+          ],
+          strict=True,
+        )
+      ]
+    )
+    valid = mask & _tree.rows_finite(rows)
+    scores = _per_sample.score_rows(rows, unit, flags, score_kind)
+    weights = weighting_lib.guarded(weighting, scores, valid, state.count)
+    leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
+    size_now = weighting_lib.effective_sample_size(weights)
+    new_state = ReweightByMimicScoreState(
+      count=optax.safe_increment(state.count),
+      reference=state.reference,
+      distance=distance.astype(jnp.float32),
+      effective_sample_size=size_now.astype(jnp.float32),
+      nonfinite=jnp.sum(mask & ~valid).astype(jnp.int32),
+    )
+    return structure.unflatten(leaves), new_state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mimic(
+  optimizer: optax.GradientTransformation,
+  reference: Any,
+  *,
+  layers: Layers = None,
+  score: str = "projection",
+  weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
+  scope: str = "all",
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer so that it takes per-sample gradients.
+
+  `mimic(optimizer, reference) = chain(reweight_by_mimic_score(reference),
+  optimizer)`
+
+  Args:
+    optimizer: any optax transformation.
+    reference: as in `reweight_by_mimic_score`.
+    layers: as in `reweight_by_mimic_score`.
+    score: as in `reweight_by_mimic_score`.
+    weighting: as in `reweight_by_mimic_score`.
+    scope: as in `reweight_by_mimic_score`.
+
+  Returns:
+    An optax transformation over per-sample gradients, leaves `[B, *p]`.
+
+  Raises:
+    ValueError: as `reweight_by_mimic_score`.
+    TypeError: as `reweight_by_mimic_score`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> import gradmimic_jax as gm
+    >>> params, reference = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    >>> optimizer = gm.mimic(optax.sgd(1.0), reference)
+    >>> state = optimizer.init(params)
+    >>> grads = {"w": jnp.array([[-9.0, -9.0], [9.0, 9.0]])}
+    >>> updates, state = optimizer.update(grads, state, params)
+    >>> updates
+    {'w': Array([9., 9.], dtype=float32)}
+
+  References:
+    Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
+    section 3.
+  """
+  return optax.chain(
+    reweight_by_mimic_score(
+      reference, layers=layers, score=score, weighting=weighting, scope=scope
+    ),
+    optimizer,
+  )
+
+
+def _mimic_layers(reference, params, layers):
+  """A copy of the reference's mimic layers, MaskedNode elsewhere."""
+  _validate.like_params(
+    "reference",
+    reference,
+    params,
+    "The reference must be a checkpoint of the learner's own architecture.",
+  )
+  flags = layers_lib.choose(layers, params)
+  leaves, structure = jax.tree.flatten(reference)
+  # A copy, because a donated state would otherwise delete the caller's arrays.
+  return structure.unflatten(
+    [
+      jnp.array(leaf, copy=True) if flag else optax.MaskedNode()
+      for leaf, flag in zip(leaves, flags, strict=True)
+    ]
+  )

@@ -1,0 +1,296 @@
+"""Weightings: scores `[B]` to weights `[B]` that sum to 1 over real samples.
+
+A weighting is any callable `(scores [B], mask [B] or None, step [] or None) ->
+weights [B]`. Samples outside the mask get weight 0 and influence nothing; when
+the mask is empty all weights are 0. Weights are constants of the step: no
+gradient flows through them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import _validate
+
+# Bisection steps and the range of log(temperature / score spread) they search:
+# 24 / 2**40 is far below float32 resolution of the temperature.
+_BISECTIONS = 40
+_LOG_TEMPERATURES = (-12.0, 12.0)
+
+
+class Weighting(Protocol):
+  """`(scores [B], mask [B] or None, step [] or None) -> weights [B]`."""
+
+  def __call__(
+    self,
+    scores: jax.Array,
+    mask: jax.Array | None = None,
+    step: jax.Array | None = None,
+  ) -> jax.Array:
+    """The weights `[B]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+  temperature: Any
+
+  def __call__(self, scores, mask=None, step=None):
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    return _softmax(scores, mask, self.temperature_at(step))
+
+  def temperature_at(self, step):
+    if not callable(self.temperature):
+      return jnp.asarray(self.temperature)
+    if step is None:
+      raise ValueError(
+        "softmax has a temperature schedule but no step came; pass step= with"
+        " the number of updates done so far."
+      )
+    return jnp.asarray(self.temperature(step))
+
+
+def softmax(temperature: float | jax.Array | Callable[[Any], Any]) -> Weighting:
+  """Softmax over the batch, the paper's weighting.
+
+  `w_i = exp(m_i / tau) / sum_j exp(m_j / tau)`
+
+  Args:
+    temperature: `tau` > 0, in units of the score; or an optax schedule, a
+      function of the number of updates done so far. Lower concentrates the
+      weight on high scores.
+
+  Returns:
+    A weighting.
+
+  Raises:
+    ValueError: temperature is not above 0; or, when called, a schedule without
+      a step.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> softmax(1.0)(jnp.log(jnp.array([1.0, 1.0, 2.0]))).round(2)
+    Array([0.25, 0.25, 0.5 ], dtype=float32)
+
+  References:
+    Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
+    section 3, stage 1.
+  """
+  if not callable(temperature):
+    _validate.positive_scalar("temperature", temperature)
+  return _Softmax(temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EssSoftmax:
+  fraction: Any
+
+  def __call__(self, scores, mask=None, step=None):
+    del step
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    low = jnp.min(jnp.where(mask, scores, jnp.inf))
+    high = jnp.max(jnp.where(mask, scores, -jnp.inf))
+    # Equal scores (or none at all) have no spread; any temperature does.
+    spread = jnp.where(high > low, high - low, 1)
+    unit = jnp.where(mask, (scores - high) / spread, 0)
+    unit = jnp.where(jnp.isfinite(unit), unit, 0)
+    target = jnp.asarray(self.fraction, unit.dtype) * _count(mask, unit.dtype)
+
+    def halve(_, bracket):
+      cold, hot = bracket
+      middle = (cold + hot) / 2
+      size = effective_sample_size(_softmax(unit, mask, jnp.exp(middle)))
+      # The effective sample size grows with the temperature.
+      too_hot = size > target
+      return jnp.where(too_hot, cold, middle), jnp.where(too_hot, middle, hot)
+
+    bracket = tuple(jnp.asarray(x, unit.dtype) for x in _LOG_TEMPERATURES)
+    _, hot = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
+    return _softmax(unit, mask, jnp.exp(hot))
+
+
+def ess_softmax(fraction: float) -> Weighting:
+  """Softmax at the temperature whose effective sample size is a given share.
+
+  `w = softmax(m / tau)` with `tau` such that `(1 / sum_i w_i^2) / B = fraction`
+
+  Scores scale with the gradient norm, so a temperature tuned for one model is
+  useless for the next; a fraction carries over. The temperature is found by
+  bisection inside jit, for each batch anew.
+
+  Args:
+    fraction: in (0, 1], of the real samples. 1 weights all alike. When more
+      samples than that tie for the highest score, they share the weight.
+
+  Returns:
+    A weighting.
+
+  Raises:
+    ValueError: fraction outside (0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> weights = ess_softmax(0.5)(jnp.arange(8.0))
+    >>> round(float(effective_sample_size(weights)), 3)
+    4.0
+  """
+  _validate.fraction("fraction", fraction)
+  return _EssSoftmax(fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TopFraction:
+  fraction: Any
+
+  def __call__(self, scores, mask=None, step=None):
+    del step
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    wanted = jnp.asarray(self.fraction, jnp.float32) * _count(mask, jnp.float32)
+    count = jnp.maximum(jnp.round(wanted).astype(jnp.int32), 1)
+    # Ranks by a stable sort: ties go to the earlier sample, never to more
+    # samples than were asked for.
+    order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), stable=True)
+    ranks = jnp.zeros(order.shape, jnp.int32)
+    ranks = ranks.at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    return _share_alike(mask & (ranks < count), scores.dtype)
+
+
+def top_fraction(f: float) -> Weighting:
+  """Equal weights on the highest scores, none elsewhere.
+
+  `w_i = 1/k` for the `k = max(1, round(f n))` highest of n real samples
+
+  Args:
+    f: in (0, 1].
+
+  Returns:
+    A weighting. Ties go to the earlier sample.
+
+  Raises:
+    ValueError: f outside (0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> top_fraction(0.5)(jnp.array([3.0, 1.0, 2.0, 0.0]))
+    Array([0.5, 0. , 0.5, 0. ], dtype=float32)
+  """
+  _validate.fraction("f", f)
+  return _TopFraction(f)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positive:
+  def __call__(self, scores, mask=None, step=None):
+    del step
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    chosen = mask & (scores > 0)
+    # With nothing to choose, the plain mean keeps the weights' sum at 1.
+    return _share_alike(jnp.where(jnp.any(chosen), chosen, mask), scores.dtype)
+
+
+def positive() -> Weighting:
+  """Equal weights on positive scores; on all samples if there are none.
+
+  `w_i = [m_i > 0] / sum_j [m_j > 0]`
+
+  Returns:
+    A weighting.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> positive()(jnp.array([1.0, -1.0, 2.0, -3.0]))
+    Array([0.5, 0. , 0.5, 0. ], dtype=float32)
+  """
+  return _Positive()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uniform:
+  def __call__(self, scores, mask=None, step=None):
+    del step
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    return _share_alike(mask, scores.dtype)
+
+
+def uniform() -> Weighting:
+  """The plain mean: `w_i = 1/n` for n real samples.
+
+  Returns:
+    A weighting.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> uniform()(jnp.zeros(4))
+    Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
+  """
+  return _Uniform()
+
+
+def effective_sample_size(weights: jax.Array) -> jax.Array:
+  """How many samples the weights amount to (Kish's effective sample size).
+
+  `(sum_i w_i)^2 / sum_i w_i^2`, which is `1 / sum_i w_i^2` for weights that sum
+  to 1: n for n equal weights, 1 for a single one, 0 when all are zero.
+
+  Args:
+    weights: `[B]`.
+
+  Returns:
+    The effective sample size, `[]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> float(effective_sample_size(jnp.array([0.5, 0.5, 0.0])))
+    2.0
+  """
+  squares = jnp.sum(jnp.square(weights))
+  total = jnp.square(jnp.sum(weights))
+  return jnp.where(squares > 0, total / jnp.where(squares > 0, squares, 1), 0)
+
+
+def guarded(
+  weighting: Weighting,
+  scores: jax.Array,
+  mask: jax.Array,
+  step: jax.Array | None,
+) -> jax.Array:
+  """Weights over the finite real samples, 0 elsewhere, with no gradient.
+
+  Args:
+    weighting: any weighting.
+    scores: `[B]`, NaN or infinite where a sample is broken.
+    mask: bool `[B]`, the samples that may count.
+    step: number of updates done so far, or None.
+
+  Returns:
+    Weights `[B]`.
+  """
+  scores = jnp.where(mask, jax.lax.stop_gradient(scores), 0)
+  weights = jnp.asarray(weighting(scores, mask, step))
+  if weights.shape != scores.shape:
+    raise ValueError(
+      f"weighting returned shape {weights.shape}; expected {scores.shape}, one"
+      " weight for each sample."
+    )
+  return jax.lax.stop_gradient(jnp.where(mask, weights.astype(scores.dtype), 0))
+
+
+def _softmax(scores, mask, temperature):
+  highest = jnp.max(jnp.where(mask, scores, -jnp.inf))
+  # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
+  # inf - inf.
+  gaps = jnp.where(mask, scores - highest, -jnp.inf)
+  weights = jnp.exp(gaps / temperature.astype(scores.dtype))
+  total = jnp.sum(weights)
+  return weights / jnp.where(total > 0, total, 1)
+
+
+def _count(mask, dtype):
+  return jnp.sum(mask.astype(dtype))
+
+
+def _share_alike(chosen, dtype):
+  chosen = chosen.astype(dtype)
+  return chosen / jnp.maximum(jnp.sum(chosen), 1)
