@@ -1,1 +1,1 @@
-"""."""
+"""Jobs around the library: data, models, training loops, studies."""

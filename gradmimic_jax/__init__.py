@@ -5,6 +5,7 @@ optimizer with `mimic`. Data work: collect scores in a `ScoreLedger`, then
 `select` what to keep.
 """
 
+from gradmimic_jax import metrics
 from gradmimic_jax._version import __version__
 from gradmimic_jax.directions import Direction, toward_weights
 from gradmimic_jax.gradients import (
@@ -13,6 +14,8 @@ from gradmimic_jax.gradients import (
   mimic_scores,
   mimic_value_and_grad,
 )
+from gradmimic_jax.ledger import ScoreLedger
+from gradmimic_jax.selection import Selection, select
 from gradmimic_jax.transform import (
   ReweightByMimicScoreState,
   mimic,

@@ -16,6 +16,7 @@ from gradmimic_jax._problem import (
   Problem,
   Weigh,
   mean_weights,
+  mend_rows,
   merge,
   split,
 )
@@ -33,7 +34,55 @@ def answer(problem: Problem) -> Answer:
 def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
-  """Scores, weights `[B]`, and the gradient's leaves."""
+  """Scores, weights `[B]`, and the gradient's leaves.
+
+  A sample whose loss overflows would poison the vjp whatever its weight. So the
+  step is the body of a loop that runs once, and a second time, with the broken
+  rows mended, if there are any. A loop and not a branch: it is compiled once,
+  and holds no second set of intermediate results.
+  """
+
+  def attempt(carry):
+    rounds, sound = carry[:2]
+    mended = mend_rows(
+      problem.batch, sound, jnp.argmax(problem.candidates & sound)
+    )
+    found, weights, leaves = _attempt(
+      problem._replace(batch=mended, candidates=problem.candidates & sound),
+      weigh,
+      scope,
+    )
+    sound &= jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
+    return rounds + 1, sound, found, weights, leaves
+
+  def unsettled(carry):
+    rounds, sound = carry[:2]
+    return (rounds == 0) | ((rounds == 1) & ~jnp.all(sound))
+
+  _, _, found, weights, leaves = jax.lax.while_loop(
+    unsettled, attempt, _blank(problem)
+  )
+  return found, weights, leaves
+
+
+def _blank(problem):
+  """A first carry for the loop: what `attempt` returns, with nothing in it."""
+  losses, aux = jax.eval_shape(
+    problem.losses_fn, problem.params, problem.batch
+  )
+  zeros = jnp.zeros(losses.shape, _tree.accumulation_dtype(losses.dtype))
+  false = jnp.zeros(losses.shape, bool)
+  found = Answer(
+    scores=zeros,
+    losses=zeros,
+    valid=false,
+    aux=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux),
+  )
+  leaves = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(problem.params)]
+  return jnp.zeros([], jnp.int32), ~false, found, zeros, leaves
+
+
+def _attempt(problem, weigh, scope):
   losses, pullback, (descents, aux) = _linearize(problem)
   found = _answer(problem, losses, descents, aux, pullback)
   weights = weigh(found.scores, found.valid)
@@ -47,7 +96,11 @@ def reweighted(
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  return found, weights, leaves
+  # With no valid sample at all, there is no sound row to mend the others with.
+  some = jnp.any(found.valid)
+  return found, weights, [
+    jnp.where(some, leaf, jnp.zeros_like(leaf)) for leaf in leaves
+  ]
 
 
 def _descents(problem, params):
@@ -76,11 +129,11 @@ def _linearize(problem):
 
 
 def _answer(problem, losses, descents, aux, pullback):
-  norms = None
-  if problem.score.needs_norms:
-    norms = _gradient_norms(problem, losses, pullback)
   # Losses may come in bfloat16; scores and all that follows don't.
-  scores = problem.score.fn(_tree.to_accumulate(descents), norms)
+  descents, norms = _tree.to_accumulate(descents), None
+  if problem.score.needs_norms:
+    norms = _gradient_norms(problem, losses, pullback).astype(descents.dtype)
+  scores = problem.score.fn(descents, norms)
   losses = _tree.to_accumulate(losses)
   valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
   return Answer(scores, losses, valid, aux)

@@ -62,34 +62,31 @@ def plain_losses_fn(
   return call
 
 
-def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
-  """A batch without non-finite rows, and the samples that may count.
+def mend_rows(batch: Any, sound: jax.Array, source: jax.Array) -> Any:
+  """A batch whose unsound rows carry the features of a sound one.
 
   A weight of zero can't undo a NaN on the way back (zero times NaN is NaN), so
-  the floating features of a broken row are replaced by those of the first good
-  one before anything is computed; the row gets no weight.
+  the floating features of a broken row are replaced before anything is computed
+  from them; the row gets no weight. Integer features, labels and masks among
+  them, stay.
 
   Args:
     batch: leaves `[B, ...]`.
-    mask: bool `[B]`, True for real samples.
+    sound: bool `[B]`, the rows to leave as they are.
+    source: `[]`, the row that replaces the others.
 
   Returns:
-    The batch, and bool `[B]`: real samples that came with finite features.
+    The batch.
   """
-  leaves, structure = jax.tree.flatten(batch)
-  if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves):
-    return batch, mask
-  finite = _tree.rows_finite(leaves)
-  source = jnp.argmax(finite & mask)
 
   def mend(leaf):
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       return leaf
     return jnp.where(
-      _tree.expand_rows(finite, leaf.ndim), leaf, leaf[source][None]
+      _tree.expand_rows(sound, leaf.ndim), leaf, leaf[source][None]
     )
 
-  return structure.unflatten([mend(leaf) for leaf in leaves]), finite & mask
+  return jax.tree.map(mend, batch)
 
 
 def split(items: list[Any], flags: list[bool]) -> tuple[list[Any], list[Any]]:

@@ -10,6 +10,7 @@ from gradmimic_jax import (
   _forward,
   _per_sample,
   _problem,
+  _tree,
   _validate,
   layers as layers_lib,
   scores as scores_lib,
@@ -66,10 +67,13 @@ def mimic_value_and_grad(
 
   * `"forward"` and `"per_sample"` give the same numbers up to rounding.
   * A reference equal to params gives scores 0 and uniform softmax weights.
-  * Samples outside the mask, samples with non-finite features, loss or score
-    get weight 0, and the others' weights sum to 1. If none is left, the loss
-    and the gradient are 0. Their non-finite features don't reach the gradient;
-    nor does, with `"per_sample"`, a gradient that overflows on the way.
+  * Samples outside the mask and samples whose features, loss or score are not
+    finite get weight 0 and leave the others untouched; the others' weights sum
+    to 1. If none is left, the loss and the gradient are 0. The forward engine
+    takes a step with such a loss or score twice, the second time without the
+    features that caused it; that loop is why it can't be differentiated in
+    reverse. Gradients that are not finite outside the mimic layers are seen by
+    the per-sample engine only.
   * Scores, weights and sums are float32 or wider; gradients have the dtypes of
     params.
 
@@ -254,7 +258,10 @@ def _pose(
   size = _validate.batch_size(batch)
   mask = _validate.padding_mask(mask, size)
   flags = layers_lib.choose(layers, params)
-  batch, candidates = _problem.mend_rows(jax.tree.map(jnp.asarray, batch), mask)
+  batch = jax.tree.map(jnp.asarray, batch)
+  finite = _tree.rows_finite(jax.tree.leaves(batch))
+  candidates = finite & mask
+  batch = _problem.mend_rows(batch, finite, jnp.argmax(candidates))
   params = jax.tree.map(jnp.asarray, params)
   unit, distance = unit_vector(
     direction(params, reference, batch, **kwargs), params, flags

@@ -1,1 +1,1 @@
-"""."""
+"""Data sets, label noise and batches."""

@@ -1,0 +1,107 @@
+"""Every field there is, with its default. The other configs start from here.
+
+A field that is not here is refused, on the command line and in code.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """The defaults, locked."""
+  parse_arg(arg)
+  config = config_dict.ConfigDict()
+
+  # Initialisation and batch order. Runs of one seed start from the same
+  # parameters: that puts a reference into the learner's own basin.
+  config.seed = 0
+  config.batch_size = 128
+  config.eval_batch_size = 512
+  config.num_epochs = 30
+
+  config.data = config_dict.ConfigDict()
+  # Any prepared TFDS image-classification set; "digits" prepares itself.
+  config.data.name = "digits"
+  config.data.data_dir = config_dict.placeholder(str)
+  config.data.train_split = "train"
+  config.data.test_split = "test"
+  config.data.flip = False  # random horizontal flips
+  # A .npy file of the train indices to keep; None keeps all.
+  config.data.filter = config_dict.placeholder(str)
+
+  config.noise = config_dict.ConfigDict()
+  config.noise.kind = "symmetric"
+  config.noise.rate = 0.0  # exactly int(rate * N) labels are flipped
+  config.noise.seed = 0
+
+  config.model = config_dict.ConfigDict()
+  config.model.name = "mlp"  # "mlp" or "convnet"
+  config.model.widths = (256, 256)  # hidden widths, or channels per stage
+
+  config.optimizer = config_dict.ConfigDict()
+  config.optimizer.name = "adamw"  # "adamw" or "sgd" (with momentum .9)
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.weight_decay = 1e-5
+
+  config.method = "sgd"  # "sgd" or "grad_mimic"
+  config.mimic = config_dict.ConfigDict()
+  # The workdir of a finished run of the same architecture and seed.
+  config.mimic.reference = config_dict.placeholder(str)
+  # A regular expression on "/"-joined parameter paths; None takes all leaves.
+  config.mimic.layers = config_dict.placeholder(str)
+  config.mimic.score = "projection"  # or "cosine"
+  # "softmax", "ess_softmax", "top_fraction", "positive" or "uniform"
+  config.mimic.weighting = "ess_softmax"
+  config.mimic.temperature = 1.0  # of softmax
+  config.mimic.fraction = 0.3  # of ess_softmax and top_fraction
+  config.mimic.scope = "all"  # or "layers"
+  config.mimic.engine = "auto"  # or "forward", "per_sample"
+
+  config.select = config_dict.ConfigDict()
+  config.select.binarize = "gmm"  # "threshold", "kmeans", "top_fraction"
+  config.select.aggregate = "majority"
+  config.select.threshold = 0.0  # of "threshold", on the raw score
+  config.select.fraction = 0.5  # of "top_fraction"
+
+  config.checkpoint = config_dict.ConfigDict()
+  config.checkpoint.every_epochs = 10
+  config.checkpoint.keep = 2
+
+  config.study = config_dict.ConfigDict()
+  config.study.seeds = (0, 1, 2)
+  config.study.methods = ("sgd", "grad_mimic")
+  return config.lock()
+
+
+def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:
+  """Reads `key=value,key=value`, each value by the type of its default.
+
+  Args:
+    arg: what follows the colon in `--config=configs/<name>.py:<arg>`.
+    **defaults: the keys there are and their defaults.
+
+  Returns:
+    The defaults, updated.
+
+  Raises:
+    ValueError: a key that is not there, or a value that can't be read.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or "").split(",")):
+    key, _, text = item.partition("=")
+    if key not in defaults:
+      known = ", ".join(defaults) or "none"
+      raise ValueError(
+        f"unknown config argument {key!r}; this config takes: {known}."
+      )
+    kind = type(defaults[key])
+    try:
+      values[key] = (
+        {"true": True, "false": False}[text.lower()]
+        if kind is bool
+        else kind(text)
+      )
+    except (KeyError, ValueError):
+      raise ValueError(
+        f"config argument {key}={text!r} can't be read as {kind.__name__}."
+      ) from None
+  return values

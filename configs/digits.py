@@ -1,0 +1,30 @@
+"""Label-noise study on scikit-learn's 1,797 handwritten digits.
+
+  python -m experiments.study --config=configs/digits.py --workdir=runs/digits
+
+Arguments after a colon: `:rate=0.6,seeds=1,model=convnet`. Three seeds take
+about a minute on 2 CPU cores.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """MLP with two hidden layers of 256 (or a small convnet), half the labels wrong.
+
+  Args:
+    arg: `rate` of label noise, number of `seeds`, `model` name.
+
+  Returns:
+    The config, locked.
+  """
+  values = common.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
+  config = common.get_config().unlock()
+  config.noise.rate = values["rate"]
+  config.study.seeds = tuple(range(values["seeds"]))
+  config.model.name = values["model"]
+  if values["model"] == "convnet":
+    config.model.widths = (32, 64)
+  return config.lock()

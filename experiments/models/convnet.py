@@ -1,0 +1,43 @@
+"""A small convolutional network."""
+
+import jax
+from flax import nnx
+
+
+class ConvNet(nnx.Module):
+  """3x3 convolution, group norm, relu and 2x2 max-pool a stage; linear head.
+
+  Group norm, because batch norm couples the samples of a batch: a sample's
+  gradient would then depend on its batch mates.
+  """
+
+  def __init__(
+    self,
+    *,
+    input_shape: tuple[int, ...],
+    widths: tuple[int, ...],
+    num_classes: int,
+    rngs: nnx.Rngs,
+  ):
+    if any(width % 8 for width in widths):
+      raise ValueError(
+        f"config.model.widths is {widths}; a convnet's widths must be multiples"
+        " of 8, the number of its normalisation groups."
+      )
+    channels = (input_shape[-1], *widths)
+    self.stages = nnx.List(
+      nnx.Conv(a, b, (3, 3), rngs=rngs)
+      for a, b in zip(channels[:-1], channels[1:], strict=True)
+    )
+    self.norms = nnx.List(
+      nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths
+    )
+    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    hidden = images
+    for conv, norm in zip(self.stages, self.norms, strict=True):
+      hidden = jax.nn.relu(norm(conv(hidden)))
+      hidden = nnx.max_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
+    return self.head(hidden.mean(axis=(1, 2)))

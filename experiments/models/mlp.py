@@ -1,0 +1,32 @@
+"""A multilayer perceptron over flattened images."""
+
+import math
+
+import jax
+from flax import nnx
+
+
+class MLP(nnx.Module):
+  """Linear and relu for each width, then a linear head."""
+
+  def __init__(
+    self,
+    *,
+    input_shape: tuple[int, ...],
+    widths: tuple[int, ...],
+    num_classes: int,
+    rngs: nnx.Rngs,
+  ):
+    sizes = (math.prod(input_shape), *widths)
+    self.body = nnx.List(
+      nnx.Linear(a, b, rngs=rngs)
+      for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+    )
+    self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    hidden = images.reshape(images.shape[0], -1)
+    for layer in self.body:
+      hidden = jax.nn.relu(layer(hidden))
+    return self.head(hidden)

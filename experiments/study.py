@@ -1,0 +1,271 @@
+"""One reference, several methods on the same noisy labels, then selection.
+
+  python -m experiments.study --config=configs/digits.py --workdir=runs/digits
+
+For each seed: a reference trained on clean labels from the learner's own
+initialisation; every method on the same noisy labels; a selection from the
+scores; and a model retrained on what the selection keeps. Each part is skipped
+when an earlier run of the same config has finished it.
+"""
+
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments import cli, train, workdir as workdir_lib, writers
+from experiments.data import noise, sources
+from gradmimic_jax.report import figures
+
+SUMMARY_FILE = "summary.json"
+SELECTION_FILE = "selection.npz"
+KEPT_FILE = "kept.npy"
+_SHEET = 48  # images on the sheet of the lowest-scored samples
+
+
+class Detection(NamedTuple):
+  """How well one method's scores find the mislabelled samples."""
+
+  auroc: float  # of the mean score over epochs
+  f1: float  # of the selection's dropped samples
+  kept_fraction: float  # of the selection
+  clean_fraction: float  # the truth
+
+
+def run_study(config: Any, workdir: Any) -> dict[str, Any]:
+  """Runs the study; goes on where an interrupted one stopped.
+
+  Args:
+    config: as `configs/common.py` describes it; `config.study` names the seeds
+      and the methods.
+    workdir: the study's folder. Gets a folder for each seed with a folder for
+      each run in it, `summary.json` and figures.
+
+  Returns:
+    What is in `summary.json`.
+
+  Raises:
+    ValueError: an unknown field or name, or a workdir of another config.
+    FileNotFoundError: a data set that is not there.
+  """
+  folder = workdir_lib.claim(workdir, config)
+  if not config.study.seeds or not config.study.methods:
+    raise ValueError(
+      f"config.study has seeds {config.study.seeds} and methods"
+      f" {config.study.methods}; expected at least one of each."
+    )
+  started = time.monotonic()
+  results: dict[str, list[dict[str, Any]]] = {}
+  detections: dict[str, list[Detection]] = {}
+  for seed in config.study.seeds:
+    run_seed(config, folder / f"seed{seed}", seed, results, detections)
+  summary = {
+    "noise_rate": config.noise.rate,
+    "seeds": list(config.study.seeds),
+    "runs": results,
+    "detection": {
+      name: [entry._asdict() for entry in entries]
+      for name, entries in detections.items()
+    },
+    "seconds": round(time.monotonic() - started, 1),
+    "figures": [str(path) for path in draw(config, folder, results)],
+  }
+  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
+  return summary
+
+
+def run_seed(config, folder, seed, results, detections):
+  """All runs of one seed; appends to `results` and `detections`."""
+  folder.mkdir(exist_ok=True)
+
+  def one(name, **overrides):
+    print(f"seed {seed}: {name}", flush=True)
+    run_config = derived(config, seed=seed, **overrides)
+    result = train.train_and_evaluate(run_config, folder / name)
+    results.setdefault(name, []).append(result)
+
+  one("reference", method="sgd", **{"noise.rate": 0.0})
+  reference = {"mimic.reference": str(folder / "reference")}
+  for method in config.study.methods:
+    one(method, method=method, **reference)
+    if not (folder / method / train.LEDGER_FOLDER).exists():
+      continue
+    print(f"seed {seed}: selection by {method}", flush=True)
+    detection = select(config, folder, method)
+    detections.setdefault(method, []).append(detection)
+    one(
+      f"retrained_{method}",
+      method="sgd",
+      **{"data.filter": str(folder / method / KEPT_FILE)},
+    )
+
+
+def derived(config: Any, **overrides: Any) -> Any:
+  """A copy of the config with some fields changed; noise follows the seed."""
+  copy = config.copy_and_resolve_references().unlock()
+  copy.update_from_flattened_dict(
+    {"noise.seed": overrides["seed"], **overrides}
+  )
+  return copy.lock()
+
+
+def select(config: Any, folder: pathlib.Path, method: str) -> Detection:
+  """Selects from a method's ledger and compares with the truth.
+
+  Args:
+    config: `config.select`.
+    folder: of the seed.
+    method: the run whose ledger is used.
+
+  Returns:
+    The Detection. `selection.npz` and `kept.npy` are written to the run's
+    folder.
+  """
+  run = folder / method
+  ledger = gm.ScoreLedger(run / train.LEDGER_FOLDER)
+  ids, scores = ledger.matrix("score")
+  options = {}
+  if config.select.binarize == "threshold":
+    options["threshold"] = config.select.threshold
+  if config.select.binarize == "top_fraction":
+    options["fraction"] = config.select.fraction
+  selection = gm.select(
+    scores,
+    ids=ids,
+    binarize=config.select.binarize,
+    aggregate=config.select.aggregate,
+    **options,
+  )
+  np.savez_compressed(
+    run / SELECTION_FILE,
+    ids=selection.ids,
+    keep=selection.keep,
+    keep_probability=selection.keep_probability,
+    votes=selection.votes,
+  )
+  np.save(run / KEPT_FILE, ids[selection.keep])
+  truth, _ = noise.load(run / train.LABELS_FILE)
+  wrong = truth.is_noisy[ids]
+  mean_scores = np.nanmean(scores, axis=1)
+  found = gm.metrics.detection(mean_scores, selection.keep, wrong)
+  return Detection(
+    auroc=found.auroc,
+    f1=found.f1,
+    kept_fraction=float(selection.keep.mean()),
+    clean_fraction=float(1 - wrong.mean()),
+  )
+
+
+def draw(config, folder, results) -> list[pathlib.Path]:
+  """Draws the study's figures; histograms and sheet of the first seed."""
+  title = f"{config.data.name}, noise {config.noise.rate:g}"
+  curves = {}
+  for name in results:
+    curves[name] = []
+    for seed in config.study.seeds:
+      file = folder / f"seed{seed}" / name / writers.METRICS_FILE
+      rows = [r for r in writers.read_metrics(file) if "test_accuracy" in r]
+      curves[name].append(
+        (range(len(rows)), [row["test_accuracy"] for row in rows])
+      )
+  paths = [
+    figures.learning_curves(
+      curves,
+      folder / "learning_curves.png",
+      title=title,
+      xlabel="epoch",
+      ylabel="test accuracy",
+    )
+  ]
+  train_set = sources.load(
+    config.data.name, config.data.train_split, data_dir=config.data.data_dir
+  )
+  seed = config.study.seeds[0]
+  for method in config.study.methods:
+    run = folder / f"seed{seed}" / method
+    if not (run / train.LEDGER_FOLDER).exists():
+      continue
+    ids, scores = gm.ScoreLedger(run / train.LEDGER_FOLDER).matrix("score")
+    truth, _ = noise.load(run / train.LABELS_FILE)
+    wrong = truth.is_noisy[ids]
+    paths.append(
+      figures.score_histograms(
+        scores,
+        wrong,
+        folder / f"scores_{method}.png",
+        title=f"{title}: scores of {method}, seed {seed}",
+      )
+    )
+    lowest = np.argsort(np.nanmean(scores, axis=1))[:_SHEET]
+    names = train_set.class_names
+    paths.append(
+      figures.contact_sheet(
+        train_set.images[ids[lowest]],
+        [
+          f"given {names[truth.labels[i]]}\ntrue {names[truth.clean_labels[i]]}"
+          for i in ids[lowest]
+        ],
+        folder / f"lowest_{method}.png",
+        title=f"{title}: lowest mean scores of {method}, seed {seed}",
+        flagged=~wrong[lowest],
+      )
+    )
+  return paths
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The study's results as text."""
+  lines = [
+    f"{'method':<24} {'test accuracy':>15} {'train samples':>14}"
+    f" {'seconds':>8}"
+  ]
+  for name, runs in summary["runs"].items():
+    accuracy = _mean_and_error([run["test_accuracy"] for run in runs])
+    samples = np.mean([run["train_samples"] for run in runs])
+    seconds = np.mean([run["seconds"] for run in runs])
+    lines.append(f"{name:<24} {accuracy:>15} {samples:>14.0f} {seconds:>8.1f}")
+  for name, entries in summary["detection"].items():
+    lines += [
+      "",
+      f"mislabelled samples found by {name}:",
+      *(
+        f"  {label:<22} "
+        f"{_mean_and_error([entry[key] for entry in entries]):>15}"
+        for key, label in (
+          ("auroc", "AUROC of mean score"),
+          ("f1", "F1 of selection"),
+          ("kept_fraction", "kept fraction"),
+          ("clean_fraction", "true clean fraction"),
+        )
+      ),
+    ]
+  return "\n".join(lines)
+
+
+def _mean_and_error(values: list[float]) -> str:
+  """Mean and standard error, as text."""
+  mean = np.mean(values)
+  if len(values) < 2:
+    return f"{mean:.3f}"
+  error = np.std(values, ddof=1) / np.sqrt(len(values))
+  return f"{mean:.3f} ± {error:.3f}"
+
+
+def main(config: Any, workdir: str) -> None:
+  """Runs the study, then prints the table and where the figures are."""
+  summary = run_study(config, workdir)
+  seeds = len(summary["seeds"])
+  print(
+    f"\n{config.data.name}, {config.noise.kind} noise {config.noise.rate:g},"
+    f" mean ± standard error of {seeds} seed{'s' if seeds > 1 else ''}:\n"
+  )
+  print(table(summary))
+  print("\nfigures and results:")
+  for path in [*summary["figures"], pathlib.Path(workdir) / SUMMARY_FILE]:
+    print(f"  {path}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,259 @@
+"""Trains one model with one method.
+
+  python -m experiments.train --config=configs/digits.py --workdir=runs/one
+"""
+
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments import (
+  checkpoint,
+  cli,
+  methods,
+  models,
+  optimizer,
+  steps,
+  workdir as workdir_lib,
+  writers,
+)
+from experiments.data import noise, pipeline, sources
+from experiments.tasks import classification
+
+RESULT_FILE = "result.json"
+LEDGER_FOLDER = "ledger"
+LABELS_FILE = "labels.npz"
+
+
+class Data(NamedTuple):
+  """What a run trains and is tested on."""
+
+  train: sources.Dataset
+  test: sources.Dataset
+  labels: noise.NoisyLabels
+  indices: np.ndarray | None  # positions to train on; None is all of them
+  mean: list[float]  # per channel, of pixels scaled to [0, 1]
+  std: list[float]
+
+
+def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
+  """Trains and evaluates; goes on where an interrupted run stopped.
+
+  Args:
+    config: as `configs/common.py` describes it.
+    workdir: the run's folder. Gets `config.json`, `labels.npz`, checkpoints,
+      `metrics.jsonl` with TensorBoard events beside it, the ledger of a method
+      with scores, and at the end `result.json`.
+
+  Returns:
+    What is in `result.json`: test accuracy and loss, counts, seconds.
+
+  Raises:
+    ValueError: an unknown field or name, or a workdir of another config.
+    FileNotFoundError: a data set or a reference that is not there.
+  """
+  folder = workdir_lib.claim(workdir, config)
+  result_file = folder / RESULT_FILE
+  if result_file.exists():
+    return workdir_lib.read_json(result_file)
+  started = time.monotonic()
+  data = load_data(config)
+  noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
+  result = _Run(config, folder, data).to_the_end()
+  result["seconds"] = round(time.monotonic() - started, 2)
+  workdir_lib.write_json(result_file, result)
+  return result
+
+
+def load_data(config: Any) -> Data:
+  """Train and test sets, noise and normalisation as the config has them."""
+  name, where = config.data.name, config.data.data_dir
+  train = sources.load(name, config.data.train_split, data_dir=where)
+  test = sources.load(name, config.data.test_split, data_dir=where)
+  labels = noise.apply_noise(
+    train.labels,
+    kind=config.noise.kind,
+    rate=config.noise.rate,
+    num_classes=train.num_classes,
+    seed=config.noise.seed,
+  )
+  indices = None
+  if config.data.filter is not None:
+    indices = np.load(config.data.filter, allow_pickle=False)
+  pixels = train.images.reshape(-1, train.images.shape[-1])
+  # Standard deviations of a constant channel would divide by zero.
+  mean = (pixels.mean(axis=0) / 255).tolist()
+  std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
+  return Data(train, test, labels, indices, mean, std)
+
+
+class _Run:
+  """One run's parts, put together, and its loop."""
+
+  def __init__(self, config: Any, folder: pathlib.Path, data: Data):
+    self.config, self.folder, self.data = config, folder, data
+    scaling = {"mean": data.mean, "std": data.std}
+    shuffled = {
+      "batch_size": config.batch_size,
+      "seed": config.seed,
+      "indices": data.indices,
+      "flip": config.data.flip,
+      **scaling,
+    }
+    self.fingerprint = workdir_lib.fingerprint(
+      workdir_lib.as_dict(config),
+      pipeline.fingerprint(
+        data.train.fingerprint, data.labels.labels, **shuffled
+      ),
+    )
+    samples = len(data.train.labels if data.indices is None else data.indices)
+    self.steps_per_epoch = pipeline.steps_per_epoch(samples, config.batch_size)
+    self.total_steps = config.num_epochs * self.steps_per_epoch
+    self.train_batches = pipeline.train_batches(
+      data.train.images, data.labels.labels, **shuffled
+    )
+    self.test_batches = pipeline.eval_batches(
+      data.test.images,
+      data.test.labels,
+      batch_size=config.eval_batch_size,
+      **scaling,
+    )
+    self.test_start = self.test_batches.get_state()
+    apply, params = models.create(
+      config.model,
+      input_shape=data.train.images.shape[1:],
+      num_classes=data.train.num_classes,
+      seed=config.seed,
+    )
+    losses_fn = classification.make_losses_fn(apply)
+    tx = optimizer.create(config.optimizer)
+    self.method = methods.create(config.method, config.mimic)
+    self.reference = self._load_reference(params)
+    self.train_step = steps.make_train_step(
+      losses_fn, tx, self.method, config.mimic
+    )
+    self.eval_step = steps.make_eval_step(losses_fn)
+    self.state = steps.init_state(params, tx)
+
+  def _load_reference(self, params):
+    if self.method is None:
+      return None
+    where = self.config.mimic.reference
+    if where is None:
+      raise ValueError(
+        f"method {self.config.method!r} needs a reference: set"
+        " --config.mimic.reference to the workdir of a finished run, or use"
+        " experiments.study, which trains one."
+      )
+    return checkpoint.load_params(where, params)
+
+  def to_the_end(self) -> dict[str, Any]:
+    """Restore -> (eval -> save -> next batch -> step -> log)."""
+    config = self.config
+    checkpoints = checkpoint.Checkpointer(
+      self.folder, keep=config.checkpoint.keep, fingerprint=self.fingerprint
+    )
+    state = checkpoints.restore(self.state, self.train_batches)
+    step = int(state.step)
+    ledger = None
+    if self.method:
+      ledger = gm.ScoreLedger(
+        self.folder / LEDGER_FOLDER, fingerprints={"run": self.fingerprint}
+      )
+    metrics = writers.MetricsWriter(self.folder, first_step=step)
+    log = _EpochLog(metrics, ledger, self.steps_per_epoch)
+    bar = writers.progress(self.total_steps, step, self.folder.name)
+    save_every = config.checkpoint.every_epochs * self.steps_per_epoch
+    while True:
+      finished = step == self.total_steps
+      if step % self.steps_per_epoch == 0:
+        # Rows reach the disk before the checkpoint that counts on them.
+        log.flush()
+        evaluation = self._evaluate(state.params)
+        metrics.write(step, {f"test_{k}": v for k, v in evaluation.items()})
+        metrics.flush()
+      if finished or (step and step % save_every == 0):
+        checkpoints.save(step, state, self.train_batches)
+      if finished:
+        break
+      batch = next(self.train_batches)
+      index = batch.pop("index")
+      state, output = self.train_step(state, self.reference, batch)
+      log.add(step, index, output)
+      step += 1
+      bar.update()
+    bar.close()
+    metrics.close()
+    checkpoints.close()
+    return {
+      "fingerprint": self.fingerprint,
+      "test_accuracy": evaluation["accuracy"],
+      "test_loss": evaluation["loss"],
+      "steps": step,
+      "train_samples": int(
+        len(self.data.train.labels)
+        if self.data.indices is None
+        else len(self.data.indices)
+      ),
+      "noise_rate": self.data.labels.rate,
+      "nonfinite_samples": nonfinite_samples(self.folder),
+    }
+
+  def _evaluate(self, params):
+    self.test_batches.set_state(self.test_start)
+    return steps.evaluate(self.eval_step, params, self.test_batches)
+
+
+class _EpochLog:
+  """Keeps step outputs on the device until the epoch ends.
+
+  Fetching them step by step would make every step wait for the one before.
+  """
+
+  def __init__(self, metrics, ledger, steps_per_epoch):
+    self._metrics, self._ledger = metrics, ledger
+    self._steps_per_epoch = steps_per_epoch
+    self._pending = []
+
+  def add(self, step, index, output):
+    self._pending.append((step, index, output))
+
+  def flush(self):
+    fetched = jax.device_get([output for _, _, output in self._pending])
+    for (step, index, _), output in zip(self._pending, fetched, strict=True):
+      self._metrics.write(
+        step, {f"train_{k}": float(v) for k, v in output.metrics.items()}
+      )
+      if self._ledger is not None:
+        real = index >= 0
+        self._ledger.append(
+          index[real],
+          output.samples["score"][real],
+          weights=output.samples["weight"][real],
+          losses=output.samples["loss"][real],
+          step=step,
+          epoch=step // self._steps_per_epoch,
+        )
+    if self._ledger is not None and self._pending:
+      self._ledger.flush()
+    self._pending.clear()
+
+
+def nonfinite_samples(folder: pathlib.Path) -> int:
+  """How often a sample was left out because it was not finite."""
+  rows = writers.read_metrics(folder / writers.METRICS_FILE)
+  return int(sum(row.get("train_nonfinite", 0) for row in rows))
+
+
+def main(config: Any, workdir: str) -> None:
+  """Trains, then prints the result."""
+  print(json.dumps(train_and_evaluate(config, workdir), indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)

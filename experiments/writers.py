@@ -1,0 +1,80 @@
+"""Where a run's metrics go: JSON lines, TensorBoard, a progress bar."""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Writes scalars by step to `metrics.jsonl` and TensorBoard event files."""
+
+  def __init__(self, workdir: pathlib.Path, *, first_step: int):
+    """Opens the files.
+
+    Args:
+      workdir: the run's folder.
+      first_step: where the run starts or goes on. Lines from there on stem from
+        an interrupted run; they are dropped and will be written again.
+    """
+    path = workdir / METRICS_FILE
+    kept = [row for row in read_metrics(path) if row["step"] < first_step]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+      file.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(temporary, path)
+    self._file = open(path, "a")  # noqa: SIM115 - closed in close()
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=first_step
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes one line, `{"step": step, **scalars}`."""
+    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    for name, value in scalars.items():
+      self._events.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Puts what was written on disk."""
+    self._file.flush()
+    self._events.flush()
+
+  def close(self) -> None:
+    """Flushes and closes."""
+    self.flush()
+    self._file.close()
+    self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The whole lines of a metrics file; none if there is no file.
+
+  A line that a killed run left unfinished is the last one, and is left out.
+  """
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines(keepends=True):
+    if not line.endswith("\n"):
+      break
+    rows.append(json.loads(line))
+  return rows
+
+
+def progress(total: int, done: int, title: str) -> tqdm.tqdm:
+  """A progress bar over steps; silent when the output is not a terminal."""
+  return tqdm.tqdm(
+    total=total,
+    initial=done,
+    desc=title,
+    unit="step",
+    disable=not sys.stderr.isatty(),
+    leave=False,
+  )

@@ -1,0 +1,677 @@
+"""The ledger: every sample's scores, weights and losses, kept on disk.
+
+A ledger is a folder of Parquet files, one a flush, beside a small JSON
+manifest. Files are only ever added: each is written under a temporary name and
+renamed once its bytes are on the disk, so a killed run leaves either a whole
+file or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FORMAT = "gradmimic_jax.ledger"
+VERSION = 1
+FIELDS = ("score", "weight", "loss")
+
+_MANIFEST = "manifest.json"
+# first step, last step, order of writing, CRC-32 of the file's bytes. The
+# checksum sits in the name because a Parquet footer can't hold its own.
+_ROWS_NAME = re.compile(r"rows-\d{9,}-\d{9,}-(\d{6,})-([0-9a-f]{8})\.parquet")
+_ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
+# Rows that `matrix` looks up at once: bounds memory, and keeps the number of
+# passes over the ids small however many files there are.
+_BATCH_ROWS = 1 << 24
+
+
+class _Rows(NamedTuple):
+  """What one append brought."""
+
+  step: int
+  epoch: int
+  ids: pa.Array  # [n]
+  values: dict[str, np.ndarray | None]  # field -> float32 [n]
+
+
+class _RowFile(NamedTuple):
+  """What one file says of itself, read from its name and its footer."""
+
+  path: Path
+  sequence: int  # order of writing: the later of two rows for an (id, step)
+  checksum: str
+  first_step: int
+  last_step: int
+  n_rows: int
+  epochs: tuple[int, ...]
+
+
+class ScoreLedger:
+  """An append-only record of per-sample scores, weights and losses.
+
+  Rows are (id, step, epoch, score, weight, loss). `append` keeps them in
+  memory and `flush` writes them as one file; every reading method flushes
+  first, so that it sees what was appended. A row is identified by (id, step):
+  appending it again, as a resumed run does, leaves one row, the one written
+  last. One process writes a ledger at a time; any number may read it.
+
+  Guarantees:
+    * A kill at any moment loses at most the rows that were not flushed.
+    * A file that is damaged, or that another ledger wrote, is refused by name.
+      Nothing is skipped in silence.
+    * What is read back does not depend on how the appends were cut into files.
+
+  | edge case                                | behaviour                     |
+  |------------------------------------------|-------------------------------|
+  | NaN or infinite score, weight, loss      | stored as it is               |
+  | weights or losses not given              | null in `table`, NaN in       |
+  |                                          | `matrix`                      |
+  | no ids in an append (all were padding)   | nothing is recorded           |
+  | a sample seen twice in an epoch          | `matrix` has the latest step  |
+  | a sample not seen in an epoch            | `matrix` has NaN              |
+  | temporary files of a killed flush        | ignored; removed by the next  |
+  |                                          | flush                         |
+
+  Args:
+    path: the ledger's folder; made by the first flush when it isn't there.
+    fingerprints: what the scores belong to, as names and values (config, data,
+      reference, ...). Stored with a new ledger and compared with an existing
+      one; None takes an existing ledger's.
+
+  Raises:
+    TypeError: fingerprints that aren't strings by name.
+    ValueError: a ledger with other fingerprints, a damaged or foreign file, a
+      manifest that is missing, damaged or of another version.
+
+  Example:
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> with ScoreLedger(folder, fingerprints={"data": "digits"}) as ledger:
+    ...   ledger.append([7, 3], [0.5, -1.0], step=1, epoch=0)
+    ...   ledger.append([3, 9], [-2.0, 1.5], step=2, epoch=1)
+    >>> ids, values = ScoreLedger(folder).matrix("score")
+    >>> ids
+    array([3, 7, 9])
+    >>> values
+    array([[-1. , -2. ],
+           [ 0.5,  nan],
+           [ nan,  1.5]], dtype=float32)
+
+  References:
+    Huang et al., arXiv 2501.06708: offline selection needs the mimic score of
+    every sample at every step.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    fingerprints: Mapping[str, str] | None = None,
+  ):
+    self.path = Path(path)
+    if self.path.exists() and not self.path.is_dir():
+      raise ValueError(
+        f"{self.path} is a file; a ledger is a folder. Give the folder's path."
+      )
+    self._asked = _checked_fingerprints(fingerprints)
+    self._manifest: dict[str, Any] | None = None
+    self._id_kind: str | None = None
+    self._buffer: list[_Rows] = []
+    self._known: dict[str, _RowFile] = {}  # files whose footer was checked
+    self._cleaned = False
+    self._files()  # refuse a bad ledger now, not after hours of training
+
+  @property
+  def fingerprints(self) -> dict[str, str]:
+    """What the scores belong to: names and values."""
+    if self._manifest is not None:
+      return dict(self._manifest["fingerprints"])
+    return dict(self._asked or {})
+
+  @property
+  def id_kind(self) -> str | None:
+    """The kind of the ids, "integer" or "string"; None before any append."""
+    return self._id_kind
+
+  @property
+  def epochs(self) -> tuple[int, ...]:
+    """The epochs that have rows, ascending: the columns of `matrix`."""
+    self.flush()
+    return tuple(sorted({e for file in self._files() for e in file.epochs}))
+
+  def append(
+    self,
+    ids: Any,
+    scores: Any,
+    *,
+    step: int,
+    epoch: int,
+    weights: Any = None,
+    losses: Any = None,
+  ) -> None:
+    """Keeps one step's rows in memory until the next flush.
+
+    The arrays are copied: the caller may reuse or donate its own.
+
+    Args:
+      ids: the samples' ids [n], integers >= 0 or strings, none twice. The
+        first append fixes which of the two this ledger holds.
+      scores: raw scores [n]; anything `np.asarray` takes.
+      step: the step the rows were made at, >= 0.
+      epoch: the pass over the data that the step belongs to, >= 0.
+      weights: the samples' weights in the update [n].
+      losses: the samples' losses [n].
+
+    Raises:
+      TypeError: ids that are neither integers nor strings, or not of this
+        ledger's kind; scores that aren't real numbers; a step or an epoch that
+        isn't an integer.
+      ValueError: arrays that aren't [n] with one n; ids that repeat or are
+        negative; a negative step or epoch.
+    """
+    step = _count("step", step, 2**63 - 1)
+    epoch = _count("epoch", epoch, 2**31 - 1)
+    raw_ids = np.asarray(ids)
+    if raw_ids.ndim != 1:
+      raise ValueError(
+        f"ids has shape {raw_ids.shape}; expected [n], one id a sample."
+      )
+    values = {
+      "score": _floats("scores", scores, len(raw_ids)),
+      "weight": _floats("weights", weights, len(raw_ids)),
+      "loss": _floats("losses", losses, len(raw_ids)),
+    }
+    if values["score"] is None:
+      raise TypeError("scores is None; expected numbers of shape [n].")
+    if not len(raw_ids):
+      return
+    kind, checked_ids = _checked_ids(raw_ids)
+    if self._id_kind not in (None, kind):
+      raise TypeError(
+        f"ids are of kind {kind}, but the ledger at {self.path} holds"
+        f" {self._id_kind} ids. Use one kind of id for a ledger."
+      )
+    self._id_kind = kind
+    self._buffer.append(_Rows(step, epoch, checked_ids, values))
+
+  def flush(self) -> Path | None:
+    """Writes the rows in memory as one file.
+
+    Returns:
+      The new file's path, or None when there was nothing to write.
+    """
+    if not self._buffer:
+      return None
+    self.path.mkdir(parents=True, exist_ok=True)
+    if not self._cleaned:
+      _remove_temporary_files(self.path)
+      self._cleaned = True
+    files = self._files()  # also reads a manifest that has appeared since
+    if self._manifest is None:
+      self._write_manifest()
+    assert self._manifest is not None
+    if self._manifest["id_kind"] != self._id_kind:
+      raise TypeError(
+        f"the rows in memory have {self._id_kind} ids, but the ledger at"
+        f" {self.path} was begun meanwhile with {self._manifest['id_kind']}"
+        " ids. Use one kind of id, and one writer, for a ledger."
+      )
+    table = self._buffered_table()
+    steps = [rows.step for rows in self._buffer]
+    sequence = 1 + max((file.sequence for file in files), default=0)
+    about = {
+      "format": FORMAT,
+      "version": VERSION,
+      "ledger_id": self._manifest["ledger_id"],
+      "fingerprint": _digest(self.fingerprints),
+      "first_step": min(steps),
+      "last_step": max(steps),
+      "epochs": sorted({rows.epoch for rows in self._buffer}),
+    }
+    metadata = {FORMAT: json.dumps(about)}
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+      table.replace_schema_metadata(metadata),
+      sink,
+      compression="zstd",
+      use_dictionary=["step", "epoch"],  # scores and ids hardly repeat
+    )
+    content = sink.getvalue()
+    path = self.path / (
+      f"rows-{min(steps):09d}-{max(steps):09d}-{sequence:06d}"
+      f"-{zlib.crc32(content):08x}.parquet"
+    )
+    _write_atomically(path, content)
+    self._buffer = []  # only now: a failed write can be tried again
+    return path
+
+  def table(self) -> pa.Table:
+    """All rows as a `pyarrow.Table`, one for an (id, step).
+
+    Returns:
+      Columns id (int64 or string), step (int64), epoch (int32), score, weight
+      and loss (float32; null where not given), sorted by step, then id.
+    """
+    self.flush()
+    files = self._files()
+    if not files:
+      return _schema(self._id_kind or "integer").empty_table()
+    columns = ["id", "step", "epoch", *FIELDS]
+    return _latest_rows(pa.concat_tables(_read(f, columns) for f in files))
+
+  def matrix(self, field: str = "score") -> tuple[np.ndarray, np.ndarray]:
+    """One field as a matrix: a row a sample, a column an epoch.
+
+    Args:
+      field: "score", "weight" or "loss".
+
+    Returns:
+      ids [N], ascending (int64, or a NumPy string array), and values float32
+      [N, T], one column for each of `epochs`. NaN marks a sample that was not
+      seen in an epoch; where it was seen more than once, the latest step
+      counts.
+
+    Raises:
+      ValueError: another field, or a ledger without rows.
+    """
+    if field not in FIELDS:
+      raise ValueError(f"field is {field!r}; expected one of {FIELDS}.")
+    epochs = np.asarray(self.epochs)
+    if not len(epochs):
+      raise ValueError(
+        f"the ledger at {self.path} holds no rows, so it has no matrix."
+        " Check the path, or append scores first."
+      )
+    ids = pa.array([], _ID_TYPES[self._id_kind or "integer"])
+    for batch in self._batches(["id"], _BATCH_ROWS):
+      ids = pc.unique(pa.chunked_array([ids, *batch["id"].chunks]))
+    ids = ids.take(pc.sort_indices(ids))
+
+    # Epoch by epoch in memory: whoever votes reads one column at a time.
+    values = np.full((len(epochs), len(ids)), np.nan, np.float32)
+    for batch in self._batches(["id", "step", "epoch", field], len(ids)):
+      row = pc.index_in(batch["id"], value_set=ids).to_numpy()
+      column = np.searchsorted(epochs, batch["epoch"].to_numpy())
+      value = batch[field].to_numpy()
+      steps = batch["step"].to_numpy()
+      if (steps[1:] < steps[:-1]).any():
+        order = np.argsort(steps, kind="stable")
+        row, column, value = row[order], column[order], value[order]
+      values[column, row] = value  # where an index repeats, the last one stays
+    return _numpy_ids(ids), values.T
+
+  def __len__(self) -> int:
+    """The number of rows, one for an (id, step)."""
+    self.flush()
+    return sum(
+      group[0].n_rows
+      if len(group) == 1
+      else len(
+        _latest_rows(pa.concat_tables(_read(f, ["id", "step"]) for f in group))
+      )
+      for group in _groups(self._files())
+    )
+
+  def __enter__(self) -> ScoreLedger:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    # Also after an error: the rows are true, and a resumed run may repeat them.
+    self.flush()
+
+  def __repr__(self) -> str:
+    return (
+      f"ScoreLedger({str(self.path)!r}, fingerprints={self.fingerprints!r})"
+    )
+
+  def _batches(self, columns: list[str], min_rows: int) -> Iterator[pa.Table]:
+    """The rows in order of step, in tables of some `min_rows` rows.
+
+    Files whose steps overlap come in one table, in order of writing.
+    """
+    tables: list[pa.Table] = []
+    for group in _groups(self._files()):
+      tables.extend(_read(file, columns) for file in group)
+      if sum(map(len, tables)) >= min_rows:
+        yield pa.concat_tables(tables)
+        tables = []
+    if tables:
+      yield pa.concat_tables(tables)
+
+  def _buffered_table(self) -> pa.Table:
+    """The rows in memory, in order of step, one for an (id, step)."""
+    buffer = sorted(self._buffer, key=lambda rows: rows.step)  # stable
+    sizes = [len(rows.ids) for rows in buffer]
+    columns = [
+      pa.chunked_array([rows.ids for rows in buffer]),
+      np.repeat(np.array([rows.step for rows in buffer], np.int64), sizes),
+      np.repeat(np.array([rows.epoch for rows in buffer], np.int32), sizes),
+    ]
+    for field in FIELDS:
+      chunks = [rows.values[field] for rows in buffer]
+      columns.append(
+        pa.chunked_array(
+          [
+            pa.nulls(size, pa.float32()) if chunk is None else pa.array(chunk)
+            for chunk, size in zip(chunks, sizes, strict=True)
+          ]
+        )
+      )
+    assert self._id_kind is not None
+    table = pa.table(columns, schema=_schema(self._id_kind))
+    if len({rows.step for rows in buffer}) < len(buffer):
+      table = _latest_rows(table)
+    return table
+
+  def _files(self) -> list[_RowFile]:
+    """The ledger's files in order of writing; refuses any that isn't its."""
+    if self._manifest is None:
+      self._read_manifest()
+    paths = sorted(self.path.glob("*.parquet"))
+    if paths and self._manifest is None:
+      raise ValueError(
+        f"{self.path} holds Parquet files (the first is {paths[0].name}) but no"
+        f" {_MANIFEST}, so they can't be told to be a ledger's. Restore the"
+        " manifest, or give an empty folder."
+      )
+    for path in paths:
+      if path.name not in self._known:
+        self._known[path.name] = self._inspect(path)
+    files = [self._known[path.name] for path in paths]
+    return sorted(files, key=lambda file: file.sequence)
+
+  def _inspect(self, path: Path) -> _RowFile:
+    """Checks a file's name and footer against the manifest."""
+    assert self._manifest is not None
+    remedy = "Move it out of the ledger's folder."
+    named = _ROWS_NAME.fullmatch(path.name)
+    if named is None:
+      raise ValueError(
+        f"{path} is not a file that this ledger wrote: expected a name like"
+        f" rows-<first step>-<last step>-<number>-<checksum>.parquet. {remedy}"
+      )
+    try:
+      footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+      raise ValueError(
+        _torn(path, f"it has no Parquet footer ({error})")
+      ) from (error)
+    try:
+      about = json.loads((footer.metadata or {})[FORMAT.encode()])
+      file = _RowFile(
+        path,
+        int(named[1]),
+        named[2],
+        int(about["first_step"]),
+        int(about["last_step"]),
+        footer.num_rows,
+        tuple(about["epochs"]),
+      )
+      ours = self._manifest["ledger_id"], _digest(self.fingerprints), VERSION
+      theirs = about["ledger_id"], about["fingerprint"], about["version"]
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f"{path} is not a ledger's file: its Parquet metadata doesn't say so."
+        f" {remedy}"
+      ) from error
+    if ours != theirs:
+      raise ValueError(
+        f"{path} belongs to another ledger: its (ledger id, fingerprint,"
+        f" version) is {theirs}, this ledger's is {ours}. {remedy}"
+      )
+    return file
+
+  def _read_manifest(self) -> None:
+    """Takes the manifest's word for kind and fingerprints, if there is one."""
+    path = self.path / _MANIFEST
+    try:
+      text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+      return
+    except UnicodeDecodeError as error:
+      raise ValueError(_bad_manifest(path, f"not UTF-8: {error}")) from error
+    try:
+      manifest = json.loads(text)
+    except ValueError as error:
+      raise ValueError(_bad_manifest(path, f"not JSON: {error}")) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+      raise ValueError(_bad_manifest(path, f"its format is not {FORMAT!r}"))
+    if manifest.get("version") != VERSION:
+      raise ValueError(
+        f"{path} is of version {manifest.get('version')!r}; this gradmimic_jax"
+        f" reads version {VERSION}. Read it with the release that wrote it."
+      )
+    if (
+      not isinstance(manifest.get("ledger_id"), str)
+      or manifest.get("id_kind") not in _ID_TYPES
+      or not isinstance(manifest.get("fingerprints"), dict)
+    ):
+      raise ValueError(
+        _bad_manifest(path, "ledger_id, id_kind or fingerprints is not right")
+      )
+    if self._asked is not None:
+      _compare_fingerprints(path, manifest["fingerprints"], self._asked)
+    self._manifest = manifest
+    self._id_kind = self._id_kind or manifest["id_kind"]
+
+  def _write_manifest(self) -> None:
+    """Begins the ledger on disk, before its first file of rows."""
+    manifest = {
+      "format": FORMAT,
+      "version": VERSION,
+      "ledger_id": uuid.uuid4().hex,  # tells a twin's files from our own
+      "id_kind": self._id_kind,
+      "fingerprints": self.fingerprints,
+    }
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    _write_atomically(self.path / _MANIFEST, text.encode())
+    self._manifest = manifest  # only now: a failed write can be tried again
+
+
+def _groups(files: Sequence[_RowFile]) -> list[list[_RowFile]]:
+  """Files whose step ranges overlap, together; groups in order of step."""
+  groups: list[list[_RowFile]] = []
+  end = -1
+  for file in sorted(files, key=lambda file: file.first_step):
+    if not groups or file.first_step > end:
+      groups.append([])
+    groups[-1].append(file)
+    end = max(end, file.last_step)
+  return [sorted(group, key=lambda file: file.sequence) for group in groups]
+
+
+def _latest_rows(table: pa.Table) -> pa.Table:
+  """One row for an (id, step), the last of them; sorted by step, then id."""
+  ids = table["id"]
+  if ids.type == pa.string():
+    values = pc.unique(ids)
+    ids = pc.index_in(ids, value_set=values.take(pc.sort_indices(values)))
+  codes, steps = ids.to_numpy(), table["step"].to_numpy()
+  order = np.lexsort((codes, steps))  # stable: rows written later come later
+  codes, steps = codes[order], steps[order]
+  is_last = np.ones(len(order), bool)
+  is_last[:-1] = (codes[1:] != codes[:-1]) | (steps[1:] != steps[:-1])
+  return table.take(order[is_last])
+
+
+def _read(file: _RowFile, columns: list[str]) -> pa.Table:
+  """Some columns of a file whose bytes are as they were written."""
+  content = file.path.read_bytes()
+  checksum = f"{zlib.crc32(content):08x}"
+  if checksum != file.checksum:
+    raise ValueError(
+      _torn(
+        file.path,
+        f"the checksum of its bytes is {checksum}, its name says"
+        f" {file.checksum}",
+      )
+    )
+  table = pq.read_table(pa.BufferReader(content), columns=columns)
+  return table.replace_schema_metadata(None)
+
+
+def _torn(path: Path, what: str) -> str:
+  return (
+    f"{path} is torn or garbled: {what}. A ledger only renames whole files"
+    " into place, so it was damaged afterwards (an unfinished copy, a full"
+    " disk). Restore it from a copy, or delete it and record the steps in its"
+    " name again."
+  )
+
+
+def _bad_manifest(path: Path, what: str) -> str:
+  return (
+    f"{path} is not the manifest of a ledger ({what}). Restore it, or give the"
+    " path of another folder."
+  )
+
+
+def _schema(id_kind: str) -> pa.Schema:
+  return pa.schema(
+    [
+      ("id", _ID_TYPES[id_kind]),
+      ("step", pa.int64()),
+      ("epoch", pa.int32()),
+      *((field, pa.float32()) for field in FIELDS),
+    ]
+  )
+
+
+def _write_atomically(path: Path, content: Any) -> None:
+  """Writes a file so that it is there whole or not at all."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+
+
+def _remove_temporary_files(folder: Path) -> None:
+  for pattern in (".rows-*.parquet.tmp", f".{_MANIFEST}.tmp"):
+    for path in folder.glob(pattern):
+      path.unlink(missing_ok=True)
+
+
+def _digest(fingerprints: Mapping[str, str]) -> str:
+  text = json.dumps(dict(fingerprints), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _checked_fingerprints(
+  fingerprints: Mapping[str, str] | None,
+) -> dict[str, str] | None:
+  if fingerprints is None:
+    return None
+  if not isinstance(fingerprints, Mapping):
+    raise TypeError(
+      "fingerprints must be a mapping of names to strings; got a"
+      f" {type(fingerprints).__name__}."
+    )
+  for name, value in fingerprints.items():
+    if not isinstance(name, str) or not isinstance(value, str):
+      raise TypeError(
+        f"fingerprints[{name!r}] is {value!r}; names and values must be"
+        " strings. Hash or format the value first."
+      )
+  return dict(fingerprints)
+
+
+def _compare_fingerprints(
+  path: Path, found: Mapping[str, str], asked: Mapping[str, str]
+) -> None:
+  for name in sorted(found.keys() | asked.keys()):
+    if found.get(name) != asked.get(name):
+      raise ValueError(
+        f"the ledger at {path.parent} was made with other inputs: fingerprint"
+        f" {name!r} is {found.get(name)!r} there and {asked.get(name)!r} here."
+        " Use another folder, or the inputs it was made with."
+      )
+
+
+def _count(name: str, value: Any, limit: int) -> int:
+  try:
+    if isinstance(value, (bool, np.bool_)):
+      raise TypeError
+    count = operator.index(value)
+  except TypeError as error:
+    raise TypeError(f"{name} is {value!r}; expected an integer.") from error
+  if not 0 <= count <= limit:
+    raise ValueError(f"{name} is {count}; expected 0 <= {name} <= {limit}.")
+  return count
+
+
+def _floats(name: str, values: Any, n: int) -> np.ndarray | None:
+  """A float32 copy [n]; None stays None."""
+  if values is None:
+    return None
+  array = np.asarray(values)
+  if array.shape != (n,):
+    raise ValueError(
+      f"{name} has shape {array.shape}, but there are {n} ids; expected"
+      f" [{n}], one value an id."
+    )
+  if not np.can_cast(array.dtype, np.float32, "same_kind"):
+    raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers.")
+  with np.errstate(over="ignore"):  # beyond float32 is infinite, and legal
+    return array.astype(np.float32, copy=True)
+
+
+def _checked_ids(ids: np.ndarray) -> tuple[str, pa.Array]:
+  """The kind of the ids and a copy of them; none negative, none twice."""
+  if ids.dtype.kind in "iu":
+    if ids.min() < 0:
+      raise ValueError(
+        f"ids holds {ids.min()}; expected ids >= 0. Leave padding out:"
+        " append(ids[mask], scores[mask], ...)."
+      )
+    if ids.max() > 2**63 - 1:
+      raise ValueError(f"ids holds {ids.max()}, which doesn't fit in int64.")
+    kind, checked = "integer", pa.array(ids.astype(np.int64, copy=True))
+  elif ids.dtype.kind in "UTO":
+    try:
+      # StringDType ("T") reaches Arrow only by way of objects.
+      strings = ids if ids.dtype.kind == "U" else ids.astype(object)
+      kind, checked = "string", pa.array(strings, pa.string())
+    except pa.ArrowException as error:
+      raise TypeError(f"ids are not all strings: {error}.") from error
+    if checked.null_count:
+      raise TypeError("ids holds None or NaN; expected a string a sample.")
+  else:
+    raise TypeError(
+      f"ids has dtype {ids.dtype}; expected integers >= 0 or strings."
+    )
+  if pc.count_distinct(checked).as_py() < len(checked):
+    counts = pc.value_counts(checked)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    raise ValueError(
+      f"ids repeat within one step: {repeated[0]['values'].as_py()!r} came"
+      f" {repeated[0]['counts'].as_py()} times. Append each sample of a step"
+      " once; leave padding out."
+    )
+  return kind, checked
+
+
+def _numpy_ids(ids: pa.Array) -> np.ndarray:
+  array = ids.to_numpy(zero_copy_only=False)
+  # A fixed-width string array needs no pickle to be saved; objects do.
+  return array.astype(np.str_) if ids.type == pa.string() else array

@@ -1,0 +1,1 @@
+"""What scores look like: figures for people."""

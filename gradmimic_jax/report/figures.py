@@ -1,0 +1,244 @@
+"""Figures of a run: learning curves, score histograms, contact sheets.
+
+Each function draws one PNG file and returns its path. matplotlib is imported
+when a figure is drawn, as the library otherwise does without it.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito's colours, which people with colour-blindness tell apart.
+_COLORS = (
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+  "#000000",
+)
+_CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
+_STYLE = {
+  "figure.dpi": 150,
+  "font.size": 9,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.alpha": 0.25,
+  "axes.titlesize": 10,
+  "legend.frameon": False,
+}
+
+
+def learning_curves(
+  curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+  path: str | os.PathLike,
+  *,
+  title: str,
+  xlabel: str,
+  ylabel: str,
+) -> pathlib.Path:
+  """Draws a line for each method, its mean over runs, and the runs behind it.
+
+  Args:
+    curves: for each name a list of runs, each `(x [K], y [K])`, all at the same
+      x.
+    path: of the PNG file.
+    title: above the axes.
+    xlabel: what x is.
+    ylabel: what y is.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: there are no curves, or runs of one name differ in x.
+
+  Example:
+    >>> import tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = learning_curves(
+    ...     {"sgd": [([0, 1], [0.1, 0.8])]}, os.path.join(folder, "a.png"),
+    ...     title="Digits", xlabel="epoch", ylabel="accuracy")
+    ...   path.exists()
+    True
+  """
+  if not curves:
+    raise ValueError("no curves came; expected at least one name.")
+  with _figure(path, figsize=(6, 3.6)) as (figure, path):
+    axes = figure.subplots()
+    for i, (name, runs) in enumerate(curves.items()):
+      xs = [np.asarray(x, float) for x, _ in runs]
+      if any(not np.array_equal(x, xs[0]) for x in xs):
+        raise ValueError(f"the runs of {name!r} were recorded at different x.")
+      ys = np.asarray([y for _, y in runs], float)
+      color = _COLORS[i % len(_COLORS)]
+      for y in ys:
+        axes.plot(xs[0], y, color=color, alpha=0.25, linewidth=0.8)
+      label = name if len(ys) == 1 else f"{name} (mean of {len(ys)})"
+      axes.plot(xs[0], ys.mean(axis=0), color=color, linewidth=1.8, label=label)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+  return path
+
+
+def score_histograms(
+  scores: Any,
+  is_mislabelled: Any,
+  path: str | os.PathLike,
+  *,
+  title: str,
+  most: int = 6,
+) -> pathlib.Path:
+  """Draws the scores of clean against mislabelled samples, epoch by epoch.
+
+  Args:
+    scores: `[N, T]`, NaN where a sample was not scored.
+    is_mislabelled: bool `[N]`.
+    path: of the PNG file.
+    title: above the panels.
+    most: how many epochs to show at most, spread evenly over all T.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: shapes that don't fit.
+
+  Example:
+    >>> import tempfile, os
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = score_histograms(
+    ...     np.array([[1.0], [-1.0]]), np.array([False, True]),
+    ...     os.path.join(folder, "a.png"), title="Digits")
+    ...   path.exists()
+    True
+  """
+  scores = np.asarray(scores, float)
+  wrong = np.asarray(is_mislabelled, bool)
+  if scores.ndim != 2 or wrong.shape != scores.shape[:1]:
+    raise ValueError(
+      f"scores have shape {scores.shape} and is_mislabelled {wrong.shape};"
+      " expected [N, T] and [N]."
+    )
+  epochs = np.unique(
+    np.linspace(0, scores.shape[1] - 1, min(most, scores.shape[1])).astype(int)
+  )
+  columns = min(3, len(epochs))
+  rows = math.ceil(len(epochs) / columns)
+  with _figure(path, figsize=(2.7 * columns, 2.1 * rows + 0.5)) as (figure, path):
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat[len(epochs) :]:
+      panel.set_axis_off()
+    for panel, epoch in zip(panels.flat, epochs, strict=False):
+      values = scores[:, epoch]
+      seen = np.isfinite(values)
+      # A few far-out scores would squeeze all others into one bar.
+      low, high = np.percentile(values[seen], [0.5, 99.5])
+      if high <= low:
+        low, high = low - 0.5, high + 0.5
+      bins = np.linspace(low, high, 41)
+      for chosen, color, label in (
+        (seen & ~wrong, _CLEAN, "clean"),
+        (seen & wrong, _MISLABELLED, "mislabelled"),
+      ):
+        clipped = np.clip(values[chosen], low, high)
+        panel.hist(clipped, bins, color=color, alpha=0.6, label=label)
+      panel.axvline(0, color="black", linewidth=0.8, linestyle=":")
+      panel.set_title(f"epoch {epoch + 1}")
+      panel.set_yticks([])
+      panel.grid(visible=False)
+    panels.flat[0].legend()
+    figure.suptitle(title)
+    figure.supxlabel("mimic score (outermost bars hold all beyond)", fontsize=9)
+  return path
+
+
+def contact_sheet(
+  images: Any,
+  captions: Sequence[str],
+  path: str | os.PathLike,
+  *,
+  title: str,
+  flagged: Sequence[bool] | None = None,
+  columns: int = 8,
+) -> pathlib.Path:
+  """Draws images in a grid, each with a caption.
+
+  Args:
+    images: uint8 `[K, H, W, C]`, C 1 or 3.
+    captions: K texts.
+    path: of the PNG file.
+    title: above the grid.
+    flagged: which captions to print in the colour of mislabelled samples.
+    columns: images in a row.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: no images, or as many captions as images are not there.
+
+  Example:
+    >>> import tempfile, os
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = contact_sheet(
+    ...     np.zeros((1, 8, 8, 1), np.uint8), ["3"],
+    ...     os.path.join(folder, "a.png"), title="Digits")
+    ...   path.exists()
+    True
+  """
+  images = np.asarray(images)
+  if images.ndim != 4 or not len(images) or len(images) != len(captions):
+    raise ValueError(
+      f"images have shape {images.shape} and there are {len(captions)}"
+      " captions; expected [K, H, W, C] and K > 0 of them."
+    )
+  if flagged is None:
+    flagged = [False] * len(images)
+  columns = min(columns, len(images))
+  rows = math.ceil(len(images) / columns)
+  with _figure(path, figsize=(1.05 * columns, 1.3 * rows + 0.5)) as (figure, path):
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+      panel.set_axis_off()
+    shown = zip(panels.flat, images, captions, flagged, strict=False)
+    for panel, image, caption, flag in shown:
+      gray = image.shape[-1] == 1
+      panel.imshow(
+        image[..., 0] if gray else image,
+        cmap="gray_r" if gray else None,
+        vmin=0,
+        vmax=255,
+        interpolation="nearest",
+      )
+      color = _MISLABELLED if flag else "black"
+      # Captions come from data: a "$" in them is no formula.
+      panel.set_title(caption, fontsize=7, color=color, parse_math=False)
+    figure.suptitle(title, parse_math=False)
+  return path
+
+
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, **kwargs: Any) -> Iterator[Any]:
+  """A figure in the house style, saved whole or not at all."""
+  import matplotlib
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  path = pathlib.Path(path)
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    yield figure, path
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+  os.replace(temporary, path)

@@ -1,0 +1,499 @@
+"""The ledger keeps every row, once, and reads nothing that isn't its own."""
+
+import json
+import os
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gradmimic_jax import ledger as ledger_lib
+from gradmimic_jax.ledger import ScoreLedger
+
+
+def random_appends(seed, *, n_ids=40, n_epochs=3, steps_per_epoch=6, batch=8):
+  """Appends of a made-up run, with samples seen twice or never in an epoch."""
+  rng = np.random.default_rng(seed)
+  return [
+    dict(
+      ids=rng.permutation(n_ids)[:batch] * 3,
+      scores=rng.normal(size=batch).astype(np.float32),
+      step=epoch * steps_per_epoch + i,
+      epoch=epoch,
+      weights=rng.random(batch).astype(np.float32),
+      losses=rng.random(batch).astype(np.float32),
+    )
+    for epoch in range(n_epochs)
+    for i in range(steps_per_epoch)
+  ]
+
+
+def brute_force_matrix(appends, field):
+  """The rule of `matrix`, row by row: the latest step of an epoch counts."""
+  latest = {}
+  for rows in sorted(appends, key=lambda rows: rows["step"]):
+    for sample, value in zip(rows["ids"], rows[field], strict=True):
+      latest[sample, rows["epoch"]] = value
+  ids = sorted({sample for sample, _ in latest})
+  epochs = sorted({epoch for _, epoch in latest})
+  values = [[latest.get((i, e), np.nan) for e in epochs] for i in ids]
+  return np.array(ids), np.array(values, np.float32)
+
+
+def write(path, appends, *, flush_every=5, **kwargs):
+  with ScoreLedger(path, **kwargs) as ledger:
+    for i, rows in enumerate(appends):
+      ledger.append(**rows)
+      if i % flush_every == flush_every - 1:
+        ledger.flush()
+  return ledger
+
+
+def row_files(path):
+  return sorted(path.glob("rows-*.parquet"))
+
+
+@pytest.mark.parametrize("flush_every", [1, 5, 100])
+@pytest.mark.parametrize("field", ["score", "weight", "loss"])
+def test_matrix_is_the_brute_force_one(tmp_path, flush_every, field):
+  appends = random_appends(0)
+  write(tmp_path, appends, flush_every=flush_every)
+  names = {"score": "scores", "weight": "weights", "loss": "losses"}
+  ids, values = ScoreLedger(tmp_path).matrix(field)
+  want_ids, want_values = brute_force_matrix(appends, names[field])
+  assert ids.dtype == np.int64
+  assert values.dtype == np.float32
+  assert np.isnan(want_values).any()  # the made-up run has gaps
+  np.testing.assert_array_equal(ids, want_ids)
+  np.testing.assert_array_equal(values, want_values)
+
+
+def test_table_holds_every_row_sorted(tmp_path):
+  appends = random_appends(1)
+  ledger = write(tmp_path, appends)
+  table = ledger.table()
+  want = sorted(
+    (rows["step"], int(i), rows["epoch"], float(s))
+    for rows in appends
+    for i, s in zip(rows["ids"], rows["scores"], strict=True)
+  )
+  got = zip(
+    *(table[c].to_pylist() for c in ("step", "id", "epoch", "score")),
+    strict=True,
+  )
+  assert list(got) == want
+  assert len(ledger) == len(want)
+  assert ledger.epochs == (0, 1, 2)
+  assert table.schema.names == [
+    "id",
+    "step",
+    "epoch",
+    "score",
+    "weight",
+    "loss",
+  ]
+
+
+def test_out_of_order_steps_and_small_batches(tmp_path, monkeypatch):
+  monkeypatch.setattr(ledger_lib, "_BATCH_ROWS", 4)
+  appends = random_appends(2)
+  shuffled = [
+    appends[i] for i in np.random.default_rng(0).permutation(len(appends))
+  ]
+  write(tmp_path, shuffled, flush_every=2)
+  ids, values = ScoreLedger(tmp_path).matrix()
+  want_ids, want_values = brute_force_matrix(appends, "scores")
+  np.testing.assert_array_equal(ids, want_ids)
+  np.testing.assert_array_equal(values, want_values)
+
+
+def test_one_scoring_step_in_many_appends(tmp_path):
+  # A pass over a data set with fixed parameters: one step, disjoint ids.
+  with ScoreLedger(tmp_path) as ledger:
+    for start in range(0, 100, 10):
+      ids = np.arange(start, start + 10)
+      ledger.append(ids, ids / 10, step=7, epoch=0)
+      if start % 30 == 0:
+        ledger.flush()
+  assert len(ledger) == 100
+  ids, values = ledger.matrix()
+  np.testing.assert_array_equal(ids, np.arange(100))
+  np.testing.assert_allclose(values[:, 0], np.arange(100) / 10, rtol=1e-6)
+
+
+def test_string_ids(tmp_path):
+  uids = np.array(["b" * 32, "a" * 32, "é"])
+  with ScoreLedger(tmp_path) as ledger:
+    ledger.append(uids, [1.0, 2.0, 3.0], step=0, epoch=0)
+    ledger.append(uids[:2].astype(object), [4.0, 5.0], step=1, epoch=1)
+    ledger.flush()
+    ledger.append(list(uids[:1]), [6.0], step=1, epoch=1)
+  reopened = ScoreLedger(tmp_path)
+  assert reopened.id_kind == "string"
+  assert len(reopened) == 5
+  ids, values = reopened.matrix()
+  assert ids.dtype.kind == "U"
+  assert ids.tolist() == ["a" * 32, "b" * 32, "é"]
+  np.testing.assert_array_equal(values, [[2, 5], [1, 6], [3, np.nan]])
+  assert reopened.table()["id"].to_pylist()[:2] == ["a" * 32, "b" * 32]
+
+
+def test_fields_not_given_and_not_finite(tmp_path):
+  with ScoreLedger(tmp_path) as ledger:
+    ledger.append([0, 1, 2], [np.nan, np.inf, 1e300], step=0, epoch=0)
+    ledger.append([0, 1, 2], [1, 2, 3], step=1, epoch=1, losses=[4, 5, np.inf])
+  table = ledger.table()
+  assert table["weight"].null_count == 6
+  assert table["loss"].null_count == 3
+  assert table["score"].null_count == 0
+  _, scores = ledger.matrix()
+  np.testing.assert_array_equal(scores, [[np.nan, 1], [np.inf, 2], [np.inf, 3]])
+  _, weights = ledger.matrix("weight")
+  assert np.isnan(weights).all()
+  _, losses = ledger.matrix("loss")
+  np.testing.assert_array_equal(
+    losses, [[np.nan, 4], [np.nan, 5], [np.nan, np.inf]]
+  )
+
+
+def test_takes_jax_arrays_and_copies_what_it_takes(tmp_path):
+  ids, scores = np.array([1, 2]), np.array([1.0, 2.0], np.float32)
+  with ScoreLedger(tmp_path) as ledger:
+    ledger.append(ids, scores, step=0, epoch=0)
+    ids[:], scores[:] = 9, 9.0
+    ledger.append(
+      jnp.array([3, 4]),
+      jnp.array([3, 4], jnp.bfloat16),
+      step=jnp.int32(1),
+      epoch=np.int64(0),
+    )
+  got, values = ledger.matrix()
+  np.testing.assert_array_equal(got, [1, 2, 3, 4])
+  np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 4])
+
+
+def test_an_empty_append_records_nothing(tmp_path):
+  with ScoreLedger(tmp_path / "new") as ledger:
+    ledger.append([], [], step=0, epoch=0)
+    assert ledger.flush() is None
+  assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_ledger(tmp_path):
+  ledger = ScoreLedger(tmp_path / "nowhere")
+  assert len(ledger) == 0
+  assert ledger.epochs == ()
+  assert ledger.table().num_rows == 0
+  with pytest.raises(ValueError, match="nowhere holds no rows"):
+    ledger.matrix()
+
+
+# Resume.
+
+
+@pytest.mark.parametrize("resume_from", [0, 3, 7, 17])
+def test_resume_is_idempotent(tmp_path, resume_from):
+  appends = random_appends(3)
+  write(tmp_path / "whole", appends)
+  # Killed after step 12 with everything flushed; the checkpoint is older.
+  write(tmp_path / "killed", appends[:13], flush_every=4)
+  write(tmp_path / "killed", appends[min(resume_from, 13) :], flush_every=3)
+  whole, killed = (
+    ScoreLedger(tmp_path / "whole"),
+    ScoreLedger(tmp_path / "killed"),
+  )
+  assert killed.table().equals(whole.table())
+  assert len(killed) == len(whole) == killed.table().num_rows
+  for field in ledger_lib.FIELDS:
+    for got, want in zip(
+      killed.matrix(field), whole.matrix(field), strict=True
+    ):
+      np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("flush_between", [True, False])
+def test_the_row_written_last_wins(tmp_path, flush_between):
+  ledger = ScoreLedger(tmp_path)
+  ledger.append([1, 2], [1.0, 2.0], step=5, epoch=0)
+  ledger.append([1, 2], [7.0, 8.0], step=6, epoch=0)
+  if flush_between:
+    ledger.flush()
+  ledger.append([2], [3.0], step=5, epoch=0)
+  assert ledger.table()["score"].to_pylist() == [1.0, 3.0, 7.0, 8.0]
+  assert len(ledger) == 4
+  np.testing.assert_array_equal(ledger.matrix()[1], [[7.0], [8.0]])
+
+
+def test_a_kill_between_writing_and_renaming(tmp_path, monkeypatch):
+  appends = random_appends(4)
+  write(tmp_path, appends[:5])
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  ledger = ScoreLedger(tmp_path)
+  for rows in appends[5:]:
+    ledger.append(**rows)
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+      ledger.flush()
+  (leftover,) = tmp_path.glob(".rows-*.tmp")
+
+  # A reader sees what was whole and touches nothing.
+  reader = ScoreLedger(tmp_path)
+  assert len(reader) == sum(len(rows["ids"]) for rows in appends[:5])
+  assert leftover.exists()
+  # The next writer starts where the last whole file ends.
+  write(tmp_path, appends[5:])
+  assert not leftover.exists()
+  np.testing.assert_array_equal(
+    ScoreLedger(tmp_path).matrix()[1], brute_force_matrix(appends, "scores")[1]
+  )
+
+
+def test_a_failed_flush_keeps_the_rows(tmp_path, monkeypatch):
+  ledger = ScoreLedger(tmp_path)
+  ledger.append([1], [1.0], step=0, epoch=0)
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+      ledger.flush()
+  assert ledger.flush() is not None
+  assert len(ScoreLedger(tmp_path)) == 1
+
+
+def test_a_flush_at_exit_after_an_error(tmp_path):
+  def fail(ledger):
+    with ledger:
+      ledger.append([1], [1.0], step=0, epoch=0)
+      raise RuntimeError
+
+  with pytest.raises(RuntimeError):
+    fail(ScoreLedger(tmp_path))
+  assert len(ScoreLedger(tmp_path)) == 1
+
+
+# Files that are damaged, or not the ledger's.
+
+
+def test_a_torn_file_is_refused_by_name(tmp_path):
+  write(tmp_path, random_appends(5))
+  torn = row_files(tmp_path)[1]
+  whole = torn.read_bytes()
+  for size in [0, 3, 4, 100, len(whole) // 2, len(whole) - 9, len(whole) - 1]:
+    torn.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=f"{torn.name} is torn or garbled"):
+      ScoreLedger(tmp_path)
+  torn.write_bytes(whole)
+  ScoreLedger(tmp_path).table()
+
+
+def test_a_garbled_file_is_never_read(tmp_path):
+  write(tmp_path, random_appends(6))
+  garbled = row_files(tmp_path)[0]
+  whole = garbled.read_bytes()
+  for at in np.random.default_rng(0).integers(0, len(whole), 60):
+    content = bytearray(whole)
+    content[at] ^= 0x40
+    garbled.write_bytes(bytes(content))
+    for read in (ScoreLedger.table, ScoreLedger.matrix):
+      with pytest.raises(ValueError, match=garbled.name):
+        read(ScoreLedger(tmp_path))
+
+
+def test_a_file_torn_after_opening_is_refused(tmp_path):
+  ledger = write(tmp_path, random_appends(7))
+  torn = row_files(tmp_path)[-1]
+  torn.write_bytes(torn.read_bytes()[:-50])
+  with pytest.raises(ValueError, match=f"{torn.name} is torn or garbled"):
+    ledger.matrix()
+
+
+def test_a_foreign_parquet_file_is_refused(tmp_path):
+  write(tmp_path, random_appends(8))
+  table = pa.table({"id": [1], "score": [1.0]})
+  pq.write_table(table, tmp_path / "mine.parquet")
+  with pytest.raises(ValueError, match=r"mine.parquet is not a file that this"):
+    ScoreLedger(tmp_path)
+  named = "rows-000000000-000000001-000009-00000000.parquet"
+  os.replace(tmp_path / "mine.parquet", tmp_path / named)
+  with pytest.raises(ValueError, match=f"{named} is not a ledger's file"):
+    ScoreLedger(tmp_path)
+
+
+def test_a_twin_ledgers_file_is_refused(tmp_path):
+  for name in "ab":
+    write(tmp_path / name, random_appends(9), fingerprints={"data": "digits"})
+  theirs = row_files(tmp_path / "b")[0]
+  shutil.copy(
+    theirs, tmp_path / "a" / theirs.name.replace("-000001-", "-9999-")
+  )
+  with pytest.raises(ValueError, match="not a file that this ledger wrote"):
+    ScoreLedger(tmp_path / "a")
+  os.remove(tmp_path / "a" / theirs.name.replace("-000001-", "-9999-"))
+  name = theirs.name.replace("-000001-", "-000099-")
+  shutil.copy(theirs, tmp_path / "a" / name)
+  with pytest.raises(ValueError, match=f"{name} belongs to another ledger"):
+    ScoreLedger(tmp_path / "a")
+
+
+def test_a_file_that_appears_while_open_is_checked(tmp_path):
+  ledger = write(tmp_path, random_appends(10))
+  (tmp_path / "late.parquet").write_bytes(b"PAR1")
+  with pytest.raises(ValueError, match=r"late.parquet is not a file"):
+    ledger.table()
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+  write(tmp_path, random_appends(11))
+  (tmp_path / "README").write_text("notes")
+  (tmp_path / "figures").mkdir()
+  ScoreLedger(tmp_path).matrix()
+
+
+def test_a_missing_manifest_is_refused(tmp_path):
+  write(tmp_path, random_appends(12))
+  (tmp_path / "manifest.json").unlink()
+  with pytest.raises(ValueError, match=r"but no\s+manifest.json"):
+    ScoreLedger(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "not JSON"),
+    (b'{"format": "gradmimic', "not JSON"),
+    (b"\xff\xfe", "not UTF-8"),
+    (b"[1, 2]", "its format is not"),
+    (b'{"format": "other"}', "its format is not"),
+    (b'{"format": "gradmimic_jax.ledger", "version": 99}', "of version 99"),
+    (b'{"format": "gradmimic_jax.ledger", "version": 1}', "is not right"),
+  ],
+)
+def test_a_bad_manifest_is_refused(tmp_path, content, message):
+  (tmp_path / "manifest.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"manifest.json") as caught:
+    ScoreLedger(tmp_path)
+  assert message in str(caught.value)
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+  (tmp_path / "x").write_text("")
+  with pytest.raises(ValueError, match="is a file; a ledger is a folder"):
+    ScoreLedger(tmp_path / "x")
+
+
+# Fingerprints and the kind of the ids.
+
+
+def test_fingerprints_are_kept_and_compared(tmp_path):
+  prints = {"data": "digits", "reference": "abc"}
+  write(tmp_path, random_appends(13), fingerprints=prints)
+  assert ScoreLedger(tmp_path).fingerprints == prints
+  assert ScoreLedger(tmp_path, fingerprints=prints).fingerprints == prints
+  for other, message in [
+    ({"data": "digits", "reference": "xyz"}, "'reference' is 'abc'.*'xyz'"),
+    ({"data": "digits"}, "'reference' is 'abc' there and None here"),
+    ({**prints, "config": "c"}, "'config' is None there and 'c' here"),
+    ({}, "'data' is 'digits' there and None here"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      ScoreLedger(tmp_path, fingerprints=other)
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  assert manifest["fingerprints"] == prints
+  assert manifest["id_kind"] == "integer"
+
+
+def test_a_ledger_begun_by_another_meanwhile(tmp_path):
+  late = ScoreLedger(tmp_path, fingerprints={"data": "a"})
+  write(tmp_path, random_appends(14), fingerprints={"data": "b"})
+  late.append([1], [1.0], step=0, epoch=0)
+  with pytest.raises(ValueError, match="fingerprint 'data' is 'b' there"):
+    late.flush()
+
+
+def test_fingerprints_must_be_strings(tmp_path):
+  with pytest.raises(TypeError, match=r"fingerprints\['seed'\] is 3"):
+    ScoreLedger(tmp_path, fingerprints={"seed": 3})
+  with pytest.raises(TypeError, match="a mapping of names to strings"):
+    ScoreLedger(tmp_path, fingerprints="digits")
+
+
+def test_the_first_append_fixes_the_kind_of_id(tmp_path):
+  ledger = ScoreLedger(tmp_path)
+  assert ledger.id_kind is None
+  ledger.append([1], [1.0], step=0, epoch=0)
+  with pytest.raises(TypeError, match="of kind string, but the ledger at"):
+    ledger.append(["a"], [1.0], step=1, epoch=0)
+  ledger.flush()
+  with pytest.raises(TypeError, match="holds integer ids"):
+    ScoreLedger(tmp_path).append(["a"], [1.0], step=1, epoch=0)
+
+
+@pytest.mark.parametrize(
+  ("change", "error", "message"),
+  [
+    ({"ids": [1, 2]}, ValueError, r"scores has shape \(3,\), but there are 2"),
+    ({"ids": [[1, 2, 3]]}, ValueError, r"ids has shape \(1, 3\)"),
+    ({"ids": 1}, ValueError, r"ids has shape \(\)"),
+    ({"ids": [1, -1, 2]}, ValueError, r"ids holds -1.*Leave padding out"),
+    ({"ids": [1, 5, 5]}, ValueError, "ids repeat within one step: 5 came 2"),
+    ({"ids": ["a", "b", "a"]}, ValueError, "'a' came 2 times"),
+    ({"ids": [1.0, 2.0, 3.0]}, TypeError, "ids has dtype float64"),
+    ({"ids": [True, False, True]}, TypeError, "ids has dtype bool"),
+    ({"ids": [b"a", b"b", b"c"]}, TypeError, "ids has dtype"),
+    (
+      {"ids": np.array(["a", 1, "b"], object)},
+      TypeError,
+      "ids are not all strings",
+    ),
+    (
+      {"ids": np.array(["a", None, "b"], object)},
+      TypeError,
+      "ids holds None",
+    ),
+    (
+      {"ids": np.array([1, 2, 2**63], np.uint64)},
+      ValueError,
+      "fit in int64",
+    ),
+    ({"scores": [[1.0], [2.0], [3.0]]}, ValueError, "scores has shape"),
+    ({"scores": ["1", "2", "3"]}, TypeError, "scores has dtype <U1"),
+    ({"scores": [1j, 2, 3]}, TypeError, "scores has dtype complex128"),
+    ({"scores": None}, TypeError, "scores is None"),
+    ({"weights": [1.0]}, ValueError, r"weights has shape \(1,\)"),
+    ({"losses": 1.0}, ValueError, r"losses has shape \(\)"),
+    ({"step": -1}, ValueError, "step is -1"),
+    ({"step": 1.0}, TypeError, r"step is 1.0; expected an integer"),
+    ({"step": True}, TypeError, "step is True"),
+    ({"epoch": 2**31}, ValueError, "epoch is 2147483648"),
+    ({"epoch": None}, TypeError, "epoch is None"),
+  ],
+)
+def test_a_bad_append_is_refused_and_leaves_no_trace(
+  tmp_path, change, error, message
+):
+  ledger = ScoreLedger(tmp_path)
+  good = dict(ids=[1, 2, 3], scores=[1.0, 2.0, 3.0], step=0, epoch=0)
+  with pytest.raises(error, match=message):
+    ledger.append(**{**good, **change})
+  assert len(ledger) == 0
+  ledger.append(**good)
+  assert len(ledger) == 3
+
+
+def test_an_unknown_field_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="field is 'grad'; expected one of"):
+    ScoreLedger(tmp_path).matrix("grad")
+
+
+def test_no_file_holds_a_pickle(tmp_path):
+  write(tmp_path, random_appends(15))
+  ids, _ = ScoreLedger(tmp_path).matrix()
+  np.save(tmp_path / "ids.npy", ids, allow_pickle=False)
+  for path in row_files(tmp_path):
+    assert b"pandas" not in path.read_bytes()
