@@ -1,1 +1,1 @@
-"""Configurations: `get_config(arg)` functions that return locked ConfigDicts."""
+"""Configs: `get_config(arg)` functions that return locked ConfigDicts."""

@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.seed = 0
   config.batch_size = 128
   config.eval_batch_size = 512
-  config.num_epochs = 30
+  config.num_epochs = 40
 
   config.data = config_dict.ConfigDict()
   # Any prepared TFDS image-classification set; "digits" prepares itself.
@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.optimizer = config_dict.ConfigDict()
   config.optimizer.name = "adamw"  # "adamw" or "sgd" (with momentum .9)
   config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
   config.optimizer.weight_decay = 1e-5
 
   config.method = "sgd"  # "sgd" or "grad_mimic"

@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """MLP with two hidden layers of 256 (or a small convnet), half the labels wrong.
+  """An MLP with two hidden layers of 256, or a small convnet; noisy labels.
 
   Args:
     arg: `rate` of label noise, number of `seeds`, `model` name.

@@ -218,8 +218,7 @@ def draw(config, folder, results) -> list[pathlib.Path]:
 def table(summary: dict[str, Any]) -> str:
   """The study's results as text."""
   lines = [
-    f"{'method':<24} {'test accuracy':>15} {'train samples':>14}"
-    f" {'seconds':>8}"
+    f"{'method':<24} {'test accuracy':>15} {'train samples':>14} {'seconds':>8}"
   ]
   for name, runs in summary["runs"].items():
     accuracy = _mean_and_error([run["test_accuracy"] for run in runs])

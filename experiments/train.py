@@ -1,6 +1,6 @@
 """Trains one model with one method.
 
-  python -m experiments.train --config=configs/digits.py --workdir=runs/one
+python -m experiments.train --config=configs/digits.py --workdir=runs/one
 """
 
 import json
@@ -131,7 +131,7 @@ class _Run:
       seed=config.seed,
     )
     losses_fn = classification.make_losses_fn(apply)
-    tx = optimizer.create(config.optimizer)
+    tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)
     self.reference = self._load_reference(params)
     self.train_step = steps.make_train_step(

@@ -67,9 +67,7 @@ def reweighted(
 
 def _blank(problem):
   """A first carry for the loop: what `attempt` returns, with nothing in it."""
-  losses, aux = jax.eval_shape(
-    problem.losses_fn, problem.params, problem.batch
-  )
+  losses, aux = jax.eval_shape(problem.losses_fn, problem.params, problem.batch)
   zeros = jnp.zeros(losses.shape, _tree.accumulation_dtype(losses.dtype))
   false = jnp.zeros(losses.shape, bool)
   found = Answer(
@@ -98,9 +96,11 @@ def _attempt(problem, weigh, scope):
     leaves = merge(chosen, others, problem.flags)
   # With no valid sample at all, there is no sound row to mend the others with.
   some = jnp.any(found.valid)
-  return found, weights, [
-    jnp.where(some, leaf, jnp.zeros_like(leaf)) for leaf in leaves
-  ]
+  return (
+    found,
+    weights,
+    [jnp.where(some, leaf, jnp.zeros_like(leaf)) for leaf in leaves],
+  )
 
 
 def _descents(problem, params):
@@ -110,7 +110,8 @@ def _descents(problem, params):
 
   def along(mimic):
     return problem.losses_fn(
-      structure.unflatten(merge(mimic, rest, problem.flags)), problem.batch
+      jax.tree.unflatten(structure, merge(mimic, rest, problem.flags)),
+      problem.batch,
     )
 
   tangent = [

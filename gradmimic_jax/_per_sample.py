@@ -13,7 +13,6 @@ from gradmimic_jax._problem import (
   Problem,
   Weigh,
   mean_weights,
-  merge,
   split,
 )
 

@@ -93,10 +93,12 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> None:
         f"{name} leaf {path!r} has shape {jnp.shape(theirs[path])}; params has"
         f" {jnp.shape(leaf)} there. {advice}"
       )
-  if jax.tree.structure(tree) != jax.tree.structure(params):
+  found: Any = jax.tree.structure(tree)
+  expected: Any = jax.tree.structure(params)
+  if found != expected:
     raise TypeError(
-      f"{name} is a {jax.tree.structure(tree)}; expected the containers of"
-      f" params, {jax.tree.structure(params)}. {advice}"
+      f"{name} is a {found}; expected the containers of params, {expected}."
+      f" {advice}"
     )
 
 
@@ -192,11 +194,13 @@ def per_sample_gradients(updates: Any, params: Any) -> int:
     if shape == expected:
       raise ValueError(
         f"gradient {path!r} has shape {shape}, the shape of its parameter: it"
-        f" is averaged over the batch already; expected (B,) + {expected}. {how}"
+        f" is averaged over the batch already; expected (B,) + {expected}."
+        f" {how}"
       )
     if len(shape) != len(expected) + 1 or shape[1:] != expected:
       raise ValueError(
-        f"gradient {path!r} has shape {shape}; expected (B,) + {expected}. {how}"
+        f"gradient {path!r} has shape {shape}; expected (B,) + {expected}."
+        f" {how}"
       )
     if size is None:
       size, first = shape[0], path

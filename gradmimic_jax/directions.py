@@ -98,7 +98,7 @@ def unit_vector(
 def normalize(
   leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
-  """The leaves divided by their joint norm (zeros if that is 0), and the norm."""
+  """The leaves over their joint norm (zeros if that is 0), and the norm."""
   distance = _tree.norm(leaves)
   scale = jax.numpy.where(distance > 0, 1 / distance, 0)
   unit = []

@@ -170,7 +170,7 @@ def mimic_value_and_grad(
     )
     plain_mean = _problem.mean_weights(found.valid, losses.dtype)
     loss = jnp.sum(plain_mean * jnp.where(found.valid, found.losses, 0))
-    grads = jax.tree.structure(params).unflatten(leaves)
+    grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
   return fn

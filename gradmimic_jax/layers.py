@@ -78,10 +78,9 @@ def _matching(patterns: Sequence[Any], paths: list[str]) -> list[bool]:
 
 
 def _from_tree(tree: Any, params: Any) -> list[bool]:
-  flags = jax.tree.leaves(tree)
-  if jax.tree.structure(tree) != jax.tree.structure(params) or not all(
-    isinstance(flag, bool) for flag in flags
-  ):
+  flags, found = jax.tree.flatten(tree)
+  expected: Any = jax.tree.structure(params)
+  if found != expected or not all(isinstance(flag, bool) for flag in flags):
     raise TypeError(
       f"layers={tree!r} is not understood; expected None, a regular expression"
       " or a list of them, a predicate (path, leaf) -> bool, or a tree of bools"

@@ -8,14 +8,12 @@ file or none.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 import os
-import re
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-FORMAT = "gradmimic_jax.ledger"
-VERSION = 1
-FIELDS = ("score", "weight", "loss")
+from gradmimic_jax import _ledger_files as row_files
 
-_MANIFEST = "manifest.json"
-# first step, last step, order of writing, CRC-32 of the file's bytes. The
-# checksum sits in the name because a Parquet footer can't hold its own.
-_ROWS_NAME = re.compile(r"rows-\d{9,}-\d{9,}-(\d{6,})-([0-9a-f]{8})\.parquet")
-_ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
 # Rows that `matrix` looks up at once: bounds memory, and keeps the number of
 # passes over the ids small however many files there are.
 _BATCH_ROWS = 1 << 24
@@ -45,18 +36,6 @@ class _Rows(NamedTuple):
   epoch: int
   ids: pa.Array  # [n]
   values: dict[str, np.ndarray | None]  # field -> float32 [n]
-
-
-class _RowFile(NamedTuple):
-  """What one file says of itself, read from its name and its footer."""
-
-  path: Path
-  sequence: int  # order of writing: the later of two rows for an (id, step)
-  checksum: str
-  first_step: int
-  last_step: int
-  n_rows: int
-  epochs: tuple[int, ...]
 
 
 class ScoreLedger:
@@ -130,7 +109,9 @@ class ScoreLedger:
     self._manifest: dict[str, Any] | None = None
     self._id_kind: str | None = None
     self._buffer: list[_Rows] = []
-    self._known: dict[str, _RowFile] = {}  # files whose footer was checked
+    self._known: dict[
+      str, row_files.RowFile
+    ] = {}  # files whose footer was checked
     self._cleaned = False
     self._files()  # refuse a bad ledger now, not after hours of training
 
@@ -217,7 +198,7 @@ class ScoreLedger:
       return None
     self.path.mkdir(parents=True, exist_ok=True)
     if not self._cleaned:
-      _remove_temporary_files(self.path)
+      row_files.remove_temporary_files(self.path)
       self._cleaned = True
     files = self._files()  # also reads a manifest that has appeared since
     if self._manifest is None:
@@ -233,15 +214,15 @@ class ScoreLedger:
     steps = [rows.step for rows in self._buffer]
     sequence = 1 + max((file.sequence for file in files), default=0)
     about = {
-      "format": FORMAT,
-      "version": VERSION,
+      "format": row_files.FORMAT,
+      "version": row_files.VERSION,
       "ledger_id": self._manifest["ledger_id"],
-      "fingerprint": _digest(self.fingerprints),
+      "fingerprint": row_files.digest(self.fingerprints),
       "first_step": min(steps),
       "last_step": max(steps),
       "epochs": sorted({rows.epoch for rows in self._buffer}),
     }
-    metadata = {FORMAT: json.dumps(about)}
+    metadata = {row_files.FORMAT: json.dumps(about)}
     sink = pa.BufferOutputStream()
     pq.write_table(
       table.replace_schema_metadata(metadata),
@@ -254,7 +235,7 @@ class ScoreLedger:
       f"rows-{min(steps):09d}-{max(steps):09d}-{sequence:06d}"
       f"-{zlib.crc32(content):08x}.parquet"
     )
-    _write_atomically(path, content)
+    row_files.write_atomically(path, content)
     self._buffer = []  # only now: a failed write can be tried again
     return path
 
@@ -268,9 +249,11 @@ class ScoreLedger:
     self.flush()
     files = self._files()
     if not files:
-      return _schema(self._id_kind or "integer").empty_table()
-    columns = ["id", "step", "epoch", *FIELDS]
-    return _latest_rows(pa.concat_tables(_read(f, columns) for f in files))
+      return row_files.schema(self._id_kind or "integer").empty_table()
+    columns = ["id", "step", "epoch", *row_files.FIELDS]
+    return row_files.latest_rows(
+      pa.concat_tables(row_files.read_rows(f, columns) for f in files)
+    )
 
   def matrix(self, field: str = "score") -> tuple[np.ndarray, np.ndarray]:
     """One field as a matrix: a row a sample, a column an epoch.
@@ -287,15 +270,17 @@ class ScoreLedger:
     Raises:
       ValueError: another field, or a ledger without rows.
     """
-    if field not in FIELDS:
-      raise ValueError(f"field is {field!r}; expected one of {FIELDS}.")
+    if field not in row_files.FIELDS:
+      raise ValueError(
+        f"field is {field!r}; expected one of {row_files.FIELDS}."
+      )
     epochs = np.asarray(self.epochs)
     if not len(epochs):
       raise ValueError(
         f"the ledger at {self.path} holds no rows, so it has no matrix."
         " Check the path, or append scores first."
       )
-    ids = pa.array([], _ID_TYPES[self._id_kind or "integer"])
+    ids = pa.array([], row_files.ID_TYPES[self._id_kind or "integer"])
     for batch in self._batches(["id"], _BATCH_ROWS):
       ids = pc.unique(pa.chunked_array([ids, *batch["id"].chunks]))
     ids = ids.take(pc.sort_indices(ids))
@@ -320,9 +305,13 @@ class ScoreLedger:
       group[0].n_rows
       if len(group) == 1
       else len(
-        _latest_rows(pa.concat_tables(_read(f, ["id", "step"]) for f in group))
+        row_files.latest_rows(
+          pa.concat_tables(
+            row_files.read_rows(f, ["id", "step"]) for f in group
+          )
+        )
       )
-      for group in _groups(self._files())
+      for group in row_files.group_by_steps(self._files())
     )
 
   def __enter__(self) -> ScoreLedger:
@@ -343,8 +332,8 @@ class ScoreLedger:
     Files whose steps overlap come in one table, in order of writing.
     """
     tables: list[pa.Table] = []
-    for group in _groups(self._files()):
-      tables.extend(_read(file, columns) for file in group)
+    for group in row_files.group_by_steps(self._files()):
+      tables.extend(row_files.read_rows(file, columns) for file in group)
       if sum(map(len, tables)) >= min_rows:
         yield pa.concat_tables(tables)
         tables = []
@@ -360,7 +349,7 @@ class ScoreLedger:
       np.repeat(np.array([rows.step for rows in buffer], np.int64), sizes),
       np.repeat(np.array([rows.epoch for rows in buffer], np.int32), sizes),
     ]
-    for field in FIELDS:
+    for field in row_files.FIELDS:
       chunks = [rows.values[field] for rows in buffer]
       columns.append(
         pa.chunked_array(
@@ -371,12 +360,12 @@ class ScoreLedger:
         )
       )
     assert self._id_kind is not None
-    table = pa.table(columns, schema=_schema(self._id_kind))
+    table = pa.table(columns, schema=row_files.schema(self._id_kind))
     if len({rows.step for rows in buffer}) < len(buffer):
-      table = _latest_rows(table)
+      table = row_files.latest_rows(table)
     return table
 
-  def _files(self) -> list[_RowFile]:
+  def _files(self) -> list[row_files.RowFile]:
     """The ledger's files in order of writing; refuses any that isn't its."""
     if self._manifest is None:
       self._read_manifest()
@@ -384,197 +373,37 @@ class ScoreLedger:
     if paths and self._manifest is None:
       raise ValueError(
         f"{self.path} holds Parquet files (the first is {paths[0].name}) but no"
-        f" {_MANIFEST}, so they can't be told to be a ledger's. Restore the"
-        " manifest, or give an empty folder."
+        f" {row_files.MANIFEST}, so they can't be told to be a ledger's."
+        " Restore the manifest, or give an empty folder."
       )
     for path in paths:
       if path.name not in self._known:
-        self._known[path.name] = self._inspect(path)
+        self._known[path.name] = row_files.inspect(path, self._manifest or {})
     files = [self._known[path.name] for path in paths]
     return sorted(files, key=lambda file: file.sequence)
 
-  def _inspect(self, path: Path) -> _RowFile:
-    """Checks a file's name and footer against the manifest."""
-    assert self._manifest is not None
-    remedy = "Move it out of the ledger's folder."
-    named = _ROWS_NAME.fullmatch(path.name)
-    if named is None:
-      raise ValueError(
-        f"{path} is not a file that this ledger wrote: expected a name like"
-        f" rows-<first step>-<last step>-<number>-<checksum>.parquet. {remedy}"
-      )
-    try:
-      footer = pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-      raise ValueError(
-        _torn(path, f"it has no Parquet footer ({error})")
-      ) from (error)
-    try:
-      about = json.loads((footer.metadata or {})[FORMAT.encode()])
-      file = _RowFile(
-        path,
-        int(named[1]),
-        named[2],
-        int(about["first_step"]),
-        int(about["last_step"]),
-        footer.num_rows,
-        tuple(about["epochs"]),
-      )
-      ours = self._manifest["ledger_id"], _digest(self.fingerprints), VERSION
-      theirs = about["ledger_id"], about["fingerprint"], about["version"]
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-        f"{path} is not a ledger's file: its Parquet metadata doesn't say so."
-        f" {remedy}"
-      ) from error
-    if ours != theirs:
-      raise ValueError(
-        f"{path} belongs to another ledger: its (ledger id, fingerprint,"
-        f" version) is {theirs}, this ledger's is {ours}. {remedy}"
-      )
-    return file
-
   def _read_manifest(self) -> None:
     """Takes the manifest's word for kind and fingerprints, if there is one."""
-    path = self.path / _MANIFEST
-    try:
-      text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    manifest = row_files.read_manifest(self.path)
+    if manifest is None:
       return
-    except UnicodeDecodeError as error:
-      raise ValueError(_bad_manifest(path, f"not UTF-8: {error}")) from error
-    try:
-      manifest = json.loads(text)
-    except ValueError as error:
-      raise ValueError(_bad_manifest(path, f"not JSON: {error}")) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-      raise ValueError(_bad_manifest(path, f"its format is not {FORMAT!r}"))
-    if manifest.get("version") != VERSION:
-      raise ValueError(
-        f"{path} is of version {manifest.get('version')!r}; this gradmimic_jax"
-        f" reads version {VERSION}. Read it with the release that wrote it."
-      )
-    if (
-      not isinstance(manifest.get("ledger_id"), str)
-      or manifest.get("id_kind") not in _ID_TYPES
-      or not isinstance(manifest.get("fingerprints"), dict)
-    ):
-      raise ValueError(
-        _bad_manifest(path, "ledger_id, id_kind or fingerprints is not right")
-      )
     if self._asked is not None:
-      _compare_fingerprints(path, manifest["fingerprints"], self._asked)
+      _compare_fingerprints(self.path, manifest["fingerprints"], self._asked)
     self._manifest = manifest
     self._id_kind = self._id_kind or manifest["id_kind"]
 
   def _write_manifest(self) -> None:
     """Begins the ledger on disk, before its first file of rows."""
     manifest = {
-      "format": FORMAT,
-      "version": VERSION,
+      "format": row_files.FORMAT,
+      "version": row_files.VERSION,
       "ledger_id": uuid.uuid4().hex,  # tells a twin's files from our own
       "id_kind": self._id_kind,
       "fingerprints": self.fingerprints,
     }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    _write_atomically(self.path / _MANIFEST, text.encode())
+    row_files.write_atomically(self.path / row_files.MANIFEST, text.encode())
     self._manifest = manifest  # only now: a failed write can be tried again
-
-
-def _groups(files: Sequence[_RowFile]) -> list[list[_RowFile]]:
-  """Files whose step ranges overlap, together; groups in order of step."""
-  groups: list[list[_RowFile]] = []
-  end = -1
-  for file in sorted(files, key=lambda file: file.first_step):
-    if not groups or file.first_step > end:
-      groups.append([])
-    groups[-1].append(file)
-    end = max(end, file.last_step)
-  return [sorted(group, key=lambda file: file.sequence) for group in groups]
-
-
-def _latest_rows(table: pa.Table) -> pa.Table:
-  """One row for an (id, step), the last of them; sorted by step, then id."""
-  ids = table["id"]
-  if ids.type == pa.string():
-    values = pc.unique(ids)
-    ids = pc.index_in(ids, value_set=values.take(pc.sort_indices(values)))
-  codes, steps = ids.to_numpy(), table["step"].to_numpy()
-  order = np.lexsort((codes, steps))  # stable: rows written later come later
-  codes, steps = codes[order], steps[order]
-  is_last = np.ones(len(order), bool)
-  is_last[:-1] = (codes[1:] != codes[:-1]) | (steps[1:] != steps[:-1])
-  return table.take(order[is_last])
-
-
-def _read(file: _RowFile, columns: list[str]) -> pa.Table:
-  """Some columns of a file whose bytes are as they were written."""
-  content = file.path.read_bytes()
-  checksum = f"{zlib.crc32(content):08x}"
-  if checksum != file.checksum:
-    raise ValueError(
-      _torn(
-        file.path,
-        f"the checksum of its bytes is {checksum}, its name says"
-        f" {file.checksum}",
-      )
-    )
-  table = pq.read_table(pa.BufferReader(content), columns=columns)
-  return table.replace_schema_metadata(None)
-
-
-def _torn(path: Path, what: str) -> str:
-  return (
-    f"{path} is torn or garbled: {what}. A ledger only renames whole files"
-    " into place, so it was damaged afterwards (an unfinished copy, a full"
-    " disk). Restore it from a copy, or delete it and record the steps in its"
-    " name again."
-  )
-
-
-def _bad_manifest(path: Path, what: str) -> str:
-  return (
-    f"{path} is not the manifest of a ledger ({what}). Restore it, or give the"
-    " path of another folder."
-  )
-
-
-def _schema(id_kind: str) -> pa.Schema:
-  return pa.schema(
-    [
-      ("id", _ID_TYPES[id_kind]),
-      ("step", pa.int64()),
-      ("epoch", pa.int32()),
-      *((field, pa.float32()) for field in FIELDS),
-    ]
-  )
-
-
-def _write_atomically(path: Path, content: Any) -> None:
-  """Writes a file so that it is there whole or not at all."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-      os.fsync(folder)
-    finally:
-      os.close(folder)
-
-
-def _remove_temporary_files(folder: Path) -> None:
-  for pattern in (".rows-*.parquet.tmp", f".{_MANIFEST}.tmp"):
-    for path in folder.glob(pattern):
-      path.unlink(missing_ok=True)
-
-
-def _digest(fingerprints: Mapping[str, str]) -> str:
-  text = json.dumps(dict(fingerprints), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _checked_fingerprints(
@@ -602,7 +431,7 @@ def _compare_fingerprints(
   for name in sorted(found.keys() | asked.keys()):
     if found.get(name) != asked.get(name):
       raise ValueError(
-        f"the ledger at {path.parent} was made with other inputs: fingerprint"
+        f"the ledger at {path} was made with other inputs: fingerprint"
         f" {name!r} is {found.get(name)!r} there and {asked.get(name)!r} here."
         " Use another folder, or the inputs it was made with."
       )

@@ -23,7 +23,8 @@ from gradmimic_jax.weighting import Weighting
 class ReweightByMimicScoreState(NamedTuple):
   """State of `reweight_by_mimic_score`; every field is an array or a tree."""
 
-  count: jax.Array  # [], updates done so far; drives temperature schedules
+  # [], updates done so far; drives temperature schedules. The name is optax's.
+  count: jax.Array  # type: ignore[assignment]
   reference: Any  # like params; optax.MaskedNode outside the mimic layers
   distance: jax.Array  # [], ||reference - params|| at the last update
   effective_sample_size: jax.Array  # [], of the last update's weights
@@ -146,7 +147,7 @@ def reweight_by_mimic_score(
       effective_sample_size=size_now.astype(jnp.float32),
       nonfinite=jnp.sum(mask & ~valid).astype(jnp.int32),
     )
-    return structure.unflatten(leaves), new_state
+    return jax.tree.unflatten(structure, leaves), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -214,9 +215,10 @@ def _mimic_layers(reference, params, layers):
   flags = layers_lib.choose(layers, params)
   leaves, structure = jax.tree.flatten(reference)
   # A copy, because a donated state would otherwise delete the caller's arrays.
-  return structure.unflatten(
+  return jax.tree.unflatten(
+    structure,
     [
       jnp.array(leaf, copy=True) if flag else optax.MaskedNode()
       for leaf, flag in zip(leaves, flags, strict=True)
-    ]
+    ],
   )

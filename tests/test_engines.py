@@ -56,9 +56,7 @@ def convnet(params, batch):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     x = jnp.tanh(x + params[name]["bias"][None, None, None])
-  return cross_entropy(
-    dense(params["head"], x.mean(axis=(1, 2))), batch["y"]
-  )
+  return cross_entropy(dense(params["head"], x.mean(axis=(1, 2))), batch["y"])
 
 
 def transformer(params, batch):
@@ -136,9 +134,7 @@ def task(model, size=SIZE):
     return isinstance(x, tuple)
 
   params = jax.tree.map(draw, SHAPES[model], is_leaf=is_shape)
-  reference = jax.tree.map(
-    lambda p: p + 0.5 * draw(p.shape), params
-  )
+  reference = jax.tree.map(lambda p: p + 0.5 * draw(p.shape), params)
   inputs = {
     "mlp": lambda: rng.normal(size=(size, 5)).astype(np.float32),
     "convnet": lambda: rng.normal(size=(size, 6, 6, 2)).astype(np.float32),
@@ -163,9 +159,11 @@ def dense_float64(losses_fn, params, batch):
 
   def wide(tree):
     return jax.tree.map(
-      lambda x: np.asarray(x, np.float64)
-      if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
-      else np.asarray(x),
+      lambda x: (
+        np.asarray(x, np.float64)
+        if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
+        else np.asarray(x)
+      ),
       tree,
     )
 
@@ -440,15 +438,18 @@ def test_bfloat16_params_agree_with_float64_to_2e_2(engine, score):
 def test_gradients_have_the_dtypes_of_params(engine):
   _, params, reference, batch = task("mlp")
   mixed = params | {
-    "block": jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params["block"])
+    "block": jax.tree.map(
+      lambda p: jnp.asarray(p, jnp.bfloat16), params["block"]
+    )
   }
 
   def losses_fn(params, batch):
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     return mlp(wide, batch)
 
-  fn = gm.mimic_value_and_grad(losses_fn, engine=engine, scope="layers",
-                               layers="^head/|^block/kernel$")
+  fn = gm.mimic_value_and_grad(
+    losses_fn, engine=engine, scope="layers", layers="^head/|^block/kernel$"
+  )
   _, grads = jax.eval_shape(fn, mixed, reference, batch)
   assert jax.tree.map(lambda g: (g.shape, g.dtype), grads) == jax.tree.map(
     lambda p: (p.shape, p.dtype), mixed
@@ -518,7 +519,9 @@ def by_product(params, batch):
 def by_log_of_zero(params, batch):
   seen = jnp.where(batch["id"] == 1, 0, jnp.float32(1))
   # log(0 * p) is -inf from finite inputs; its gradient is 0 * inf.
-  return mlp(params, batch) - jnp.log(seen * jnp.exp(params["head"]["bias"][:1]))
+  return mlp(params, batch) - jnp.log(
+    seen * jnp.exp(params["head"]["bias"][:1])
+  )
 
 
 def by_norm_of_zero(params, batch):

@@ -207,7 +207,7 @@ def test_resume_is_idempotent(tmp_path, resume_from):
   )
   assert killed.table().equals(whole.table())
   assert len(killed) == len(whole) == killed.table().num_rows
-  for field in ledger_lib.FIELDS:
+  for field in ("score", "weight", "loss"):
     for got, want in zip(
       killed.matrix(field), whole.matrix(field), strict=True
     ):

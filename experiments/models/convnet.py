@@ -1,5 +1,7 @@
 """A small convolutional network."""
 
+import itertools
+
 import jax
 from flax import nnx
 
@@ -26,8 +28,7 @@ class ConvNet(nnx.Module):
       )
     channels = (input_shape[-1], *widths)
     self.stages = nnx.List(
-      nnx.Conv(a, b, (3, 3), rngs=rngs)
-      for a, b in zip(channels[:-1], channels[1:], strict=True)
+      nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
     )
     self.norms = nnx.List(
       nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths

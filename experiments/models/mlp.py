@@ -1,5 +1,6 @@
 """A multilayer perceptron over flattened images."""
 
+import itertools
 import math
 
 import jax
@@ -19,8 +20,7 @@ class MLP(nnx.Module):
   ):
     sizes = (math.prod(input_shape), *widths)
     self.body = nnx.List(
-      nnx.Linear(a, b, rngs=rngs)
-      for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+      nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)
     )
     self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
 

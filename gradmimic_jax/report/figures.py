@@ -24,7 +24,7 @@ _COLORS = (
   "#000000",
 )
 _CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
-_STYLE = {
+_STYLE: Any = {
   "figure.dpi": 150,
   "font.size": 9,
   "axes.spines.top": False,
@@ -71,7 +71,7 @@ def learning_curves(
   """
   if not curves:
     raise ValueError("no curves came; expected at least one name.")
-  with _figure(path, figsize=(6, 3.6)) as (figure, path):
+  with _figure(path, figsize=(6, 3.6)) as (figure, file):
     axes = figure.subplots()
     for i, (name, runs) in enumerate(curves.items()):
       xs = [np.asarray(x, float) for x, _ in runs]
@@ -85,7 +85,7 @@ def learning_curves(
       axes.plot(xs[0], ys.mean(axis=0), color=color, linewidth=1.8, label=label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.legend()
-  return path
+  return file
 
 
 def score_histograms(
@@ -133,7 +133,10 @@ def score_histograms(
   )
   columns = min(3, len(epochs))
   rows = math.ceil(len(epochs) / columns)
-  with _figure(path, figsize=(2.7 * columns, 2.1 * rows + 0.5)) as (figure, path):
+  with _figure(path, figsize=(2.7 * columns, 2.1 * rows + 0.5)) as (
+    figure,
+    file,
+  ):
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[len(epochs) :]:
       panel.set_axis_off()
@@ -158,7 +161,7 @@ def score_histograms(
     panels.flat[0].legend()
     figure.suptitle(title)
     figure.supxlabel("mimic score (outermost bars hold all beyond)", fontsize=9)
-  return path
+  return file
 
 
 def contact_sheet(
@@ -206,7 +209,10 @@ def contact_sheet(
     flagged = [False] * len(images)
   columns = min(columns, len(images))
   rows = math.ceil(len(images) / columns)
-  with _figure(path, figsize=(1.05 * columns, 1.3 * rows + 0.5)) as (figure, path):
+  with _figure(path, figsize=(1.05 * columns, 1.3 * rows + 0.5)) as (
+    figure,
+    file,
+  ):
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
       panel.set_axis_off()
@@ -224,7 +230,7 @@ def contact_sheet(
       # Captions come from data: a "$" in them is no formula.
       panel.set_title(caption, fontsize=7, color=color, parse_math=False)
     figure.suptitle(title, parse_math=False)
-  return path
+  return file
 
 
 @contextlib.contextmanager

@@ -1,0 +1,214 @@
+"""The ledger's files on disk: manifest, row files, and whose they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FORMAT = "gradmimic_jax.ledger"
+VERSION = 1
+FIELDS = ("score", "weight", "loss")
+
+MANIFEST = "manifest.json"
+# first step, last step, order of writing, CRC-32 of the file's bytes. The
+# checksum sits in the name because a Parquet footer can't hold its own.
+_ROWS_NAME = re.compile(r"rows-\d{9,}-\d{9,}-(\d{6,})-([0-9a-f]{8})\.parquet")
+ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
+
+
+class RowFile(NamedTuple):
+  """What one file says of itself, read from its name and its footer."""
+
+  path: Path
+  sequence: int  # order of writing: the later of two rows for an (id, step)
+  checksum: str
+  first_step: int
+  last_step: int
+  n_rows: int
+  epochs: tuple[int, ...]
+
+
+def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
+  """Checks a file's name and footer against the manifest."""
+  remedy = "Move it out of the ledger's folder."
+  named = _ROWS_NAME.fullmatch(path.name)
+  if named is None:
+    raise ValueError(
+      f"{path} is not a file that this ledger wrote: expected a name like"
+      f" rows-<first step>-<last step>-<number>-<checksum>.parquet. {remedy}"
+    )
+  try:
+    footer = pq.read_metadata(path)
+  except (pa.ArrowException, OSError) as error:
+    raise ValueError(_torn(path, f"it has no Parquet footer ({error})")) from (
+      error
+    )
+  try:
+    about = json.loads((footer.metadata or {})[FORMAT.encode()])
+    file = RowFile(
+      path,
+      int(named[1]),
+      named[2],
+      int(about["first_step"]),
+      int(about["last_step"]),
+      footer.num_rows,
+      tuple(about["epochs"]),
+    )
+    ours = (
+      manifest["ledger_id"],
+      digest(manifest["fingerprints"]),
+      VERSION,
+    )
+    theirs = about["ledger_id"], about["fingerprint"], about["version"]
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path} is not a ledger's file: its Parquet metadata doesn't say so."
+      f" {remedy}"
+    ) from error
+  if ours != theirs:
+    raise ValueError(
+      f"{path} belongs to another ledger: its (ledger id, fingerprint,"
+      f" version) is {theirs}, this ledger's is {ours}. {remedy}"
+    )
+  return file
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+  """The folder's manifest, checked; None if there is none."""
+  path = folder / MANIFEST
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return None
+  except UnicodeDecodeError as error:
+    raise ValueError(_bad_manifest(path, f"not UTF-8: {error}")) from error
+  try:
+    manifest = json.loads(text)
+  except ValueError as error:
+    raise ValueError(_bad_manifest(path, f"not JSON: {error}")) from error
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    raise ValueError(_bad_manifest(path, f"its format is not {FORMAT!r}"))
+  if manifest.get("version") != VERSION:
+    raise ValueError(
+      f"{path} is of version {manifest.get('version')!r}; this gradmimic_jax"
+      f" reads version {VERSION}. Read it with the release that wrote it."
+    )
+  if (
+    not isinstance(manifest.get("ledger_id"), str)
+    or manifest.get("id_kind") not in ID_TYPES
+    or not isinstance(manifest.get("fingerprints"), dict)
+  ):
+    raise ValueError(
+      _bad_manifest(path, "ledger_id, id_kind or fingerprints is not right")
+    )
+  return manifest
+
+
+def group_by_steps(files: Sequence[RowFile]) -> list[list[RowFile]]:
+  """Files whose step ranges overlap, together; groups in order of step."""
+  found: list[list[RowFile]] = []
+  end = -1
+  for file in sorted(files, key=lambda file: file.first_step):
+    if not found or file.first_step > end:
+      found.append([])
+    found[-1].append(file)
+    end = max(end, file.last_step)
+  return [sorted(group, key=lambda file: file.sequence) for group in found]
+
+
+def latest_rows(table: pa.Table) -> pa.Table:
+  """One row for an (id, step), the last of them; sorted by step, then id."""
+  ids = table["id"]
+  if ids.type == pa.string():
+    values = pc.unique(ids)
+    ids = pc.index_in(ids, value_set=values.take(pc.sort_indices(values)))
+  codes, steps = ids.to_numpy(), table["step"].to_numpy()
+  order = np.lexsort((codes, steps))  # stable: rows written later come later
+  codes, steps = codes[order], steps[order]
+  is_last = np.ones(len(order), bool)
+  is_last[:-1] = (codes[1:] != codes[:-1]) | (steps[1:] != steps[:-1])
+  return table.take(order[is_last])
+
+
+def read_rows(file: RowFile, columns: list[str]) -> pa.Table:
+  """Some columns of a file whose bytes are as they were written."""
+  content = file.path.read_bytes()
+  checksum = f"{zlib.crc32(content):08x}"
+  if checksum != file.checksum:
+    raise ValueError(
+      _torn(
+        file.path,
+        f"the checksum of its bytes is {checksum}, its name says"
+        f" {file.checksum}",
+      )
+    )
+  table = pq.read_table(pa.BufferReader(content), columns=columns)
+  return table.replace_schema_metadata(None)
+
+
+def _torn(path: Path, what: str) -> str:
+  return (
+    f"{path} is torn or garbled: {what}. A ledger only renames whole files"
+    " into place, so it was damaged afterwards (an unfinished copy, a full"
+    " disk). Restore it from a copy, or delete it and record the steps in its"
+    " name again."
+  )
+
+
+def _bad_manifest(path: Path, what: str) -> str:
+  return (
+    f"{path} is not the manifest of a ledger ({what}). Restore it, or give the"
+    " path of another folder."
+  )
+
+
+def schema(id_kind: str) -> pa.Schema:
+  """The columns of a row file."""
+  return pa.schema(
+    [
+      ("id", ID_TYPES[id_kind]),
+      ("step", pa.int64()),
+      ("epoch", pa.int32()),
+      *((field, pa.float32()) for field in FIELDS),
+    ]
+  )
+
+
+def write_atomically(path: Path, content: Any) -> None:
+  """Writes a file so that it is there whole or not at all."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+
+
+def remove_temporary_files(folder: Path) -> None:
+  """Removes what a killed write left behind."""
+  for pattern in (".rows-*.parquet.tmp", f".{MANIFEST}.tmp"):
+    for path in folder.glob(pattern):
+      path.unlink(missing_ok=True)
+
+
+def digest(fingerprints: Mapping[str, str]) -> str:
+  """Sixteen hex digits that tell fingerprints apart."""
+  text = json.dumps(dict(fingerprints), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
