@@ -37,4 +37,16 @@ def run(job: Callable[[Any, str], Any]) -> None:
     except KeyboardInterrupt:
       sys.exit("interrupted; the same command goes on from the last checkpoint")
 
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    # ml_collections raises these for a field that a locked config lacks.
+    field = str(error).strip("\"'")
+    sys.exit(
+      f"error: unknown config field: {field}. configs/common.py lists the"
+      " fields there are."
+    )

@@ -3,6 +3,7 @@
 python -m experiments.train --config=configs/digits.py --workdir=runs/one
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -153,22 +154,50 @@ class _Run:
     return checkpoint.load_params(where, params)
 
   def to_the_end(self) -> dict[str, Any]:
-    """Restore -> (eval -> save -> next batch -> step -> log)."""
-    config = self.config
-    checkpoints = checkpoint.Checkpointer(
-      self.folder, keep=config.checkpoint.keep, fingerprint=self.fingerprint
-    )
-    state = checkpoints.restore(self.state, self.train_batches)
-    step = int(state.step)
+    """Restores, goes through the steps that are left, and sums up."""
+    with contextlib.ExitStack() as stack:
+      checkpoints = stack.enter_context(
+        contextlib.closing(
+          checkpoint.Checkpointer(
+            self.folder,
+            keep=self.config.checkpoint.keep,
+            fingerprint=self.fingerprint,
+          )
+        )
+      )
+      state = checkpoints.restore(self.state, self.train_batches)
+      step = int(state.step)
+      metrics = stack.enter_context(
+        contextlib.closing(writers.MetricsWriter(self.folder, first_step=step))
+      )
+      bar = stack.enter_context(
+        contextlib.closing(
+          writers.progress(self.total_steps, step, self.folder.name)
+        )
+      )
+      evaluation = self._loop(state, step, checkpoints, metrics, bar)
+    indices = self.data.indices
+    return {
+      "fingerprint": self.fingerprint,
+      "test_accuracy": evaluation["accuracy"],
+      "test_loss": evaluation["loss"],
+      "steps": self.total_steps,
+      "train_samples": len(
+        self.data.train.labels if indices is None else indices
+      ),
+      "noise_rate": self.data.labels.rate,
+      "nonfinite_samples": nonfinite_samples(self.folder),
+    }
+
+  def _loop(self, state, step, checkpoints, metrics, bar):
+    """(eval -> save -> next batch -> step -> log); the last evaluation."""
     ledger = None
     if self.method:
       ledger = gm.ScoreLedger(
         self.folder / LEDGER_FOLDER, fingerprints={"run": self.fingerprint}
       )
-    metrics = writers.MetricsWriter(self.folder, first_step=step)
     log = _EpochLog(metrics, ledger, self.steps_per_epoch)
-    bar = writers.progress(self.total_steps, step, self.folder.name)
-    save_every = config.checkpoint.every_epochs * self.steps_per_epoch
+    save_every = self.config.checkpoint.every_epochs * self.steps_per_epoch
     while True:
       finished = step == self.total_steps
       if step % self.steps_per_epoch == 0:
@@ -180,29 +209,13 @@ class _Run:
       if finished or (step and step % save_every == 0):
         checkpoints.save(step, state, self.train_batches)
       if finished:
-        break
+        return evaluation
       batch = next(self.train_batches)
       index = batch.pop("index")
       state, output = self.train_step(state, self.reference, batch)
       log.add(step, index, output)
       step += 1
       bar.update()
-    bar.close()
-    metrics.close()
-    checkpoints.close()
-    return {
-      "fingerprint": self.fingerprint,
-      "test_accuracy": evaluation["accuracy"],
-      "test_loss": evaluation["loss"],
-      "steps": step,
-      "train_samples": int(
-        len(self.data.train.labels)
-        if self.data.indices is None
-        else len(self.data.indices)
-      ),
-      "noise_rate": self.data.labels.rate,
-      "nonfinite_samples": nonfinite_samples(self.folder),
-    }
 
   def _evaluate(self, params):
     self.test_batches.set_state(self.test_start)

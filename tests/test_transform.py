@@ -86,7 +86,7 @@ def test_it_gives_what_mimic_value_and_grad_gives(grads, layers, score, scope):
     layers=layers, score=score, scope=scope, weighting=gm.softmax(0.5)
   )
   tx = gm.reweight_by_mimic_score(REFERENCE, **options)
-  fn = gm.mimic_value_and_grad(losses_fn, engine="forward", **options)
+  fn = gm.mimic_value_and_grad(losses_fn, **options)
   for mask in (None, MASK):
     updates, state = apply(tx, grads, mask=mask)
     (_, info), expected = fn(PARAMS, REFERENCE, BATCH, mask=mask)

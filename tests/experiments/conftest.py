@@ -1,0 +1,44 @@
+"""Small configs and a prepared digits set for the tests of experiments."""
+
+import jax
+import pytest
+
+from configs import digits
+
+
+@pytest.fixture(autouse=True)
+def library_arithmetic():
+  """Flax and optax mix dtypes in their own arithmetic."""
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    yield
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+  """A data_dir of its own, so that no test writes to the user's."""
+  return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def make_config(digits_dir):
+  """`make_config(**{"dotted.field": value})`: three quick epochs."""
+
+  def make(**overrides):
+    config = digits.get_config("seeds=1").unlock()
+    config.update_from_flattened_dict(
+      {
+        "data.data_dir": digits_dir,
+        "num_epochs": 3,
+        "batch_size": 256,
+        "model.widths": (16, 16),
+        "optimizer.learning_rate": 1e-2,
+        "checkpoint.every_epochs": 1,
+        **overrides,
+      }
+    )
+    return config.lock()
+
+  return make

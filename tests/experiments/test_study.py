@@ -1,0 +1,57 @@
+"""The study: from a config to the table, and the numbers it must show."""
+
+import json
+import pathlib
+
+import pytest
+
+from configs import digits
+from experiments import study, train
+
+
+def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
+  config = make_config()
+  summary = study.run_study(config, tmp_path / "study")
+  assert list(summary["runs"]) == [
+    "reference",
+    "sgd",
+    "grad_mimic",
+    "retrained_grad_mimic",
+  ]
+  (detection,) = summary["detection"]["grad_mimic"]
+  assert detection["clean_fraction"] == pytest.approx(0.5, abs=1e-3)
+  assert 0.9 < detection["auroc"] <= 1
+  for path in summary["figures"]:
+    assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
+  stored = json.loads((tmp_path / "study" / "summary.json").read_text())
+  assert stored == summary
+  assert "grad_mimic" in study.table(summary)
+
+  # Finished parts are not repeated.
+  monkeypatch.setattr(train, "load_data", None)
+  again = study.run_study(config, tmp_path / "study")
+  assert again["runs"] == summary["runs"]
+
+
+def test_a_study_of_nothing(make_config, tmp_path):
+  with pytest.raises(ValueError, match="expected at least one of each"):
+    study.run_study(make_config(**{"study.seeds": ()}), tmp_path / "study")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("rate", "sgd", "grad_mimic"), [(0.4, 0.88, 0.97), (0.6, 0.70, 0.95)]
+)
+def test_the_numbers_on_digits(tmp_path, digits_dir, rate, sgd, grad_mimic):
+  config = digits.get_config(f"rate={rate}").unlock()
+  config.data.data_dir = digits_dir
+  summary = study.run_study(config.lock(), tmp_path / "study")
+
+  def mean(entries, key):
+    return sum(entry[key] for entry in entries) / len(entries)
+
+  runs, found = summary["runs"], summary["detection"]["grad_mimic"]
+  assert mean(runs["sgd"], "test_accuracy") == pytest.approx(sgd, abs=0.05)
+  assert mean(runs["grad_mimic"], "test_accuracy") >= grad_mimic
+  assert mean(found, "auroc") >= 0.99
+  assert mean(found, "f1") >= 0.95
