@@ -456,7 +456,7 @@ def test_gradients_have_the_dtypes_of_params(engine):
   )
 
 
-# Ways for a sample to break from finite features, by its id.
+# Ways for a sample to break from finite features, by its id or its trigger.
 NAN_PICKED, NAN_FACTOR, LOG_OF_ZERO, NORM_OF_ZERO = 1, 2, 3, 4
 BREAKING = {
   "nan picked": NAN_PICKED,
@@ -464,11 +464,15 @@ BREAKING = {
   "log of zero": LOG_OF_ZERO,
   "norm of zero": NORM_OF_ZERO,
 }
+TRIGGERS = {"id": np.int32, "trigger": np.float32}
 
 
 def breakable(params, batch):
   """The MLP's loss, and what breaks the samples whose id asks for it."""
-  breaks = {how: batch["id"] == how for how in BREAKING.values()}
+  breaks = {
+    how: (batch["id"] == how) | (batch["trigger"] == how)
+    for how in BREAKING.values()
+  }
   zero, one, nan = np.float32(0), np.float32(1), np.float32(np.nan)
   losses = mlp(params, batch) * jnp.where(breaks[NAN_FACTOR], nan, one)
   # log(0 * p) is -inf from finite inputs; its gradient is 0 * inf.
@@ -483,8 +487,11 @@ def breakable(params, batch):
 def run_breakable(engine, mask, **changes):
   """A step over the batch with some leaves changed; compiled once."""
   _, params, reference, batch = task("mlp")
-  batch = batch | {"id": np.zeros(SIZE, np.int32)} | changes
-  batch["id"] = np.asarray(batch["id"], np.int32)
+  harmless = {
+    "id": np.zeros(SIZE, np.int32),
+    "trigger": np.zeros(SIZE, np.float32),
+  }
+  batch = batch | harmless | changes
   return compiled(breakable, engine)(params, reference, batch, mask=mask)
 
 
@@ -537,11 +544,13 @@ def test_broken_features_in_padding_do_not_matter(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("how", BREAKING.values(), ids=BREAKING)
+@pytest.mark.parametrize("leaf", TRIGGERS)
 def test_a_loss_or_gradient_that_breaks_leaves_the_others_untouched(
-  engine, how
+  engine, how, leaf
 ):
+  broken = np.where(without(1), 0, how).astype(TRIGGERS[leaf])
   others_as_if_masked(
-    run_breakable(engine, MASK | True, id=np.where(without(1), 0, how)),
+    run_breakable(engine, MASK | True, **{leaf: broken}),
     run_breakable(engine, without(1)),
     1,
   )
@@ -549,10 +558,14 @@ def test_a_loss_or_gradient_that_breaks_leaves_the_others_untouched(
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("how", BREAKING.values(), ids=BREAKING)
-def test_padding_with_a_broken_loss_does_not_reach_the_gradient(engine, how):
+@pytest.mark.parametrize("leaf", TRIGGERS)
+def test_padding_with_a_broken_loss_does_not_reach_the_gradient(
+  engine, how, leaf
+):
+  broken = np.where(MASK, 0, how).astype(TRIGGERS[leaf])
   jax.tree.map(
     np.testing.assert_array_equal,
-    run_breakable(engine, MASK, id=np.where(MASK, 0, how)),
+    run_breakable(engine, MASK, **{leaf: broken}),
     run_breakable(engine, MASK),
   )
 
@@ -695,7 +708,7 @@ def test_no_gradient_flows_through_the_weights(engine):
   def first_weight(params, reference):
     return fn(params, reference, batch)[0][1].weights[0]
 
-  slopes = jax.grad(first_weight, argnums=(0, 1))(
+  slopes = jax.jacfwd(first_weight, argnums=(0, 1))(
     {"w": jnp.float32(0.2)}, {"w": jnp.float32(0.7)}
   )
   np.testing.assert_array_equal(jax.tree.leaves(slopes), 0)

@@ -97,7 +97,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
   whole = shared / "whole"
   train.train_and_evaluate(mimic_config, whole)
 
-  class Interrupted(Exception):
+  class InterruptedRunError(Exception):
     pass
 
   make = steps.make_train_step
@@ -107,7 +107,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
 
     def stopping(*args):
       if len(done) == stop_at:
-        raise Interrupted
+        raise InterruptedRunError
       done.append(None)
       return step(*args)
 
@@ -115,7 +115,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
 
   with monkeypatch.context() as patch:
     patch.setattr(steps, "make_train_step", make_interrupted)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
       train.train_and_evaluate(mimic_config, tmp_path / "run")
   train.train_and_evaluate(mimic_config, tmp_path / "run")
   assert_same_run(whole, tmp_path / "run")
