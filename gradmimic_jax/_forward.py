@@ -16,7 +16,6 @@ from gradmimic_jax._problem import (
   Problem,
   Weigh,
   mean_weights,
-  mend_rows,
   merge,
   split,
 )
@@ -34,53 +33,7 @@ def answer(problem: Problem) -> Answer:
 def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
-  """Scores, weights `[B]`, and the gradient's leaves.
-
-  A sample whose loss overflows would poison the vjp whatever its weight. So the
-  step is the body of a loop that runs once, and a second time, with the broken
-  rows mended, if there are any. A loop and not a branch: it is compiled once,
-  and holds no second set of intermediate results.
-  """
-
-  def attempt(carry):
-    rounds, sound = carry[:2]
-    mended = mend_rows(
-      problem.batch, sound, jnp.argmax(problem.candidates & sound)
-    )
-    found, weights, leaves = _attempt(
-      problem._replace(batch=mended, candidates=problem.candidates & sound),
-      weigh,
-      scope,
-    )
-    sound &= jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
-    return rounds + 1, sound, found, weights, leaves
-
-  def unsettled(carry):
-    rounds, sound = carry[:2]
-    return (rounds == 0) | ((rounds == 1) & ~jnp.all(sound))
-
-  _, _, found, weights, leaves = jax.lax.while_loop(
-    unsettled, attempt, _blank(problem)
-  )
-  return found, weights, leaves
-
-
-def _blank(problem):
-  """A first carry for the loop: what `attempt` returns, with nothing in it."""
-  losses, aux = jax.eval_shape(problem.losses_fn, problem.params, problem.batch)
-  zeros = jnp.zeros(losses.shape, _tree.accumulation_dtype(losses.dtype))
-  false = jnp.zeros(losses.shape, bool)
-  found = Answer(
-    scores=zeros,
-    losses=zeros,
-    valid=false,
-    aux=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux),
-  )
-  leaves = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(problem.params)]
-  return jnp.zeros([], jnp.int32), ~false, found, zeros, leaves
-
-
-def _attempt(problem, weigh, scope):
+  """Scores, weights `[B]`, and the gradient's leaves."""
   losses, pullback, (descents, aux) = _linearize(problem)
   found = _answer(problem, losses, descents, aux, pullback)
   weights = weigh(found.scores, found.valid)
@@ -94,13 +47,23 @@ def _attempt(problem, weigh, scope):
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  # With no valid sample at all, there is no sound row to mend the others with.
-  some = jnp.any(found.valid)
-  return (
-    found,
-    weights,
-    [jnp.where(some, leaf, jnp.zeros_like(leaf)) for leaf in leaves],
-  )
+  return found, weights, _without_poison(leaves, found)
+
+
+def _without_poison(leaves, found):
+  """Zeros where a sample that overflowed on its way has left NaN.
+
+  Its weight is 0, but zero times infinity is NaN. Computing the step again
+  without the sample would take control flow, which compiles the model twice and
+  makes accelerators wait for the host in every step. Finite entries are those
+  that the sample did not reach: they are exact. If all samples are sound, a
+  gradient that is not finite is left for the user to see.
+  """
+  sound = jnp.all(jnp.isfinite(found.losses) & jnp.isfinite(found.scores))
+  return [
+    jnp.where(sound | jnp.isfinite(leaf), leaf, jnp.zeros([], leaf.dtype))
+    for leaf in leaves
+  ]
 
 
 def _descents(problem, params):

@@ -49,6 +49,14 @@ def score_rows(
   return score.fn(descents, norms)
 
 
+def sound_rows(rows: list[jax.Array], scores: jax.Array) -> jax.Array:
+  """Which samples have a finite gradient and a finite score, bool `[B]`.
+
+  Finite gradients can have an inner product that overflows.
+  """
+  return _tree.rows_finite(rows) & jnp.isfinite(scores)
+
+
 def reweight_rows(
   rows: list[jax.Array],
   weights: jax.Array,
@@ -82,7 +90,7 @@ def _dense(problem):
   losses, aux, rows = _gradients(problem, problem.batch)
   scores = score_rows(rows, problem.unit, problem.flags, problem.score)
   losses = _tree.to_accumulate(losses)
-  valid = problem.candidates & jnp.isfinite(losses) & _tree.rows_finite(rows)
+  valid = problem.candidates & jnp.isfinite(losses) & sound_rows(rows, scores)
   return Answer(scores, losses, valid, aux), rows
 
 

@@ -35,9 +35,22 @@ Weigh = Callable[[jax.Array, jax.Array], jax.Array]  # scores, valid -> weights
 
 
 def plain_losses_fn(
-  losses_fn: Callable[..., Any], has_aux: bool, kwargs: dict[str, Any]
+  losses_fn: Callable[..., Any],
+  has_aux: bool,
+  kwargs: dict[str, Any],
+  advice: str,
 ) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
-  """`losses_fn` with its keyword arguments bound and an aux in any case."""
+  """`losses_fn` with its keyword arguments bound and an aux in any case.
+
+  Args:
+    losses_fn: the user's.
+    has_aux: whether it returns `(losses, aux)`.
+    kwargs: its keyword arguments.
+    advice: what to do about a tuple that was not expected.
+
+  Returns:
+    `(params, batch) -> (losses [B], aux or None)`.
+  """
 
   def call(params, batch):
     returned = losses_fn(params, batch, **kwargs)
@@ -52,8 +65,7 @@ def plain_losses_fn(
       )
     if isinstance(losses, tuple):
       raise TypeError(
-        "losses_fn returned a tuple; expected losses [B]. Pass has_aux=True if"
-        " it returns (losses, aux)."
+        f"losses_fn returned a tuple; expected losses [B]. {advice}"
       )
     losses = jnp.asarray(losses)
     _validate.losses_shape(losses, _validate.batch_size(batch))
@@ -62,31 +74,33 @@ def plain_losses_fn(
   return call
 
 
-def mend_rows(batch: Any, sound: jax.Array, source: jax.Array) -> Any:
-  """A batch whose unsound rows carry the features of a sound one.
+def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
+  """A batch that is finite throughout, and the samples that may count.
 
-  A weight of zero can't undo a NaN on the way back (zero times NaN is NaN), so
-  the floating features of a broken row are replaced before anything is computed
-  from them; the row gets no weight. Integer features, labels and masks among
-  them, stay.
+  A weight of zero can't undo a NaN on the way back (zero times NaN is NaN). So
+  before anything is computed, a row with non-finite features gets the floating
+  features of the first good row. Finite rows stay as they are, padding too:
+  losses that couple the samples of a batch may look at it.
 
   Args:
     batch: leaves `[B, ...]`.
-    sound: bool `[B]`, the rows to leave as they are.
-    source: `[]`, the row that replaces the others.
+    mask: bool `[B]`, True for real samples.
 
   Returns:
-    The batch.
+    The batch, and bool `[B]`: the real samples that came finite.
   """
+  finite = _tree.rows_finite(jax.tree.leaves(batch))
+  candidates = finite & mask
+  source = jnp.argmax(candidates)
 
   def mend(leaf):
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       return leaf
     return jnp.where(
-      _tree.expand_rows(sound, leaf.ndim), leaf, leaf[source][None]
+      _tree.expand_rows(finite, leaf.ndim), leaf, leaf[source][None]
     )
 
-  return jax.tree.map(mend, batch)
+  return jax.tree.map(mend, batch), candidates
 
 
 def split(items: list[Any], flags: list[bool]) -> tuple[list[Any], list[Any]]:

@@ -24,7 +24,8 @@ def leaf_paths(tree: Tree) -> list[str]:
 
 def accumulation_dtype(dtype: Any) -> Any:
   """float32, or wider when the data already is: sums never run in bfloat16."""
-  return jnp.promote_types(dtype, jnp.float32)
+  # Not jnp.promote_types: under strict promotion it refuses these very pairs.
+  return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype("float32")
 
 
 def to_accumulate(x: jax.Array) -> jax.Array:
@@ -34,19 +35,22 @@ def to_accumulate(x: jax.Array) -> jax.Array:
 
 def common_dtype(leaves: Sequence[jax.Array]) -> Any:
   """The accumulation dtype that holds every leaf."""
-  dtype = np.dtype("float32")
-  for leaf in leaves:
-    dtype = jnp.promote_types(dtype, leaf.dtype)
-  return dtype
+  wide = [np.dtype("float32"), *(accumulation_dtype(x.dtype) for x in leaves)]
+  return max(wide, key=lambda dtype: np.dtype(dtype).itemsize)
 
 
 def norm(leaves: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm over all leaves together, `[]`."""
   dtype = common_dtype(leaves)
-  squares = [
-    jnp.sum(jnp.square(to_accumulate(x))).astype(dtype) for x in leaves
-  ]
-  return jnp.sqrt(sum(squares, start=jnp.zeros([], dtype)))
+  zero = jnp.zeros([], dtype)
+  # Scaled by the largest entry, whose square may be out of range.
+  largest = zero
+  for leaf in leaves:
+    peak = jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
+    largest = jnp.maximum(largest, peak)
+  scale = jnp.where(largest > 0, largest, 1)
+  squares = [jnp.sum(jnp.square(x.astype(dtype) / scale)) for x in leaves]
+  return scale * jnp.sqrt(sum(squares, start=zero))
 
 
 def expand_rows(rows: jax.Array, ndim: int) -> jax.Array:

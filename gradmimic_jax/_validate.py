@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gradmimic_jax import _tree
 
@@ -161,6 +162,20 @@ def losses_shape(losses: Any, size: int) -> None:
     )
 
 
+def unmasked(params: Any) -> None:
+  """Raises if optax has masked a part of params away."""
+
+  def masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
+
+  if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
+    raise TypeError(
+      "params has leaves that optax.masked or optax.partition took away; their"
+      " gradients would keep their batch axis. Choose layers with layers= (and"
+      " scope='layers'), and put this transformation first in the chain."
+    )
+
+
 def per_sample_gradients(updates: Any, params: Any) -> int:
   """Raises unless every leaf is `[B, *p]` over a params leaf `[*p]`.
 
@@ -183,6 +198,14 @@ def per_sample_gradients(updates: Any, params: Any) -> int:
       f"per-sample gradients and params differ at {_listing(odd)}; expected the"
       " gradients of all of params. Choose layers with layers=, not with"
       " optax.masked or optax.partition around this transformation."
+    )
+  found: Any = jax.tree.structure(updates)
+  expected_structure: Any = jax.tree.structure(params)
+  if found != expected_structure:
+    # The same paths in another order would pair leaves wrongly.
+    raise TypeError(
+      f"per-sample gradients are a {found}; expected the containers of params,"
+      f" {expected_structure}."
     )
   how = (
     "Compute per-sample gradients with jax.vmap(jax.grad(loss_fn), in_axes="

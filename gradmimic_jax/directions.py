@@ -3,12 +3,16 @@
 A direction is any callable `(params, reference, batch, **kwargs) -> tree like
 params`; what `reference` is, is up to the direction. Only its leaves in the
 mimic layers are looked at, and only their direction counts: scores divide by
-the norm. It is a constant of the step: no gradient flows through it.
+the norm. It is a constant of the step: no gradient flows through it. It
+gets the keyword arguments of losses_fn, and `mask` if it has a parameter of
+that name: bool `[B]`, the samples of the batch that count.
 """
 
+import inspect
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from gradmimic_jax import _tree, _validate
 
@@ -67,6 +71,20 @@ def toward_weights() -> Direction:
   return direction
 
 
+def call(
+  direction: Direction,
+  params: Any,
+  reference: Any,
+  batch: Any,
+  mask: jax.Array,
+  kwargs: dict[str, Any],
+) -> Any:
+  """The direction's tree, with the mask handed over if it asks for it."""
+  if "mask" in inspect.signature(direction).parameters:
+    kwargs = {**kwargs, "mask": mask}
+  return direction(params, reference, batch, **kwargs)
+
+
 def unit_vector(
   direction_tree: Any, params: Any, flags: list[bool]
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -100,9 +118,9 @@ def normalize(
 ) -> tuple[list[jax.Array], jax.Array]:
   """The leaves over their joint norm (zeros if that is 0), and the norm."""
   distance = _tree.norm(leaves)
-  scale = jax.numpy.where(distance > 0, 1 / distance, 0)
+  divisor = jnp.where(distance == 0, 1, distance)
   unit = []
   for leaf in leaves:
     wide = _tree.to_accumulate(leaf)
-    unit.append(wide * scale.astype(wide.dtype))
+    unit.append(wide / divisor.astype(wide.dtype))
   return unit, distance

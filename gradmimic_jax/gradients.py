@@ -10,13 +10,13 @@ from gradmimic_jax import (
   _forward,
   _per_sample,
   _problem,
-  _tree,
   _validate,
+  directions,
   layers as layers_lib,
   scores as scores_lib,
   weighting as weighting_lib,
 )
-from gradmimic_jax.directions import Direction, toward_weights, unit_vector
+from gradmimic_jax.directions import Direction, toward_weights
 from gradmimic_jax.layers import Layers
 from gradmimic_jax.weighting import Weighting
 
@@ -68,12 +68,17 @@ def mimic_value_and_grad(
   * `"forward"` and `"per_sample"` give the same numbers up to rounding.
   * A reference equal to params gives scores 0 and uniform softmax weights.
   * Samples outside the mask and samples whose features, loss or score are not
-    finite get weight 0 and leave the others untouched; the others' weights sum
-    to 1. If none is left, the loss and the gradient are 0. The forward engine
-    takes a step with such a loss or score twice, the second time without the
-    features that caused it; that loop is why it can't be differentiated in
-    reverse. Gradients that are not finite outside the mimic layers are seen by
-    the per-sample engine only.
+    finite get weight 0; the others' weights sum to 1. If none is left, the loss
+    and the gradient are 0.
+  * Non-finite features of such a sample leave the others' gradient untouched.
+    Where finite features overflow on their way through the model, the
+    per-sample engine still leaves the others untouched; the forward engine
+    returns 0 in those entries of the gradient that the overflow has reached,
+    and is exact in the rest.
+  * A sample with non-finite features has a copy of a good one's when losses_fn
+    and the direction see it; its aux means nothing. Finite rows are never
+    touched, so pad with copies of a real row: zeros may have no derivative
+    (under a norm, say), which counts as an overflow.
   * Scores, weights and sums are float32 or wider; gradients have the dtypes of
     params.
 
@@ -142,7 +147,12 @@ def mimic_value_and_grad(
   solver = _engine(engine, score_kind, microbatch_size)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
-    plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs)
+    plain = _problem.plain_losses_fn(
+      losses_fn,
+      has_aux,
+      kwargs,
+      "Pass has_aux=True if it returns (losses, aux).",
+    )
     problem, mask, distance = _pose(
       plain,
       direction,
@@ -225,7 +235,9 @@ def mimic_scores(
   solver = _engine(engine, score_kind, microbatch_size)
 
   def fn(params, reference, batch, *, mask=None, **kwargs):
-    plain = _problem.plain_losses_fn(losses_fn, False, kwargs)
+    plain = _problem.plain_losses_fn(
+      losses_fn, False, kwargs, "mimic_scores takes no aux: return losses only."
+    )
     problem, mask, distance = _pose(
       plain,
       direction,
@@ -245,6 +257,11 @@ def mimic_scores(
 
 def _engine(name, score, microbatch_size):
   _validate.choice("engine", name, ("auto", *_ENGINES))
+  if microbatch_size is not None:
+    raise ValueError(
+      f"microbatch_size is {microbatch_size!r}; expected None: streaming over"
+      " microbatches is not there yet."
+    )
   if name == "auto":
     name = "per_sample" if score.needs_norms else "forward"
   return _ENGINES[name]
@@ -259,12 +276,12 @@ def _pose(
   mask = _validate.padding_mask(mask, size)
   flags = layers_lib.choose(layers, params)
   batch = jax.tree.map(jnp.asarray, batch)
-  finite = _tree.rows_finite(jax.tree.leaves(batch))
-  candidates = finite & mask
-  batch = _problem.mend_rows(batch, finite, jnp.argmax(candidates))
+  batch, candidates = _problem.mend_rows(batch, mask)
   params = jax.tree.map(jnp.asarray, params)
-  unit, distance = unit_vector(
-    direction(params, reference, batch, **kwargs), params, flags
+  unit, distance = directions.unit_vector(
+    directions.call(direction, params, reference, batch, candidates, kwargs),
+    params,
+    flags,
   )
   problem = _problem.Problem(
     losses_fn, params, batch, flags, unit, score, candidates

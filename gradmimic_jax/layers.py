@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from gradmimic_jax import _tree
 
@@ -55,7 +56,7 @@ def choose(layers: Layers, params: Any) -> list[bool]:
     raise ValueError(
       f"layers={layers!r} chooses no leaf. The leaves are: {', '.join(paths)}."
     )
-  return flags
+  return [bool(flag) for flag in flags]
 
 
 def _matching(patterns: Sequence[Any], paths: list[str]) -> list[bool]:
@@ -80,10 +81,11 @@ def _matching(patterns: Sequence[Any], paths: list[str]) -> list[bool]:
 def _from_tree(tree: Any, params: Any) -> list[bool]:
   flags, found = jax.tree.flatten(tree)
   expected: Any = jax.tree.structure(params)
-  if found != expected or not all(isinstance(flag, bool) for flag in flags):
+  kinds = (bool, np.bool_)
+  if found != expected or not all(isinstance(flag, kinds) for flag in flags):
     raise TypeError(
       f"layers={tree!r} is not understood; expected None, a regular expression"
       " or a list of them, a predicate (path, leaf) -> bool, or a tree of bools"
       " with the structure of params."
     )
-  return flags
+  return [bool(flag) for flag in flags]

@@ -96,6 +96,7 @@ def reweight_by_mimic_score(
   score_kind = scores_lib.get(score)
 
   def init_fn(params):
+    _validate.unmasked(params)
     # optax.tree.map_params calls init with a placeholder, not with params, to
     # see which fields are shaped like them: hand the placeholder on.
     if not jax.tree.leaves(params):
@@ -135,8 +136,8 @@ def reweight_by_mimic_score(
         )
       ]
     )
-    valid = mask & _tree.rows_finite(rows)
     scores = _per_sample.score_rows(rows, unit, flags, score_kind)
+    valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weighting, scores, valid, state.count)
     leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
     size_now = weighting_lib.effective_sample_size(weights)

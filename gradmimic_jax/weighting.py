@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from gradmimic_jax import _validate
 
-# Bisection steps and the range of log(temperature / score spread) they search:
-# 24 / 2**40 is far below float32 resolution of the temperature.
+# Bisection steps and the range of log(temperature / score spread) they search.
+# exp(-87) is the smallest of float32: beside one far outlier, the temperature
+# that tells the others apart is a tiny part of the spread. 40 halvings leave
+# 99 / 2**40, far below float32 resolution.
 _BISECTIONS = 40
-_LOG_TEMPERATURES = (-12.0, 12.0)
+_LOG_TEMPERATURES = (-87.0, 12.0)
 
 
 class Weighting(Protocol):
@@ -280,9 +282,13 @@ def guarded(
 def _softmax(scores, mask, temperature):
   highest = jnp.max(jnp.where(mask, scores, -jnp.inf))
   # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
-  # inf - inf.
-  gaps = jnp.where(mask, scores - highest, -jnp.inf)
-  weights = jnp.exp(gaps / temperature.astype(scores.dtype))
+  # inf - inf. A schedule may end at 0; the limit there is the maximum.
+  gaps = jnp.where(mask, scores - highest, 0)
+  limits = jnp.finfo(scores.dtype)
+  temperature = jnp.clip(
+    temperature.astype(scores.dtype), limits.tiny, limits.max
+  )
+  weights = jnp.where(mask, jnp.exp(gaps / temperature), 0)
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1)
 

@@ -241,13 +241,18 @@ def close_trees(actual, expected, tolerance):
 
 
 def options(model):
-  """What is asked of a model; the most of the MLP, which compiles fastest."""
-  choices = CHOICES
+  """What is asked of a model; most of the MLP, which compiles fastest."""
   if model != "mlp":
-    choices = ("everything", "head", "last block", "list")
+    return [
+      ("everything", "projection", "all"),
+      ("head", "projection", "layers"),
+      ("last block", "projection", "all"),
+      ("list", "projection", "layers"),
+      ("last block", "cosine", "all"),
+    ]
   return [
     (choice, score, scope)
-    for choice, score, scope in itertools.product(choices, SCORES, SCOPES)
+    for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
     if (choice, scope) != ("everything", "layers")
     and (score == "projection" or choice == "everything" or scope == "layers")
   ]
@@ -542,32 +547,69 @@ def test_broken_features_in_padding_do_not_matter(engine):
   )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("how", BREAKING.values(), ids=BREAKING)
 @pytest.mark.parametrize("leaf", TRIGGERS)
-def test_a_loss_or_gradient_that_breaks_leaves_the_others_untouched(
-  engine, how, leaf
-):
+def test_per_sample_leaves_the_others_of_a_broken_loss_untouched(how, leaf):
   broken = np.where(without(1), 0, how).astype(TRIGGERS[leaf])
   others_as_if_masked(
-    run_breakable(engine, MASK | True, **{leaf: broken}),
-    run_breakable(engine, without(1)),
+    run_breakable("per_sample", MASK | True, **{leaf: broken}),
+    run_breakable("per_sample", without(1)),
     1,
   )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+def assert_equal_or_zero(actual, expected):
+  """Every entry is exact, or 0 because the broken sample has reached it."""
+  for leaf, other in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    reached = leaf == 0
+    np.testing.assert_array_equal(leaf[~reached], other[~reached])
+
+
+@pytest.mark.parametrize("how", BREAKING.values(), ids=BREAKING)
+def test_forward_zeroes_only_what_a_broken_loss_has_reached(how):
+  # A `[B]` feature that is finite, so that nothing can mend it beforehand.
+  broken = np.where(without(1), 0, how).astype(TRIGGERS["id"])
+  (loss, info), grads = run_breakable("forward", MASK | True, id=broken)
+  (_, as_masked), exact = run_breakable("forward", without(1))
+  np.testing.assert_array_equal(info.weights, as_masked.weights)
+  assert np.isnan(info.scores[1])
+  assert np.isfinite(loss)
+  assert_equal_or_zero(grads, exact)
+
+
 @pytest.mark.parametrize("how", BREAKING.values(), ids=BREAKING)
 @pytest.mark.parametrize("leaf", TRIGGERS)
-def test_padding_with_a_broken_loss_does_not_reach_the_gradient(
-  engine, how, leaf
-):
+def test_per_sample_ignores_padding_with_a_broken_loss(how, leaf):
   broken = np.where(MASK, 0, how).astype(TRIGGERS[leaf])
   jax.tree.map(
     np.testing.assert_array_equal,
-    run_breakable(engine, MASK, **{leaf: broken}),
-    run_breakable(engine, MASK),
+    run_breakable("per_sample", MASK, **{leaf: broken}),
+    run_breakable("per_sample", MASK),
   )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_padding_that_has_no_derivative_keeps_the_gradient_finite(engine):
+  def losses_fn(params, batch):
+    unit = batch["x"] / jnp.linalg.norm(batch["x"], axis=1, keepdims=True)
+    return (unit @ params["w"] + params["b"]) ** 2
+
+  x = np.array([[3, 4], [1, 2], [0, 0]], np.float32)
+  params = {"w": np.ones(2, np.float32), "b": np.float32(1)}
+  reference = {"w": np.zeros(2, np.float32), "b": np.float32(0)}
+  fn = compiled(losses_fn, engine)
+  mask = np.array([True, True, False])
+  (loss, info), grads = fn(params, reference, {"x": x}, mask=mask)
+  (expected_loss, expected), exact = fn(params, reference, {"x": x[:2]})
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+  np.testing.assert_allclose(info.weights[:2], expected.weights, rtol=1e-6)
+  if engine == "per_sample":
+    close_trees(flat(grads), flat(exact), 1e-6)
+  else:
+    for leaf in jax.tree.leaves(grads):
+      assert np.all(np.isfinite(leaf))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -7,10 +7,11 @@ from flax import nnx
 
 
 class ConvNet(nnx.Module):
-  """3x3 convolution, group norm, relu and 2x2 max-pool a stage; linear head.
+  """3x3 convolution, group norm, relu and 2x2 mean-pool a stage; linear head.
 
   Group norm, because batch norm couples the samples of a batch: a sample's
-  gradient would then depend on its batch mates.
+  gradient would then depend on its batch mates. Mean-pool, because the forward
+  derivative of max-pool is sixteen times as slow on CPUs as all the rest.
   """
 
   def __init__(
@@ -40,5 +41,5 @@ class ConvNet(nnx.Module):
     hidden = images
     for conv, norm in zip(self.stages, self.norms, strict=True):
       hidden = jax.nn.relu(norm(conv(hidden)))
-      hidden = nnx.max_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
+      hidden = nnx.avg_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
     return self.head(hidden.mean(axis=(1, 2)))
