@@ -117,19 +117,25 @@ def test_twelve_steps(golden, how, optimizer, scope):
       return losses_fn(params, jax.tree.map(lambda x: x[None], example))[0]
 
     gradient = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
-    weights_fn = gm.mimic_value_and_grad(losses_fn, **options)
+    scores_fn = gm.mimic_scores(losses_fn, layers=METHOD["layers"])
+
+    def gradient_and_weights(params, batch):
+      scores = scores_fn(params, reference, batch).scores
+      return gradient(params, batch), METHOD["weighting"](scores)
+
   else:
     tx = OPTIMIZERS[optimizer]()
-    weights_fn = gm.mimic_value_and_grad(losses_fn, engine=how, **options)
+    step_fn = gm.mimic_value_and_grad(losses_fn, engine=how, **options)
 
-    def gradient(params, batch):
-      return weights_fn(params, reference, batch)[1]
+    def gradient_and_weights(params, batch):
+      (_, info), grads = step_fn(params, reference, batch)
+      return grads, info.weights
 
   @jax.jit
   def train_step(params, state, batch):
-    (_, info), _ = weights_fn(params, reference, batch)
-    updates, state = tx.update(gradient(params, batch), state, params)
-    return optax.apply_updates(params, updates), state, info.weights
+    grads, weights = gradient_and_weights(params, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, weights
 
   state = tx.init(params)
   weights = []

@@ -90,7 +90,10 @@ def test_a_finished_run_is_not_repeated(mimic_config, tmp_path, monkeypatch):
   assert train.train_and_evaluate(mimic_config, tmp_path / "run") == first
 
 
-@pytest.mark.parametrize("stop_at", [1, 6, 9, 17])
+@pytest.mark.parametrize(
+  "stop_at",
+  [1, 9, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 6, 12, 17))],
+)
 def test_an_interrupted_run_continues_bit_for_bit(
   mimic_config, tmp_path, monkeypatch, shared, stop_at
 ):
