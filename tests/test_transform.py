@@ -474,7 +474,7 @@ def test_layers_are_not_chosen_from_outside(grads, wrapper, reference):
 
 def test_multi_steps_around_it_is_refused(grads):
   tx = optax.MultiSteps(gm.mimic(optax.sgd(0.1), REFERENCE), 2)
-  with pytest.raises(ValueError, match="averaged|broadcast"):
+  with pytest.raises(ValueError, match=r"averaged|broadcast"):
     apply(tx, grads)
 
 
