@@ -80,7 +80,17 @@ def _descents(problem, params):
   tangent = [
     u.astype(p.dtype) for u, p in zip(problem.unit, mimic, strict=True)
   ]
-  losses, slopes, aux = jax.jvp(along, (mimic,), (tangent,), has_aux=True)
+  try:
+    losses, slopes, aux = jax.jvp(along, (mimic,), (tangent,), has_aux=True)
+  except TypeError as error:
+    if "custom_vjp" not in str(error):
+      raise
+    raise TypeError(
+      "losses_fn goes through a jax.custom_vjp function, which has no forward"
+      " derivative: the forward engine can't take it. Use engine='per_sample',"
+      " with a microbatch_size if memory is short; or give the function a"
+      " jax.custom_jvp rule."
+    ) from error
   return losses, -slopes, aux
 
 

@@ -1,7 +1,7 @@
 """The per-sample engine: one gradient a sample by `vmap(grad)`.
 
 Dense, it holds all B gradients at once: the textbook form, against which all
-else is tested. With a microbatch size it streams.
+else is tested. `_streaming` goes over it in microbatches.
 """
 
 import jax
@@ -19,7 +19,7 @@ from gradmimic_jax._problem import (
 
 def answer(problem: Problem) -> Answer:
   """Scores and losses without a gradient."""
-  found, _ = _dense(problem)
+  found, _ = dense(problem)
   return found
 
 
@@ -27,7 +27,7 @@ def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Scores, weights `[B]`, and the gradient's leaves."""
-  found, rows = _dense(problem)
+  found, rows = dense(problem)
   weights = weigh(found.scores, found.valid)
   return (
     found,
@@ -86,7 +86,8 @@ def reweight_rows(
   ]
 
 
-def _dense(problem):
+def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
+  """The answer, and per-sample gradient leaves `[B, *p]`."""
   losses, aux, rows = _gradients(problem, problem.batch)
   scores = score_rows(rows, problem.unit, problem.flags, problem.score)
   losses = _tree.to_accumulate(losses)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gradmimic_jax import _tree, _validate
 from gradmimic_jax.scores import Score
+from gradmimic_jax.weighting import Weighting, guarded
 
 
 class Problem(NamedTuple):
@@ -31,7 +32,21 @@ class Answer(NamedTuple):
   aux: Any  # losses_fn's aux, or None
 
 
-Weigh = Callable[[jax.Array, jax.Array], jax.Array]  # scores, valid -> weights
+class Weigh(NamedTuple):
+  """The step's weighting: `(scores [B], valid [B]) -> weights [B]`."""
+
+  weighting: Weighting
+  step: jax.Array | None  # updates done so far, if the caller said
+
+  def __call__(self, scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """Weights over the valid samples, 0 elsewhere."""
+    return guarded(self.weighting, scores, valid, self.step)
+
+  @property
+  def temperature(self) -> jax.Array | None:
+    """`[]`, if the weights are a softmax at a known temperature."""
+    known = getattr(self.weighting, "temperature_at", None)
+    return None if known is None else known(self.step)
 
 
 def plain_losses_fn(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradmimic_jax import _tree
@@ -31,6 +32,14 @@ def fraction(name: str, value: Any) -> None:
   number = _scalar(name, value)
   if not 0 < number <= 1:
     raise ValueError(f"{name} is {number}; expected a fraction in (0, 1].")
+
+
+def positive_int(name: str, value: Any) -> None:
+  """Raises unless `value` is an integer above zero."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{name} is {value!r}; expected an integer.")
+  if value < 1:
+    raise ValueError(f"{name} is {value}; expected an integer above 0.")
 
 
 def _scalar(name: str, value: Any) -> float:

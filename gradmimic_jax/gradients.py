@@ -1,5 +1,6 @@
 """`mimic_value_and_grad` and `mimic_scores`: the method in one's own loop."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from gradmimic_jax import (
   _forward,
   _per_sample,
   _problem,
+  _streaming,
   _validate,
   directions,
   layers as layers_lib,
@@ -22,6 +24,13 @@ from gradmimic_jax.weighting import Weighting
 
 _ENGINES = {"forward": _forward, "per_sample": _per_sample}
 SCOPES = ("all", "layers")
+
+
+class _Solver(NamedTuple):
+  """What an engine does."""
+
+  answer: Callable[..., Any]
+  reweighted: Callable[..., Any]
 
 
 class MimicInfo(NamedTuple):
@@ -79,6 +88,10 @@ def mimic_value_and_grad(
     and the direction see it; its aux means nothing. Finite rows are never
     touched, so pad with copies of a real row: zeros may have no derivative
     (under a norm, say), which counts as an overflow.
+  * With losses that couple the samples of a batch (contrastive ones, batch
+    statistics) the forward engine is exact: g_i is then the gradient of the
+    i-th loss with its batch mates as they are. The per-sample engine shows
+    losses_fn one sample at a time, and must not be used for them.
   * Scores, weights and sums are float32 or wider; gradients have the dtypes of
     params.
 
@@ -95,13 +108,14 @@ def mimic_value_and_grad(
     scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
       (the mimic layers; the others get the plain mean).
     engine: `"forward"`: one jvp inside one vjp, at about the price of a plain
-      gradient; exact for losses that couple the samples of a batch, where g_i
-      is the gradient of the i-th loss with its batch mates as they are; the
-      cosine score costs it one more pullback a sample. `"per_sample"`:
-      `vmap(grad)`, which needs losses that don't depend on batch mates, and
-      memory for B gradients. `"auto"`: forward for the projection score,
-      per_sample for the cosine.
-    microbatch_size: must be None for now.
+      gradient. `"per_sample"`: `vmap(grad)`, for losses that don't depend on
+      batch mates. `"auto"`: per_sample with a microbatch size or the cosine
+      score (of which the forward engine takes one more pullback a sample), else
+      forward. The returned function's `engine` attribute names the one it is.
+    microbatch_size: of the per-sample engine: how many samples' gradients exist
+      at a time. `softmax` and `uniform` need one pass over the microbatches;
+      weightings that need all scores before any weight (`ess_softmax`,
+      `top_fraction`, `positive`) take two, scores first. None: all at once.
     has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
       calls losses_fn with batches of one and stacks their aux over samples, so
       that aux leaves `[B, ...]` are the same in both engines.
@@ -144,7 +158,7 @@ def mimic_value_and_grad(
   """
   _validate.choice("scope", scope, SCOPES)
   score_kind = scores_lib.get(score)
-  solver = _engine(engine, score_kind, microbatch_size)
+  engine, solver = _engine(engine, score_kind, microbatch_size)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
     plain = _problem.plain_losses_fn(
@@ -165,10 +179,9 @@ def mimic_value_and_grad(
       kwargs,
     )
 
-    def weigh(scores, valid):
-      return weighting_lib.guarded(weighting, scores, valid, step)
-
-    found, weights, leaves = solver.reweighted(problem, weigh, scope)
+    found, weights, leaves = solver.reweighted(
+      problem, _problem.Weigh(weighting, step), scope
+    )
     scores, losses = _presentable(found, mask)
     info = MimicInfo(
       scores=scores,
@@ -183,6 +196,7 @@ def mimic_value_and_grad(
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
+  fn.engine = engine  # type: ignore[attr-defined]
   return fn
 
 
@@ -207,8 +221,8 @@ def mimic_scores(
     direction: as in `mimic_value_and_grad`.
     layers: the mimic layers, as in `mimic_value_and_grad`.
     score: `"projection"` or `"cosine"`.
-    engine: `"auto"`, `"forward"` or `"per_sample"`.
-    microbatch_size: must be None for now.
+    engine: as in `mimic_value_and_grad`.
+    microbatch_size: as in `mimic_value_and_grad`.
 
   Returns:
     `fn(params, reference, batch, *, mask=None, **kwargs) -> MimicScores`.
@@ -232,7 +246,7 @@ def mimic_scores(
     section 3.
   """
   score_kind = scores_lib.get(score)
-  solver = _engine(engine, score_kind, microbatch_size)
+  engine, solver = _engine(engine, score_kind, microbatch_size)
 
   def fn(params, reference, batch, *, mask=None, **kwargs):
     plain = _problem.plain_losses_fn(
@@ -252,19 +266,28 @@ def mimic_scores(
     scores, losses = _presentable(solver.answer(problem), mask)
     return MimicScores(scores, losses, distance)
 
+  fn.engine = engine  # type: ignore[attr-defined]
   return fn
 
 
 def _engine(name, score, microbatch_size):
+  """The engine's name and its `answer` and `reweighted`."""
   _validate.choice("engine", name, ("auto", *_ENGINES))
   if microbatch_size is not None:
-    raise ValueError(
-      f"microbatch_size is {microbatch_size!r}; expected None: streaming over"
-      " microbatches is not there yet."
+    _validate.positive_int("microbatch_size", microbatch_size)
+    if name == "forward":
+      raise ValueError(
+        f"microbatch_size is {microbatch_size} with engine='forward', which"
+        " sees the whole batch; expected None, or engine='per_sample'."
+      )
+    return "per_sample", _Solver(
+      functools.partial(_streaming.answer, microbatch_size=microbatch_size),
+      functools.partial(_streaming.reweighted, microbatch_size=microbatch_size),
     )
   if name == "auto":
     name = "per_sample" if score.needs_norms else "forward"
-  return _ENGINES[name]
+  engine = _ENGINES[name]
+  return name, _Solver(engine.answer, engine.reweighted)
 
 
 def _pose(

@@ -1,9 +1,10 @@
 """Weightings: scores `[B]` to weights `[B]` that sum to 1 over real samples.
 
 A weighting is any callable `(scores [B], mask [B] or None, step [] or None) ->
-weights [B]`. Samples outside the mask get weight 0 and influence nothing; when
-the mask is empty all weights are 0. Weights are constants of the step: no
-gradient flows through them.
+weights [B]`. One that is a softmax can say so by a method `temperature_at(step)
+-> []`: the streaming engine then needs one pass. Samples outside the mask get
+weight 0 and influence nothing; when the mask is empty all weights are 0.
+Weights are constants of the step: no gradient flows through them.
 """
 
 import dataclasses
@@ -45,13 +46,13 @@ class _Softmax:
 
   def temperature_at(self, step):
     if not callable(self.temperature):
-      return jnp.asarray(self.temperature)
+      return jnp.asarray(self.temperature, jnp.float32)
     if step is None:
       raise ValueError(
         "softmax has a temperature schedule but no step came; pass step= with"
         " the number of updates done so far."
       )
-    return jnp.asarray(self.temperature(step))
+    return jnp.asarray(self.temperature(step), jnp.float32)
 
 
 def softmax(temperature: float | jax.Array | Callable[[Any], Any]) -> Weighting:
@@ -215,6 +216,10 @@ class _Uniform:
     mask = _validate.padding_mask(mask, scores.shape[0])
     return _share_alike(mask, scores.dtype)
 
+  def temperature_at(self, step):
+    del step
+    return jnp.asarray(jnp.finfo(jnp.float32).max)
+
 
 def uniform() -> Weighting:
   """The plain mean: `w_i = 1/n` for n real samples.
@@ -279,15 +284,18 @@ def guarded(
   return jax.lax.stop_gradient(jnp.where(mask, weights.astype(scores.dtype), 0))
 
 
+def in_range(temperature: jax.Array, dtype: Any) -> jax.Array:
+  """The temperature within what `dtype` can divide by."""
+  limits = jnp.finfo(dtype)
+  return jnp.clip(temperature.astype(dtype), limits.tiny, limits.max)
+
+
 def _softmax(scores, mask, temperature):
   highest = jnp.max(jnp.where(mask, scores, -jnp.inf))
   # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
   # inf - inf. A schedule may end at 0; the limit there is the maximum.
   gaps = jnp.where(mask, scores - highest, 0)
-  limits = jnp.finfo(scores.dtype)
-  temperature = jnp.clip(
-    temperature.astype(scores.dtype), limits.tiny, limits.max
-  )
+  temperature = in_range(temperature, scores.dtype)
   weights = jnp.where(mask, jnp.exp(gaps / temperature), 0)
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1)

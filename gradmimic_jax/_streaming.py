@@ -1,0 +1,184 @@
+"""The per-sample engine in microbatches: few gradients at a time, same numbers.
+
+A softmax over the whole batch needs no second look at the gradients. With the
+highest score so far, `peak`, the sums `sum exp((m_i - peak) / tau) g_i` and
+`sum exp((m_i - peak) / tau)` are carried over the microbatches and rescaled
+whenever the peak rises; their quotient is the reweighted gradient. Weightings
+of another kind take two passes: all scores, then the weighted gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gradmimic_jax import _per_sample, _tree
+from gradmimic_jax._problem import (
+  Answer,
+  Problem,
+  Weigh,
+  mean_weights,
+  merge,
+  split,
+)
+from gradmimic_jax.weighting import in_range
+
+
+def answer(problem: Problem, microbatch_size: int) -> Answer:
+  """Scores and losses without a gradient."""
+  stacked, restore = _stack(problem, microbatch_size)
+  found = jax.lax.map(
+    lambda part: _per_sample.answer(_part(problem, part)), stacked
+  )
+  return restore(found)
+
+
+def reweighted(
+  problem: Problem, weigh: Weigh, scope: str, microbatch_size: int
+) -> tuple[Answer, jax.Array, list[jax.Array]]:
+  """Scores, weights `[B]`, and the gradient's leaves."""
+  if weigh.temperature is None:
+    return _in_two_passes(problem, weigh, scope, microbatch_size)
+  return _in_one_pass(problem, weigh, scope, microbatch_size)
+
+
+def _in_one_pass(problem, weigh, scope, microbatch_size):
+  stacked, restore = _stack(problem, microbatch_size)
+  in_scope = [scope == "all" or flag for flag in problem.flags]
+  leaves = jax.tree.leaves(problem.params)
+  dtype = _tree.common_dtype(leaves)
+  temperature = in_range(weigh.temperature, dtype)
+  zero = jnp.zeros([], dtype)
+
+  def step(carry, part):
+    peak, total, count, sums = carry
+    found, rows = _per_sample.dense(_part(problem, part))
+    scores = jnp.where(found.valid, found.scores.astype(dtype), -jnp.inf)
+    new_peak = jnp.maximum(peak, jnp.max(scores))
+    # Before the first valid sample the peak is -inf and there is nothing to
+    # rescale; -inf - -inf would be NaN.
+    some = jnp.isfinite(new_peak)
+    base = jnp.where(some, new_peak, 0)
+    rescale = jnp.where(
+      jnp.isfinite(peak), jnp.exp((peak - base) / temperature), 0
+    )
+    parts = jnp.where(found.valid, jnp.exp((scores - base) / temperature), 0)
+    plain = found.valid.astype(dtype)
+    new_sums = []
+    for total_so_far, row, weighted in zip(sums, rows, in_scope, strict=True):
+      row = _tree.where_rows(found.valid, row)
+      if weighted:
+        total_so_far = total_so_far * rescale.astype(total_so_far.dtype)
+      new_sums.append(
+        total_so_far + _tree.weighted_sum(parts if weighted else plain, row)
+      )
+    carry = (
+      new_peak,
+      total * rescale + jnp.sum(parts),
+      count + jnp.sum(plain),
+      new_sums,
+    )
+    return carry, found
+
+  start = (
+    jnp.full([], -jnp.inf, dtype),
+    zero,
+    zero,
+    [jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)) for x in leaves],
+  )
+  (_, total, count, sums), found = jax.lax.scan(step, start, stacked)
+  found = restore(found)
+  total = jnp.where(total > 0, total, 1)
+  count = jnp.maximum(count, 1)
+  grads = [
+    (x / (total if weighted else count).astype(x.dtype)).astype(leaf.dtype)
+    for x, weighted, leaf in zip(sums, in_scope, leaves, strict=True)
+  ]
+  return found, weigh(found.scores, found.valid), grads
+
+
+def _in_two_passes(problem, weigh, scope, microbatch_size):
+  found = answer(problem, microbatch_size)
+  weights = weigh(found.scores, found.valid)
+  plain = mean_weights(found.valid, weights.dtype)
+  # Losses don't depend on batch mates here, so a sample of weight 0 may be
+  # anything: a copy of a valid one keeps its NaN out of the sum.
+  source = jnp.argmax(found.valid)
+  sound = jax.tree.map(
+    lambda x: jnp.where(
+      _tree.expand_rows(found.valid, x.ndim), x, x[source][None]
+    ),
+    problem.batch,
+  )
+  split_rows, _ = _microbatches(weights.size, microbatch_size)
+  stacked = (
+    jax.tree.map(split_rows, sound),
+    split_rows(weights, fill=0),
+    split_rows(plain, fill=0),
+  )
+  leaves = jax.tree.leaves(problem.params)
+
+  def step(sums, part):
+    batch, weights, plain = part
+    losses, pullback = jax.vjp(
+      lambda params: problem.losses_fn(params, batch)[0], problem.params
+    )
+    (grads,) = pullback(weights.astype(losses.dtype))
+    added = jax.tree.leaves(grads)
+    if scope == "layers":
+      (means,) = pullback(plain.astype(losses.dtype))
+      chosen, _ = split(added, problem.flags)
+      _, others = split(jax.tree.leaves(means), problem.flags)
+      added = merge(chosen, others, problem.flags)
+    return [
+      total + x.astype(total.dtype)
+      for total, x in zip(sums, added, strict=True)
+    ], None
+
+  start = [
+    jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)) for x in leaves
+  ]
+  sums, _ = jax.lax.scan(step, start, stacked)
+  # Without a valid sample there was no sound copy either.
+  some = jnp.any(found.valid)
+  grads = [
+    jnp.where(some, x, 0).astype(leaf.dtype)
+    for x, leaf in zip(sums, leaves, strict=True)
+  ]
+  return found, weights, grads
+
+
+def _stack(problem, microbatch_size):
+  """`(batch, candidates)` in microbatches, and the way back."""
+  split_rows, restore = _microbatches(problem.candidates.size, microbatch_size)
+  batch = jax.tree.map(split_rows, problem.batch)
+  return (batch, split_rows(problem.candidates, fill=False)), restore
+
+
+def _part(problem, part):
+  batch, candidates = part
+  return problem._replace(batch=batch, candidates=candidates)
+
+
+def _microbatches(size, microbatch_size):
+  """Functions from rows `[B, ...]` to microbatches `[K, M, ...]`, and back.
+
+  Microbatch k takes rows k, K + k, 2K + k, ...: where the batch axis is sharded
+  over devices, each of them has a share of every microbatch, and no row moves.
+  What the last ones lack is filled up: with copies of real rows, or `fill`.
+  """
+  m = min(microbatch_size, size)
+  k = -(-size // m)
+  extra = k * m - size
+
+  def stack(leaf, fill=None):
+    if extra:
+      copies = leaf[:extra]
+      if fill is not None:
+        copies = jnp.full_like(copies, fill)
+      leaf = jnp.concatenate([leaf, copies])
+    return jnp.swapaxes(leaf.reshape(m, k, *leaf.shape[1:]), 0, 1)
+
+  def unstack(leaf):
+    leaf = jnp.swapaxes(leaf, 0, 1)
+    return leaf.reshape(m * k, *leaf.shape[2:])[:size]
+
+  return stack, lambda tree: jax.tree.map(unstack, tree)
