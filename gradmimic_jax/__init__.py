@@ -7,7 +7,12 @@ optimizer with `mimic`. Data work: collect scores in a `ScoreLedger`, then
 
 from gradmimic_jax import metrics
 from gradmimic_jax._version import __version__
-from gradmimic_jax.directions import Direction, toward_weights
+from gradmimic_jax.directions import (
+  Direction,
+  toward_clean_gradient,
+  toward_outputs,
+  toward_weights,
+)
 from gradmimic_jax.gradients import (
   MimicInfo,
   MimicScores,

@@ -7,6 +7,8 @@ that the vjp differentiates, so that both share one forward pass, and along the
 mimic layers only, so that a tangent flows from the first of them upward.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 
@@ -80,17 +82,8 @@ def _descents(problem, params):
   tangent = [
     u.astype(p.dtype) for u, p in zip(problem.unit, mimic, strict=True)
   ]
-  try:
+  with _explained_custom_vjp():
     losses, slopes, aux = jax.jvp(along, (mimic,), (tangent,), has_aux=True)
-  except TypeError as error:
-    if "custom_vjp" not in str(error):
-      raise
-    raise TypeError(
-      "losses_fn goes through a jax.custom_vjp function, which has no forward"
-      " derivative: the forward engine can't take it. Use engine='per_sample',"
-      " with a microbatch_size if memory is short; or give the function a"
-      " jax.custom_jvp rule."
-    ) from error
   return losses, -slopes, aux
 
 
@@ -99,7 +92,24 @@ def _linearize(problem):
     losses, descents, aux = _descents(problem, params)
     return losses, (descents, aux)
 
-  return jax.vjp(with_descents, problem.params, has_aux=True)
+  with _explained_custom_vjp():
+    return jax.vjp(with_descents, problem.params, has_aux=True)
+
+
+@contextlib.contextmanager
+def _explained_custom_vjp():
+  """Jax's two ways of refusing a custom_vjp, put in terms of engines."""
+  try:
+    yield
+  except (TypeError, NotImplementedError) as error:
+    if not any(name in str(error) for name in ("custom_vjp", "custom_lin")):
+      raise
+    raise TypeError(
+      "losses_fn goes through a jax.custom_vjp function, which has no forward"
+      " derivative: the forward engine can't take it. Use engine='per_sample',"
+      " with a microbatch_size if memory is short; or give the function a"
+      " jax.custom_jvp rule."
+    ) from error
 
 
 def _answer(problem, losses, descents, aux, pullback):

@@ -106,14 +106,11 @@ def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
   """
   finite = _tree.rows_finite(jax.tree.leaves(batch))
   candidates = finite & mask
-  source = jnp.argmax(candidates)
 
   def mend(leaf):
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       return leaf
-    return jnp.where(
-      _tree.expand_rows(finite, leaf.ndim), leaf, leaf[source][None]
-    )
+    return _tree.replace_rows(finite, leaf, candidates)
 
   return jax.tree.map(mend, batch), candidates
 

@@ -101,12 +101,8 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
   plain = mean_weights(found.valid, weights.dtype)
   # Losses don't depend on batch mates here, so a sample of weight 0 may be
   # anything: a copy of a valid one keeps its NaN out of the sum.
-  source = jnp.argmax(found.valid)
   sound = jax.tree.map(
-    lambda x: jnp.where(
-      _tree.expand_rows(found.valid, x.ndim), x, x[source][None]
-    ),
-    problem.batch,
+    lambda x: _tree.replace_rows(found.valid, x, found.valid), problem.batch
   )
   split_rows, _ = _microbatches(weights.size, microbatch_size)
   stacked = (

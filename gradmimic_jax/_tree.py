@@ -67,6 +67,21 @@ def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
   return finite
 
 
+def replace_rows(
+  keep: jax.Array, leaf: jax.Array, candidates: jax.Array
+) -> jax.Array:
+  """`leaf [B, ...]` with the first candidate row where a row is not kept.
+
+  The row is picked by a masked sum: indexing with a traced position would send
+  the whole of a sharded batch to every device.
+  """
+  if not jnp.issubdtype(leaf.dtype, jnp.number):
+    return leaf
+  first = jnp.arange(candidates.size) == jnp.argmax(candidates)
+  row = jnp.sum(where_rows(first, leaf), axis=0, keepdims=True)
+  return jnp.where(expand_rows(keep, leaf.ndim), leaf, row.astype(leaf.dtype))
+
+
 def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
   """`leaf [B, *p]` with zeros in the rows that are not chosen.
 

@@ -9,6 +9,7 @@ that name: bool `[B]`, the samples of the batch that count.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -67,6 +68,98 @@ def toward_weights() -> Direction:
       params,
       reference,
     )
+
+  return direction
+
+
+def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
+  """Direction toward the reference's outputs, in the learner's own basin.
+
+  `v = -grad mean_i KL(softmax(r_i) || softmax(f(params)_i))`
+
+  with r_i the reference's outputs for sample i of the batch and f the
+  learner's. Only the reference's outputs are looked at, so it may be of any
+  architecture and any initialisation, and its outputs may be computed once and
+  stored. In exchange the step costs one more backward pass; the forward pass is
+  shared where outputs_fn repeats what losses_fn does and both are jitted
+  together.
+
+  Args:
+    outputs_fn: `outputs_fn(params, batch, **kwargs) -> logits [B, C]`, with the
+      keyword arguments of losses_fn.
+
+  Returns:
+    A direction whose `reference` is the reference's logits for this batch, `[B,
+    C]`. Samples outside the mask, and samples with a logit that is not finite,
+    don't count in the mean. Calling it raises ValueError when the two models'
+    logits have other shapes.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> direction = toward_outputs(lambda params, batch: batch @ params["w"])
+    >>> direction({"w": jnp.zeros((1, 2))}, jnp.array([[9.0, -9.0]]),
+    ...           jnp.ones((1, 1)))["w"].round(1)
+    Array([[ 0.5, -0.5]], dtype=float32)
+  """
+
+  def direction(params, reference, batch, *, mask=None, **kwargs):
+    reference = _tree.to_accumulate(jnp.asarray(reference))
+    valid = jnp.all(jnp.isfinite(reference), axis=-1)
+    if mask is not None:
+      valid &= mask
+    targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
+
+    def divergence(params):
+      outputs = _tree.to_accumulate(outputs_fn(params, batch, **kwargs))
+      if outputs.shape != reference.shape:
+        raise ValueError(
+          f"the reference's outputs have shape {reference.shape} and the"
+          f" learner's {outputs.shape}; expected the same [B, C] for both."
+        )
+      # The entropy of the targets doesn't depend on params.
+      crosses = -jnp.sum(targets * jax.nn.log_softmax(outputs), axis=-1)
+      count = jnp.maximum(jnp.sum(valid.astype(crosses.dtype)), 1)
+      return jnp.sum(jnp.where(valid, crosses, 0)) / count
+
+    return jax.tree.map(jnp.negative, jax.grad(divergence)(params))
+
+  return direction
+
+
+def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
+  """Direction down the mean loss of a batch that is known to be clean.
+
+  `v = -grad mean_j l_j(params)` over the clean batch
+
+  Scores are then the few-shot influence of each sample on the clean loss; with
+  an independent noisy batch instead and the cosine score, they are AGRA's.
+
+  Args:
+    losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`.
+
+  Returns:
+    A direction whose `reference` is a clean batch, of any size.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> direction = toward_clean_gradient(lambda p, b: (p["w"] - b) ** 2)
+    >>> direction({"w": jnp.zeros([])}, jnp.array([1.0, 3.0]), None)
+    {'w': Array(4., dtype=float32)}
+
+  References:
+    Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
+    section 4, baselines.
+  """
+
+  def direction(params, reference, batch, **kwargs):
+    del batch
+
+    def mean_loss(params):
+      return jnp.mean(
+        _tree.to_accumulate(losses_fn(params, reference, **kwargs))
+      )
+
+    return jax.tree.map(jnp.negative, jax.grad(mean_loss)(params))
 
   return direction
 

@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+# Virtual devices, for the tests of sharding.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,146 @@
+"""Directions in function space against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradmimic_jax as gm
+
+RNG = np.random.default_rng(0)
+SIZE, FEATURES, CLASSES = 9, 4, 3
+BATCH = {
+  "x": RNG.normal(size=(SIZE, FEATURES)).astype(np.float32),
+  "y": RNG.integers(0, CLASSES, SIZE).astype(np.int32),
+}
+MASK = np.arange(SIZE) % 4 != 2
+PARAMS = {"w": RNG.normal(size=(FEATURES, CLASSES)).astype(np.float32)}
+TARGETS = (3 * RNG.normal(size=(SIZE, CLASSES))).astype(np.float32)
+
+
+def outputs_fn(params, batch, scale=1.0):
+  return scale * (batch["x"] @ params["w"])
+
+
+def losses_fn(params, batch, scale=1.0):
+  return optax.softmax_cross_entropy_with_integer_labels(
+    outputs_fn(params, batch, scale), batch["y"]
+  )
+
+
+def softmax(logits):
+  shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+  return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def kl_direction(mask, targets=TARGETS):
+  """Minus the gradient of the mean KL of a linear model, in closed form."""
+  x = BATCH["x"].astype(np.float64)
+  learner = softmax(x @ PARAMS["w"].astype(np.float64))
+  errors = softmax(targets.astype(np.float64)) - learner
+  return x[mask].T @ errors[mask] / mask.sum()
+
+
+def by_hand(direction, mask):
+  """Scores of a linear model along a direction, `[B]`."""
+  x = BATCH["x"].astype(np.float64)
+  errors = np.eye(CLASSES)[BATCH["y"]] - softmax(x @ PARAMS["w"])
+  descents = np.einsum("bf,bc,fc->b", x, errors, direction)
+  return np.where(mask, descents / np.linalg.norm(direction), 0)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [{"engine": "forward"}, {"engine": "per_sample"}, {"microbatch_size": 4}],
+  ids=["forward", "per_sample", "stream"],
+)
+@pytest.mark.parametrize("mask", [MASK, MASK | True], ids=["masked", "whole"])
+def test_toward_outputs_descends_the_divergence(options, mask):
+  fn = gm.mimic_value_and_grad(
+    losses_fn, direction=gm.toward_outputs(outputs_fn), **options
+  )
+  (_, info), _ = jax.jit(fn)(PARAMS, TARGETS, BATCH, mask=mask)
+  direction = kl_direction(mask)
+  np.testing.assert_allclose(info.scores, by_hand(direction, mask), atol=1e-5)
+  np.testing.assert_allclose(
+    info.distance, np.linalg.norm(direction), rtol=1e-5
+  )
+
+
+def test_a_reference_output_that_is_not_finite_does_not_count():
+  broken = TARGETS.copy()
+  broken[3, 1] = np.nan
+  direction = gm.toward_outputs(outputs_fn)(PARAMS, broken, BATCH)
+  expected = kl_direction(np.arange(SIZE) != 3)
+  np.testing.assert_allclose(direction["w"], expected, atol=1e-6)
+
+
+def test_a_reference_that_agrees_leaves_uniform_weights():
+  fn = gm.mimic_value_and_grad(
+    losses_fn, direction=gm.toward_outputs(outputs_fn)
+  )
+  own = outputs_fn(PARAMS, BATCH)
+  (_, info), grads = fn(PARAMS, own, BATCH)
+  assert np.all(np.isfinite(grads["w"]))
+  assert info.distance < 1e-6
+
+
+def test_outputs_of_another_shape_are_refused():
+  with pytest.raises(ValueError, match=r"\(9, 2\).*\(9, 3\)"):
+    gm.toward_outputs(outputs_fn)(PARAMS, TARGETS[:, :2], BATCH)
+
+
+def test_keyword_arguments_reach_the_outputs():
+  direction = gm.toward_outputs(outputs_fn)
+  one = direction(PARAMS, TARGETS, BATCH, scale=1.0)
+  two = direction(PARAMS, TARGETS, BATCH, scale=2.0)
+  assert np.abs(one["w"] - two["w"]).max() > 0.01
+
+
+def test_toward_clean_gradient_is_minus_the_mean_gradient():
+  clean = jax.tree.map(lambda x: x[:5], BATCH)
+  direction = gm.toward_clean_gradient(losses_fn)(PARAMS, clean, BATCH)
+  expected = jax.grad(lambda p: jnp.mean(losses_fn(p, clean)))(PARAMS)
+  np.testing.assert_allclose(direction["w"], -expected["w"], rtol=1e-6)
+
+
+def test_scores_toward_a_clean_gradient_are_its_influence():
+  clean = jax.tree.map(lambda x: x[:5], BATCH)
+  fn = gm.mimic_scores(losses_fn, direction=gm.toward_clean_gradient(losses_fn))
+  scores = fn(PARAMS, clean, BATCH).scores
+  # A small step on one sample lowers the clean loss in proportion to its score.
+  size = 1e-3
+
+  def clean_loss_after(i):
+    one = jax.tree.map(lambda x: x[i : i + 1], BATCH)
+    grad = jax.grad(lambda p: losses_fn(p, one)[0])(PARAMS)
+    stepped = {"w": PARAMS["w"] - size * grad["w"]}
+    return np.mean(losses_fn(stepped, clean), dtype=np.float64)
+
+  before = np.mean(losses_fn(PARAMS, clean), dtype=np.float64)
+  gains = [before - clean_loss_after(i) for i in range(SIZE)]
+  assert np.corrcoef(gains, scores)[0, 1] > 0.999
+
+
+def test_the_forward_pass_is_shared_with_the_direction():
+  params = {"w": np.ones((64, 64), np.float32), "v": np.ones((64, 64), "f")}
+  batch = {"x": np.ones((32, 64), np.float32), "y": np.zeros(32, np.int32)}
+
+  def outputs(params, batch):
+    return jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+
+  def losses(params, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      outputs(params, batch), batch["y"]
+    )
+
+  def flops(fn, *args):
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+  plain = flops(jax.grad(lambda p: jnp.mean(losses(p, batch))), params)
+  fn = gm.mimic_value_and_grad(losses, direction=gm.toward_outputs(outputs))
+  guided = flops(fn, params, outputs(params, batch), batch)
+  # Forward 1, direction 2, tangent 2, update 2, over forward 1 and update 2;
+  # less where the first layer has no gradient with respect to its input.
+  assert guided / plain <= 7 / 3
