@@ -116,9 +116,9 @@ def test_scores_toward_a_clean_gradient_are_its_influence():
     one = jax.tree.map(lambda x: x[i : i + 1], BATCH)
     grad = jax.grad(lambda p: losses_fn(p, one)[0])(PARAMS)
     stepped = {"w": PARAMS["w"] - size * grad["w"]}
-    return np.mean(losses_fn(stepped, clean), dtype=np.float64)
+    return np.asarray(losses_fn(stepped, clean), np.float64).mean()
 
-  before = np.mean(losses_fn(PARAMS, clean), dtype=np.float64)
+  before = np.asarray(losses_fn(PARAMS, clean), np.float64).mean()
   gains = [before - clean_loss_after(i) for i in range(SIZE)]
   assert np.corrcoef(gains, scores)[0, 1] > 0.999
 
