@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.seed = 0
   config.batch_size = 128
   config.eval_batch_size = 512
-  config.num_epochs = 40
+  config.num_epochs = 50
 
   config.data = config_dict.ConfigDict()
   # Any prepared TFDS image-classification set; "digits" prepares itself.
@@ -34,8 +34,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.seed = 0
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "mlp"  # "mlp" or "convnet"
-  config.model.widths = (256, 256)  # hidden widths, or channels per stage
+  config.model.name = "mlp"  # "mlp", "convnet" or "vit"
+  # Hidden widths of the mlp, or channels per stage of the convnet.
+  config.model.widths = (256, 256)
+  config.model.vit = vit()
 
   config.optimizer = config_dict.ConfigDict()
   config.optimizer.name = "adamw"  # "adamw" or "sgd" (with momentum .9)
@@ -64,13 +66,27 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.select.fraction = 0.5  # of "top_fraction"
 
   config.checkpoint = config_dict.ConfigDict()
-  config.checkpoint.every_epochs = 10
+  config.checkpoint.every_epochs = 1
   config.checkpoint.keep = 2
 
   config.study = config_dict.ConfigDict()
   config.study.seeds = (0, 1, 2)
   config.study.methods = ("sgd", "grad_mimic")
   return config.lock()
+
+
+def vit() -> config_dict.ConfigDict:
+  """What a vision transformer is made of; a small one for 32-pixel images."""
+  config = config_dict.ConfigDict()
+  config.patch_size = 4  # pixels; divides both sides of the images
+  config.width = 192
+  config.depth = 6  # blocks
+  config.heads = 3
+  config.mlp_width = 768
+  config.pooling = "mean"  # or "class_token"
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  config.dtype = config_dict.placeholder(str)
+  return config
 
 
 def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:

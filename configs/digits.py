@@ -23,6 +23,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   values = common.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
   config = common.get_config().unlock()
   config.noise.rate = values["rate"]
+  # A run takes seconds: no need to save forty times.
+  config.checkpoint.every_epochs = 10
   config.study.seeds = tuple(range(values["seeds"]))
   config.model.name = values["model"]
   if values["model"] == "convnet":

@@ -1,5 +1,6 @@
 """Checkpoints with orbax: state, data iterator and fingerprint in one."""
 
+import hashlib
 import pathlib
 from typing import Any
 
@@ -86,6 +87,14 @@ class Checkpointer:
     self._manager.close()
 
 
+def fingerprint(params: Any) -> str:
+  """Sixteen hex digits of the leaves' bytes."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
+
+
 def load_params(workdir: pathlib.Path, like: Any) -> Any:
   """The parameters of a finished run.
 
@@ -98,7 +107,8 @@ def load_params(workdir: pathlib.Path, like: Any) -> Any:
 
   Raises:
     FileNotFoundError: there is no checkpoint in that folder.
-    ValueError: the checkpoint's parameters have other paths or shapes.
+    ValueError: the checkpoint's parameters have other paths or shapes, or are
+      not finite.
   """
   folder = pathlib.Path(workdir).absolute() / FOLDER
   if not folder.is_dir():
@@ -138,5 +148,10 @@ def _as_tree_of(like, stored, workdir):
       raise ValueError(
         f"the checkpoint in {workdir} is of another architecture: {name} has"
         f" shape {np.shape(flat[name])} there, expected {np.shape(leaf)}."
+      )
+  for name in names:
+    if not np.all(np.isfinite(flat[name])):
+      raise ValueError(
+        f"parameter {name} in {workdir} is not finite: that run has diverged."
       )
   return structure.unflatten([flat[name] for name in names])

@@ -26,14 +26,16 @@ def run(job: Callable[[Any, str], Any]) -> None:
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
+    debug = logging.level_debug()
+    if not debug:
+      logging.set_verbosity(logging.WARNING)
     try:
       job(_CONFIG.value, _WORKDIR.value)
     except (ValueError, TypeError, OSError) as error:
-      # What a user can mend is said in one line; -v=1 shows where it came from.
-      if logging.level_debug():
+      # What a user can mend is said in one line.
+      if debug:
         raise
-      sys.exit(f"error: {error}")
+      sys.exit(f"error: {error} (--v=1 shows where this comes from)")
     except KeyboardInterrupt:
       sys.exit("interrupted; the same command goes on from the last checkpoint")
 
@@ -45,8 +47,14 @@ def _parse_flags(argv):
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:
     # ml_collections raises these for a field that a locked config lacks.
-    field = str(error).strip("\"'")
+    text = error.args[0] if error.args else error
+    while isinstance(text, Exception):
+      text = text.args[0] if text.args else ""
+    lines = " ".join(str(text).split("\n")).strip("\"'")
     sys.exit(
-      f"error: unknown config field: {field}. configs/common.py lists the"
-      " fields there are."
+      f"error: unknown config field: {lines} (configs/common.py lists the"
+      " fields there are)"
     )
+  except flags.IllegalFlagValueError as error:
+    # A config file that can't be read ends in its own message.
+    sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")

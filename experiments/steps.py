@@ -47,8 +47,9 @@ def make_train_step(
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. Plain steps ignore `reference`. Samples whose loss or gradient is
-    not finite get no weight and are counted in `metrics["nonfinite"]`.
+    donated. Plain steps ignore `reference`. Samples whose loss (or, with a
+    method, score) is not finite get no weight and are counted in
+    `metrics["nonfinite"]`; what they reach of the gradient is 0.
   """
   gradient = (
     _plain_gradient(losses_fn)
@@ -106,6 +107,11 @@ def _plain_gradient(losses_fn):
     valid = batch["mask"] & jnp.isfinite(losses)
     weights = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
     (grads,) = pullback(weights)
+    # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
+    sound = jnp.all(jnp.isfinite(losses))
+    grads = jax.tree.map(
+      lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads
+    )
     loss = jnp.sum(jnp.where(valid, losses, 0) * weights)
     return grads, StepOutput(_metrics(batch, loss, hits, losses), {})
 

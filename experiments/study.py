@@ -8,20 +8,28 @@ scores; and a model retrained on what the selection keeps. Each part is skipped
 when an earlier run of the same config has finished it.
 """
 
+import io
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments import cli, train, workdir as workdir_lib, writers
+from experiments import (
+  cli,
+  methods,
+  train,
+  workdir as workdir_lib,
+  writers,
+)
 from experiments.data import noise, sources
 from gradmimic_jax.report import figures
 
 SUMMARY_FILE = "summary.json"
 SELECTION_FILE = "selection.npz"
 KEPT_FILE = "kept.npy"
+# May change in a study's workdir: what is there already is still true.
+_FREE = ("select.", "study.", "checkpoint.")
 _SHEET = 48  # images on the sheet of the lowest-scored samples
 
 
@@ -50,13 +58,14 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set that is not there.
   """
-  folder = workdir_lib.claim(workdir, config)
   if not config.study.seeds or not config.study.methods:
     raise ValueError(
       f"config.study has seeds {config.study.seeds} and methods"
       f" {config.study.methods}; expected at least one of each."
     )
-  started = time.monotonic()
+  for method in config.study.methods:
+    methods.create(method, config.mimic)  # before hours go into the others
+  folder = workdir_lib.claim(workdir, config, free=_FREE)
   results: dict[str, list[dict[str, Any]]] = {}
   detections: dict[str, list[Detection]] = {}
   for seed in config.study.seeds:
@@ -69,7 +78,9 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
       name: [entry._asdict() for entry in entries]
       for name, entries in detections.items()
     },
-    "seconds": round(time.monotonic() - started, 1),
+    "seconds": round(
+      sum(run["seconds"] for runs in results.values() for run in runs), 1
+    ),
     "figures": [str(path) for path in draw(config, folder, results)],
   }
   workdir_lib.write_json(folder / SUMMARY_FILE, summary)
@@ -81,7 +92,10 @@ def run_seed(config, folder, seed, results, detections):
   folder.mkdir(exist_ok=True)
 
   def one(name, **overrides):
-    print(f"seed {seed}: {name}", flush=True)
+    there = (folder / name / train.RESULT_FILE).exists()
+    print(
+      f"seed {seed}: {name}{' (already there)' if there else ''}", flush=True
+    )
     run_config = derived(config, seed=seed, **overrides)
     result = train.train_and_evaluate(run_config, folder / name)
     results.setdefault(name, []).append(result)
@@ -138,14 +152,16 @@ def select(config: Any, folder: pathlib.Path, method: str) -> Detection:
     aggregate=config.select.aggregate,
     **options,
   )
-  np.savez_compressed(
+  workdir_lib.write_arrays(
     run / SELECTION_FILE,
     ids=selection.ids,
     keep=selection.keep,
     keep_probability=selection.keep_probability,
     votes=selection.votes,
   )
-  np.save(run / KEPT_FILE, ids[selection.keep])
+  kept = io.BytesIO()
+  np.save(kept, ids[selection.keep], allow_pickle=False)
+  workdir_lib.write_bytes(run / KEPT_FILE, kept.getvalue())
   truth, _ = noise.load(run / train.LABELS_FILE)
   wrong = truth.is_noisy[ids]
   mean_scores = np.nanmean(scores, axis=1)
@@ -208,8 +224,9 @@ def draw(config, folder, results) -> list[pathlib.Path]:
           for i in ids[lowest]
         ],
         folder / f"lowest_{method}.png",
-        title=f"{title}: lowest mean scores of {method}, seed {seed}",
-        flagged=~wrong[lowest],
+        title=f"{title}: lowest mean scores of {method}, seed {seed}"
+        " (orange: the label is right)",
+        colored=~wrong[lowest],
       )
     )
   return paths

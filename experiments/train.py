@@ -31,6 +31,10 @@ LEDGER_FOLDER = "ledger"
 LABELS_FILE = "labels.npz"
 
 
+# What a run doesn't depend on: these fields may change when it is continued.
+_FREE = ("select.", "study.", "checkpoint.")
+
+
 class Data(NamedTuple):
   """What a run trains and is tested on."""
 
@@ -52,23 +56,48 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
       with scores, and at the end `result.json`.
 
   Returns:
-    What is in `result.json`: test accuracy and loss, counts, seconds.
+    What is in `result.json`: test accuracy and loss, counts, and the seconds
+    since the run was last started.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set or a reference that is not there.
   """
-  folder = workdir_lib.claim(workdir, config)
-  result_file = folder / RESULT_FILE
-  if result_file.exists():
-    return workdir_lib.read_json(result_file)
+  folder = workdir_lib.check(workdir, config, free=_FREE)
+  _check_counts(config)
   started = time.monotonic()
   data = load_data(config)
+  run = _Run(config, folder, data)
+  workdir_lib.claim(workdir, config, free=_FREE)
+  result_file = folder / RESULT_FILE
+  if result_file.exists():
+    result = workdir_lib.read_json(result_file)
+    if result["fingerprint"] != run.fingerprint:
+      raise ValueError(
+        f"{result_file} stems from other data, another reference or another"
+        " filter. Choose another --workdir, or delete that one to start over."
+      )
+    return result
   noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
-  result = _Run(config, folder, data).to_the_end()
+  result = run.to_the_end()
   result["seconds"] = round(time.monotonic() - started, 2)
   workdir_lib.write_json(result_file, result)
   return result
+
+
+def _check_counts(config):
+  for field in (
+    "batch_size",
+    "eval_batch_size",
+    "num_epochs",
+    "checkpoint.every_epochs",
+    "checkpoint.keep",
+  ):
+    value = config
+    for name in field.split("."):
+      value = value[name]
+    if value < 1:
+      raise ValueError(f"config.{field} is {value}; expected at least 1.")
 
 
 def load_data(config: Any) -> Data:
@@ -85,12 +114,27 @@ def load_data(config: Any) -> Data:
   )
   indices = None
   if config.data.filter is not None:
-    indices = np.load(config.data.filter, allow_pickle=False)
+    indices = _read_filter(config.data.filter)
   pixels = train.images.reshape(-1, train.images.shape[-1])
   # Standard deviations of a constant channel would divide by zero.
   mean = (pixels.mean(axis=0) / 255).tolist()
   std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
   return Data(train, test, labels, indices, mean, std)
+
+
+def _read_filter(path):
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"config.data.filter is {path!r}, and there is no such file; expected a"
+      " .npy file of the train indices to keep."
+    )
+  try:
+    return np.load(path, allow_pickle=False)
+  except ValueError as error:
+    raise ValueError(
+      f"config.data.filter {path!r} can't be read ({error}); expected a .npy"
+      " file of the train indices to keep."
+    ) from error
 
 
 class _Run:
@@ -106,12 +150,14 @@ class _Run:
       "flip": config.data.flip,
       **scaling,
     }
-    self.fingerprint = workdir_lib.fingerprint(
-      workdir_lib.as_dict(config),
-      pipeline.fingerprint(
+    self.fingerprints = {
+      "config": workdir_lib.fingerprint(
+        workdir_lib.without(config, (*_FREE, *workdir_lib.PATHS))
+      ),
+      "data": pipeline.fingerprint(
         data.train.fingerprint, data.labels.labels, **shuffled
       ),
-    )
+    }
     samples = len(data.train.labels if data.indices is None else data.indices)
     self.steps_per_epoch = pipeline.steps_per_epoch(samples, config.batch_size)
     self.total_steps = config.num_epochs * self.steps_per_epoch
@@ -135,6 +181,9 @@ class _Run:
     tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)
     self.reference = self._load_reference(params)
+    if self.reference is not None:
+      self.fingerprints["reference"] = checkpoint.fingerprint(self.reference)
+    self.fingerprint = workdir_lib.fingerprint(self.fingerprints)
     self.train_step = steps.make_train_step(
       losses_fn, tx, self.method, config.mimic
     )
@@ -150,6 +199,11 @@ class _Run:
         f"method {self.config.method!r} needs a reference: set"
         " --config.mimic.reference to the workdir of a finished run, or use"
         " experiments.study, which trains one."
+      )
+    if not (pathlib.Path(where) / RESULT_FILE).exists():
+      raise FileNotFoundError(
+        f"there is no finished run in {where}, which config.mimic.reference"
+        " names: give that run's own command (again) first."
       )
     return checkpoint.load_params(where, params)
 
@@ -194,7 +248,7 @@ class _Run:
     ledger = None
     if self.method:
       ledger = gm.ScoreLedger(
-        self.folder / LEDGER_FOLDER, fingerprints={"run": self.fingerprint}
+        self.folder / LEDGER_FOLDER, fingerprints=self.fingerprints
       )
     log = _EpochLog(metrics, ledger, self.steps_per_epoch)
     save_every = self.config.checkpoint.every_epochs * self.steps_per_epoch

@@ -1,33 +1,54 @@
 """A run's folder: which config it belongs to, what is finished in it."""
 
 import hashlib
+import io
 import json
 import os
 import pathlib
+import types
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 from configs import common
 
 CONFIG_FILE = "config.json"
+PATHS = ("mimic.reference", "data.filter")  # fields that point elsewhere
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new, never a part."""
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file so that readers see the old one or the new, not a part."""
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as file:
-    json.dump(value, file, indent=2, sort_keys=True)
-    file.write("\n")
+  with open(temporary, "wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
 
 
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON, all or nothing."""
+  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+  write_bytes(path, text.encode())
+
+
 def read_json(path: pathlib.Path) -> Any:
-  """Reads what `write_json` wrote."""
-  with open(path) as file:
-    return json.load(file)
+  """Reads what `write_json` wrote; ValueError names a file that is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}). Choose another --workdir, or delete that"
+      " folder to start over."
+    ) from error
+
+
+def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  """Writes an `.npz` file, all or nothing."""
+  content = io.BytesIO()
+  np.savez_compressed(content, **arrays)
+  write_bytes(path, content.getvalue())
 
 
 def fingerprint(*parts: Any) -> str:
@@ -41,12 +62,31 @@ def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def claim(path: str | os.PathLike, config: config_dict.ConfigDict):
-  """Makes `path` the workdir of this config.
+def without(
+  config: config_dict.ConfigDict, fields: tuple[str, ...]
+) -> dict[str, Any]:
+  """The config's `{"dotted.field": value}`, less fields that begin so."""
+  flat = _flat(as_dict(config))
+  return {k: v for k, v in flat.items() if not k.startswith(fields)}
+
+
+def check(
+  path: str | os.PathLike,
+  config: config_dict.ConfigDict,
+  fields: types.ModuleType = common,
+  *,
+  free: tuple[str, ...] = (),
+) -> pathlib.Path:
+  """Raises unless `path` may be, or become, the workdir of this config.
 
   Args:
-    path: the folder; made if it is missing.
+    path: the folder, which need not be there.
     config: what is going to run in it.
+    fields: the module of `configs` whose `get_config()` has every field there
+      is for this kind of job.
+    free: beginnings of the fields that may differ from an earlier run's. Paths
+      to other inputs (`PATHS`) always may: it is their contents that count, and
+      the run's fingerprint has those.
 
   Returns:
     The folder's path.
@@ -55,44 +95,71 @@ def claim(path: str | os.PathLike, config: config_dict.ConfigDict):
     ValueError: the config has a field that doesn't exist or lacks one, or the
       folder belongs to another config; the field that differs is named.
   """
-  check_fields(config)
+  check_fields(config, fields)
   folder = pathlib.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  ours = as_dict(config)
   file = folder / CONFIG_FILE
   if file.exists():
-    differences = _differences(read_json(file), ours)
-    if differences:
-      field, theirs, mine = differences[0]
-      raise ValueError(
-        f"workdir {folder} belongs to another config: {field} is {theirs!r}"
-        f" there and {mine!r} here. Choose another --workdir, or delete that"
-        " one to start over."
-      )
-  elif any(folder.iterdir()):
+    for field, theirs, ours in _differences(read_json(file), as_dict(config)):
+      if not field.startswith((*PATHS, *free)):
+        raise ValueError(
+          f"workdir {folder} belongs to another config: {field} is {theirs!r}"
+          f" there and {ours!r} here. Choose another --workdir, or delete that"
+          " one to start over."
+        )
+  elif folder.exists() and any(
+    entry.name != CONFIG_FILE + ".tmp" for entry in folder.iterdir()
+  ):
     raise ValueError(
       f"workdir {folder} is not empty and has no {CONFIG_FILE}; expected a new"
       " folder or one that an earlier run of this config made."
     )
-  else:
-    write_json(file, ours)
   return folder
 
 
-def check_fields(config: config_dict.ConfigDict) -> None:
+def claim(
+  path: str | os.PathLike,
+  config: config_dict.ConfigDict,
+  fields: types.ModuleType = common,
+  *,
+  free: tuple[str, ...] = (),
+) -> pathlib.Path:
+  """Makes `path` the workdir of this config, after `check`.
+
+  A job claims its workdir once it knows that the config can run, so that a
+  mistake can be mended in the same workdir.
+
+  Args:
+    path: the folder; made if it is missing.
+    config: as in `check`.
+    fields: as in `check`.
+    free: as in `check`.
+
+  Returns:
+    The folder's path.
+
+  Raises:
+    ValueError: as `check`.
+  """
+  folder = check(path, config, fields, free=free)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / CONFIG_FILE, as_dict(config))
+  return folder
+
+
+def check_fields(
+  config: config_dict.ConfigDict, fields: types.ModuleType = common
+) -> None:
   """Raises ValueError unless the config has exactly the fields there are."""
-  known, given = _flat(as_dict(common.get_config())), _flat(as_dict(config))
+  known, given = _flat(as_dict(fields.get_config())), _flat(as_dict(config))
+  file = fields.__name__.replace(".", "/") + ".py"
   for field in given:
     if field not in known:
       raise ValueError(
-        f"unknown config field {field!r}; configs/common.py lists the fields"
-        " there are."
+        f"unknown config field {field!r}; {file} lists the fields there are."
       )
   for field in known:
     if field not in given:
-      raise ValueError(
-        f"config field {field!r} is missing; start from configs/common.py."
-      )
+      raise ValueError(f"config field {field!r} is missing; start from {file}.")
 
 
 def _differences(theirs, ours):

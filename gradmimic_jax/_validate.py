@@ -42,6 +42,20 @@ def positive_int(name: str, value: Any) -> None:
     raise ValueError(f"{name} is {value}; expected an integer above 0.")
 
 
+def made(name: str, value: Any, factories: tuple[Any, ...], how: str) -> None:
+  """Raises unless `value` is a callable, and not the factory of one.
+
+  Args:
+    name: the argument's name.
+    value: what arrived.
+    factories: functions that make such values, often handed over uncalled.
+    how: an example of what to hand over.
+  """
+  if not callable(value) or value in factories:
+    shown = getattr(value, "__name__", repr(value))
+    raise TypeError(f"{name} is {shown}; expected what a call gives: {how}.")
+
+
 def _scalar(name: str, value: Any) -> float:
   try:
     return float(value)
@@ -98,6 +112,11 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> None:
       problems.append(f"has {_listing(unknown)}, which params does not have")
     raise TypeError(f"{name} {' and '.join(problems)}. {advice}")
   for path, leaf in ours.items():
+    if not jnp.issubdtype(jnp.result_type(theirs[path]), jnp.floating):
+      raise TypeError(
+        f"{name} leaf {path!r} is {_describe(theirs[path])}; expected a"
+        f" floating-point array. {advice}"
+      )
     if jnp.shape(theirs[path]) != jnp.shape(leaf):
       raise ValueError(
         f"{name} leaf {path!r} has shape {jnp.shape(theirs[path])}; params has"

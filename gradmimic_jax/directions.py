@@ -62,14 +62,21 @@ def toward_weights() -> Direction:
       params,
       "The reference must be a checkpoint of the learner's own architecture.",
     )
-    # Subtracted wide: near the end of training a bfloat16 difference is noise.
-    return jax.tree.map(
-      lambda p, r: _tree.to_accumulate(r) - _tree.to_accumulate(p),
-      params,
-      reference,
-    )
+    return gap(params, reference)
 
   return direction
+
+
+def gap(params: Any, reference: Any) -> Any:
+  """`reference - params`, leaf by leaf.
+
+  Subtracted wide: near the end of training a bfloat16 difference is noise.
+  """
+  return jax.tree.map(
+    lambda p, r: _tree.to_accumulate(r) - _tree.to_accumulate(p),
+    params,
+    reference,
+  )
 
 
 def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
@@ -162,6 +169,12 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
     return jax.tree.map(jnp.negative, jax.grad(mean_loss)(params))
 
   return direction
+
+
+def check(direction: Any) -> None:
+  """Raises TypeError unless this may be a direction."""
+  factories = (toward_weights, toward_outputs, toward_clean_gradient)
+  _validate.made("direction", direction, factories, "gm.toward_weights()")
 
 
 def call(

@@ -83,7 +83,8 @@ def mimic_value_and_grad(
     Where finite features overflow on their way through the model, the
     per-sample engine still leaves the others untouched; the forward engine
     returns 0 in those entries of the gradient that the overflow has reached,
-    and is exact in the rest.
+    and is exact in the rest. A gradient that is not finite although loss and
+    score are shows in the forward engine's result, as in `jax.grad`'s.
   * A sample with non-finite features has a copy of a good one's when losses_fn
     and the direction see it; its aux means nothing. Finite rows are never
     touched, so pad with copies of a real row: zeros may have no derivative
@@ -157,6 +158,8 @@ def mimic_value_and_grad(
     <https://arxiv.org/abs/2501.06708>`_, section 3.
   """
   _validate.choice("scope", scope, SCOPES)
+  weighting_lib.check(weighting)
+  directions.check(direction)
   score_kind = scores_lib.get(score)
   engine, solver = _engine(engine, score_kind, microbatch_size)
 
@@ -225,7 +228,8 @@ def mimic_scores(
     microbatch_size: as in `mimic_value_and_grad`.
 
   Returns:
-    `fn(params, reference, batch, *, mask=None, **kwargs) -> MimicScores`.
+    `fn(params, reference, batch, *, mask=None, step=None, **kwargs) ->
+    MimicScores`, called as `mimic_value_and_grad`'s; `step` has no effect.
 
   Raises:
     ValueError: as `mimic_value_and_grad`.
@@ -245,10 +249,12 @@ def mimic_scores(
     Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
     section 3.
   """
+  directions.check(direction)
   score_kind = scores_lib.get(score)
   engine, solver = _engine(engine, score_kind, microbatch_size)
 
-  def fn(params, reference, batch, *, mask=None, **kwargs):
+  def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
+    del step  # taken, so that both functions may be called alike
     plain = _problem.plain_losses_fn(
       losses_fn, False, kwargs, "mimic_scores takes no aux: return losses only."
     )

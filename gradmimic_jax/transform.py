@@ -8,7 +8,7 @@ import optax
 
 from gradmimic_jax import (
   _per_sample,
-  _tree,
+  _problem,
   _validate,
   directions,
   layers as layers_lib,
@@ -93,6 +93,7 @@ def reweight_by_mimic_score(
     <https://arxiv.org/abs/2501.06708>`_, section 3.
   """
   _validate.choice("scope", scope, SCOPES)
+  weighting_lib.check(weighting)
   score_kind = scores_lib.get(score)
 
   def init_fn(params):
@@ -122,20 +123,15 @@ def reweight_by_mimic_score(
     mask = _validate.padding_mask(mask, size)
     flags = layers_lib.choose(layers, params)
     rows, structure = jax.tree.flatten(updates)
-    unit, distance = directions.normalize(
-      [
-        _tree.to_accumulate(r) - _tree.to_accumulate(p)
-        for r, p in zip(
-          jax.tree.leaves(state.reference),
-          [
-            p
-            for p, flag in zip(jax.tree.leaves(params), flags, strict=True)
-            if flag
-          ],
-          strict=True,
-        )
-      ]
-    )
+    mimic, _ = _problem.split(jax.tree.leaves(params), flags)
+    stored = jax.tree.leaves(state.reference)
+    if len(stored) != len(mimic):
+      raise ValueError(
+        f"the state holds a reference for {len(stored)} mimic layers and"
+        f" layers={layers!r} chooses {len(mimic)}; restore a state with the"
+        " layers that it was made with."
+      )
+    unit, distance = directions.normalize(directions.gap(mimic, stored))
     scores = _per_sample.score_rows(rows, unit, flags, score_kind)
     valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weighting, scores, valid, state.count)

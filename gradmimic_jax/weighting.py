@@ -257,6 +257,14 @@ def effective_sample_size(weights: jax.Array) -> jax.Array:
   return jnp.where(squares > 0, total / jnp.where(squares > 0, squares, 1), 0)
 
 
+def check(weighting: Any) -> None:
+  """Raises TypeError unless this may be a weighting."""
+  factories = (softmax, ess_softmax, top_fraction, positive, uniform)
+  _validate.made(
+    "weighting", weighting, factories, "gm.softmax(0.5) or gm.uniform()"
+  )
+
+
 def guarded(
   weighting: Weighting,
   scores: jax.Array,

@@ -1,17 +1,8 @@
 """Strict settings for every test: what JAX would forgive, we don't."""
 
 import jax
-import pytest
 
 # Virtual devices, for the tests of sharding.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture
-def data_dir():
-  """The folder of the small files that tests ship."""
-  import pathlib
-
-  return pathlib.Path(__file__).parent / "data"

@@ -170,7 +170,7 @@ def contact_sheet(
   path: str | os.PathLike,
   *,
   title: str,
-  flagged: Sequence[bool] | None = None,
+  colored: Sequence[bool] | None = None,
   columns: int = 8,
 ) -> pathlib.Path:
   """Draws images in a grid, each with a caption.
@@ -180,7 +180,7 @@ def contact_sheet(
     captions: K texts.
     path: of the PNG file.
     title: above the grid.
-    flagged: which captions to print in the colour of mislabelled samples.
+    colored: which captions to print in orange.
     columns: images in a row.
 
   Returns:
@@ -205,8 +205,8 @@ def contact_sheet(
       f"images have shape {images.shape} and there are {len(captions)}"
       " captions; expected [K, H, W, C] and K > 0 of them."
     )
-  if flagged is None:
-    flagged = [False] * len(images)
+  if colored is None:
+    colored = [False] * len(images)
   columns = min(columns, len(images))
   rows = math.ceil(len(images) / columns)
   with _figure(path, figsize=(1.05 * columns, 1.3 * rows + 0.5)) as (
@@ -216,7 +216,7 @@ def contact_sheet(
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
       panel.set_axis_off()
-    shown = zip(panels.flat, images, captions, flagged, strict=False)
+    shown = zip(panels.flat, images, captions, colored, strict=False)
     for panel, image, caption, flag in shown:
       gray = image.shape[-1] == 1
       panel.imshow(
@@ -226,10 +226,133 @@ def contact_sheet(
         vmax=255,
         interpolation="nearest",
       )
-      color = _MISLABELLED if flag else "black"
+      color = _COLORS[1] if flag else "black"
       # Captions come from data: a "$" in them is no formula.
       panel.set_title(caption, fontsize=7, color=color, parse_math=False)
     figure.suptitle(title, parse_math=False)
+  return file
+
+
+def ratio_bars(
+  ratios: Mapping[str, Mapping[str, float]],
+  path: str | os.PathLike,
+  *,
+  title: str,
+  ylabel: str,
+) -> pathlib.Path:
+  """Draws groups of bars, one bar a series, and a line at 1.
+
+  Args:
+    ratios: for each group, the ratio of each series; a series may be missing.
+    path: of the PNG file.
+    title: above the axes.
+    ylabel: what the ratios are of.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: there are no ratios.
+
+  Example:
+    >>> import tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = ratio_bars(
+    ...     {"head": {"forward": 1.0}}, os.path.join(folder, "a.png"),
+    ...     title="MLP", ylabel="time / plain step")
+    ...   path.exists()
+    True
+  """
+  names = list(
+    dict.fromkeys(name for group in ratios.values() for name in group)
+  )
+  if not names:
+    raise ValueError("no ratios came; expected at least one group with a bar.")
+  bar = 0.8 / len(names)
+  size = (max(4.0, 1.1 * len(ratios) + 1.8), 3.6)
+  with _figure(path, figsize=size) as (figure, file):
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+      groups = [k for k, group in enumerate(ratios.values()) if name in group]
+      heights = [group[name] for group in ratios.values() if name in group]
+      axes.bar(
+        np.asarray(groups) + (i - (len(names) - 1) / 2) * bar,
+        heights,
+        width=bar,
+        color=_COLORS[i % len(_COLORS)],
+        label=name,
+      )
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(ratios)), list(ratios))
+    axes.grid(visible=False, axis="x")
+    axes.set(title=title, ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  return file
+
+
+def ratio_curves(
+  curves: Mapping[
+    str, Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+  ],
+  path: str | os.PathLike,
+  *,
+  title: str,
+) -> pathlib.Path:
+  """Draws ratios against sizes: a row of panels a ratio, a column a size.
+
+  Args:
+    curves: `curves[ratio][size][name]` is a line `(x [K], y [K])`; every ratio
+      has the same sizes.
+    path: of the PNG file.
+    title: above the panels.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: there are no curves.
+
+  Example:
+    >>> import tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = ratio_curves(
+    ...     {"time": {"depth": {"forward": ([2, 4], [1.1, 1.1])}}},
+    ...     os.path.join(folder, "a.png"), title="ViT")
+    ...   path.exists()
+    True
+  """
+  sizes = list(dict.fromkeys(size for row in curves.values() for size in row))
+  if not sizes:
+    raise ValueError("no curves came; expected at least one ratio and size.")
+  shape = (len(curves), len(sizes))
+  with _figure(path, figsize=(2.4 * shape[1] + 0.6, 1.9 * shape[0] + 0.9)) as (
+    figure,
+    file,
+  ):
+    panels = figure.subplots(*shape, squeeze=False, sharey="row", sharex="col")
+    colors: dict[str, str] = {}
+    for row, (ratio, by_size) in zip(panels, curves.items(), strict=True):
+      for panel, size in zip(row, sizes, strict=True):
+        for name, (x, y) in by_size[size].items():
+          color = colors.setdefault(name, _COLORS[len(colors) % len(_COLORS)])
+          panel.plot(x, y, marker="o", markersize=3, color=color, label=name)
+        panel.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_formatter("{x:g}")
+      row[0].set_ylabel(ratio)
+    for panel, size in zip(panels[-1], sizes, strict=True):
+      panel.set_xlabel(size)
+    lines = {
+      line.get_label(): line
+      for panel in panels.flat
+      for line in panel.get_lines()
+      if line.get_label() in colors
+    }
+    figure.legend(
+      lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines)
+    )
+    figure.suptitle(title)
   return file
 
 

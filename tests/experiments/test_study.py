@@ -27,10 +27,20 @@ def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
   assert stored == summary
   assert "grad_mimic" in study.table(summary)
 
-  # Finished parts are not repeated.
-  monkeypatch.setattr(train, "load_data", None)
-  again = study.run_study(config, tmp_path / "study")
+  # Finished parts are not repeated, wherever the folder lies by now.
+  (tmp_path / "study").rename(tmp_path / "moved")
+  monkeypatch.setattr(train._Run, "to_the_end", None)
+  again = study.run_study(config, tmp_path / "moved")
   assert again["runs"] == summary["runs"]
+
+
+def test_a_method_that_is_not_there_stops_a_study_at_once(
+  make_config, tmp_path
+):
+  config = make_config(**{"study.methods": ("sgd", "grad_mimick")})
+  with pytest.raises(ValueError, match="expected one of sgd, grad_mimic"):
+    study.run_study(config, tmp_path / "study")
+  assert not (tmp_path / "study").exists()
 
 
 def test_a_study_of_nothing(make_config, tmp_path):

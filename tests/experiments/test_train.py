@@ -9,7 +9,9 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gradmimic_jax as gm
@@ -86,7 +88,7 @@ def test_a_run_leaves_what_it_promises(mimic_config, tmp_path):
 
 def test_a_finished_run_is_not_repeated(mimic_config, tmp_path, monkeypatch):
   first = train.train_and_evaluate(mimic_config, tmp_path / "run")
-  monkeypatch.setattr(train, "load_data", None)
+  monkeypatch.setattr(train._Run, "to_the_end", None)
   assert train.train_and_evaluate(mimic_config, tmp_path / "run") == first
 
 
@@ -170,6 +172,94 @@ def test_a_workdir_of_another_config_is_refused(make_config, tmp_path):
     train.train_and_evaluate(other, tmp_path / "run")
 
 
+def test_a_mistake_can_be_mended_in_the_same_workdir(
+  make_config, reference, tmp_path
+):
+  wrong = make_config(method="grad_mimic", num_epochs=1)
+  with pytest.raises(ValueError, match="needs a reference"):
+    train.train_and_evaluate(wrong, tmp_path / "run")
+  right = make_config(
+    **{"method": "grad_mimic", "mimic.reference": reference, "num_epochs": 1}
+  )
+  assert train.train_and_evaluate(right, tmp_path / "run")["steps"] == 6
+
+
+def test_another_reference_at_the_same_path_is_noticed(
+  make_config, tmp_path, monkeypatch
+):
+  def teach(seed):
+    config = make_config(num_epochs=1, seed=seed, **{"noise.rate": 0.0})
+    train.train_and_evaluate(config, tmp_path / f"teacher{seed}")
+
+  teach(0)
+  teach(1)
+  (tmp_path / "teacher0").rename(tmp_path / "reference")
+  config = make_config(
+    **{
+      "method": "grad_mimic",
+      "mimic.reference": str(tmp_path / "reference"),
+      "num_epochs": 2,
+    }
+  )
+  train.train_and_evaluate(config, tmp_path / "finished")
+  (tmp_path / "reference").rename(tmp_path / "teacher0")
+  (tmp_path / "teacher1").rename(tmp_path / "reference")
+  with pytest.raises(ValueError, match="another reference"):
+    train.train_and_evaluate(config, tmp_path / "finished")
+  # Nor does an unfinished run go on toward it.
+  (tmp_path / "finished" / "result.json").unlink()
+  with pytest.raises(ValueError, match="was made with other data"):
+    train.train_and_evaluate(config, tmp_path / "finished")
+
+
+def test_an_unfinished_reference_is_refused(make_config, tmp_path):
+  teacher = make_config(num_epochs=1, **{"noise.rate": 0.0})
+  train.train_and_evaluate(teacher, tmp_path / "reference")
+  (tmp_path / "reference" / "result.json").unlink()
+  config = make_config(
+    **{"method": "grad_mimic", "mimic.reference": str(tmp_path / "reference")}
+  )
+  with pytest.raises(FileNotFoundError, match="no finished run"):
+    train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_plain_step_survives_a_broken_sample(make_config):
+  def losses_fn(params, batch):
+    # The second loss and its derivatives are infinite times zero.
+    infinite = jnp.where(jnp.arange(3) == 1, jnp.inf, 1.0)
+    return batch["x"] * params["w"] * infinite + params["b"], batch["x"] > 0
+
+  tx = optax.sgd(1.0)
+  batch = {"x": jnp.array([1.0, 0.0, 3.0]), "mask": jnp.ones(3, bool)}
+  state = steps.init_state({"w": jnp.ones([]), "b": jnp.ones([])}, tx)
+  step = steps.make_train_step(losses_fn, tx, None, make_config().mimic)
+  state, output = step(state, None, batch)
+  assert int(output.metrics["nonfinite"]) == 1
+  assert float(output.metrics["loss"]) == pytest.approx((2 + 4) / 2)
+  assert float(state.params["b"]) == 0  # exact: nothing broken reaches it
+  assert float(state.params["w"]) == 1  # reached: left as it was
+
+
+@pytest.mark.parametrize(
+  "field", ["batch_size", "num_epochs", "checkpoint.every_epochs"]
+)
+def test_counts_of_zero_are_refused(make_config, tmp_path, field):
+  with pytest.raises(ValueError, match=f"config.{field} is 0; expected at"):
+    train.train_and_evaluate(make_config(**{field: 0}), tmp_path / "run")
+
+
+def test_a_filter_that_is_not_there(make_config, tmp_path):
+  config = make_config(**{"data.filter": str(tmp_path / "none.npy")})
+  with pytest.raises(FileNotFoundError, match=r"a \.npy file"):
+    train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_damaged_config_file_is_named(make_config, tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    train.train_and_evaluate(make_config(), tmp_path)
+
+
 def test_a_folder_with_other_things_is_refused(make_config, tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(ValueError, match=r"not empty and has no config\.json"):
@@ -220,7 +310,7 @@ def test_a_reference_that_is_not_there(make_config, tmp_path):
   config = make_config(
     **{"method": "grad_mimic", "mimic.reference": str(tmp_path / "none")}
   )
-  with pytest.raises(FileNotFoundError, match="workdir of a finished run"):
+  with pytest.raises(FileNotFoundError, match="no finished run"):
     train.train_and_evaluate(config, tmp_path / "run")
 
 
