@@ -46,13 +46,13 @@ class _Softmax:
 
   def temperature_at(self, step):
     if not callable(self.temperature):
-      return jnp.asarray(self.temperature, jnp.float32)
+      return jnp.asarray(self.temperature)
     if step is None:
       raise ValueError(
         "softmax has a temperature schedule but no step came; pass step= with"
         " the number of updates done so far."
       )
-    return jnp.asarray(self.temperature(step), jnp.float32)
+    return jnp.asarray(self.temperature(step))
 
 
 def softmax(temperature: float | jax.Array | Callable[[Any], Any]) -> Weighting:

@@ -8,8 +8,16 @@ from flax import nnx
 
 from experiments.models.convnet import ConvNet
 from experiments.models.mlp import MLP
+from experiments.models.vit import ViT
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {"mlp": MLP, "convnet": ConvNet}
+# For each name the module, and what it takes from `config.model`.
+MODELS: dict[
+  str, tuple[Callable[..., nnx.Module], Callable[[Any], dict[str, Any]]]
+] = {
+  "mlp": (MLP, lambda config: {"widths": tuple(config.widths)}),
+  "convnet": (ConvNet, lambda config: {"widths": tuple(config.widths)}),
+  "vit": (ViT, lambda config: dict(config.vit)),
+}
 
 
 def create(
@@ -18,7 +26,7 @@ def create(
   """A model as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`: `name` and `widths`.
+    config: `config.model`: `name`, and `widths` or `vit`.
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the output.
     seed: of the initialisation.
@@ -35,11 +43,12 @@ def create(
       f"config.model.name is {config.name!r}; expected one of"
       f" {', '.join(MODELS)}."
     )
-  model = MODELS[config.name](
-    input_shape=input_shape,
-    widths=tuple(config.widths),
+  module, sizes = MODELS[config.name]
+  model = module(
+    input_shape=tuple(input_shape),
     num_classes=num_classes,
     rngs=nnx.Rngs(seed),
+    **sizes(config),
   )
   graph, state = nnx.split(model)
 

@@ -337,12 +337,15 @@ def ratio_curves(
           color = colors.setdefault(name, _COLORS[len(colors) % len(_COLORS)])
           panel.plot(x, y, marker="o", markersize=3, color=color, label=name)
         panel.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        panel.set_xscale("log", base=2)
-        panel.set_ylim(bottom=0)
-        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_xscale("log")
+        ticks = sorted({t for x, _ in by_size[size].values() for t in x})
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
       row[0].set_ylabel(ratio)
     for panel, size in zip(panels[-1], sizes, strict=True):
       panel.set_xlabel(size)
+    for row in panels:  # the panels of a row share their limits
+      row[0].set_ylim(bottom=0)
     lines = {
       line.get_label(): line
       for panel in panels.flat

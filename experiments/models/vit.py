@@ -1,0 +1,180 @@
+"""A vision transformer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+POOLINGS = ("mean", "class_token")
+
+
+class ViT(nnx.Module):
+  """Patches, position embeddings, pre-norm blocks, final norm, linear head.
+
+  Leaf paths read `patch_embed/kernel`, `blocks/5/attention/query/kernel`,
+  `blocks/5/mlp/fc1/kernel`, `final_norm/scale`, `head/kernel`. A patch's pixels
+  come row by row with the channels last, so that the patch embedding's kernel
+  is a convolution's `[P, P, C, width]`, flattened.
+
+  References:
+    Dosovitskiy et al., An Image is Worth 16x16 Words, `arXiv:2010.11929
+    <https://arxiv.org/abs/2010.11929>`_.
+  """
+
+  def __init__(
+    self,
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    rngs: nnx.Rngs,
+    patch_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_width: int,
+    pooling: str = "mean",
+    dtype: str | None = None,
+  ):
+    """Initialises the parameters, float32.
+
+    Args:
+      input_shape: of one image, `(H, W, C)`.
+      num_classes: width of the output.
+      rngs: of the initialisation.
+      patch_size: height and width of a patch, in pixels.
+      width: of a token.
+      depth: number of blocks.
+      heads: of the attention; each sees `width / heads` features.
+      mlp_width: of the hidden layer in each block's MLP.
+      pooling: what the head sees: `"mean"` of the tokens, or `"class_token"`.
+      dtype: of the activations; None is that of the parameters.
+
+    Raises:
+      ValueError: sizes that don't divide, or an unknown pooling.
+    """
+    rows, columns, channels = input_shape
+    if rows % patch_size or columns % patch_size:
+      raise ValueError(
+        f"images are {rows}x{columns} and config.model.vit.patch_size is"
+        f" {patch_size}; expected a size that divides both sides."
+      )
+    if width % heads:
+      raise ValueError(
+        f"config.model.vit.width is {width} and heads is {heads}; expected a"
+        " width that the heads divide."
+      )
+    if pooling not in POOLINGS:
+      raise ValueError(
+        f"config.model.vit.pooling is {pooling!r}; expected one of"
+        f" {', '.join(POOLINGS)}."
+      )
+    self.patch_size = patch_size
+    self.pooling = pooling
+    self.patch_embed = _linear(
+      patch_size * patch_size * channels, width, dtype, rngs
+    )
+    tokens = (rows // patch_size) * (columns // patch_size)
+    normal = nnx.initializers.normal(stddev=0.02)
+    if pooling == "class_token":
+      tokens += 1
+      self.class_token = nnx.Param(
+        nnx.initializers.zeros(rngs.params(), (1, 1, width))
+      )
+    self.position_embed = nnx.Param(normal(rngs.params(), (1, tokens, width)))
+    self.blocks = nnx.List(
+      Block(width, heads, mlp_width, dtype, rngs) for _ in range(depth)
+    )
+    self.final_norm = _norm(width, dtype, rngs)
+    self.head = _linear(width, num_classes, dtype, rngs)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Images `[B, H, W, C]` to logits `[B, num_classes]`, float32 or wider."""
+    hidden = self.patch_embed(_patches(images, self.patch_size))
+    if self.pooling == "class_token":
+      token = self.class_token[...].astype(hidden.dtype)
+      hidden = jnp.concatenate(
+        [jnp.broadcast_to(token, (len(hidden), *token.shape[1:])), hidden],
+        axis=1,
+      )
+    hidden = hidden + self.position_embed[...].astype(hidden.dtype)
+    for block in self.blocks:
+      hidden = block(hidden)
+    hidden = self.final_norm(hidden)
+    if self.pooling == "class_token":
+      pooled = hidden[:, 0]
+    else:
+      pooled = hidden.mean(axis=1)
+    logits = self.head(pooled)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each after a norm and added to what came in."""
+
+  def __init__(self, width, heads, mlp_width, dtype, rngs):
+    self.norm1 = _norm(width, dtype, rngs)
+    self.attention = Attention(width, heads, dtype, rngs)
+    self.norm2 = _norm(width, dtype, rngs)
+    self.mlp = FeedForward(width, mlp_width, dtype, rngs)
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    """Tokens `[B, T, width]` to tokens of the same shape."""
+    hidden = hidden + self.attention(self.norm1(hidden))
+    return hidden + self.mlp(self.norm2(hidden))
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention; the softmax is float32 or wider."""
+
+  def __init__(self, width, heads, dtype, rngs):
+    self.heads = heads
+    self.query = _linear(width, width, dtype, rngs)
+    self.key = _linear(width, width, dtype, rngs)
+    self.value = _linear(width, width, dtype, rngs)
+    self.out = _linear(width, width, dtype, rngs)
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    """Tokens `[B, T, width]` to tokens of the same shape."""
+    split = (*hidden.shape[:-1], self.heads, -1)
+    mixed = jax.nn.dot_product_attention(
+      self.query(hidden).reshape(split),
+      self.key(hidden).reshape(split),
+      self.value(hidden).reshape(split),
+      implementation="xla",  # cuDNN's has no forward derivative
+    )
+    return self.out(mixed.reshape(hidden.shape))
+
+
+class FeedForward(nnx.Module):
+  """The MLP of a block: `fc2(gelu(fc1(x)))`."""
+
+  def __init__(self, width, mlp_width, dtype, rngs):
+    self.fc1 = _linear(width, mlp_width, dtype, rngs)
+    self.fc2 = _linear(mlp_width, width, dtype, rngs)
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    """Tokens `[B, T, width]` to tokens of the same shape."""
+    return self.fc2(jax.nn.gelu(self.fc1(hidden), approximate=False))
+
+
+def _patches(images, size):
+  """Images `[B, H, W, C]` to patches `[B, T, size * size * C]`."""
+  batch, rows, columns, channels = images.shape
+  grid = (rows // size, columns // size)
+  images = images.reshape(batch, grid[0], size, grid[1], size, channels)
+  return images.transpose(0, 1, 3, 2, 4, 5).reshape(
+    batch, grid[0] * grid[1], size * size * channels
+  )
+
+
+def _linear(inputs, outputs, dtype, rngs):
+  return nnx.Linear(
+    inputs,
+    outputs,
+    dtype=dtype,
+    kernel_init=nnx.initializers.xavier_uniform(),
+    rngs=rngs,
+  )
+
+
+def _norm(width, dtype, rngs):
+  return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
