@@ -258,15 +258,24 @@ def options(model):
   ]
 
 
+def all_choices():
+  """Every layer choice in every scope."""
+  return [
+    (choice, "projection", scope)
+    for choice, scope in itertools.product(CHOICES, SCOPES)
+  ]
+
+
 @functools.cache
-def everything(model, engine):
+def everything(model, engine, exhaustive=False):
   """All options of a model and engine, in one compilation."""
   losses_fn, params, reference, batch = task(model)
+  asked = all_choices() if exhaustive else options(model)
 
   @jax.jit
   def run(params, reference, batch, mask):
     results = []
-    for choice, score, scope in options(model):
+    for choice, score, scope in asked:
       fn = gm.mimic_value_and_grad(
         losses_fn,
         layers=CHOICES[choice](params),
@@ -281,7 +290,7 @@ def everything(model, engine):
   return {
     masked: dict(
       zip(
-        options(model),
+        asked,
         run(params, reference, batch, MASK if masked else MASK | True),
         strict=True,
       )
@@ -297,16 +306,26 @@ def truth(model):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("model", MODELS)
-def test_engines_agree_with_dense_float64(model, engine, masked):
+@pytest.mark.parametrize(
+  ("model", "exhaustive"),
+  [
+    *((model, False) for model in MODELS),
+    *(
+      pytest.param(model, True, marks=pytest.mark.slow)
+      for model in MODELS
+      if model != "mlp"  # whose options have them all
+    ),
+  ],
+)
+def test_engines_agree_with_dense_float64(model, exhaustive, engine, masked):
   losses, rows = truth(model)
   mask = MASK if masked else MASK | True
-  for option in options(model):
+  for option in all_choices() if exhaustive else options(model):
     choice, score, scope = option
     expected = by_hand(
       task(model), rows, losses, MEANINGS[choice], score, scope, mask
     )
-    (loss, info), grads = everything(model, engine)[masked][option]
+    (loss, info), grads = everything(model, engine, exhaustive)[masked][option]
     close(loss, expected["loss"], 1e-5)
     for name in info._fields[:-1]:
       close(getattr(info, name), expected[name], 1e-5)

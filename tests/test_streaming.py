@@ -22,7 +22,6 @@ WEIGHTINGS = {
   "top": gm.top_fraction(0.25),
   "positive": gm.positive(),
 }
-ONE_PASS = ("softmax", "schedule", "uniform")
 
 
 def losses_fn(params, batch):
@@ -82,17 +81,14 @@ def assert_close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("microbatch_size", [3, 8])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_streaming_gives_the_full_batch_update(weighting, microbatch_size):
+def test_streaming_gives_the_full_batch_update(weighting):
   for mask in (MASK, MASK | True):
-    assert_close(
-      run(weighting, microbatch_size, mask), run(weighting, None, mask)
-    )
+    assert_close(run(weighting, 3, mask), run(weighting, None, mask))
 
 
 @pytest.mark.parametrize("weighting", ["softmax", "ess"])
-@pytest.mark.parametrize("microbatch_size", [1, 1000])
+@pytest.mark.parametrize("microbatch_size", [1, 8, 1000])
 def test_stream_sizes_from_one_sample_to_more_than_there_are(
   weighting, microbatch_size
 ):
@@ -183,8 +179,8 @@ def test_scores_stream_too():
   scores = gm.mimic_scores(losses_fn, microbatch_size=3, **kwargs)
   dense = gm.mimic_scores(losses_fn, **kwargs)
   assert_close(
-    scores(PARAMS, REFERENCE, BATCH, mask=MASK),
-    dense(PARAMS, REFERENCE, BATCH, mask=MASK),
+    jax.jit(scores)(PARAMS, REFERENCE, BATCH, mask=MASK),
+    jax.jit(dense)(PARAMS, REFERENCE, BATCH, mask=MASK),
   )
 
 

@@ -503,6 +503,7 @@ def test_clipping_before_it_goes_through_and_clips_the_whole_batch(grads):
   close(updates, apply(gm.reweight_by_mimic_score(REFERENCE), scaled)[0])
 
 
+@pytest.mark.slow
 def test_adam_before_it_goes_through_and_keeps_moments_of_every_sample(grads):
   # optax lets it through unless rank promotion raises: moments are broadcast
   # to [B, *p], mixing the samples of one batch with those of the next.

@@ -314,6 +314,7 @@ def test_a_reference_that_is_not_there(make_config, tmp_path):
     train.train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_convnet_trains(make_config, tmp_path):
   config = make_config(
     num_epochs=2,
