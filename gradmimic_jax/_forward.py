@@ -21,6 +21,7 @@ from gradmimic_jax._problem import (
   merge,
   split,
 )
+from gradmimic_jax.scores import Measured
 
 
 def answer(problem: Problem) -> Answer:
@@ -69,7 +70,10 @@ def _without_poison(leaves, found):
 
 
 def _descents(problem, params):
-  """`(losses [B], descents [B], aux)` by one jvp along the unit direction."""
+  """`(losses [B], descents [B] or None, aux)`, by one jvp if need be."""
+  if not problem.score.needs_descents:
+    losses, aux = problem.losses_fn(params, problem.batch)
+    return losses, None, aux
   leaves, structure = jax.tree.flatten(params)
   mimic, rest = split(leaves, problem.flags)
 
@@ -114,11 +118,14 @@ def _explained_custom_vjp():
 
 def _answer(problem, losses, descents, aux, pullback):
   # Losses may come in bfloat16; scores and all that follows don't.
-  descents, norms = _tree.to_accumulate(descents), None
+  norms = None
   if problem.score.needs_norms:
-    norms = _gradient_norms(problem, losses, pullback).astype(descents.dtype)
-  scores = problem.score.fn(descents, norms)
+    norms = _tree.to_accumulate(_gradient_norms(problem, losses, pullback))
+  if descents is not None:
+    descents = _tree.to_accumulate(descents)
+    norms = None if norms is None else norms.astype(descents.dtype)
   losses = _tree.to_accumulate(losses)
+  scores = problem.score.fn(Measured(losses, descents, norms, problem.baseline))
   valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
   return Answer(scores, losses, valid, aux)
 

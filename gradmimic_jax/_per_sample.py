@@ -15,6 +15,7 @@ from gradmimic_jax._problem import (
   mean_weights,
   split,
 )
+from gradmimic_jax.scores import Measured, Score
 
 
 def answer(problem: Problem) -> Answer:
@@ -38,15 +39,20 @@ def reweighted(
 
 def score_rows(
   rows: list[jax.Array],
-  unit: list[jax.Array],
+  unit: list[jax.Array] | None,
   flags: list[bool],
-  score,
+  score: Score,
+  losses: jax.Array | None = None,
+  baseline: jax.Array | None = None,
 ) -> jax.Array:
   """Scores `[B]` of per-sample gradients `[B, *p]`."""
   mimic, _ = split(rows, flags)
-  descents = -_tree.row_inner_products(mimic, unit)
-  norms = _tree.row_norms(mimic) if score.needs_norms else None
-  return score.fn(descents, norms)
+  descents = norms = None
+  if unit is not None:
+    descents = -_tree.row_inner_products(mimic, unit)
+  if score.needs_norms:
+    norms = _tree.row_norms(mimic)
+  return score.fn(Measured(losses, descents, norms, baseline))
 
 
 def sound_rows(rows: list[jax.Array], scores: jax.Array) -> jax.Array:
@@ -89,8 +95,15 @@ def reweight_rows(
 def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
   """The answer, and per-sample gradient leaves `[B, *p]`."""
   losses, aux, rows = _gradients(problem, problem.batch)
-  scores = score_rows(rows, problem.unit, problem.flags, problem.score)
   losses = _tree.to_accumulate(losses)
+  scores = score_rows(
+    rows,
+    problem.unit,
+    problem.flags,
+    problem.score,
+    losses,
+    problem.baseline,
+  )
   valid = problem.candidates & jnp.isfinite(losses) & sound_rows(rows, scores)
   return Answer(scores, losses, valid, aux), rows
 

@@ -18,9 +18,10 @@ class Problem(NamedTuple):
   params: Any  # the learner's parameters
   batch: Any  # leaves [B, ...], every floating row finite
   flags: list[bool]  # which leaves of params are mimic layers
-  unit: list[jax.Array]  # unit direction, mimic layers only
-  score: Score  # how descents become scores
+  unit: list[jax.Array] | None  # unit direction over them, if the score asks
+  score: Score  # how what is measured becomes scores
   candidates: jax.Array  # bool [B]: real samples whose input is finite
+  baseline: jax.Array | None  # [B], the reference's losses, if the score asks
 
 
 class Answer(NamedTuple):

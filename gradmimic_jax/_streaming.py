@@ -143,15 +143,16 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
 
 
 def _stack(problem, microbatch_size):
-  """`(batch, candidates)` in microbatches, and the way back."""
+  """What of the problem has a batch axis in microbatches, and the way back."""
   split_rows, restore = _microbatches(problem.candidates.size, microbatch_size)
-  batch = jax.tree.map(split_rows, problem.batch)
-  return (batch, split_rows(problem.candidates, fill=False)), restore
+  rows = {"batch": problem.batch, "baseline": problem.baseline}
+  stacked = jax.tree.map(split_rows, rows)
+  stacked["candidates"] = split_rows(problem.candidates, fill=False)
+  return stacked, restore
 
 
 def _part(problem, part):
-  batch, candidates = part
-  return problem._replace(batch=batch, candidates=candidates)
+  return problem._replace(**part)
 
 
 def _microbatches(size, microbatch_size):

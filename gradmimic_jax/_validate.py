@@ -177,6 +177,23 @@ def padding_mask(mask: Any, size: int) -> jax.Array:
   return mask
 
 
+def baseline(reference: Any, size: int) -> jax.Array:
+  """The reference's losses `[B]`; raises if that is not what came."""
+  if not isinstance(reference, (jax.Array, np.ndarray)):
+    raise TypeError(
+      f"reference is a {type(reference).__name__}; with score='excess_loss'"
+      f" expected the reference's losses on this batch, [{size}]."
+    )
+  losses = jnp.asarray(reference)
+  if losses.shape != (size,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise ValueError(
+      f"reference has shape {losses.shape} and dtype {losses.dtype}; with"
+      " score='excess_loss' expected the reference's losses on this batch,"
+      f" floating point [{size}]."
+    )
+  return _tree.to_accumulate(losses)
+
+
 def losses_shape(losses: Any, size: int) -> None:
   """Raises unless losses_fn returned one floating-point loss a sample."""
   if jnp.shape(losses) != (size,):

@@ -39,7 +39,7 @@ class MimicInfo(NamedTuple):
   scores: jax.Array  # [B], raw, high = good; NaN: not finite; 0: padding
   weights: jax.Array  # [B], sum to 1 over the valid samples
   losses: jax.Array  # [B]; NaN where not finite, 0 where padding
-  distance: jax.Array  # [], norm of the direction over the mimic layers
+  distance: jax.Array  # [], norm of the direction; 0 if the score has none
   effective_sample_size: jax.Array  # [], 1 / sum of squared weights
   aux: Any  # losses_fn's aux, or None
 
@@ -49,7 +49,7 @@ class MimicScores(NamedTuple):
 
   scores: jax.Array  # [B], raw, high = good; NaN: not finite; 0: padding
   losses: jax.Array  # [B]; NaN where not finite, 0 where padding
-  distance: jax.Array  # [], norm of the direction over the mimic layers
+  distance: jax.Array  # [], norm of the direction; 0 if the score has none
 
 
 def mimic_value_and_grad(
@@ -103,16 +103,20 @@ def mimic_value_and_grad(
     layers: the mimic layers: None (all), a regular expression or a list of them
       on "/"-joined leaf paths, a predicate `(path, leaf) -> bool`, or a tree of
       bools.
-    score: `"projection"`, or `"cosine"` (divided by the gradient norm too).
+    score: `"projection"`, or `"cosine"` (divided by the gradient norm too). To
+      compare with: `"gradient_norm"` (GraNd) and `"excess_loss"` (RHO-loss; the
+      reference is then the reference's losses on this batch, `[B]`), which look
+      at no direction.
     weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`, `uniform`,
       or a callable of their kind.
     scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
       (the mimic layers; the others get the plain mean).
     engine: `"forward"`: one jvp inside one vjp, at about the price of a plain
       gradient. `"per_sample"`: `vmap(grad)`, for losses that don't depend on
-      batch mates. `"auto"`: per_sample with a microbatch size or the cosine
-      score (of which the forward engine takes one more pullback a sample), else
-      forward. The returned function's `engine` attribute names the one it is.
+      batch mates. `"auto"`: per_sample with a microbatch size or a score
+      with gradient norms (of which the forward engine takes one more pullback a
+      sample), else forward. The returned function's `engine` attribute names
+      the one it is.
     microbatch_size: of the per-sample engine: how many samples' gradients exist
       at a time. `softmax` and `uniform` need one pass over the microbatches;
       weightings that need all scores before any weight (`ess_softmax`,
@@ -223,7 +227,7 @@ def mimic_scores(
     losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`.
     direction: as in `mimic_value_and_grad`.
     layers: the mimic layers, as in `mimic_value_and_grad`.
-    score: `"projection"` or `"cosine"`.
+    score: as in `mimic_value_and_grad`.
     engine: as in `mimic_value_and_grad`.
     microbatch_size: as in `mimic_value_and_grad`.
 
@@ -307,13 +311,17 @@ def _pose(
   batch = jax.tree.map(jnp.asarray, batch)
   batch, candidates = _problem.mend_rows(batch, mask)
   params = jax.tree.map(jnp.asarray, params)
-  unit, distance = directions.unit_vector(
-    directions.call(direction, params, reference, batch, candidates, kwargs),
-    params,
-    flags,
-  )
+  unit, distance, baseline = None, jnp.zeros([]), None
+  if score.needs_descents:
+    unit, distance = directions.unit_vector(
+      directions.call(direction, params, reference, batch, candidates, kwargs),
+      params,
+      flags,
+    )
+  if score.needs_baseline:
+    baseline = _validate.baseline(reference, size)
   problem = _problem.Problem(
-    losses_fn, params, batch, flags, unit, score, candidates
+    losses_fn, params, batch, flags, unit, score, candidates, baseline
   )
   return problem, mask, distance
 

@@ -1,12 +1,13 @@
-"""Scores: a sample's agreement with the direction, raw, high = good.
+"""Scores: what a sample is worth, raw, high = good.
 
-A score is computed from two numbers a sample, both over the mimic layers only:
-the descent `<-g_i, v> / ||v||` along the unit direction and, where the score
-asks for it, the gradient norm `||g_i||`.
+The mimic scores, projection and cosine, measure the agreement with a direction;
+the others are what they are compared with. All gradients and directions are
+looked at over the mimic layers only.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +15,60 @@ import jax.numpy as jnp
 from gradmimic_jax import _validate
 
 
+class Measured(NamedTuple):
+  """What an engine knows of a batch's samples; None where nobody asked."""
+
+  losses: jax.Array | None  # [B]
+  descents: jax.Array | None  # [B], <-g_i, v> / ||v||
+  norms: jax.Array | None  # [B], ||g_i||
+  baseline: jax.Array | None  # [B], the reference's losses
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How descents and gradient norms become scores.
+  """How measurements become scores.
 
   Attributes:
     name: what `score=` calls it.
-    fn: `(descents [B], gradient norms [B] or None) -> scores [B]`.
+    fn: `Measured -> scores [B]`.
+    needs_descents: whether `fn` looks at the descents, and so at a direction.
     needs_norms: whether `fn` looks at the gradient norms.
+    needs_baseline: whether `fn` looks at the reference's losses.
   """
 
   name: str
-  fn: Callable[[jax.Array, jax.Array | None], jax.Array]
-  needs_norms: bool
+  fn: Callable[[Measured], jax.Array]
+  needs_descents: bool = False
+  needs_norms: bool = False
+  needs_baseline: bool = False
 
 
-def _projection(descents, norms):
-  del norms
-  return descents
+def _projection(measured):
+  return measured.descents
 
 
-def _cosine(descents, norms):
+def _cosine(measured):
   # A zero gradient agrees with no direction: its cosine is 0, not 0 / 0.
-  return jnp.where(norms == 0, 0, descents / jnp.where(norms == 0, 1, norms))
+  norms = measured.norms
+  still = norms == 0
+  return jnp.where(still, 0, measured.descents / jnp.where(still, 1, norms))
+
+
+def _gradient_norm(measured):
+  return measured.norms
+
+
+def _excess_loss(measured):
+  return measured.losses - measured.baseline.astype(measured.losses.dtype)
 
 
 SCORES = {
   score.name: score
   for score in (
-    Score("projection", _projection, needs_norms=False),
-    Score("cosine", _cosine, needs_norms=True),
+    Score("projection", _projection, needs_descents=True),
+    Score("cosine", _cosine, needs_descents=True, needs_norms=True),
+    Score("gradient_norm", _gradient_norm, needs_norms=True),
+    Score("excess_loss", _excess_loss, needs_baseline=True),
   )
 }
 
@@ -51,12 +76,15 @@ SCORES = {
 def get(name: str) -> Score:
   """The score of that name.
 
-  `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
-  unit of parameter distance. `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`,
-  in [-1, 1].
+  * `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
+    unit of parameter distance. Needs no gradient of a single sample.
+  * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1].
+  * `"gradient_norm"`: `m_i = ||g_i||`, GraNd; there is no direction.
+  * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
+    reference's losses stand in the place of the reference.
 
   Args:
-    name: `"projection"` or `"cosine"`.
+    name: one of the four.
 
   Returns:
     The Score.
@@ -70,7 +98,9 @@ def get(name: str) -> Score:
 
   References:
     Huang et al., `arXiv:2501.06708 <https://arxiv.org/abs/2501.06708>`_,
-    section 3.
+    section 3. Paul et al., `arXiv:2107.07075
+    <https://arxiv.org/abs/2107.07075>`_ (GraNd). Mindermann et al.,
+    `arXiv:2206.07137 <https://arxiv.org/abs/2206.07137>`_ (RHO-loss).
   """
   _validate.choice("score", name, SCORES)
   return SCORES[name]

@@ -56,7 +56,7 @@ def reweight_by_mimic_score(
       mimic layers are copied into the state, so that they are sharded, donated
       and checkpointed with it.
     layers: the mimic layers, as in `mimic_value_and_grad`.
-    score: `"projection"` or `"cosine"`.
+    score: `"projection"`, `"cosine"` or `"gradient_norm"`.
     weighting: as in `mimic_value_and_grad`; a temperature schedule follows the
       state's count.
     scope: `"all"`, or `"layers"` (leaves outside the mimic layers get the plain
@@ -95,6 +95,11 @@ def reweight_by_mimic_score(
   _validate.choice("scope", scope, SCOPES)
   weighting_lib.check(weighting)
   score_kind = scores_lib.get(score)
+  if score_kind.needs_baseline:
+    raise ValueError(
+      f"score is {score!r}, which needs losses; an optax transformation sees"
+      " gradients only: use gm.mimic_value_and_grad."
+    )
 
   def init_fn(params):
     _validate.unmasked(params)

@@ -1,0 +1,124 @@
+"""Scores that others use, against numbers worked out by hand in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradmimic_jax as gm
+
+B, D = 7, 3
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(B, D)), RNG.normal(size=B)
+BASELINE = RNG.uniform(size=B)
+W, C = RNG.normal(size=D), 0.3
+MASK = np.arange(B) != 5
+ENGINES = (
+  {"engine": "forward"},
+  {"engine": "per_sample"},
+  {"engine": "per_sample", "microbatch_size": 2},
+)
+
+
+def losses_fn(params, batch):
+  return (batch["x"] @ params["w"] + params["c"] - batch["y"]) ** 2
+
+
+def run(score, reference, engine, **options):
+  step = gm.mimic_value_and_grad(losses_fn, score=score, **engine, **options)
+  params = {"w": W, "c": np.array(C)}
+  batch = {"x": X, "y": Y}
+  args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, batch))
+  return jax.jit(step)(args[0], reference, args[1], mask=jnp.asarray(MASK))
+
+
+def residuals():
+  return X @ W + C - Y
+
+
+def reweighted(scores, temperature):
+  """The gradient of w and c that softmax weights of these scores give."""
+  weights = np.where(MASK, np.exp((scores - scores.max()) / temperature), 0)
+  weights /= weights.sum()
+  slopes = 2 * weights * residuals()
+  return slopes @ X, slopes.sum()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layers", [None, "w"])
+def test_gradient_norms_in_every_engine(engine, layers):
+  expected = 2 * np.abs(residuals())
+  expected *= np.sqrt((X**2).sum(axis=1) + (layers is None))
+  (_, info), grads = run(
+    "gradient_norm", None, engine, layers=layers, weighting=gm.softmax(2.0)
+  )
+  np.testing.assert_allclose(info.scores, np.where(MASK, expected, 0), 1e-5)
+  w, c = reweighted(expected, 2.0)
+  np.testing.assert_allclose(grads["w"], w, 1e-5, 1e-6)
+  np.testing.assert_allclose(grads["c"], c, 1e-5, 1e-6)
+  assert info.distance == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_excess_losses_in_every_engine(engine):
+  expected = residuals() ** 2 - BASELINE
+  baseline = jnp.asarray(BASELINE, jnp.float32)
+  (_, info), grads = run(
+    "excess_loss", baseline, engine, weighting=gm.softmax(2.0)
+  )
+  np.testing.assert_allclose(
+    info.scores, np.where(MASK, expected, 0), 1e-5, 1e-6
+  )
+  w, c = reweighted(expected, 2.0)
+  np.testing.assert_allclose(grads["w"], w, 1e-5, 1e-6)
+  np.testing.assert_allclose(grads["c"], c, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_baseline_that_is_not_finite_costs_its_own_sample_only(engine):
+  baseline = jnp.asarray(BASELINE, jnp.float32).at[2].set(jnp.nan)
+  (_, info), grads = run("excess_loss", baseline, engine)
+  assert np.isnan(info.scores[2])
+  assert info.weights[2] == 0
+  np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-6)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_excess_loss_computes_no_tangent():
+  batch = {"x": jnp.zeros((B, D)), "y": jnp.zeros(B)}
+  params = {"w": jnp.zeros(D), "c": jnp.zeros([])}
+  scores = gm.mimic_scores(losses_fn, score="excess_loss")
+  text = str(jax.make_jaxpr(scores)(params, jnp.zeros(B), batch))
+  plain = str(jax.make_jaxpr(losses_fn)(params, batch))
+  assert text.count("dot_general") == plain.count("dot_general") == 1
+
+
+@pytest.mark.parametrize(
+  ("reference", "error", "message"),
+  [
+    (np.zeros(3, np.float32), ValueError, r"shape \(3,\).*\[7\]"),
+    (np.zeros(B, np.int32), ValueError, "int32"),
+    ({"w": np.zeros(D)}, TypeError, "dict"),
+    (None, TypeError, "NoneType"),
+  ],
+)
+def test_a_baseline_of_another_kind_is_refused(reference, error, message):
+  with pytest.raises(error, match=message):
+    run("excess_loss", reference, {})
+
+
+def test_the_transformation_takes_gradient_norms_and_refuses_losses():
+  with pytest.raises(ValueError, match="mimic_value_and_grad"):
+    gm.reweight_by_mimic_score({"w": jnp.zeros(D)}, score="excess_loss")
+  params = {"w": jnp.zeros(D)}
+  tx = gm.reweight_by_mimic_score(params, score="gradient_norm")
+  rows = jnp.asarray(X, jnp.float32)
+  update = functools.partial(tx.update, {"w": rows})
+  updates, _ = update(tx.init(params), params)
+  norms = np.linalg.norm(X, axis=1)
+  weights = np.exp(norms - norms.max())
+  np.testing.assert_allclose(
+    updates["w"], weights @ X / weights.sum(), 1e-5, 1e-6
+  )
