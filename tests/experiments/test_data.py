@@ -1,4 +1,4 @@
-"""Data sets, label noise and batches: what goes into a run, and its resume."""
+"""Data sets and batches: what goes into a run, and its resume."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from experiments.data import digits, noise, pipeline, sources
+from experiments.data import digits, pipeline, sources
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CIFAR10 = REPOSITORY.parent / "shared" / "tfds"
@@ -245,104 +245,6 @@ def _write(folder, name, features, examples):
 
   Handmade.name = name
   Handmade(data_dir=folder, file_format="array_record").download_and_prepare()
-
-
-class TestNoise:
-  labels = np.random.default_rng(0).integers(0, 10, 1437).astype(np.int32)
-
-  @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.5, 0.6, 0.999])
-  def test_changes_exactly_that_share_and_never_to_itself(self, rate):
-    noisy = noise.apply_noise(self.labels, rate=rate, num_classes=10, seed=3)
-    assert noisy.is_noisy.sum() == int(rate * 1437)
-    assert noisy.rate == int(rate * 1437) / 1437
-    np.testing.assert_array_equal(noisy.clean_labels, self.labels)
-    np.testing.assert_array_equal(
-      noisy.labels != noisy.clean_labels, noisy.is_noisy
-    )
-    assert noisy.labels.dtype == np.int32
-    assert set(noisy.labels) <= set(range(10))
-
-  @pytest.mark.parametrize(
-    ("rate", "num_samples", "count"),
-    [(0.29, 100, 29), (0.3, 10, 3), (0.7, 10, 7), (0.57, 100, 57), (0.5, 7, 3)],
-  )
-  def test_count_is_that_of_the_written_product(self, rate, num_samples, count):
-    assert noise.noisy_count(rate, num_samples) == count
-    noisy = noise.apply_noise(
-      np.zeros(num_samples, int), rate=rate, num_classes=2, seed=0
-    )
-    assert noisy.is_noisy.sum() == count
-
-  def test_seed_decides(self):
-    first, again, other = (
-      noise.apply_noise(self.labels, rate=0.4, num_classes=10, seed=seed)
-      for seed in (1, 1, 2)
-    )
-    np.testing.assert_array_equal(first.labels, again.labels)
-    assert (first.is_noisy != other.is_noisy).any()
-
-  def test_wrong_labels_are_uniform_over_the_other_classes(self):
-    clean = np.repeat(np.arange(10), 2000)
-    noisy = noise.apply_noise(clean, rate=0.9, num_classes=10, seed=0)
-    moved = noisy.is_noisy
-    shift = (noisy.labels[moved] - clean[moved]) % 10
-    counts = np.bincount(shift, minlength=10)
-    assert counts[0] == 0
-    expected = moved.sum() / 9
-    chi_square = ((counts[1:] - expected) ** 2 / expected).sum()
-    assert chi_square < 26.1  # 0.1 % of 8 degrees of freedom
-    # Which samples are hit does not depend on their class.
-    per_class = np.bincount(clean[moved], minlength=10)
-    assert np.abs(per_class - 1800).max() < 60
-
-  @pytest.mark.parametrize(
-    ("options", "text"),
-    [
-      ({"rate": 1.0}, r"\[0, 1\), got 1.0"),
-      ({"rate": -0.1}, r"\[0, 1\), got -0.1"),
-      ({"rate": float("nan")}, r"\[0, 1\), got nan"),
-      ({"kind": "loud"}, r"no noise kind 'loud'; there are \['symmetric'"),
-      ({"num_classes": 5}, r"0 \.\. 4, got 0 \.\. 9; check num_classes"),
-      ({"num_classes": 1}, "at least 2"),
-      ({"seed": -1}, "seed must not be negative"),
-    ],
-  )
-  def test_bad_values(self, options, text):
-    options = {"rate": 0.5, "num_classes": 10, "seed": 0, **options}
-    with pytest.raises(ValueError, match=text):
-      noise.apply_noise(self.labels, **options)
-
-  def test_bad_labels(self):
-    with pytest.raises(TypeError, match="integers, got dtype float64"):
-      noise.apply_noise(np.ones(3), rate=0.5, num_classes=2, seed=0)
-    with pytest.raises(ValueError, match=r"shape \[N\], got \(3, 2\)"):
-      noise.apply_noise(np.ones((3, 2), int), rate=0.5, num_classes=2, seed=0)
-
-  def test_file_round_trip(self, tmp_path):
-    noisy = noise.apply_noise(self.labels, rate=0.4, num_classes=10, seed=0)
-    ids = np.array([f"train_{i:05d}" for i in range(1437)])
-    noise.save(tmp_path / "noise.npz", noisy, ids)
-    loaded, loaded_ids = noise.load(tmp_path / "noise.npz")
-    for name in noisy._fields:
-      np.testing.assert_array_equal(getattr(loaded, name), getattr(noisy, name))
-    np.testing.assert_array_equal(loaded_ids, ids)
-    noise.save(tmp_path / "noise.npz", noisy, ids.astype(object))
-    assert [path.name for path in tmp_path.iterdir()] == ["noise.npz"]
-
-  def test_damaged_or_foreign_file_is_refused_by_name(self, tmp_path):
-    path = tmp_path / "noise.npz"
-    noisy = noise.apply_noise(self.labels, rate=0.4, num_classes=10, seed=0)
-    with pytest.raises(ValueError, match="ids"):
-      noise.save(path, noisy, np.arange(3))
-    with pytest.raises(FileNotFoundError):
-      noise.load(path)
-    noise.save(path, noisy, np.arange(1437))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"noise\.npz is not a file of noisy"):
-      noise.load(path)
-    np.savez(path, other=np.ones(3))
-    with pytest.raises(ValueError, match=r"noise\.npz is not a file of noisy"):
-      noise.load(path)
 
 
 NUM = 53
