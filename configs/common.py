@@ -45,10 +45,20 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
   config.optimizer.weight_decay = 1e-5
 
-  config.method = "sgd"  # "sgd" or "grad_mimic"
+  # "sgd", "grad_mimic" (or, with the direction in its name,
+  # "grad_mimic_weights" and "grad_mimic_outputs"), "rho" or "distillation".
+  config.method = "sgd"
   config.mimic = config_dict.ConfigDict()
-  # The workdir of a finished run of the same architecture and seed.
+  # Of grad_mimic: toward the reference's "weights" or its "outputs", or down
+  # the "clean_gradient" of a few samples with true labels.
+  config.mimic.direction = "weights"
+  # The workdir of a finished run. For its weights it must have the learner's
+  # architecture and should have its seed; for its outputs it may be any.
   config.mimic.reference = config_dict.placeholder(str)
+  # A .npy file of logits [N, C] in place of a reference's outputs, a row for
+  # each sample of the train split; [2, N, C] has the mirrored images' too.
+  config.mimic.outputs = config_dict.placeholder(str)
+  config.mimic.clean_per_class = 5  # of "clean_gradient"; not trained on
   # A regular expression on "/"-joined parameter paths; None takes all leaves.
   config.mimic.layers = config_dict.placeholder(str)
   config.mimic.score = "projection"  # or "cosine"
@@ -72,6 +82,16 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study = config_dict.ConfigDict()
   config.study.seeds = (0, 1, 2)
   config.study.methods = ("sgd", "grad_mimic")
+  config.study.retrain = True  # on what each method's selection keeps
+  # How the reference differs from the learner. Empty and 0: not at all, but
+  # for its clean labels.
+  config.study.reference = config_dict.ConfigDict()
+  # Added to the seed: another initialisation and another batch order.
+  config.study.reference.seed_offset = 0
+  config.study.reference.model = ""  # model name, for another architecture
+  config.study.reference.widths = ()  # of that model
+  config.study.reference.num_epochs = 0
+  config.study.reference.train_split = ""
   return config.lock()
 
 

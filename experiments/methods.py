@@ -1,27 +1,71 @@
-"""Training methods: a name for each (direction, score, weighting)."""
+"""Training methods: a name for each (direction, score, weighting).
+
+| name               | direction                    | score               |
+|--------------------|------------------------------|---------------------|
+| sgd                | -                            | -                   |
+| grad_mimic         | config.mimic.direction       | config.mimic.score  |
+| grad_mimic_weights | the reference's weights      | config.mimic.score  |
+| grad_mimic_outputs | the reference's outputs      | config.mimic.score  |
+| rho                | - (looks at outputs)         | excess loss         |
+| distillation       | the reference's outputs      | -                   |
+
+All of them see the same batches and use the same optimizer. The weighting of
+those with a score is `config.mimic.weighting`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradmimic_jax as gm
 
+# What `config.mimic.direction` may be.
+DIRECTIONS = ("weights", "outputs", "clean_gradient")
+
 
 class Method(NamedTuple):
   """What tells one training method from another."""
 
-  direction: gm.Direction
-  score: str
-  weighting: gm.Weighting
+  # One of DIRECTIONS, and by that what a step is given as its reference:
+  # weights, outputs for the batch, or a clean batch.
+  direction: str
+  score: str | None  # None: no scores; steps go in the direction itself
+  weighting: gm.Weighting | None  # None where there is no score
 
 
 def _grad_mimic(config: Any) -> Method:
-  return Method(gm.toward_weights(), config.score, weighting(config))
+  if config.direction not in DIRECTIONS:
+    raise ValueError(
+      f"config.mimic.direction is {config.direction!r}; expected one of"
+      f" {', '.join(DIRECTIONS)}."
+    )
+  return Method(config.direction, config.score, weighting(config))
+
+
+def _grad_mimic_weights(config: Any) -> Method:
+  return Method("weights", config.score, weighting(config))
+
+
+def _grad_mimic_outputs(config: Any) -> Method:
+  return Method("outputs", config.score, weighting(config))
+
+
+def _rho(config: Any) -> Method:
+  return Method("outputs", "excess_loss", weighting(config))
+
+
+def _distillation(config: Any) -> Method:
+  del config
+  return Method("outputs", None, None)
 
 
 # None is a plain step: no direction, no scores, the batch mean.
 METHODS: dict[str, Callable[[Any], Method] | None] = {
   "sgd": None,
   "grad_mimic": _grad_mimic,
+  "grad_mimic_weights": _grad_mimic_weights,
+  "grad_mimic_outputs": _grad_mimic_outputs,
+  "rho": _rho,
+  "distillation": _distillation,
 }
 
 
@@ -36,7 +80,7 @@ def create(name: str, config: Any) -> Method | None:
     The method, or None for a plain step.
 
   Raises:
-    ValueError: there is no method, or no weighting, of that name.
+    ValueError: there is no method, direction or weighting of that name.
   """
   if name not in METHODS:
     raise ValueError(

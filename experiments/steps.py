@@ -9,6 +9,7 @@ import optax
 
 import gradmimic_jax as gm
 from experiments.methods import Method
+from experiments.tasks import classification
 
 
 class TrainState(NamedTuple):
@@ -36,6 +37,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   method: Method | None,
   config: Any,
+  outputs_fn: Callable[..., jax.Array] | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
   """A jitted step of one method.
 
@@ -44,18 +46,23 @@ def make_train_step(
     tx: the optimizer, over averaged gradients.
     method: what weights the samples; None is the plain mean.
     config: `config.mimic`: `layers`, `scope`, `engine`.
+    outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
+      reference's outputs.
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. Plain steps ignore `reference`. Samples whose loss (or, with a
+    donated. `reference` is what the method's direction asks for: a parameter
+    tree, the outputs `[B, C]` for this batch, or a clean batch; plain steps
+    ignore it. Samples whose loss (or, with a
     method, score) is not finite get no weight and are counted in
     `metrics["nonfinite"]`; what they reach of the gradient is 0.
   """
-  gradient = (
-    _plain_gradient(losses_fn)
-    if method is None
-    else _mimic_gradient(losses_fn, method, config)
-  )
+  if method is None:
+    gradient = _plain_gradient(losses_fn)
+  elif method.score is None:
+    gradient = _distillation_gradient(losses_fn, outputs_fn)
+  else:
+    gradient = _mimic_gradient(losses_fn, method, config, outputs_fn)
 
   def train_step(state, reference, batch):
     grads, output = gradient(state, reference, batch)
@@ -104,24 +111,68 @@ def _plain_gradient(losses_fn):
     losses, pullback, hits = jax.vjp(
       lambda params: losses_fn(params, batch), state.params, has_aux=True
     )
-    valid = batch["mask"] & jnp.isfinite(losses)
-    weights = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
-    (grads,) = pullback(weights)
-    # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
-    sound = jnp.all(jnp.isfinite(losses))
-    grads = jax.tree.map(
-      lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads
-    )
-    loss = jnp.sum(jnp.where(valid, losses, 0) * weights)
+    grads = _mean(pullback, losses, batch["mask"])
+    loss = _valid_mean(losses, batch["mask"])
     return grads, StepOutput(_metrics(batch, loss, hits, losses), {})
 
   return gradient
 
 
-def _mimic_gradient(losses_fn, method, config):
+def _distillation_gradient(losses_fn, outputs_fn):
+  """Straight toward the reference's outputs; labels are only measured."""
+
+  def gradient(state, reference, batch):
+    divergences, pullback = jax.vjp(
+      lambda params: classification.divergences(
+        reference, outputs_fn(params, batch)
+      ),
+      state.params,
+    )
+    grads = _mean(pullback, divergences, batch["mask"])
+    losses, hits = losses_fn(state.params, batch)
+    loss = _valid_mean(losses, batch["mask"])
+    metrics = _metrics(batch, loss, hits, divergences) | {
+      "divergence": _valid_mean(divergences, batch["mask"])
+    }
+    return grads, StepOutput(metrics, {})
+
+  return gradient
+
+
+def _valid(values, mask):
+  valid = mask & jnp.isfinite(values)
+  return valid, valid / jnp.maximum(jnp.sum(valid), 1).astype(values.dtype)
+
+
+def _valid_mean(values, mask):
+  valid, weights = _valid(values, mask)
+  return jnp.sum(jnp.where(valid, values, 0) * weights)
+
+
+def _mean(pullback, values, mask):
+  """The gradient of the mean over the valid samples."""
+  _, weights = _valid(values, mask)
+  (grads,) = pullback(weights)
+  # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
+  sound = jnp.all(jnp.isfinite(values))
+  return jax.tree.map(lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads)
+
+
+def _direction(name, losses_fn, outputs_fn):
+  """The library's direction of that name; see `methods.DIRECTIONS`."""
+  if name == "weights":
+    return gm.toward_weights()
+  if name == "outputs":
+    return gm.toward_outputs(outputs_fn)
+  return gm.toward_clean_gradient(
+    lambda params, batch: losses_fn(params, batch)[0]
+  )
+
+
+def _mimic_gradient(losses_fn, method, config, outputs_fn):
   value_and_grad = gm.mimic_value_and_grad(
     losses_fn,
-    direction=method.direction,
+    direction=_direction(method.direction, losses_fn, outputs_fn),
     layers=config.layers,
     score=method.score,
     weighting=method.weighting,
@@ -131,6 +182,8 @@ def _mimic_gradient(losses_fn, method, config):
   )
 
   def gradient(state, reference, batch):
+    if method.score == "excess_loss":
+      reference = classification.losses_of(reference, batch)
     (loss, info), grads = value_and_grad(
       state.params, reference, batch, mask=batch["mask"], step=state.step
     )

@@ -2,10 +2,11 @@
 
   python -m experiments.study --config=configs/digits.py --workdir=runs/digits
 
-For each seed: a reference trained on clean labels from the learner's own
-initialisation; every method on the same noisy labels; a selection from the
-scores; and a model retrained on what the selection keeps. Each part is skipped
-when an earlier run of the same config has finished it.
+For each seed: a reference trained on clean labels, from the learner's own
+initialisation unless `config.study.reference` has it otherwise; every method on
+the same noisy labels; and from the scores of those that have any, a selection
+and a model retrained on what it keeps. Each part is skipped when an earlier run
+of the same config has finished it.
 """
 
 import io
@@ -29,7 +30,13 @@ SUMMARY_FILE = "summary.json"
 SELECTION_FILE = "selection.npz"
 KEPT_FILE = "kept.npy"
 # May change in a study's workdir: what is there already is still true.
-_FREE = ("select.", "study.", "checkpoint.")
+_FREE = (
+  "select.",
+  "study.seeds",
+  "study.methods",
+  "study.retrain",
+  "checkpoint.",
+)
 _SHEET = 48  # images on the sheet of the lowest-scored samples
 
 
@@ -46,8 +53,8 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
   Args:
-    config: as `configs/common.py` describes it; `config.study` names the seeds
-      and the methods.
+    config: as `configs/common.py` describes it; `config.study` names the seeds,
+      the methods and how the reference differs from the learner.
     workdir: the study's folder. Gets a folder for each seed with a folder for
       each run in it, `summary.json` and figures.
 
@@ -64,7 +71,7 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
       f" {config.study.methods}; expected at least one of each."
     )
   for method in config.study.methods:
-    methods.create(method, config.mimic)  # before hours go into the others
+    _check_method(method, config)  # before hours go into the others
   folder = workdir_lib.claim(workdir, config, free=_FREE)
   results: dict[str, list[dict[str, Any]]] = {}
   detections: dict[str, list[Detection]] = {}
@@ -96,11 +103,11 @@ def run_seed(config, folder, seed, results, detections):
     print(
       f"seed {seed}: {name}{' (already there)' if there else ''}", flush=True
     )
-    run_config = derived(config, seed=seed, **overrides)
+    run_config = derived(config, **{"seed": seed, **overrides})
     result = train.train_and_evaluate(run_config, folder / name)
     results.setdefault(name, []).append(result)
 
-  one("reference", method="sgd", **{"noise.rate": 0.0})
+  one("reference", **reference_overrides(config, seed))
   reference = {"mimic.reference": str(folder / "reference")}
   for method in config.study.methods:
     one(method, method=method, **reference)
@@ -109,11 +116,46 @@ def run_seed(config, folder, seed, results, detections):
     print(f"seed {seed}: selection by {method}", flush=True)
     detection = select(config, folder, method)
     detections.setdefault(method, []).append(detection)
-    one(
-      f"retrained_{method}",
-      method="sgd",
-      **{"data.filter": str(folder / method / KEPT_FILE)},
-    )
+    if config.study.retrain:
+      one(
+        f"retrained_{method}",
+        method="sgd",
+        **{"data.filter": str(folder / method / KEPT_FILE)},
+      )
+
+
+def _check_method(name, config):
+  method = methods.create(name, config.mimic)
+  other = reference_overrides(config, 0)
+  if method is None or method.direction != "weights":
+    return
+  for field, value in config.model.items():
+    theirs = other.get(f"model.{field}", value)
+    if theirs != value:
+      raise ValueError(
+        f"config.study.methods has {name!r}, which goes toward the reference's"
+        " weights, and config.study.reference gives the reference"
+        f" model.{field} {theirs!r}, the learner's is {value!r}; expected the"
+        " same architecture, or methods that look at outputs only."
+      )
+
+
+def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
+  """What the reference's config has otherwise than the learner's."""
+  wanted = config.study.reference
+  fields = {
+    "model.name": wanted.model,
+    "model.widths": tuple(wanted.widths),
+    "num_epochs": wanted.num_epochs,
+    "data.train_split": wanted.train_split,
+  }
+  return {
+    "seed": seed + wanted.seed_offset,
+    "method": "sgd",
+    "noise.kind": "symmetric",
+    "noise.rate": 0.0,
+    **{field: value for field, value in fields.items() if value},
+  }
 
 
 def derived(config: Any, **overrides: Any) -> Any:

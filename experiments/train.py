@@ -19,6 +19,7 @@ from experiments import (
   methods,
   models,
   optimizer,
+  reference as reference_lib,
   steps,
   workdir as workdir_lib,
   writers,
@@ -26,7 +27,7 @@ from experiments import (
 from experiments.data import noise, pipeline, sources
 from experiments.tasks import classification
 
-RESULT_FILE = "result.json"
+RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = "ledger"
 LABELS_FILE = "labels.npz"
 
@@ -42,6 +43,7 @@ class Data(NamedTuple):
   test: sources.Dataset
   labels: noise.NoisyLabels
   indices: np.ndarray | None  # positions to train on; None is all of them
+  clean: np.ndarray | None  # positions of the clean samples, if there are any
   mean: list[float]  # per channel, of pixels scaled to [0, 1]
   std: list[float]
 
@@ -51,9 +53,9 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
 
   Args:
     config: as `configs/common.py` describes it.
-    workdir: the run's folder. Gets `config.json`, `labels.npz`, checkpoints,
-      `metrics.jsonl` with TensorBoard events beside it, the ledger of a method
-      with scores, and at the end `result.json`.
+    workdir: the run's folder. Gets `config.json`, `input.json`, `labels.npz`,
+      checkpoints, `metrics.jsonl` with TensorBoard events beside it, the ledger
+      of a method with scores, and at the end `result.json`.
 
   Returns:
     What is in `result.json`: test accuracy and loss, counts, and the seconds
@@ -69,6 +71,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   data = load_data(config)
   run = _Run(config, folder, data)
   workdir_lib.claim(workdir, config, free=_FREE)
+  reference_lib.write_input(folder, data)
   result_file = folder / RESULT_FILE
   if result_file.exists():
     result = workdir_lib.read_json(result_file)
@@ -115,11 +118,23 @@ def load_data(config: Any) -> Data:
   indices = None
   if config.data.filter is not None:
     indices = _read_filter(config.data.filter)
+  clean = None
+  method = methods.create(config.method, config.mimic)
+  if method is not None and method.direction == "clean_gradient":
+    clean = reference_lib.clean_positions(
+      labels.clean_labels,
+      per_class=config.mimic.clean_per_class,
+      num_classes=train.num_classes,
+      seed=config.seed,
+    )
+    if indices is None:
+      indices = np.arange(len(labels.labels))
+    indices = indices[~np.isin(indices, clean)]
   pixels = train.images.reshape(-1, train.images.shape[-1])
   # Standard deviations of a constant channel would divide by zero.
   mean = (pixels.mean(axis=0) / 255).tolist()
   std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
-  return Data(train, test, labels, indices, mean, std)
+  return Data(train, test, labels, indices, clean, mean, std)
 
 
 def _read_filter(path):
@@ -177,35 +192,22 @@ class _Run:
       num_classes=data.train.num_classes,
       seed=config.seed,
     )
-    losses_fn = classification.make_losses_fn(apply)
+    self.losses_fn = classification.make_losses_fn(apply)
     tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)
-    self.reference = self._load_reference(params)
+    self.reference = reference_lib.load(config, self.method, params, data)
     if self.reference is not None:
-      self.fingerprints["reference"] = checkpoint.fingerprint(self.reference)
+      self.fingerprints["reference"] = self.reference.fingerprint
     self.fingerprint = workdir_lib.fingerprint(self.fingerprints)
     self.train_step = steps.make_train_step(
-      losses_fn, tx, self.method, config.mimic
+      self.losses_fn,
+      tx,
+      self.method,
+      config.mimic,
+      classification.make_outputs_fn(apply),
     )
-    self.eval_step = steps.make_eval_step(losses_fn)
+    self.eval_step = steps.make_eval_step(self.losses_fn)
     self.state = steps.init_state(params, tx)
-
-  def _load_reference(self, params):
-    if self.method is None:
-      return None
-    where = self.config.mimic.reference
-    if where is None:
-      raise ValueError(
-        f"method {self.config.method!r} needs a reference: set"
-        " --config.mimic.reference to the workdir of a finished run, or use"
-        " experiments.study, which trains one."
-      )
-    if not (pathlib.Path(where) / RESULT_FILE).exists():
-      raise FileNotFoundError(
-        f"there is no finished run in {where}, which config.mimic.reference"
-        " names: give that run's own command (again) first."
-      )
-    return checkpoint.load_params(where, params)
 
   def to_the_end(self) -> dict[str, Any]:
     """Restores, goes through the steps that are left, and sums up."""
@@ -246,7 +248,7 @@ class _Run:
   def _loop(self, state, step, checkpoints, metrics, bar):
     """(eval -> save -> next batch -> step -> log); the last evaluation."""
     ledger = None
-    if self.method:
+    if self.method is not None and self.method.score is not None:
       ledger = gm.ScoreLedger(
         self.folder / LEDGER_FOLDER, fingerprints=self.fingerprints
       )
@@ -265,8 +267,9 @@ class _Run:
       if finished:
         return evaluation
       batch = next(self.train_batches)
-      index = batch.pop("index")
-      state, output = self.train_step(state, self.reference, batch)
+      index, flipped = batch.pop("index"), batch.pop("flipped", None)
+      reference = self.reference and self.reference.for_batch(index, flipped)
+      state, output = self.train_step(state, reference, batch)
       log.add(step, index, output)
       step += 1
       bar.update()

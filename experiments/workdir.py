@@ -14,7 +14,9 @@ from ml_collections import config_dict
 from configs import common
 
 CONFIG_FILE = "config.json"
-PATHS = ("mimic.reference", "data.filter")  # fields that point elsewhere
+RESULT_FILE = "result.json"  # is there once a run has finished
+# Fields that point elsewhere.
+PATHS = ("mimic.reference", "mimic.outputs", "data.filter")
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:

@@ -7,6 +7,10 @@ A batch is a dict of NumPy arrays:
   index  int32 [B], the sample's position in the data set, -1 for padding
   mask   bool [B], False for padding
 
+and, in batches whose images are mirrored at random:
+
+  flipped  bool [B], True where the image is mirrored
+
 Iterators are grain's: `get_state` and `set_state` take them to any step, and
 their state is nothing but that step's number. Whoever restores one compares
 `fingerprint` first, as grain accepts the state of any other pipeline.
@@ -98,7 +102,8 @@ def train_batches(
     if flip:
       rng = np.random.default_rng((seed, _FLIP, step))
       flipped = rng.random(batch_size) < 0.5
-    return gather(order(epoch)[start : start + batch_size], flipped)
+    taken = gather(order(epoch)[start : start + batch_size], flipped)
+    return taken if flipped is None else {**taken, "flipped": flipped}
 
   return _iterate(batch, steps, num_epochs)
 

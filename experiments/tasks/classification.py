@@ -23,9 +23,39 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
   def losses_fn(params, batch):
     logits = apply(params, batch["image"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["label"]
-    )
+    losses = losses_of(logits, batch)
     return losses, jnp.argmax(logits, axis=-1) == batch["label"]
 
   return losses_fn
+
+
+def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
+  """`outputs_fn(params, batch) -> logits [B, C]`, for a batch with `image`."""
+
+  def outputs_fn(params, batch):
+    return apply(params, batch["image"])
+
+  return outputs_fn
+
+
+def losses_of(logits: jax.Array, batch: Any) -> jax.Array:
+  """Cross-entropy `[B]` of logits `[B, C]` with the batch's `label`."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+
+def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:
+  """`KL(softmax(reference) || softmax(logits))` per sample.
+
+  Args:
+    reference: the reference's logits `[B, C]`, constants.
+    logits: the learner's `[B, C]`.
+
+  Returns:
+    Divergences `[B]`; NaN, with gradient 0, where the reference's logits are
+    not finite.
+  """
+  known = jnp.all(jnp.isfinite(reference), axis=-1)
+  # Zero times NaN is NaN: such a row must not get into the computation.
+  targets = jax.nn.log_softmax(jnp.where(known[:, None], reference, 0))
+  gaps = targets - jax.nn.log_softmax(logits)
+  return jnp.where(known, jnp.sum(jnp.exp(targets) * gaps, axis=-1), jnp.nan)

@@ -278,7 +278,7 @@ def test_an_unknown_config_field_is_named(make_config, tmp_path):
   [
     ("method", "grad_mimick", "expected one of sgd, grad_mimic"),
     ("method", "grad_mimic", "needs a reference"),
-    ("model.name", "resnet", "expected one of mlp, convnet"),
+    ("model.name", "alexnet", "expected one of mlp, convnet"),
     ("optimizer.name", "lion", "expected 'adamw' or 'sgd'"),
     ("optimizer.schedule", "step", "expected 'cosine' or 'constant'"),
     ("noise.rate", 1.0, "noise rate"),

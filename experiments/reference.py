@@ -1,0 +1,300 @@
+"""A run's reference: its weights, its outputs, or a few clean samples.
+
+Outputs are computed once for every sample, kept beside the reference's
+checkpoints, and shared by all runs that go by the same reference.
+"""
+
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import config_dict
+
+from experiments import checkpoint, models, workdir as workdir_lib
+from experiments.data import pipeline
+from experiments.methods import Method
+
+INPUT_FILE = "input.json"
+_CLEAN = 2  # keeps these draws apart from those of the pipeline
+
+
+class Reference(NamedTuple):
+  """What a run's steps go by."""
+
+  fingerprint: str  # of all that the steps are given
+  params: Any  # the reference's parameters; None if no step looks at them
+  # `(index [B], flipped [B] or None) -> what the train step takes`; an index of
+  # -1 is padding.
+  for_batch: Callable[[np.ndarray, np.ndarray | None], Any]
+
+
+def load(config: Any, method: Method | None, params: Any, data: Any) -> Any:
+  """The reference that the method asks for.
+
+  Args:
+    config: the run's.
+    method: the run's, or None.
+    params: the learner's parameters.
+    data: what `train.load_data` returns.
+
+  Returns:
+    A Reference, or None for a method that needs none. Outputs are `[B, C]`
+    float32 for a batch.
+
+  Raises:
+    ValueError: a reference of another architecture (where weights are looked
+      at), of other images or classes, or outputs of the wrong shape.
+    TypeError: outputs that are not floating point.
+    FileNotFoundError: a reference that is not there.
+  """
+  if method is None:
+    return None
+  if method.direction == "clean_gradient":
+    return _clean_batch(data)
+  if method.direction == "outputs":
+    if config.mimic.outputs is not None:
+      return _from_outputs(*_logged_outputs(config.mimic.outputs, data))
+    where = _finished_run(config, "or config.mimic.outputs to a .npy file,")
+    return _from_outputs(*_outputs_of_run(where, config, data))
+  reference = checkpoint.load_params(_finished_run(config), params)
+  return Reference(
+    checkpoint.fingerprint(reference), reference, lambda *_: reference
+  )
+
+
+def clean_positions(
+  labels: np.ndarray, *, per_class: int, num_classes: int, seed: int
+) -> np.ndarray:
+  """Draws the samples whose labels are taken for granted.
+
+  Args:
+    labels: the true labels, integers `[N]`.
+    per_class: how many of each class, k.
+    num_classes: how many classes there are, C.
+    seed: of the draw.
+
+  Returns:
+    Their positions `[k * C]`, rising.
+
+  Raises:
+    ValueError: k is less than 1, or a class has not more than k samples.
+  """
+  if per_class < 1:
+    raise ValueError(
+      f"config.mimic.clean_per_class is {per_class}; expected at least 1."
+    )
+  counts = np.bincount(labels, minlength=num_classes)
+  if counts.min() <= per_class:
+    raise ValueError(
+      f"config.mimic.clean_per_class is {per_class}, and class"
+      f" {counts.argmin()} has {counts.min()} train samples; expected fewer"
+      " than every class has, as the clean samples are not trained on."
+    )
+  rng = np.random.default_rng((seed, _CLEAN))
+  chosen = [
+    rng.choice(np.flatnonzero(labels == c), per_class, replace=False)
+    for c in range(num_classes)
+  ]
+  return np.sort(np.concatenate(chosen))
+
+
+def write_input(folder: pathlib.Path, data: Any) -> None:
+  """Leaves in a run's folder what its model was made for, and is shown."""
+  workdir_lib.write_json(
+    folder / INPUT_FILE,
+    {
+      "shape": list(data.train.images.shape[1:]),
+      "num_classes": data.train.num_classes,
+      "mean": data.mean,
+      "std": data.std,
+    },
+  )
+
+
+def _clean_batch(data):
+  (batch,) = pipeline.eval_batches(
+    data.train.images,
+    data.labels.clean_labels,
+    batch_size=len(data.clean),
+    indices=data.clean,
+    mean=data.mean,
+    std=data.std,
+  )
+  batch = jax.device_put({key: batch[key] for key in ("image", "label")})
+  return Reference(checkpoint.fingerprint(batch), None, lambda *_: batch)
+
+
+def _finished_run(config, other=""):
+  where = config.mimic.reference
+  if where is None:
+    raise ValueError(
+      f"method {config.method!r} needs a reference: set"
+      f" --config.mimic.reference to the workdir of a finished run, {other} or"
+      " use experiments.study, which trains one.".replace("  ", " ")
+    )
+  if not (pathlib.Path(where) / workdir_lib.RESULT_FILE).exists():
+    raise FileNotFoundError(
+      f"there is no finished run in {where}, which config.mimic.reference"
+      " names: give that run's own command (again) first."
+    )
+  return pathlib.Path(where)
+
+
+def _from_outputs(fingerprint, outputs):
+  def for_batch(index, flipped):
+    rows = np.maximum(index, 0)  # padding gets a real row, as its image does
+    if outputs.ndim == 2:
+      return outputs[rows]
+    if flipped is None:
+      return outputs[0, rows]
+    return outputs[flipped.astype(int), rows]
+
+  return Reference(fingerprint, None, for_batch)
+
+
+def _logged_outputs(path, data):
+  """The fingerprint and the outputs of a file that the user brought."""
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"config.mimic.outputs is {path!r}, and there is no such file; expected a"
+      " .npy file of the reference's logits [N, C]."
+    )
+  try:
+    outputs = np.load(path, allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise ValueError(
+      f"config.mimic.outputs {path!r} can't be read ({error}); expected a .npy"
+      " file of the reference's logits [N, C]."
+    ) from error
+  shape = (len(data.train.labels), data.train.num_classes)
+  found = getattr(outputs, "shape", "(several arrays)")  # of an .npz file
+  if found not in (shape, (2, *shape)):
+    raise ValueError(
+      f"config.mimic.outputs {path!r} has shape {found}; expected {shape}, the"
+      " logits of every sample of config.data.train_split in its order, or"
+      f" {(2, *shape)}, followed by those of the mirrored images."
+    )
+  if outputs.dtype.kind != "f":
+    raise TypeError(
+      f"config.mimic.outputs {path!r} has dtype {outputs.dtype}; expected"
+      " floating-point logits, not classes or probabilities in integers."
+    )
+  outputs = outputs.astype(np.float32)
+  return _digest(outputs), outputs
+
+
+def _outputs_of_run(where, config, data):
+  """The fingerprint and the outputs of a finished run's model."""
+  shown = _read_input(where, data)
+  section = workdir_lib.read_json(where / workdir_lib.CONFIG_FILE)["model"]
+  apply, like = models.create(
+    config_dict.ConfigDict(section),
+    input_shape=tuple(shown["shape"]),
+    num_classes=shown["num_classes"],
+    seed=0,
+  )
+  params = checkpoint.load_params(where, like)
+  flip = bool(config.data.flip)
+  fingerprint = workdir_lib.fingerprint(
+    checkpoint.fingerprint(params), section, shown, data.train.fingerprint, flip
+  )
+  shape = (len(data.train.images), shown["num_classes"])
+  file = where / f"outputs_{fingerprint}.npy"
+  outputs = _read_cache(file, (2, *shape) if flip else shape)
+  if outputs is None:
+    apply = jax.jit(apply)
+    images = data.train.images
+    # The reference sees images scaled as they were when it was trained.
+    scaling = {"mean": shown["mean"], "std": shown["std"]}
+    outputs = _outputs(apply, params, images, config, scaling)
+    if flip:
+      mirrored = _outputs(apply, params, images[:, :, ::-1], config, scaling)
+      outputs = np.stack([outputs, mirrored])
+    _write_cache(file, outputs)
+  return fingerprint, outputs
+
+
+def _read_input(where, data):
+  file = where / INPUT_FILE
+  if not file.exists():
+    raise FileNotFoundError(
+      f"there is no {INPUT_FILE} in {where}, which config.mimic.reference"
+      " names: give that run's own command again, which adds it."
+    )
+  shown = workdir_lib.read_json(file)
+  ours = {
+    "shape": list(data.train.images.shape[1:]),
+    "num_classes": data.train.num_classes,
+  }
+  theirs = {key: shown[key] for key in ours}
+  if theirs != ours:
+    raise ValueError(
+      f"the reference in {where} was made for {theirs} and the learner's data"
+      f" is {ours}; expected the same image shape and number of classes."
+    )
+  return shown
+
+
+def _outputs(apply, params, images, config, scaling):
+  batches = pipeline.eval_batches(
+    images,
+    np.zeros(len(images), np.int32),
+    batch_size=config.eval_batch_size,
+    **scaling,
+  )
+  # Fetched at once: fetching batch by batch would make each wait.
+  parts = [apply(params, batch["image"]) for batch in batches]
+  return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
+
+
+def _read_cache(file, shape):
+  """The array, or None unless it is there, whole and of this shape."""
+  try:
+    content = file.read_bytes()
+    expected = _sum_file(file).read_text().strip()
+  except FileNotFoundError:
+    return None
+  except UnicodeDecodeError:
+    expected = ""
+  if hashlib.sha256(content).hexdigest() == expected:
+    outputs = np.load(io.BytesIO(content), allow_pickle=False)
+    if outputs.shape == shape and outputs.dtype == np.float32:
+      return outputs
+  logging.warning("%s is damaged; the outputs are computed again.", file)
+  return None
+
+
+def _write_cache(file, outputs):
+  content = io.BytesIO()
+  np.save(content, outputs, allow_pickle=False)
+  content = content.getvalue()
+  total = hashlib.sha256(content).hexdigest()
+  try:
+    _write(file, content)
+    _write(_sum_file(file), f"{total}\n".encode())
+  except OSError as error:
+    # Someone else's folder, or a full disk: the run itself needs no cache.
+    logging.warning("the reference's outputs can't be kept (%s).", error)
+
+
+def _write(file, content):
+  """All or nothing, also where several runs compute the same outputs."""
+  own = file.with_name(f"{os.getpid()}_{file.name}")
+  workdir_lib.write_bytes(own, content)
+  os.replace(own, file)
+
+
+def _sum_file(file):
+  return file.with_suffix(".sha256")
+
+
+def _digest(outputs):
+  digest = hashlib.sha256(repr(outputs.shape).encode())
+  digest.update(outputs.tobytes())
+  return digest.hexdigest()[:16]
