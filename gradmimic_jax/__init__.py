@@ -20,6 +20,7 @@ from gradmimic_jax.gradients import (
   mimic_value_and_grad,
 )
 from gradmimic_jax.ledger import ScoreLedger
+from gradmimic_jax.reference import ReferenceReport, check_reference
 from gradmimic_jax.selection import Selection, select
 from gradmimic_jax.transform import (
   ReweightByMimicScoreState,

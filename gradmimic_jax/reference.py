@@ -1,0 +1,320 @@
+"""`check_reference`: whether a reference's weights can guide this learner.
+
+A score is the first-order prediction of what a sample's loss gains on the way
+to the reference. Where the reference lies in another basin the prediction is
+worthless, or inverted: it is then the mislabelled samples that score highest.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradmimic_jax import (
+  _problem,
+  _tree,
+  _validate,
+  directions,
+  layers as layers_lib,
+)
+from gradmimic_jax.gradients import mimic_scores
+from gradmimic_jax.layers import Layers
+
+# Label noise makes mean losses useless: that of a good reference on noisy
+# labels is higher than the learner's. So a model's loss is the mean of its
+# lowest losses, this share of the samples.
+EASIEST = 0.3
+# Between references of the learner's own initialisation and others, as
+# measured by `python -m experiments.basins`.
+_FOREIGN_COSINE = 0.3
+_FOREIGN_BARRIER = 0.05
+# Relative distances below the rounding of float32 parameters.
+_IDENTICAL = 1e-6
+
+ADVICE = {
+  "ok": "Its weights can guide this learner.",
+  "foreign basin": (
+    "Scores toward its weights would be worthless or inverted: start the"
+    " learner from the reference's own initialisation, or use"
+    " direction=gm.toward_outputs(outputs_fn), which needs only its outputs."
+  ),
+  "not better than the learner": (
+    "The learner explains this batch at least as well: use a better reference,"
+    " or check on a batch with clean labels that the learner has not seen."
+  ),
+  "identical": (
+    "All scores would be 0: hand over a reference that is ahead of the learner."
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceReport:
+  """What `check_reference` found; its `str` is made for reading.
+
+  Attributes:
+    verdict: `"ok"`, `"foreign basin"`, `"not better than the learner"` or
+      `"identical"`.
+    advice: what to do about it.
+    learner_loss: mean of the lowest 30 % of the learner's losses.
+    reference_loss: the same of the reference.
+    path: `[K]`, the a of `params + a (reference - params)`, from 0 to 1.
+    path_losses: `[K]`, the same at each of them.
+    barrier: how far the path's losses rise above the straight line between its
+      ends, at most.
+    positive_share: share of the scores that are positive.
+    mean_score: mean of the scores.
+    agreement: rank correlation, in [-1, 1], of the scores with what the
+      samples' losses really gain on the way, `l_i(params) - l_i(reference)`;
+      NaN if either does not vary.
+    descent_cosine: of the mean descent direction with `reference - params`.
+    weight_cosine: of params with the reference, over the mimic layers' leaves
+      of two and more axes; NaN if there is none.
+    relative_distance: `||reference - params|| / ||reference||` over the mimic
+      layers.
+    num_samples: how many samples counted.
+  """
+
+  verdict: str
+  advice: str
+  learner_loss: float
+  reference_loss: float
+  path: np.ndarray
+  path_losses: np.ndarray
+  barrier: float
+  positive_share: float
+  mean_score: float
+  agreement: float
+  descent_cosine: float
+  weight_cosine: float
+  relative_distance: float
+  num_samples: int
+
+  def __str__(self) -> str:
+    """Verdict, advice and a table."""
+    path = "  ".join(f"{loss:.3g}" for loss in self.path_losses)
+    rows = (
+      ("loss of the learner", f"{self.learner_loss:.4g}"),
+      ("loss of the reference", f"{self.reference_loss:.4g}"),
+      ("losses from one to the other", path),
+      ("barrier between them", f"{self.barrier:.4g}"),
+      ("cosine of the two models' weights", f"{self.weight_cosine:.3f}"),
+      ("relative distance of weights", f"{self.relative_distance:.3f}"),
+      ("cosine of descent and direction", f"{self.descent_cosine:.3f}"),
+      ("scores above zero", f"{self.positive_share:.0%}"),
+      ("mean score", f"{self.mean_score:.4g}"),
+      ("scores and true gains agree", f"{self.agreement:.3f}"),
+    )
+    lines = [
+      f"reference: {self.verdict}. {self.advice}",
+      *(f"  {name:<36}{value}" for name, value in rows),
+      f"  ({self.num_samples} samples; a loss is the mean of the lowest"
+      f" {EASIEST:.0%})",
+    ]
+    return "\n".join(lines)
+
+
+def check_reference(
+  losses_fn: Callable[..., Any],
+  params: Any,
+  reference: Any,
+  batch: Any,
+  *,
+  layers: Layers = None,
+  mask: jax.Array | None = None,
+  num_points: int = 11,
+  engine: str = "auto",
+  has_aux: bool = False,
+  **kwargs: Any,
+) -> ReferenceReport:
+  """Whether a reference's weights can guide this learner.
+
+  `l(params + a (reference - params))` for a in [0, 1], and the scores that the
+  samples of the batch would get.
+
+  A reference lies in a foreign basin if a barrier parts it from the learner and
+  their weights have nothing in common: that of another initialisation, of the
+  same accuracy or not. Labels may be noisy, as long as more than the easiest
+  30 % are right. Call it before the first step, with a few hundred samples.
+
+  Args:
+    losses_fn: as in `mimic_value_and_grad`.
+    params: the learner's parameters.
+    reference: a parameter tree like params.
+    batch: leaves `[B, ...]`.
+    layers: the mimic layers, as in `mimic_value_and_grad`.
+    mask: bool `[B]`, False for padding.
+    num_points: on the path, both ends included.
+    engine: as in `mimic_value_and_grad`.
+    has_aux: whether losses_fn returns `(losses, aux)`.
+    **kwargs: for losses_fn.
+
+  Returns:
+    A ReferenceReport.
+
+  Raises:
+    ValueError: shapes that don't fit, fewer than 3 points, or no sample with a
+      finite loss.
+    TypeError: trees that differ.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import gradmimic_jax as gm
+    >>> def losses_fn(params, batch):
+    ...   return (batch["x"] @ params["w"] - batch["y"]) ** 2
+    >>> batch = {"x": jnp.eye(3), "y": jnp.array([1.0, 2.0, 3.0])}
+    >>> params, reference = {"w": jnp.zeros(3)}, {"w": batch["y"]}
+    >>> gm.check_reference(losses_fn, params, reference, batch).verdict
+    'ok'
+
+  References:
+    The barrier: Frankle et al., Linear Mode Connectivity and the Lottery Ticket
+    Hypothesis, `arXiv:1912.05671 <https://arxiv.org/abs/1912.05671>`_.
+  """
+  _validate.positive_int("num_points", num_points)
+  if num_points < 3:
+    raise ValueError(
+      f"num_points is {num_points}; expected at least 3: both ends and a point"
+      " between them."
+    )
+  gap = directions.toward_weights()(params, reference, None)
+  plain = _problem.plain_losses_fn(
+    losses_fn, has_aux, kwargs, "Pass has_aux=True if it returns (losses, aux)."
+  )
+
+  losses_fn = lambda params, batch: plain(params, batch)[0]  # noqa: E731
+  flags = layers_lib.choose(layers, params)
+  size = _validate.batch_size(batch)
+  batch, candidates = _problem.mend_rows(
+    jax.tree.map(jnp.asarray, batch), _validate.padding_mask(mask, size)
+  )
+
+  @jax.jit
+  def losses_at(a, params, gap, batch):
+    between = jax.tree.map(
+      lambda p, v: (_tree.to_accumulate(p) + a.astype(v.dtype) * v).astype(
+        p.dtype
+      ),
+      params,
+      gap,
+    )
+    return _tree.to_accumulate(losses_fn(between, batch))
+
+  scores_fn = mimic_scores(losses_fn, layers=layers, engine=engine)
+
+  @jax.jit
+  def at_params(params, reference, batch):
+    found = scores_fn(params, reference, batch, mask=candidates)
+    valid = candidates & jnp.isfinite(found.scores)
+    geometry = _geometry(losses_fn, flags, params, reference, batch, valid)
+    return found.scores, valid, geometry
+
+  scores, valid, geometry = jax.device_get(at_params(params, reference, batch))
+  if not valid.any():
+    raise ValueError(
+      f"none of the {valid.size} samples has a finite loss and score; check the"
+      " batch, the mask and params."
+    )
+  path = np.linspace(0, 1, num_points)
+  losses = np.stack(
+    [
+      jax.device_get(losses_at(jnp.asarray(a, jnp.float32), params, gap, batch))
+      for a in path
+    ]
+  )
+  losses, scores = losses[:, valid].astype(float), scores[valid].astype(float)
+  # On its way a loss may overflow: that is as high as a barrier gets.
+  losses = np.where(np.isfinite(losses), losses, np.inf)
+  path_losses = _easiest(losses)
+  with np.errstate(invalid="ignore"):
+    line = (1 - path) * path_losses[0] + path * path_losses[-1]
+    barrier = float(np.max(path_losses - line))
+    gains = losses[0] - losses[-1]
+  facts: dict[str, Any] = {
+    "learner_loss": float(path_losses[0]),
+    "reference_loss": float(path_losses[-1]),
+    "path": path,
+    "path_losses": path_losses,
+    "barrier": barrier,
+    "positive_share": float(np.mean(scores > 0)),
+    "mean_score": float(np.mean(scores)),
+    "agreement": _rank_correlation(scores, gains),
+    "num_samples": int(valid.sum()),
+    **{name: float(value) for name, value in geometry.items()},
+  }
+  verdict = _verdict(**facts)
+  return ReferenceReport(verdict=verdict, advice=ADVICE[verdict], **facts)
+
+
+def _verdict(
+  *,
+  relative_distance,
+  weight_cosine,
+  barrier,
+  learner_loss,
+  reference_loss,
+  **_,
+):
+  if relative_distance < _IDENTICAL:
+    return "identical"
+  # A barrier alone is not enough, nor are unrelated weights: convex models
+  # have no barriers, and a weak reference of the same initialisation may.
+  if barrier > _FOREIGN_BARRIER and not weight_cosine > _FOREIGN_COSINE:
+    return "foreign basin"
+  if reference_loss >= learner_loss:
+    return "not better than the learner"
+  return "ok"
+
+
+def _easiest(losses):
+  """Mean of the lowest share of the losses `[K, N]`, `[K]`."""
+  count = max(1, int(EASIEST * losses.shape[1]))
+  return np.sort(losses, axis=1)[:, :count].mean(axis=1)
+
+
+def _geometry(losses_fn, flags, params, reference, batch, valid):
+  """Cosines and the relative distance, over the mimic layers."""
+
+  def mean_loss(params):
+    losses = _tree.to_accumulate(losses_fn(params, batch))
+    weights = _problem.mean_weights(valid, losses.dtype)
+    return jnp.sum(weights * jnp.where(valid, losses, 0))
+
+  def mimic(tree):
+    leaves, _ = _problem.split(jax.tree.leaves(tree), flags)
+    return [_tree.to_accumulate(leaf) for leaf in leaves]
+
+  descent = [-g for g in mimic(jax.grad(mean_loss)(params))]
+  ours, theirs = mimic(params), mimic(reference)
+  gap = [r - p for p, r in zip(ours, theirs, strict=True)]
+  distance = _tree.norm(gap)
+  distance = jnp.where(distance == 0, 0, distance / _tree.norm(theirs))
+  # Biases and scales start alike in every initialisation.
+  ours, theirs = ([x for x in xs if x.ndim > 1] for xs in (ours, theirs))
+  return {
+    "descent_cosine": _cosine(descent, gap),
+    "weight_cosine": _cosine(ours, theirs) if ours else jnp.nan,
+    "relative_distance": distance,
+  }
+
+
+def _cosine(first, second):
+  product = sum(jnp.vdot(a, b) for a, b in zip(first, second, strict=True))
+  return product / (_tree.norm(first) * _tree.norm(second))
+
+
+def _rank_correlation(x, y) -> float:
+  """Spearman's, ties at their mean rank."""
+  ranks = [_ranks(values) for values in (x, y)]
+  if any(np.ptp(r) == 0 for r in ranks):
+    return float("nan")
+  return float(np.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values):
+  _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+  last = np.cumsum(counts)
+  return (last - (counts - 1) / 2)[place]
