@@ -87,9 +87,9 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
   with r_i the reference's outputs for sample i of the batch and f the
   learner's. Only the reference's outputs are looked at, so it may be of any
   architecture and any initialisation, and its outputs may be computed once and
-  stored. In exchange the step costs one more backward pass; the forward pass is
-  shared where outputs_fn repeats what losses_fn does and both are jitted
-  together.
+  stored. In exchange the step costs one more backward pass, down to the mimic
+  layers. Under jit, the forward pass is shared as far as outputs_fn and
+  losses_fn do the same, except inside loops such as `jax.lax.scan`.
 
   Args:
     outputs_fn: `outputs_fn(params, batch, **kwargs) -> logits [B, C]`, with the
@@ -130,6 +130,7 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
     return jax.tree.map(jnp.negative, jax.grad(divergence)(params))
 
+  direction.repeats_forward = True  # type: ignore[attr-defined]
   return direction
 
 
@@ -175,6 +176,14 @@ def check(direction: Any) -> None:
   """Raises TypeError unless this may be a direction."""
   factories = (toward_weights, toward_outputs, toward_clean_gradient)
   _validate.made("direction", direction, factories, "gm.toward_weights()")
+
+
+def repeats_forward(direction: Any) -> bool:
+  """Whether the direction does on the batch what losses_fn does too.
+
+  Only then is it worth tracing a step twice, to find what it repeats.
+  """
+  return getattr(direction, "repeats_forward", False)
 
 
 def call(

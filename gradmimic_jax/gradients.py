@@ -11,6 +11,7 @@ from gradmimic_jax import (
   _forward,
   _per_sample,
   _problem,
+  _sharing,
   _streaming,
   _validate,
   directions,
@@ -203,6 +204,8 @@ def mimic_value_and_grad(
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
+  if directions.repeats_forward(direction):
+    fn = _sharing.computed_once(fn)
   fn.engine = engine  # type: ignore[attr-defined]
   return fn
 
@@ -276,6 +279,8 @@ def mimic_scores(
     scores, losses = _presentable(solver.answer(problem), mask)
     return MimicScores(scores, losses, distance)
 
+  if directions.repeats_forward(direction):
+    fn = _sharing.computed_once(fn)
   fn.engine = engine  # type: ignore[attr-defined]
   return fn
 

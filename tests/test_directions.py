@@ -144,3 +144,80 @@ def test_the_forward_pass_is_shared_with_the_direction():
   # Forward 1, direction 2, tangent 2, update 2, over forward 1 and update 2;
   # less where the first layer has no gradient with respect to its input.
   assert guided / plain <= 7 / 3
+
+
+def normed(params, batch):
+  """A model whose copies XLA alone does not merge, for its layer norm."""
+  hidden = batch["x"] @ params["w"]
+  center = hidden - hidden.mean(axis=-1, keepdims=True)
+  scale = jax.lax.rsqrt(jnp.square(center).mean(axis=-1, keepdims=True) + 1e-6)
+  # A jitted function and a custom derivative lie in between, as in real models.
+  return jax.nn.relu(jax.jit(jnp.tanh)(center * scale) @ params["v"])
+
+
+def headed(params, batch):
+  return normed(params, batch) @ params["head"]
+
+
+def headed_losses(params, batch):
+  return optax.softmax_cross_entropy_with_integer_labels(
+    headed(params, batch), batch["y"]
+  )
+
+
+WIDTHS = {"w": (FEATURES, 64), "v": (64, 64), "head": (64, CLASSES)}
+HEADED = {
+  name: RNG.normal(size=shape).astype(np.float32) / 8
+  for name, shape in WIDTHS.items()
+}
+
+
+def test_sharing_the_forward_pass_changes_no_number():
+  shared = gm.toward_outputs(headed)
+
+  def unshared(params, reference, batch, mask):
+    return shared(params, reference, batch, mask=mask)
+
+  answers = [
+    jax.jit(gm.mimic_value_and_grad(headed_losses, direction=chosen))(
+      HEADED, TARGETS, BATCH, mask=jnp.asarray(MASK)
+    )
+    for chosen in (shared, unshared)
+  ]
+  for a, b in zip(*map(jax.tree.leaves, answers), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_head_pays_for_no_second_forward_pass():
+  def flops(fn, *args):
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+  def step(direction):
+    return gm.mimic_value_and_grad(
+      headed_losses, direction=direction, layers="^head$"
+    )
+
+  def lower_bound(params, reference, batch):
+    # As much as mimicking must cost: a direction that needs no model.
+    return step(gm.toward_weights())(params, HEADED, batch)
+
+  guided = flops(step(gm.toward_outputs(headed)), HEADED, TARGETS, BATCH)
+  assert guided / flops(lower_bound, HEADED, TARGETS, BATCH) < 1.1
+
+
+def test_side_effects_happen_as_often_as_they_are_written():
+  seen = []
+
+  def outputs(params, batch):
+    jax.debug.callback(lambda x: seen.append(x), jnp.sum(batch["x"]))
+    return headed(params, batch)
+
+  def losses(params, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      outputs(params, batch), batch["y"]
+    )
+
+  fn = gm.mimic_scores(losses, direction=gm.toward_outputs(outputs))
+  jax.block_until_ready(jax.jit(fn)(HEADED, TARGETS, BATCH))
+  jax.effects_barrier()
+  assert len(seen) == 2
