@@ -46,7 +46,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.optimizer.weight_decay = 1e-5
 
   # "sgd", "grad_mimic" (or, with the direction in its name,
-  # "grad_mimic_weights" and "grad_mimic_outputs"), "rho" or "distillation".
+  # "grad_mimic_weights" and "grad_mimic_outputs"), "rho", "grand" or
+  # "distillation".
   config.method = "sgd"
   config.mimic = config_dict.ConfigDict()
   # Of grad_mimic: toward the reference's "weights" or its "outputs", or down

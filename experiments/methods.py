@@ -6,51 +6,57 @@
 | grad_mimic         | config.mimic.direction       | config.mimic.score  |
 | grad_mimic_weights | the reference's weights      | config.mimic.score  |
 | grad_mimic_outputs | the reference's outputs      | config.mimic.score  |
-| rho                | - (looks at outputs)         | excess loss         |
+| rho                | - (looks at the outputs)     | excess loss         |
+| grand              | -                            | gradient norm       |
 | distillation       | the reference's outputs      | -                   |
 
 All of them see the same batches and use the same optimizer. The weighting of
 those with a score is `config.mimic.weighting`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradmimic_jax as gm
 
-# What `config.mimic.direction` may be.
+# What `config.mimic.direction` may be, and `config.mimic.score`.
 DIRECTIONS = ("weights", "outputs", "clean_gradient")
+SCORES = ("projection", "cosine")
 
 
 class Method(NamedTuple):
   """What tells one training method from another."""
 
   # One of DIRECTIONS, and by that what a step is given as its reference:
-  # weights, outputs for the batch, or a clean batch.
-  direction: str
+  # weights, outputs for the batch, or a clean batch. None: no reference.
+  direction: str | None
   score: str | None  # None: no scores; steps go in the direction itself
   weighting: gm.Weighting | None  # None where there is no score
 
 
-def _grad_mimic(config: Any) -> Method:
-  if config.direction not in DIRECTIONS:
+def _grad_mimic(config: Any, direction: str | None = None) -> Method:
+  direction = direction or config.direction
+  if direction not in DIRECTIONS:
     raise ValueError(
-      f"config.mimic.direction is {config.direction!r}; expected one of"
+      f"config.mimic.direction is {direction!r}; expected one of"
       f" {', '.join(DIRECTIONS)}."
     )
-  return Method(config.direction, config.score, weighting(config))
-
-
-def _grad_mimic_weights(config: Any) -> Method:
-  return Method("weights", config.score, weighting(config))
-
-
-def _grad_mimic_outputs(config: Any) -> Method:
-  return Method("outputs", config.score, weighting(config))
+  if config.score not in SCORES:
+    raise ValueError(
+      f"config.mimic.score is {config.score!r}; expected one of"
+      f" {', '.join(SCORES)} (excess loss and gradient norm are methods of"
+      " their own: rho and grand)."
+    )
+  return Method(direction, config.score, weighting(config))
 
 
 def _rho(config: Any) -> Method:
   return Method("outputs", "excess_loss", weighting(config))
+
+
+def _grand(config: Any) -> Method:
+  return Method(None, "gradient_norm", weighting(config))
 
 
 def _distillation(config: Any) -> Method:
@@ -62,9 +68,10 @@ def _distillation(config: Any) -> Method:
 METHODS: dict[str, Callable[[Any], Method] | None] = {
   "sgd": None,
   "grad_mimic": _grad_mimic,
-  "grad_mimic_weights": _grad_mimic_weights,
-  "grad_mimic_outputs": _grad_mimic_outputs,
+  "grad_mimic_weights": functools.partial(_grad_mimic, direction="weights"),
+  "grad_mimic_outputs": functools.partial(_grad_mimic, direction="outputs"),
   "rho": _rho,
+  "grand": _grand,
   "distillation": _distillation,
 }
 
@@ -80,7 +87,7 @@ def create(name: str, config: Any) -> Method | None:
     The method, or None for a plain step.
 
   Raises:
-    ValueError: there is no method, direction or weighting of that name.
+    ValueError: there is no method, direction, score or weighting of that name.
   """
   if name not in METHODS:
     raise ValueError(

@@ -34,7 +34,9 @@ class Reference(NamedTuple):
   for_batch: Callable[[np.ndarray, np.ndarray | None], Any]
 
 
-def load(config: Any, method: Method | None, params: Any, data: Any) -> Any:
+def load(
+  config: Any, method: Method | None, params: Any, data: Any
+) -> Reference | None:
   """The reference that the method asks for.
 
   Args:
@@ -53,14 +55,14 @@ def load(config: Any, method: Method | None, params: Any, data: Any) -> Any:
     TypeError: outputs that are not floating point.
     FileNotFoundError: a reference that is not there.
   """
-  if method is None:
+  if method is None or method.direction is None:
     return None
   if method.direction == "clean_gradient":
     return _clean_batch(data)
   if method.direction == "outputs":
     if config.mimic.outputs is not None:
       return _from_outputs(*_logged_outputs(config.mimic.outputs, data))
-    where = _finished_run(config, "or config.mimic.outputs to a .npy file,")
+    where = _finished_run(config)
     return _from_outputs(*_outputs_of_run(where, config, data))
   reference = checkpoint.load_params(_finished_run(config), params)
   return Reference(
@@ -130,13 +132,13 @@ def _clean_batch(data):
   return Reference(checkpoint.fingerprint(batch), None, lambda *_: batch)
 
 
-def _finished_run(config, other=""):
+def _finished_run(config):
   where = config.mimic.reference
   if where is None:
     raise ValueError(
       f"method {config.method!r} needs a reference: set"
-      f" --config.mimic.reference to the workdir of a finished run, {other} or"
-      " use experiments.study, which trains one.".replace("  ", " ")
+      " --config.mimic.reference to the workdir of a finished run, or use"
+      " experiments.study, which trains one."
     )
   if not (pathlib.Path(where) / workdir_lib.RESULT_FILE).exists():
     raise FileNotFoundError(
@@ -271,9 +273,7 @@ def _read_cache(file, shape):
 
 
 def _write_cache(file, outputs):
-  content = io.BytesIO()
-  np.save(content, outputs, allow_pickle=False)
-  content = content.getvalue()
+  content = _npy(outputs)
   total = hashlib.sha256(content).hexdigest()
   try:
     _write(file, content)
@@ -281,6 +281,12 @@ def _write_cache(file, outputs):
   except OSError as error:
     # Someone else's folder, or a full disk: the run itself needs no cache.
     logging.warning("the reference's outputs can't be kept (%s).", error)
+
+
+def _npy(array):
+  content = io.BytesIO()
+  np.save(content, array, allow_pickle=False)
+  return content.getvalue()
 
 
 def _write(file, content):

@@ -53,9 +53,9 @@ def make_train_step(
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
     donated. `reference` is what the method's direction asks for: a parameter
     tree, the outputs `[B, C]` for this batch, or a clean batch; plain steps
-    ignore it. Samples whose loss (or, with a
-    method, score) is not finite get no weight and are counted in
-    `metrics["nonfinite"]`; what they reach of the gradient is 0.
+    ignore it. Samples whose loss (or score, or divergence, by the method) is
+    not finite get no weight and are counted in `metrics["nonfinite"]`; what
+    they reach of the gradient is 0.
   """
   if method is None:
     gradient = _plain_gradient(losses_fn)
@@ -160,13 +160,13 @@ def _mean(pullback, values, mask):
 
 def _direction(name, losses_fn, outputs_fn):
   """The library's direction of that name; see `methods.DIRECTIONS`."""
-  if name == "weights":
-    return gm.toward_weights()
   if name == "outputs":
     return gm.toward_outputs(outputs_fn)
-  return gm.toward_clean_gradient(
-    lambda params, batch: losses_fn(params, batch)[0]
-  )
+  if name == "clean_gradient":
+    return gm.toward_clean_gradient(
+      lambda params, batch: losses_fn(params, batch)[0]
+    )
+  return gm.toward_weights()  # scores without a direction don't look at it
 
 
 def _mimic_gradient(losses_fn, method, config, outputs_fn):

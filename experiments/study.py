@@ -107,8 +107,10 @@ def run_seed(config, folder, seed, results, detections):
     result = train.train_and_evaluate(run_config, folder / name)
     results.setdefault(name, []).append(result)
 
-  one("reference", **reference_overrides(config, seed))
-  reference = {"mimic.reference": str(folder / "reference")}
+  reference = {}
+  if _needs_reference_run(config):
+    one("reference", **reference_overrides(config, seed))
+    reference = {"mimic.reference": str(folder / "reference")}
   for method in config.study.methods:
     one(method, method=method, **reference)
     if not (folder / method / train.LEDGER_FOLDER).exists():
@@ -138,6 +140,16 @@ def _check_method(name, config):
         f" model.{field} {theirs!r}, the learner's is {value!r}; expected the"
         " same architecture, or methods that look at outputs only."
       )
+
+
+def _needs_reference_run(config):
+  """Not where outputs were logged and no method looks at weights."""
+  return config.mimic.outputs is None or any(
+    method is not None and method.direction == "weights"
+    for method in (
+      methods.create(name, config.mimic) for name in config.study.methods
+    )
+  )
 
 
 def reference_overrides(config: Any, seed: int) -> dict[str, Any]:

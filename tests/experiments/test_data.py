@@ -351,6 +351,11 @@ class TestTrainBatches:
   def test_flips_about_half_and_keeps_order(self):
     plain = list(batches(num_epochs=20))
     flipped = list(batches(num_epochs=20, flip=True))
+    assert "flipped" not in plain[0]
+    for one in flipped:
+      # Mirrored images have the bright column first.
+      first, last = one["image"][:, 0, 0, 0], one["image"][:, 0, -1, 0]
+      np.testing.assert_array_equal(one["flipped"], first > last)
     turned = []
     for one, other in zip(plain, flipped, strict=True):
       np.testing.assert_array_equal(one["index"], other["index"])
