@@ -349,7 +349,7 @@ def test_a_selection_is_frozen_and_says_what_it_is():
     ([[None]], {}, TypeError, "scores has dtype object"),
     ([[1.0]], {"binarize": "mean"}, ValueError, "'gmm', 'kmeans'"),
     ([[1.0]], {"binarize": 3}, TypeError, "binarize is 3; expected one of"),
-    ([[1.0]], {"aggregate": "vote"}, ValueError, r"\['majority'\]"),
+    ([[1.0]], {"aggregate": "vote"}, ValueError, "'label_model', 'majority'"),
     ([[1.0]], {"aggregate": None}, TypeError, "aggregate is None"),
     ([[1.0]], {"threshold": 0.0}, ValueError, "threshold=0.0 has no effect"),
     ([[1.0]], {"fraction": 0.5}, ValueError, "use binarize='top_fraction'"),

@@ -68,6 +68,8 @@ class Selection:
       lines.append(f"  {about['ties']:,} ties, kept")
     if about["unvoted"]:
       lines.append(f"  {about['unvoted']:,} samples without a vote, kept")
+    if note := about["label_model"].get("note"):
+      lines.append(f"  {about['aggregate']}: {note}")
     for step, note in zip(about["steps"], about["notes"], strict=True):
       if note:
         lines.append(f"  step {step}: {note}")
@@ -101,7 +103,7 @@ def select(
   | a score that is NaN or infinite      | abstains; in `abstentions`         |
   | "gmm", "kmeans": all scores equal    | the step abstains; in `notes`      |
   | "gmm": nothing separates the two     | the step abstains; in `notes`      |
-  | as many keep as drop votes           | kept, probability 1/2; in `ties`   |
+  | "majority": as many keep as drop     | kept, probability 1/2; in `ties`   |
   | no vote at all                       | kept, probability nan; in `unvoted`|
   | one step                             | its votes are the decision         |
 
@@ -118,7 +120,9 @@ def select(
     binarize: "gmm" (two Gaussians), "kmeans" (two clusters), "threshold"
       (score > threshold), "top_fraction" (the highest scores), or a function
       (finite scores [n], seed) -> Cut.
-    aggregate: "majority", or a function votes [N, T] -> KeepProbability.
+    aggregate: "majority", a model that learns how good each step's votes are
+      ("one_coin", "two_coin", "triplet", or "label_model", the recommended one
+      of them), or a function votes [N, T] -> KeepProbability.
     threshold: for "threshold", an absolute score; 0 when not given.
     fraction: for "top_fraction", the share to keep, in (0, 1].
     ids: the samples' ids [N], none twice; 0 ... N-1 when not given. A ledger
