@@ -8,6 +8,7 @@ from flax import nnx
 
 from experiments.models.convnet import ConvNet
 from experiments.models.mlp import MLP
+from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
 
 # For each name the module, and what it takes from `config.model`.
@@ -16,6 +17,13 @@ MODELS: dict[
 ] = {
   "mlp": (MLP, lambda config: {"widths": tuple(config.widths)}),
   "convnet": (ConvNet, lambda config: {"widths": tuple(config.widths)}),
+  "resnet": (
+    ResNet,
+    lambda config: {
+      "widths": tuple(config.widths),
+      "blocks_per_stage": config.get("blocks_per_stage", 1),
+    },
+  ),
   "vit": (ViT, lambda config: dict(config.vit)),
 }
 
@@ -26,7 +34,8 @@ def create(
   """A model as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`: `name`, and `widths` or `vit`.
+    config: `config.model`: `name`, and what that model takes of `widths`,
+      `blocks_per_stage` (1 if there is no such field) and `vit`.
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the output.
     seed: of the initialisation.
@@ -38,6 +47,45 @@ def create(
   Raises:
     ValueError: there is no model of that name.
   """
+  graph, state = _split(config, input_shape, num_classes, seed)
+
+  def apply(params, images):
+    return nnx.merge(graph, params)(images)
+
+  return apply, nnx.to_pure_dict(state)
+
+
+def create_features(
+  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+  """The same model up to its head, for features that are computed once.
+
+  `apply(params, images)` of `create` is the linear layer `params["head"]` on
+  top of these features.
+
+  Args:
+    config: `config.model`, as `create` takes it.
+    input_shape: of one image, `(H, W, C)`.
+    num_classes: width of the head.
+    seed: of the initialisation.
+
+  Returns:
+    `features(params, images [B, H, W, C]) -> [B, D]`, and the params that
+    `create` would give, head included.
+
+  Raises:
+    ValueError: there is no model of that name.
+  """
+  graph, state = _split(config, input_shape, num_classes, seed)
+
+  def features(params, images):
+    return nnx.merge(graph, params).features(images)
+
+  return features, nnx.to_pure_dict(state)
+
+
+def _split(config, input_shape, num_classes, seed):
+  """The model's graph and state."""
   if config.name not in MODELS:
     raise ValueError(
       f"config.model.name is {config.name!r}; expected one of"
@@ -50,9 +98,4 @@ def create(
     rngs=nnx.Rngs(seed),
     **sizes(config),
   )
-  graph, state = nnx.split(model)
-
-  def apply(params, images):
-    return nnx.merge(graph, params)(images)
-
-  return apply, nnx.to_pure_dict(state)
+  return nnx.split(model)

@@ -38,8 +38,12 @@ class ConvNet(nnx.Module):
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    return self.head(self.features(images))
+
+  def features(self, images: jax.Array) -> jax.Array:
+    """Images to what the head sees, `[B, widths[-1]]`."""
     hidden = images
     for conv, norm in zip(self.stages, self.norms, strict=True):
       hidden = jax.nn.relu(norm(conv(hidden)))
       hidden = nnx.avg_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
-    return self.head(hidden.mean(axis=(1, 2)))
+    return hidden.mean(axis=(1, 2))

@@ -26,7 +26,11 @@ class MLP(nnx.Module):
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    return self.head(self.features(images))
+
+  def features(self, images: jax.Array) -> jax.Array:
+    """Images to what the head sees: the pixels `[B, H * W * C]` or a layer."""
     hidden = images.reshape(images.shape[0], -1)
     for layer in self.body:
       hidden = jax.nn.relu(layer(hidden))
-    return self.head(hidden)
+    return hidden

@@ -6,6 +6,24 @@ from flax import nnx
 
 POOLINGS = ("mean", "class_token")
 
+# The sizes that have names: letter by width and depth, then the patch size.
+SIZES: dict[str, dict[str, int]] = {
+  f"{letter}/{patch_size}": {
+    "patch_size": patch_size,
+    "width": width,
+    "depth": depth,
+    "heads": heads,
+    "mlp_width": 4 * width,
+  }
+  for letter, width, depth, heads in (
+    ("Ti", 192, 12, 3),
+    ("S", 384, 12, 6),
+    ("B", 768, 12, 12),
+    ("L", 1024, 24, 16),
+  )
+  for patch_size in (16, 32)
+}
+
 
 class ViT(nnx.Module):
   """Patches, position embeddings, pre-norm blocks, final norm, linear head.
@@ -32,6 +50,7 @@ class ViT(nnx.Module):
     heads: int,
     mlp_width: int,
     pooling: str = "mean",
+    norm_epsilon: float = 1e-6,
     dtype: str | None = None,
   ):
     """Initialises the parameters, float32.
@@ -46,6 +65,8 @@ class ViT(nnx.Module):
       heads: of the attention; each sees `width / heads` features.
       mlp_width: of the hidden layer in each block's MLP.
       pooling: what the head sees: `"mean"` of the tokens, or `"class_token"`.
+      norm_epsilon: added to the variance in every norm; published weights come
+        with 1e-6 or, those of Hugging Face, 1e-12.
       dtype: of the activations; None is that of the parameters.
 
     Raises:
@@ -81,13 +102,18 @@ class ViT(nnx.Module):
       )
     self.position_embed = nnx.Param(normal(rngs.params(), (1, tokens, width)))
     self.blocks = nnx.List(
-      Block(width, heads, mlp_width, dtype, rngs) for _ in range(depth)
+      Block(width, heads, mlp_width, norm_epsilon, dtype, rngs)
+      for _ in range(depth)
     )
-    self.final_norm = _norm(width, dtype, rngs)
+    self.final_norm = _norm(width, norm_epsilon, dtype, rngs)
     self.head = _linear(width, num_classes, dtype, rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Images `[B, H, W, C]` to logits `[B, num_classes]`, float32 or wider."""
+    return _widen(self.head(self.features(images)))
+
+  def features(self, images: jax.Array) -> jax.Array:
+    """Images to what the head sees, `[B, width]`, float32 or wider."""
     hidden = self.patch_embed(_patches(images, self.patch_size))
     if self.pooling == "class_token":
       token = self.class_token[...].astype(hidden.dtype)
@@ -100,20 +126,17 @@ class ViT(nnx.Module):
       hidden = block(hidden)
     hidden = self.final_norm(hidden)
     if self.pooling == "class_token":
-      pooled = hidden[:, 0]
-    else:
-      pooled = hidden.mean(axis=1)
-    logits = self.head(pooled)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+      return _widen(hidden[:, 0])
+    return _widen(hidden.mean(axis=1))
 
 
 class Block(nnx.Module):
   """Attention and MLP, each after a norm and added to what came in."""
 
-  def __init__(self, width, heads, mlp_width, dtype, rngs):
-    self.norm1 = _norm(width, dtype, rngs)
+  def __init__(self, width, heads, mlp_width, epsilon, dtype, rngs):
+    self.norm1 = _norm(width, epsilon, dtype, rngs)
     self.attention = Attention(width, heads, dtype, rngs)
-    self.norm2 = _norm(width, dtype, rngs)
+    self.norm2 = _norm(width, epsilon, dtype, rngs)
     self.mlp = FeedForward(width, mlp_width, dtype, rngs)
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -176,5 +199,9 @@ def _linear(inputs, outputs, dtype, rngs):
   )
 
 
-def _norm(width, dtype, rngs):
-  return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+def _norm(width, epsilon, dtype, rngs):
+  return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def _widen(values):
+  return values.astype(jnp.promote_types(values.dtype, jnp.float32))

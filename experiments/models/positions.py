@@ -1,0 +1,62 @@
+"""Resizing a grid of position embeddings."""
+
+import numpy as np
+
+
+def resize(
+  embeddings: np.ndarray,
+  grid: tuple[int, int],
+  *,
+  antialias: bool,
+  align_corners: bool,
+) -> np.ndarray:
+  """Bicubic interpolation of a grid of embeddings.
+
+  Args:
+    embeddings: `[rows, columns, D]`.
+    grid: the new number of rows and columns.
+    antialias: wider filters where the grid shrinks, and the kernel with
+      a = -1/2 instead of -3/4, as torch has it.
+    align_corners: corners come to lie on corners, not borders on borders.
+
+  Returns:
+    `[*grid, D]`, float64.
+  """
+  rows, columns = (
+    _interpolation(old, new, antialias, align_corners)
+    for old, new in zip(embeddings.shape, grid, strict=False)
+  )
+  return np.einsum("ai,bj,ijd->abd", rows, columns, embeddings)
+
+
+def _interpolation(old, new, antialias, align_corners):
+  """The matrix `[new, old]` that resizes one side."""
+  target = np.arange(new)
+  if antialias:
+    scale = old / new
+    distances = np.arange(old) + 0.5 - (target[:, None] + 0.5) * scale
+    matrix = _cubic(distances / max(scale, 1), -0.5)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+  if align_corners:
+    centers = target * ((old - 1) / max(new - 1, 1))
+  else:
+    centers = (target + 0.5) * (old / new) - 0.5
+  taps = np.floor(centers).astype(int)[:, None] + np.arange(-1, 3)
+  matrix = np.zeros((new, old))
+  np.add.at(
+    matrix,
+    (target[:, None], taps.clip(0, old - 1)),  # borders are repeated
+    _cubic(centers[:, None] - taps, -0.75),
+  )
+  return matrix
+
+
+def _cubic(x, a):
+  """Keys' kernel: (a + 2)|x|^3 - (a + 3)|x|^2 + 1, then a(|x| - 1)(|x| - 2)^2.
+
+  Keys, Cubic convolution interpolation, 1981.
+  """
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = a * (x - 1) * (x - 2) ** 2
+  return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

@@ -1,0 +1,57 @@
+"""How images are prepared for published weights, as their libraries say it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Preprocessing(NamedTuple):
+  """What a model was trained to see: `(pixel / 255 - mean) / std`, resized."""
+
+  mean: tuple[float, ...]  # one per channel
+  std: tuple[float, ...]
+  size: tuple[int, int]  # height and width, in pixels
+  interpolation: str  # of resizing: "bilinear", "bicubic", ...
+  # Share of the resized image's side that the central crop keeps; 1 is no crop.
+  crop_fraction: float
+
+
+def from_huggingface(fields: Mapping[str, Any]) -> Preprocessing:
+  """From the fields of a `preprocessor_config.json`."""
+  if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+    raise ValueError(f"rescale_factor is {fields['rescale_factor']}, not 1/255")
+  resized = _height_and_width(fields["size"])
+  size = resized
+  if fields.get("do_center_crop", False):
+    size = _height_and_width(fields["crop_size"])
+  normal = fields.get("do_normalize", True)
+  return Preprocessing(
+    mean=tuple(fields["image_mean"]) if normal else (0.0,) * 3,
+    std=tuple(fields["image_std"]) if normal else (1.0,) * 3,
+    size=size,
+    # Pillow's numbers.
+    interpolation=("nearest", "lanczos", "bilinear", "bicubic")[
+      fields.get("resample", 2)
+    ],
+    crop_fraction=size[0] / resized[0],
+  )
+
+
+def _height_and_width(size):
+  """From `{"height": 224, "width": 224}`, `{"shortest_edge": 224}` or 224."""
+  if isinstance(size, dict):
+    if "shortest_edge" in size:
+      size = size["shortest_edge"]
+    else:
+      return int(size["height"]), int(size["width"])
+  return int(size), int(size)
+
+
+def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
+  """From the `pretrained_cfg` in timm's `config.json`."""
+  return Preprocessing(
+    mean=tuple(fields["mean"]),
+    std=tuple(fields["std"]),
+    size=tuple(fields["input_size"][-2:]),
+    interpolation=fields["interpolation"],
+    crop_fraction=float(fields["crop_pct"]),
+  )

@@ -1,0 +1,3 @@
+"""Keeps scripts that need more than the project's dependencies from pytest."""
+
+collect_ignore = ["make_vit_golden.py"]

@@ -1,0 +1,417 @@
+"""Models against public implementations, and published weights into them."""
+
+import builtins
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from experiments import models
+from experiments.models import pretrained, vit
+
+IMAGE, CLASSES = (16, 16, 3), 5
+# Who made the golden file, which model in it, and what its norms add.
+MADE = {
+  "huggingface": ("huggingface", "", 1e-12),
+  "timm": ("timm", "", 1e-6),
+  "timm, mean": ("timm", "mean_", 1e-6),
+  "torchvision": ("torchvision", "", 1e-6),
+}
+
+
+@pytest.fixture(scope="module")
+def golden(request):
+  folder = request.path.parents[1] / "data"
+
+  def read(library):
+    with np.load(folder / f"vit_{library}.npz", allow_pickle=False) as file:
+      return {key: file[key] for key in file.files}
+
+  return {library: read(library) for library, _, _ in MADE.values()}
+
+
+@pytest.fixture
+def write(golden, tmp_path):
+  """`write(made, **changes)`: a safetensors file; None takes a name out."""
+
+  def write(made, changes=None, folder=tmp_path):
+    library, prefix, _ = MADE[made]
+    start = f"{prefix}weights/"
+    weights = {
+      key.removeprefix(start): value
+      for key, value in golden[library].items()
+      if key.startswith(start)
+    } | (changes or {})
+    file = folder / "model.safetensors"
+    safetensors.numpy.save_file(
+      {key: value for key, value in weights.items() if value is not None}, file
+    )
+    return file
+
+  return write
+
+
+def tiny(made="huggingface", **overrides):
+  _, prefix, epsilon = MADE[made]
+  return {
+    "patch_size": 4,
+    "width": 24,
+    "depth": 2,
+    "heads": 3,
+    "mlp_width": 40,
+    "pooling": "mean" if prefix else "class_token",
+    "norm_epsilon": epsilon,
+    **overrides,
+  }
+
+
+def config_of(name, **fields):
+  return ConfigDict({"name": name} | fields)
+
+
+def shapes(config, input_shape=IMAGE, num_classes=CLASSES, how=models.create):
+  """What `how` gives, but for the parameters only their shapes: it is quick."""
+  kept = []
+
+  def create():
+    fn, params = how(
+      config, input_shape=input_shape, num_classes=num_classes, seed=0
+    )
+    kept.append(fn)
+    return params
+
+  like = jax.eval_shape(create)
+  return kept[0], like
+
+
+def random_like(like):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), jnp.float32), like
+  )
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_logits_and_features_are_those_of_the_public_model(golden, write, made):
+  library, prefix, _ = MADE[made]
+  expected = golden[library]
+  config = config_of("vit", vit=tiny(made))
+  apply, like = shapes(config)
+  features_of, same = shapes(config, how=models.create_features)
+  assert same == like
+  params = pretrained.load(write(made), like, input_shape=IMAGE, vit=config.vit)
+  assert jax.tree.structure(params) == jax.tree.structure(like)
+  images = expected["images"]
+  logits = apply(params, images)
+  np.testing.assert_allclose(logits, expected[f"{prefix}logits"], atol=1e-5)
+  features = features_of(params, images)
+  np.testing.assert_allclose(features, expected[f"{prefix}features"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("size", "sides"), [("larger", (28, 20)), ("smaller", (12, 12))]
+)
+@pytest.mark.parametrize("made", MADE)
+def test_positions_are_interpolated_as_the_library_does_it(
+  golden, write, made, size, sides
+):
+  library, prefix, _ = MADE[made]
+  if library == "torchvision":  # whose function knows squares only
+    sides = (sides[0], sides[0])
+  shape = (*sides, 3)
+  _, like = shapes(config_of("vit", vit=tiny(made)), input_shape=shape)
+  params = pretrained.load(write(made), like, input_shape=shape)
+  np.testing.assert_allclose(
+    params["position_embed"],
+    golden[library][f"{prefix}{size}_positions"],
+    atol=1e-6,
+  )
+
+
+# As published with their weights.
+@pytest.mark.parametrize(
+  ("name", "parameters"),
+  [
+    ("Ti/16", 5_717_416),
+    ("S/16", 22_050_664),
+    ("B/16", 86_567_656),
+    ("B/32", 88_224_232),
+    ("L/16", 304_326_632),
+  ],
+)
+def test_named_sizes_have_their_parameters(name, parameters):
+  sizes = vit.SIZES[name]
+  one_block = {**sizes, "depth": 1, "pooling": "class_token"}
+  _, like = shapes(config_of("vit", vit=one_block), (224, 224, 3), 1000)
+
+  def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+  others = (sizes["depth"] - 1) * count(like["blocks"][0])
+  assert count(like) + others == parameters
+
+
+def test_a_head_that_does_not_fit_stays_and_is_said(write, caplog):
+  _, like = shapes(config_of("vit", vit=tiny()), num_classes=3)
+  like = random_like(like)
+  params = pretrained.load(write("huggingface"), like, input_shape=IMAGE)
+  np.testing.assert_array_equal(
+    params["head"]["kernel"], like["head"]["kernel"]
+  )
+  assert "a head for 5 classes: the head for 3 classes stays" in caplog.text
+  other = params["final_norm"]["scale"]
+  assert not np.array_equal(other, like["final_norm"]["scale"])
+
+
+def test_a_file_without_a_head_as_a_folder_in_half_precision(
+  golden, write, tmp_path, caplog
+):
+  """As `ViTModel` is saved: no prefix, no classifier, but a pooler."""
+  start = "weights/vit."
+  weights = {
+    key.removeprefix(start): value.astype(jnp.bfloat16)
+    for key, value in golden["huggingface"].items()
+    if key.startswith(start)
+  }
+  weights["pooler.dense.weight"] = np.zeros((24, 24), np.float32)
+  weights["pooler.dense.bias"] = np.zeros(24, np.float32)
+  safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+  _, like = shapes(config_of("vit", vit=tiny()))
+  like = random_like(like)
+  params = pretrained.load(tmp_path, like, input_shape=IMAGE)
+  assert "has no head" in caplog.text
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+  # Half precision has 8 bits.
+  exact = pretrained.load(write("huggingface"), like, input_shape=IMAGE)
+  for ours, theirs in zip(
+    jax.tree.leaves(params["blocks"]),
+    jax.tree.leaves(exact["blocks"]),
+    strict=True,
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=2**-8)
+
+
+KERNEL = "blocks.1.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize(
+  ("changes", "sizes", "message"),
+  [
+    ({}, {"depth": 3}, "lacks blocks/2/.* asks for .*depth=2"),
+    ({}, {"depth": 1}, "has blocks/1/.*no place"),
+    ({}, {"mlp_width": 48}, r"fc1/bias has shape \(40,\), expected \(48,\)"),
+    ({}, {"patch_size": 8}, "patch_embed/kernel has shape .* is 48"),
+    ({}, {"pooling": "mean"}, "has class_token.*pooling='class_token'"),
+    ({KERNEL: None}, {}, "lacks blocks/1/mlp/fc1/kernel"),
+    ({"blocks.0.ls1.gamma": np.ones(24)}, {}, r"has blocks\.0\.ls1\.gamma"),
+    ({KERNEL: np.full((40, 24), np.nan)}, {}, "fc1/kernel .* not finite"),
+    ({"patch_embed.proj.weight": None}, {}, "the names of huggingface, timm"),
+    ({"pos_embed": np.zeros((1, 16, 24))}, {}, "15 position embeddings"),
+  ],
+)
+def test_what_does_not_fit_is_named(write, changes, sizes, message):
+  _, like = shapes(config_of("vit", vit=tiny("timm", **sizes)))
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(write("timm", changes), like, input_shape=IMAGE)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_attention_heads": 2}, "vit.heads=2"),
+    ({"layer_norm_eps": 1e-5}, "vit.norm_epsilon=1e-05"),
+    ({"hidden_act": "quick_gelu"}, "'gelu' only"),
+  ],
+)
+def test_what_shapes_do_not_show_is_read_beside_the_file(
+  write, fields, message
+):
+  file = write("huggingface")
+  _, like = shapes(config_of("vit", vit=tiny()))
+  beside = file.with_name("config.json")
+  beside.write_text(json.dumps({"num_attention_heads": 3} | fields))
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(file, like, input_shape=IMAGE, vit=ConfigDict(tiny()))
+
+
+def test_another_input_shape_than_the_models_is_refused(write):
+  _, like = shapes(config_of("vit", vit=tiny()))
+  with pytest.raises(ValueError, match=r"patches 2x4, .* 17 position"):
+    pretrained.load(write("huggingface"), like, input_shape=(8, 16, 3))
+
+
+def test_files_that_are_not_there_or_not_weights(tmp_path, monkeypatch):
+  _, like = shapes(config_of("vit", vit=tiny()))
+
+  def load(source):
+    return pretrained.load(source, like, input_shape=IMAGE)
+
+  with pytest.raises(FileNotFoundError, match='write "hf://owner/name"'):
+    load("google/vit-base-patch16-224")
+  (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+  with pytest.raises(FileNotFoundError, match=r"there is pytorch_model\.bin"):
+    load(tmp_path)
+  with pytest.raises(ValueError, match="pickled weights"):
+    load(tmp_path / "pytorch_model.bin")
+
+  real = builtins.__import__
+
+  def without_hub(name, *args, **kwargs):
+    if name == "huggingface_hub":
+      raise ImportError(name)
+    return real(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, "__import__", without_hub)
+  with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    load("hf://google/vit-base-patch16-224")
+
+
+# As transformers writes it, and as older files have it.
+PREPROCESSOR = {
+  "do_normalize": True,
+  "do_rescale": True,
+  "do_resize": True,
+  "image_mean": [0.5, 0.5, 0.5],
+  "image_std": [0.5, 0.5, 0.5],
+  "resample": 2,
+  "rescale_factor": 0.00392156862745098,
+  "size": {"height": 224, "width": 224},
+}
+CROPPED = {
+  "image_mean": [0.485, 0.456, 0.406],
+  "image_std": [0.229, 0.224, 0.225],
+  "resample": 3,
+  "do_center_crop": True,
+  "crop_size": 224,
+  "size": {"shortest_edge": 256},
+}
+TIMM = {
+  "architecture": "vit_tiny_patch16_224",
+  "pretrained_cfg": {
+    "input_size": [3, 384, 384],
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+  },
+}
+HALF = (0.5, 0.5, 0.5)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+  ("made", "name", "content", "expected"),
+  [
+    (
+      "huggingface",
+      "preprocessor_config.json",
+      PREPROCESSOR,
+      (HALF, HALF, (224, 224), "bilinear", 1.0),
+    ),
+    (
+      "huggingface",
+      "preprocessor_config.json",
+      CROPPED,
+      (*IMAGENET, (224, 224), "bicubic", 0.875),
+    ),
+    (
+      "timm",
+      "config.json",
+      TIMM,
+      (HALF, HALF, (384, 384), "bicubic", 1.0),
+    ),
+    ("huggingface", None, {}, (HALF, HALF, (224, 224), "bilinear", 1.0)),
+    ("timm", None, {}, (HALF, HALF, (224, 224), "bicubic", 0.9)),
+    ("torchvision", None, {}, (*IMAGENET, (224, 224), "bilinear", 0.875)),
+  ],
+)
+def test_preprocessing_is_the_models_own(
+  write, caplog, made, name, content, expected
+):
+  file = write(made)
+  if name:
+    file.with_name(name).write_text(json.dumps(content))
+  assert pretrained.preprocessing(file) == expected
+  assert (f"as {made} does by default" in caplog.text) == (name is None)
+
+
+@pytest.mark.parametrize(
+  "text", ["{", "[]", '{"image_mean": 3}', '{"rescale_factor": 0.5}']
+)
+def test_preprocessing_that_can_not_be_read(write, text):
+  file = write("huggingface")
+  file.with_name("preprocessor_config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"damaged|no fields|can't be read"):
+    pretrained.preprocessing(file)
+
+
+CONFIGS = {
+  "mlp": {"widths": (12,)},
+  "convnet": {"widths": (8,)},
+  "resnet": {"widths": (8,), "blocks_per_stage": 2},
+  "vit": {"vit": tiny(depth=1)},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_head_on_the_features_is_the_model(name):
+  assert CONFIGS.keys() == models.MODELS.keys()
+  config = config_of(name, **CONFIGS[name])
+  apply, like = shapes(config, (8, 8, 3))
+  features_of, _ = shapes(config, (8, 8, 3), how=models.create_features)
+  params = random_like(like)
+  images = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+  logits, features = jax.jit(lambda p, x: (apply(p, x), features_of(p, x)))(
+    params, images
+  )
+  head = params["head"]
+  np.testing.assert_allclose(
+    features @ head["kernel"] + head["bias"], logits, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_a_resnets_gradients_ignore_batch_mates_and_go_forward_too():
+  apply, like = shapes(config_of("resnet", widths=(8, 16)), (7, 6, 3))
+  params, direction = (
+    random_like(like),
+    jax.tree.map(jnp.cos, random_like(like)),
+  )
+  images = jax.random.normal(jax.random.key(1), (3, 7, 6, 3))
+
+  @jax.jit
+  def of_first(images):
+    loss = lambda p: jnp.sum(apply(p, images)[0] ** 2)  # noqa: E731
+    return jax.grad(loss)(params), jax.jvp(loss, (params,), (direction,))[1]
+
+  alone, forward = of_first(images)
+  others, _ = of_first(images.at[1:].multiply(-5.0))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(alone):
+    assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max()
+    ),
+    alone,
+    others,
+  )
+  backward = optax.tree.vdot(alone, direction)
+  np.testing.assert_allclose(forward, backward, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"widths": (8, 12)}, r"widths is \(8, 12\)"),
+    ({"widths": ()}, r"widths is \(\)"),
+    ({"widths": (8,), "blocks_per_stage": 0}, "blocks_per_stage is 0"),
+  ],
+)
+def test_a_resnet_refuses(fields, message):
+  config = config_of("resnet", **fields)
+  with pytest.raises(ValueError, match=message):
+    models.create(config, input_shape=(8, 8, 3), num_classes=4, seed=0)
