@@ -42,14 +42,25 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.models = models[sizes]  # which of the sections below
   config.layers = ("head", "last_mlp", "all")
   # "streaming" is the per-sample engine in microbatches; "optax" the optax
-  # transformation, fed by vmap(value_and_grad).
-  config.engines = ("forward", "per_sample", "streaming", "auto", "optax")
+  # transformation, fed by vmap(value_and_grad); "outputs" the forward engine
+  # toward a reference's stored outputs, where the others go toward weights.
+  config.engines = (
+    "forward",
+    "per_sample",
+    "streaming",
+    "auto",
+    "optax",
+    "outputs",
+  )
   config.microbatch_size = 8  # of "streaming"
+
+  # Batches up to this size are compared with float64, which is slow.
+  config.largest_compared = 32 if sizes == "cpu" else 128
 
   config.timing = config_dict.ConfigDict()
   # Pairs (plain step, mimic step) are timed until both are reached.
-  config.timing.pairs = 3
-  config.timing.seconds = 0.5
+  config.timing.pairs = 2
+  config.timing.seconds = 1.0
   # Steps shorter than this are timed several in a row.
   config.timing.shortest = 0.005
 
@@ -74,12 +85,20 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.sweep.model.batch_sizes = (32,)
   config.sweep.model.vit.patch_size = 8
   config.sweep.model.vit.width = 96
-  config.sweep.model.vit.depth = 4
+  config.sweep.model.vit.depth = 2
   config.sweep.model.vit.mlp_width = 384
   config.sweep.batch_size = (8, 32, 128)
-  config.sweep.depth = (2, 4, 8)
+  config.sweep.depth = (1, 2, 4)
   config.sweep.width = (48, 96, 192)  # mlp_width grows with it
   config.sweep.lines = ("auto/head", "auto/all", "streaming/all")
+
+  # FLOPs alone, which are counted without compiling: attention grows faster
+  # with the tokens than the mimic layers do.
+  config.tokens = config_dict.ConfigDict()
+  config.tokens.model = _model("vit", input_shape=(32, 32, 3))
+  config.tokens.model.batch_sizes = (32,)
+  config.tokens.image_sizes = (32, 48, 56)  # 64, 144, 196 tokens
+  config.tokens.lines = ("auto/last_mlp",)
   return config.lock()
 
 
