@@ -29,14 +29,27 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.filter = config_dict.placeholder(str)
 
   config.noise = config_dict.ConfigDict()
+  # "symmetric", "pair", "asymmetric", "confusion" or "file".
   config.noise.kind = "symmetric"
-  config.noise.rate = 0.0  # exactly int(rate * N) labels are flipped
+  # Exactly int(rate * N) labels are flipped; 0 with "confusion" and "file": as
+  # the matrix or the table has it.
+  config.noise.rate = 0.0
   config.noise.seed = 0
+  # Of "asymmetric", such as "cat:dog,dog:cat"; None for CIFAR's usual one.
+  config.noise.mapping = config_dict.placeholder(str)
+  # Of "confusion": a .npy or .csv file, true classes by given ones.
+  config.noise.matrix = config_dict.placeholder(str)
+  # Of "file": a .csv or .parquet table, and its columns with labels and ids.
+  config.noise.path = config_dict.placeholder(str)
+  config.noise.column = config_dict.placeholder(str)
+  config.noise.id_column = config_dict.placeholder(str)
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "mlp"  # "mlp", "convnet" or "vit"
-  # Hidden widths of the mlp, or channels per stage of the convnet.
+  config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
+  # Hidden widths of the mlp, or channels per stage of convnet and resnet.
   config.model.widths = (256, 256)
+  config.model.patch_size = 1  # of the convnet: pixels taken together
+  config.model.blocks_per_stage = 1  # of the resnet
   config.model.vit = vit()
 
   config.optimizer = config_dict.ConfigDict()
@@ -59,6 +72,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # A .npy file of logits [N, C] in place of a reference's outputs, a row for
   # each sample of the train split; [2, N, C] has the mirrored images' too.
   config.mimic.outputs = config_dict.placeholder(str)
+  # Before the first step, that many training samples tell whether the weights
+  # of the reference can guide the learner; if they can't, the run stops.
+  config.mimic.check_samples = 256
+  config.mimic.force = False  # goes on all the same
   config.mimic.clean_per_class = 5  # of "clean_gradient"; not trained on
   # A regular expression on "/"-joined parameter paths; None takes all leaves.
   config.mimic.layers = config_dict.placeholder(str)
@@ -105,6 +122,7 @@ def vit() -> config_dict.ConfigDict:
   config.heads = 3
   config.mlp_width = 768
   config.pooling = "mean"  # or "class_token"
+  config.norm_epsilon = 1e-6  # of the layer norms
   # Of the activations, such as "bfloat16"; None is that of the parameters.
   config.dtype = config_dict.placeholder(str)
   return config

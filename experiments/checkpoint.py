@@ -95,18 +95,21 @@ def fingerprint(params: Any) -> str:
   return digest.hexdigest()[:16]
 
 
-def load_params(workdir: pathlib.Path, like: Any) -> Any:
+def load_params(
+  workdir: pathlib.Path, like: Any, *, step: int | None = None
+) -> Any:
   """The parameters of a finished run.
 
   Args:
     workdir: the run's folder.
     like: a parameter tree of the structure and shapes that are expected.
+    step: whose checkpoint; None is the newest.
 
   Returns:
-    The parameters of its newest checkpoint.
+    The checkpoint's parameters.
 
   Raises:
-    FileNotFoundError: there is no checkpoint in that folder.
+    FileNotFoundError: there is no checkpoint in that folder, or not that one.
     ValueError: the checkpoint's parameters have other paths or shapes, or are
       not finite.
   """
@@ -117,9 +120,15 @@ def load_params(workdir: pathlib.Path, like: Any) -> Any:
       " finished run (python -m experiments.train)."
     )
   with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
-    step = manager.latest_step()
-    if step is None:
+    steps = manager.all_steps()
+    if not steps:
       raise FileNotFoundError(f"no finished checkpoint in {folder}.")
+    step = max(steps) if step is None else step
+    if step not in steps:
+      raise FileNotFoundError(
+        f"no checkpoint of step {step} in {folder}; there are those of steps"
+        f" {sorted(steps)}."
+      )
     state = manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
     ).state

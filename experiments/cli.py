@@ -31,7 +31,7 @@ def run(job: Callable[[Any, str], Any]) -> None:
       logging.set_verbosity(logging.WARNING)
     try:
       job(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
         raise

@@ -78,7 +78,7 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   for seed in config.study.seeds:
     run_seed(config, folder / f"seed{seed}", seed, results, detections)
   summary = {
-    "noise_rate": config.noise.rate,
+    "noise_rate": _noise_rate(config, results),
     "seeds": list(config.study.seeds),
     "runs": results,
     "detection": {
@@ -166,8 +166,15 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
     "method": "sgd",
     "noise.kind": "symmetric",
     "noise.rate": 0.0,
+    **{f"noise.{name}": None for name in train.NOISE_OPTIONS},
     **{field: value for field, value in fields.items() if value},
   }
+
+
+def _noise_rate(config, results):
+  """The share of wrong labels that the methods saw."""
+  runs = results[config.study.methods[0]]
+  return float(np.mean([run["noise_rate"] for run in runs]))
 
 
 def derived(config: Any, **overrides: Any) -> Any:
@@ -230,7 +237,8 @@ def select(config: Any, folder: pathlib.Path, method: str) -> Detection:
 
 def draw(config, folder, results) -> list[pathlib.Path]:
   """Draws the study's figures; histograms and sheet of the first seed."""
-  title = f"{config.data.name}, noise {config.noise.rate:g}"
+  rate = _noise_rate(config, results)
+  title = f"{config.data.name}, {config.noise.kind} noise {rate:.3g}"
   curves = {}
   for name in results:
     curves[name] = []
@@ -328,7 +336,8 @@ def main(config: Any, workdir: str) -> None:
   summary = run_study(config, workdir)
   seeds = len(summary["seeds"])
   print(
-    f"\n{config.data.name}, {config.noise.kind} noise {config.noise.rate:g},"
+    f"\n{config.data.name}, {config.noise.kind} noise"
+    f" {summary['noise_rate']:.3g},"
     f" mean ± standard error of {seeds} seed{'s' if seeds > 1 else ''}:\n"
   )
   print(table(summary))

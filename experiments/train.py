@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 import gradmimic_jax as gm
 from experiments import (
@@ -20,6 +21,7 @@ from experiments import (
   models,
   optimizer,
   reference as reference_lib,
+  reference_check,
   steps,
   workdir as workdir_lib,
   writers,
@@ -33,7 +35,9 @@ LABELS_FILE = "labels.npz"
 
 
 # What a run doesn't depend on: these fields may change when it is continued.
-_FREE = ("select.", "study.", "checkpoint.")
+_FREE = ("select.", "study.", "checkpoint.", "mimic.force")
+# Fields of `config.noise` that some kinds need.
+NOISE_OPTIONS = ("mapping", "matrix", "path", "column", "id_column")
 
 
 class Data(NamedTuple):
@@ -70,7 +74,9 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   started = time.monotonic()
   data = load_data(config)
   run = _Run(config, folder, data)
+  report = run.check_reference()
   workdir_lib.claim(workdir, config, free=_FREE)
+  reference_check.save(folder, report)
   reference_lib.write_input(folder, data)
   result_file = folder / RESULT_FILE
   if result_file.exists():
@@ -111,10 +117,20 @@ def load_data(config: Any) -> Data:
   labels = noise.apply_noise(
     train.labels,
     kind=config.noise.kind,
-    rate=config.noise.rate,
+    rate=_noise_rate(config.noise),
     num_classes=train.num_classes,
     seed=config.noise.seed,
+    class_names=train.class_names,
+    ids=train.ids,
+    **{name: config.noise[name] for name in NOISE_OPTIONS},
   )
+  if labels.missing:
+    logging.warning(
+      "%d of %d samples have no label in %s; theirs stay as they are.",
+      labels.missing,
+      len(labels.labels),
+      config.noise.path,
+    )
   indices = None
   if config.data.filter is not None:
     indices = _read_filter(config.data.filter)
@@ -135,6 +151,14 @@ def load_data(config: Any) -> Data:
   mean = (pixels.mean(axis=0) / 255).tolist()
   std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
   return Data(train, test, labels, indices, clean, mean, std)
+
+
+def _noise_rate(config):
+  """The rate, or None where it is for the matrix or the table to say."""
+  kind = noise.KINDS.get(config.kind)
+  if config.rate == 0 and kind is not None and kind.rate != "needed":
+    return None
+  return config.rate
 
 
 def _read_filter(path):
@@ -208,6 +232,17 @@ class _Run:
     )
     self.eval_step = steps.make_eval_step(self.losses_fn)
     self.state = steps.init_state(params, tx)
+
+  def check_reference(self) -> gm.ReferenceReport | None:
+    """The report, if there is one; raises if the reference would harm."""
+    return reference_check.check(
+      self.config,
+      self.folder,
+      self.losses_fn,
+      self.state.params,
+      self.reference and self.reference.params,
+      self.data,
+    )
 
   def to_the_end(self) -> dict[str, Any]:
     """Restores, goes through the steps that are left, and sums up."""

@@ -1,5 +1,6 @@
 """A run's folder: which config it belongs to, what is finished in it."""
 
+import datetime
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import pathlib
 import types
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -16,7 +18,13 @@ from configs import common
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"  # is there once a run has finished
 # Fields that point elsewhere.
-PATHS = ("mimic.reference", "mimic.outputs", "data.filter")
+PATHS = (
+  "mimic.reference",
+  "mimic.outputs",
+  "data.filter",
+  "noise.matrix",
+  "noise.path",
+)
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -57,6 +65,18 @@ def fingerprint(*parts: Any) -> str:
   """Sixteen hex digits that tell JSON-like values apart."""
   text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def machine() -> dict[str, Any]:
+  """What a result was measured on, and when."""
+  device = jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device": device.device_kind,
+    "cpu_cores": os.cpu_count(),
+    "jax": jax.__version__,
+    "date": datetime.date.today().isoformat(),
+  }
 
 
 def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from gradmimic_jax.layers import Layers
 EASIEST = 0.3
 # Between references of the learner's own initialisation and others, as
 # measured by `python -m experiments.basins`.
-_FOREIGN_COSINE = 0.3
-_FOREIGN_BARRIER = 0.05
+FOREIGN_COSINE = 0.3
+FOREIGN_BARRIER = 0.05
 # Relative distances below the rounding of float32 parameters.
 _IDENTICAL = 1e-6
 
@@ -262,7 +262,7 @@ def _verdict(
     return "identical"
   # A barrier alone is not enough, nor are unrelated weights: convex models
   # have no barriers, and a weak reference of the same initialisation may.
-  if barrier > _FOREIGN_BARRIER and not weight_cosine > _FOREIGN_COSINE:
+  if barrier > FOREIGN_BARRIER and not weight_cosine > FOREIGN_COSINE:
     return "foreign basin"
   if reference_loss >= learner_loss:
     return "not better than the learner"

@@ -16,7 +16,13 @@ MODELS: dict[
   str, tuple[Callable[..., nnx.Module], Callable[[Any], dict[str, Any]]]
 ] = {
   "mlp": (MLP, lambda config: {"widths": tuple(config.widths)}),
-  "convnet": (ConvNet, lambda config: {"widths": tuple(config.widths)}),
+  "convnet": (
+    ConvNet,
+    lambda config: {
+      "widths": tuple(config.widths),
+      "patch_size": config.get("patch_size", 1),
+    },
+  ),
   "resnet": (
     ResNet,
     lambda config: {
@@ -35,7 +41,8 @@ def create(
 
   Args:
     config: `config.model`: `name`, and what that model takes of `widths`,
-      `blocks_per_stage` (1 if there is no such field) and `vit`.
+      `blocks_per_stage` and `patch_size` (1 if there is no such field) and
+      `vit`.
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the output.
     seed: of the initialisation.

@@ -374,3 +374,56 @@ def _figure(path: str | os.PathLike, **kwargs: Any) -> Iterator[Any]:
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
   os.replace(temporary, path)
+
+
+def scatter(
+  groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  path: str | os.PathLike,
+  *,
+  title: str,
+  xlabel: str,
+  ylabel: str,
+  vertical: float | None = None,
+  horizontal: float | None = None,
+) -> pathlib.Path:
+  """Draws points in groups, with dashed lines at decision thresholds.
+
+  Args:
+    groups: for each name its points, `(x [K], y [K])`.
+    path: of the PNG file.
+    title: above the axes.
+    xlabel: what x is.
+    ylabel: what y is.
+    vertical: x of a dashed line, or None.
+    horizontal: y of a dashed line, or None.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: there are no groups.
+
+  Example:
+    >>> import tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = scatter(
+    ...     {"own": ([0.9, 0.8], [0.0, 0.1])}, os.path.join(folder, "a.png"),
+    ...     title="Basins", xlabel="cosine", ylabel="barrier", vertical=0.3)
+    ...   path.exists()
+    True
+  """
+  if not groups:
+    raise ValueError("no groups came; expected at least one name.")
+  with _figure(path, figsize=(6, 3.6)) as (figure, file):
+    axes = figure.subplots()
+    for i, (name, (x, y)) in enumerate(groups.items()):
+      color = _COLORS[i % len(_COLORS)]
+      axes.scatter(x, y, s=14, color=color, alpha=0.5, linewidths=0, label=name)
+    dashed = {"color": "0.4", "linestyle": "--", "linewidth": 0.8}
+    if vertical is not None:
+      axes.axvline(vertical, **dashed)
+    if horizontal is not None:
+      axes.axhline(horizontal, **dashed)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+  return file

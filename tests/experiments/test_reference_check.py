@@ -1,0 +1,105 @@
+"""The check of a reference before the first step, in runs and in studies."""
+
+import json
+
+import pytest
+
+from configs import basins as basins_config
+from experiments import basins, reference_check, study, train
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, digits_dir):
+  """Finished runs of the learner's own seed and of another."""
+  folder = tmp_path_factory.mktemp("references")
+
+  def config(**overrides):
+    fields = basins_config.get_config().unlock()
+    del fields.basins
+    fields.update_from_flattened_dict(
+      {
+        "data.data_dir": digits_dir,
+        "num_epochs": 4,
+        "model.widths": (32, 32),
+        "optimizer.learning_rate": 1e-2,
+        **overrides,
+      }
+    )
+    return fields.lock()
+
+  for seed in (0, 1000):
+    train.train_and_evaluate(config(seed=seed), folder / str(seed))
+  return config, folder
+
+
+def mimic(references, seed, **overrides):
+  config, folder = references
+  fields = {"method": "grad_mimic", "mimic.reference": str(folder / str(seed))}
+  return config(**{**fields, "noise.rate": 0.4, "num_epochs": 1, **overrides})
+
+
+def test_a_reference_of_the_own_seed_is_ok_and_recorded(references, tmp_path):
+  train.train_and_evaluate(mimic(references, 0), tmp_path / "run")
+  report = json.loads((tmp_path / "run" / reference_check.FILE).read_text())
+  assert report["verdict"] == "ok"
+  assert report["num_samples"] == 256
+  assert len(report["path"]) == len(report["path_losses"])
+
+
+def test_a_foreign_reference_stops_a_run_until_it_is_mended(
+  references, tmp_path
+):
+  with pytest.raises(ValueError, match=r"foreign basin.*direction=outputs"):
+    train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  # What the message advises works in the same workdir.
+  mended = mimic(references, 1000, **{"mimic.direction": "outputs"})
+  train.train_and_evaluate(mended, tmp_path / "run")
+  assert not (tmp_path / "run" / reference_check.FILE).exists()
+
+
+def test_force_goes_on_with_a_foreign_reference(references, tmp_path):
+  forced = mimic(references, 1000, **{"mimic.force": True})
+  train.train_and_evaluate(forced, tmp_path / "run")
+  report = json.loads((tmp_path / "run" / reference_check.FILE).read_text())
+  assert report["verdict"] == "foreign basin"
+
+
+def test_a_study_stops_too(make_config, tmp_path):
+  config = make_config(
+    **{
+      "noise.rate": 0.4,
+      "study.reference.seed_offset": 1000,
+      "study.methods": ("grad_mimic",),
+    }
+  )
+  with pytest.raises(ValueError, match="foreign basin"):
+    study.run_study(config, tmp_path / "study")
+
+
+def test_no_samples_for_the_check_are_refused(references, tmp_path):
+  with pytest.raises(ValueError, match="check_samples is 0"):
+    train.train_and_evaluate(
+      mimic(references, 0, **{"mimic.check_samples": 0}), tmp_path / "run"
+    )
+
+
+@pytest.mark.slow
+def test_basins_are_told_apart_on_digits(tmp_path, digits_dir):
+  config = basins_config.get_config().unlock()
+  config.update_from_flattened_dict(
+    {
+      "data.data_dir": digits_dir,
+      "num_epochs": 4,
+      "basins.seeds": (0,),
+      "basins.epochs": (0, 4),
+      "basins.rates": (0.0, 0.6),
+    }
+  )
+  results = basins.run_basins(config.lock(), tmp_path / "basins")
+  assert len(results["checks"]) == 16
+  assert results["errors"] == []
+  assert (tmp_path / "basins" / "basins.png").exists()
+  # Whatever is there already is not trained again, and says the same.
+  again = basins.run_basins(config, tmp_path / "basins")
+  assert again["checks"] == results["checks"]
