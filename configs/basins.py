@@ -19,7 +19,10 @@ _DATA = {
     "data.train_split": "train[:8000]",
     "data.test_split": "test[:2000]",
     "model.name": "convnet",
-    "model.widths": (32, 64, 128),
+    "model.widths": (64, 128),
+    "model.patch_size": 2,
+    "batch_size": 64,
+    "optimizer.learning_rate": 3e-3,
   },
 }
 

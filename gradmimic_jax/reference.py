@@ -6,6 +6,7 @@ worthless, or inverted: it is then the mislabelled samples that score highest.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,38 +182,17 @@ def check_reference(
       " between them."
     )
   gap = directions.toward_weights()(params, reference, None)
-  plain = _problem.plain_losses_fn(
-    losses_fn, has_aux, kwargs, "Pass has_aux=True if it returns (losses, aux)."
+  losses_of = _LossesOf(
+    losses_fn, has_aux, kwargs, object() if kwargs else None
   )
-
-  losses_fn = lambda params, batch: plain(params, batch)[0]  # noqa: E731
-  flags = layers_lib.choose(layers, params)
+  flags = tuple(layers_lib.choose(layers, params))
   size = _validate.batch_size(batch)
   batch, candidates = _problem.mend_rows(
     jax.tree.map(jnp.asarray, batch), _validate.padding_mask(mask, size)
   )
-
-  @jax.jit
-  def losses_at(a, params, gap, batch):
-    between = jax.tree.map(
-      lambda p, v: (_tree.to_accumulate(p) + a.astype(v.dtype) * v).astype(
-        p.dtype
-      ),
-      params,
-      gap,
-    )
-    return _tree.to_accumulate(losses_fn(between, batch))
-
-  scores_fn = mimic_scores(losses_fn, layers=layers, engine=engine)
-
-  @jax.jit
-  def at_params(params, reference, batch):
-    found = scores_fn(params, reference, batch, mask=candidates)
-    valid = candidates & jnp.isfinite(found.scores)
-    geometry = _geometry(losses_fn, flags, params, reference, batch, valid)
-    return found.scores, valid, geometry
-
-  scores, valid, geometry = jax.device_get(at_params(params, reference, batch))
+  scores, valid, geometry = jax.device_get(
+    _at_params(losses_of, flags, engine, params, reference, batch, candidates)
+  )
   if not valid.any():
     raise ValueError(
       f"none of the {valid.size} samples has a finite loss and score; check the"
@@ -220,10 +200,9 @@ def check_reference(
     )
   path = np.linspace(0, 1, num_points)
   losses = np.stack(
-    [
-      jax.device_get(losses_at(jnp.asarray(a, jnp.float32), params, gap, batch))
-      for a in path
-    ]
+    jax.device_get(
+      [_losses_at(losses_of, np.float32(a), params, gap, batch) for a in path]
+    )
   )
   losses, scores = losses[:, valid].astype(float), scores[valid].astype(float)
   # On its way a loss may overflow: that is as high as a barrier gets.
@@ -247,6 +226,50 @@ def check_reference(
   }
   verdict = _verdict(**facts)
   return ReferenceReport(verdict=verdict, advice=ADVICE[verdict], **facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LossesOf:
+  """`(params, batch) -> losses [B]`.
+
+  Equal where it is made of the same function, so that a second check of it is
+  not compiled again; keyword arguments can't be compared, and `key` stands for
+  them.
+  """
+
+  losses_fn: Callable[..., Any]
+  has_aux: bool
+  kwargs: dict[str, Any] = dataclasses.field(compare=False)
+  key: object
+
+  def __call__(self, params, batch):
+    advice = "Pass has_aux=True if it returns (losses, aux)."
+    plain = _problem.plain_losses_fn(
+      self.losses_fn, self.has_aux, self.kwargs, advice
+    )
+    return plain(params, batch)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_at(losses_of, a, params, gap, batch):
+  """Losses `[B]` at `params + a gap`."""
+
+  def between(p, v):
+    return (_tree.to_accumulate(p) + a.astype(v.dtype) * v).astype(p.dtype)
+
+  params = jax.tree.map(between, params, gap)
+  return _tree.to_accumulate(losses_of(params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _at_params(losses_of, flags, engine, params, reference, batch, candidates):
+  """Scores `[B]`, which of them count, and the geometry, by names."""
+  layers = jax.tree.unflatten(jax.tree.structure(params), flags)
+  scores_fn = mimic_scores(losses_of, layers=layers, engine=engine)
+  found = scores_fn(params, reference, batch, mask=candidates)
+  valid = candidates & jnp.isfinite(found.scores)
+  geometry = _geometry(losses_of, flags, params, reference, batch, valid)
+  return found.scores, valid, geometry
 
 
 def _verdict(
@@ -275,16 +298,16 @@ def _easiest(losses):
   return np.sort(losses, axis=1)[:, :count].mean(axis=1)
 
 
-def _geometry(losses_fn, flags, params, reference, batch, valid):
+def _geometry(losses_of, flags, params, reference, batch, valid):
   """Cosines and the relative distance, over the mimic layers."""
 
   def mean_loss(params):
-    losses = _tree.to_accumulate(losses_fn(params, batch))
+    losses = _tree.to_accumulate(losses_of(params, batch))
     weights = _problem.mean_weights(valid, losses.dtype)
     return jnp.sum(weights * jnp.where(valid, losses, 0))
 
   def mimic(tree):
-    leaves, _ = _problem.split(jax.tree.leaves(tree), flags)
+    leaves, _ = _problem.split(jax.tree.leaves(tree), list(flags))
     return [_tree.to_accumulate(leaf) for leaf in leaves]
 
   descent = [-g for g in mimic(jax.grad(mean_loss)(params))]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from configs import basins as basins_config
@@ -27,8 +28,13 @@ def references(tmp_path_factory, digits_dir):
     )
     return fields.lock()
 
-  for seed in (0, 1000):
-    train.train_and_evaluate(config(seed=seed), folder / str(seed))
+  # The fixture that does this for tests comes after a module's.
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    for seed in (0, 1000):
+      train.train_and_evaluate(config(seed=seed), folder / str(seed))
   return config, folder
 
 
