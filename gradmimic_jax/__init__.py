@@ -5,7 +5,7 @@ optimizer with `mimic`. Data work: collect scores in a `ScoreLedger`, then
 `select` what to keep.
 """
 
-from gradmimic_jax import metrics
+from gradmimic_jax import linear_head, matching, metrics
 from gradmimic_jax._version import __version__
 from gradmimic_jax.directions import (
   Direction,
@@ -32,6 +32,7 @@ from gradmimic_jax.weighting import (
   effective_sample_size,
   ess_softmax,
   positive,
+  proportional,
   softmax,
   top_fraction,
   uniform,

@@ -12,7 +12,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree
+from gradmimic_jax import _per_sample, _tree
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -26,7 +26,7 @@ from gradmimic_jax.scores import Measured
 
 def answer(problem: Problem) -> Answer:
   """Scores and losses without a gradient."""
-  if problem.score.needs_norms:
+  if problem.score.needs_norms or problem.score.needs_gram:
     losses, pullback, (descents, aux) = _linearize(problem)
     return _answer(problem, losses, descents, aux, pullback)
   losses, descents, aux = _descents(problem, problem.params)
@@ -124,8 +124,13 @@ def _answer(problem, losses, descents, aux, pullback):
   if descents is not None:
     descents = _tree.to_accumulate(descents)
     norms = None if norms is None else norms.astype(descents.dtype)
+  gram = counted = None
+  if problem.score.needs_gram:
+    gram, counted = _gram(problem, losses, pullback)
   losses = _tree.to_accumulate(losses)
-  scores = problem.score.fn(Measured(losses, descents, norms, problem.baseline))
+  scores = problem.score.fn(
+    Measured(losses, descents, norms, problem.baseline, gram, counted)
+  )
   valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
   return Answer(scores, losses, valid, aux)
 
@@ -138,3 +143,15 @@ def _gradient_norms(problem, losses, pullback):
     return _tree.norm(split(jax.tree.leaves(grads), problem.flags)[0])
 
   return jax.lax.map(norm_of, jnp.eye(losses.size, dtype=losses.dtype))
+
+
+def _gram(problem, losses, pullback):
+  """`<g_i, g_j>` over the mimic layers, and who is in it; all B are held."""
+
+  def gradient_of(basis_vector):
+    (grads,) = pullback(basis_vector)
+    return split(jax.tree.leaves(grads), problem.flags)[0]
+
+  rows = jax.lax.map(gradient_of, jnp.eye(losses.size, dtype=losses.dtype))
+  valid = problem.candidates & jnp.isfinite(losses) & _tree.rows_finite(rows)
+  return _per_sample.inner_products(rows, valid)

@@ -44,15 +44,57 @@ def score_rows(
   score: Score,
   losses: jax.Array | None = None,
   baseline: jax.Array | None = None,
+  candidates: jax.Array | None = None,
 ) -> jax.Array:
-  """Scores `[B]` of per-sample gradients `[B, *p]`."""
+  """Scores `[B]` of per-sample gradients `[B, *p]`.
+
+  Args:
+    rows: per-sample gradients, leaves `[B, *p]`.
+    unit: the unit direction over the mimic layers, if the score asks.
+    flags: which leaves are mimic layers.
+    score: how what is measured becomes scores.
+    losses: `[B]`, if the score asks.
+    baseline: the reference's losses `[B]`, if the score asks.
+    candidates: bool `[B]`, the samples that may count; None is all.
+
+  Returns:
+    Scores `[B]`.
+  """
   mimic, _ = split(rows, flags)
   descents = norms = None
   if unit is not None:
     descents = -_tree.row_inner_products(mimic, unit)
   if score.needs_norms:
     norms = _tree.row_norms(mimic)
-  return score.fn(Measured(losses, descents, norms, baseline))
+  gram = valid = None
+  if score.needs_gram:
+    valid = _tree.rows_finite(rows)
+    for more in (candidates, None if losses is None else jnp.isfinite(losses)):
+      valid = valid if more is None else valid & more
+    gram, valid = inner_products(mimic, valid)
+  return score.fn(Measured(losses, descents, norms, baseline, gram, valid))
+
+
+def inner_products(
+  rows: list[jax.Array], valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The samples' inner products with each other.
+
+  Args:
+    rows: per-sample gradients over the mimic layers, leaves `[B, *p]`.
+    valid: bool `[B]`, the samples that may count.
+
+  Returns:
+    The Gram matrix `[B, B]`, zeros in the rows and columns of the others, and
+    which samples are in it, bool `[B]`: those whose own norm overflows are not.
+  """
+  dtype = _tree.common_dtype(rows)
+  gram = jnp.zeros([valid.size, valid.size], dtype)
+  for row in rows:
+    flat = _tree.where_rows(valid, row).reshape(valid.size, -1).astype(dtype)
+    gram += jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+  valid = valid & jnp.isfinite(jnp.diagonal(gram))
+  return jnp.where(valid[:, None] & valid[None, :], gram, 0), valid
 
 
 def sound_rows(rows: list[jax.Array], scores: jax.Array) -> jax.Array:
@@ -103,6 +145,7 @@ def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
     problem.score,
     losses,
     problem.baseline,
+    problem.candidates,
   )
   valid = problem.candidates & jnp.isfinite(losses) & sound_rows(rows, scores)
   return Answer(scores, losses, valid, aux), rows

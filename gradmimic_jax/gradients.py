@@ -21,6 +21,7 @@ from gradmimic_jax import (
 )
 from gradmimic_jax.directions import Direction, toward_weights
 from gradmimic_jax.layers import Layers
+from gradmimic_jax.scores import Score
 from gradmimic_jax.weighting import Weighting
 
 _ENGINES = {"forward": _forward, "per_sample": _per_sample}
@@ -58,7 +59,7 @@ def mimic_value_and_grad(
   *,
   direction: Direction = toward_weights(),  # noqa: B008 - a pure closure
   layers: Layers = None,
-  score: str = "projection",
+  score: str | Score = "projection",
   weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
   scope: str = "all",
   engine: str = "auto",
@@ -107,21 +108,22 @@ def mimic_value_and_grad(
     score: `"projection"`, or `"cosine"` (divided by the gradient norm too). To
       compare with: `"gradient_norm"` (GraNd) and `"excess_loss"` (RHO-loss; the
       reference is then the reference's losses on this batch, `[B]`), which look
-      at no direction.
-    weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`, `uniform`,
-      or a callable of their kind.
+      at no direction; or a score that is made, such as `matching.omp(0.3)`.
+    weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`,
+      `proportional`, `uniform`, or a callable of their kind.
     scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
       (the mimic layers; the others get the plain mean).
     engine: `"forward"`: one jvp inside one vjp, at about the price of a plain
       gradient. `"per_sample"`: `vmap(grad)`, for losses that don't depend on
       batch mates. `"auto"`: per_sample with a microbatch size or a score
-      with gradient norms (of which the forward engine takes one more pullback a
-      sample), else forward. The returned function's `engine` attribute names
-      the one it is.
+      with gradient norms or their inner products (for which the forward engine
+      takes one more pullback a sample), else forward. The returned function's
+      `engine` attribute names the one it is.
     microbatch_size: of the per-sample engine: how many samples' gradients exist
       at a time. `softmax` and `uniform` need one pass over the microbatches;
       weightings that need all scores before any weight (`ess_softmax`,
-      `top_fraction`, `positive`) take two, scores first. None: all at once.
+      `top_fraction`, `positive`, `proportional`) take two, scores first. Scores
+      of all samples' inner products can't be had this way. None: all at once.
     has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
       calls losses_fn with batches of one and stacks their aux over samples, so
       that aux leaves `[B, ...]` are the same in both engines.
@@ -136,8 +138,9 @@ def mimic_value_and_grad(
     reweighted gradient, a tree like params.
 
   Raises:
-    ValueError: an unknown score, scope or engine; and, from `fn`, shapes that
-      don't fit, or layers that match nothing.
+    ValueError: an unknown score, scope or engine, or a score that microbatches
+      can't give; and, from `fn`, shapes that don't fit, or layers that match
+      nothing.
     TypeError: from `fn`, trees or dtypes that don't fit.
 
   Example:
@@ -215,7 +218,7 @@ def mimic_scores(
   *,
   direction: Direction = toward_weights(),  # noqa: B008 - a pure closure
   layers: Layers = None,
-  score: str = "projection",
+  score: str | Score = "projection",
   engine: str = "auto",
   microbatch_size: int | None = None,
 ) -> Callable[..., MimicScores]:
@@ -295,12 +298,19 @@ def _engine(name, score, microbatch_size):
         f"microbatch_size is {microbatch_size} with engine='forward', which"
         " sees the whole batch; expected None, or engine='per_sample'."
       )
+    if score.needs_gram:
+      raise ValueError(
+        f"microbatch_size is {microbatch_size} with score {score.name!r}, which"
+        " compares all samples' gradients with each other; expected None, or,"
+        " where the mimic layers are one linear head, gm.linear_head.scores."
+      )
     return "per_sample", _Solver(
       functools.partial(_streaming.answer, microbatch_size=microbatch_size),
       functools.partial(_streaming.reweighted, microbatch_size=microbatch_size),
     )
   if name == "auto":
-    name = "per_sample" if score.needs_norms else "forward"
+    one_by_one = score.needs_norms or score.needs_gram
+    name = "per_sample" if one_by_one else "forward"
   engine = _ENGINES[name]
   return name, _Solver(engine.answer, engine.reweighted)
 

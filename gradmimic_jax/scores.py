@@ -22,6 +22,8 @@ class Measured(NamedTuple):
   descents: jax.Array | None  # [B], <-g_i, v> / ||v||
   norms: jax.Array | None  # [B], ||g_i||
   baseline: jax.Array | None  # [B], the reference's losses
+  gram: jax.Array | None = None  # [B, B], <g_i, g_j>; 0 where not valid
+  valid: jax.Array | None = None  # bool [B], the samples in the gram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Score:
     needs_descents: whether `fn` looks at the descents, and so at a direction.
     needs_norms: whether `fn` looks at the gradient norms.
     needs_baseline: whether `fn` looks at the reference's losses.
+    needs_gram: whether `fn` looks at all samples' inner products with each
+      other, and at which of them are valid. Its scores then depend on batch
+      mates; it sees no sample that is padding or not finite.
   """
 
   name: str
@@ -41,6 +46,7 @@ class Score:
   needs_descents: bool = False
   needs_norms: bool = False
   needs_baseline: bool = False
+  needs_gram: bool = False
 
 
 def _projection(measured):
@@ -73,8 +79,8 @@ SCORES = {
 }
 
 
-def get(name: str) -> Score:
-  """The score of that name.
+def get(name: str | Score) -> Score:
+  """The score of that name, or the Score that came.
 
   * `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
     unit of parameter distance. Needs no gradient of a single sample.
@@ -83,8 +89,11 @@ def get(name: str) -> Score:
   * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
     reference's losses stand in the place of the reference.
 
+  Scores with options of their own are made, not named: see
+  `gradmimic_jax.matching`.
+
   Args:
-    name: one of the four.
+    name: one of the four, or a Score.
 
   Returns:
     The Score.
@@ -102,5 +111,7 @@ def get(name: str) -> Score:
     <https://arxiv.org/abs/2107.07075>`_ (GraNd). Mindermann et al.,
     `arXiv:2206.07137 <https://arxiv.org/abs/2206.07137>`_ (RHO-loss).
   """
+  if isinstance(name, Score):
+    return name
   _validate.choice("score", name, SCORES)
   return SCORES[name]

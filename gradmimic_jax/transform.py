@@ -17,6 +17,7 @@ from gradmimic_jax import (
 )
 from gradmimic_jax.gradients import SCOPES
 from gradmimic_jax.layers import Layers
+from gradmimic_jax.scores import Score
 from gradmimic_jax.weighting import Weighting
 
 
@@ -35,7 +36,7 @@ def reweight_by_mimic_score(
   reference: Any,
   *,
   layers: Layers = None,
-  score: str = "projection",
+  score: str | Score = "projection",
   weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
   scope: str = "all",
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +57,8 @@ def reweight_by_mimic_score(
       mimic layers are copied into the state, so that they are sharded, donated
       and checkpointed with it.
     layers: the mimic layers, as in `mimic_value_and_grad`.
-    score: `"projection"`, `"cosine"` or `"gradient_norm"`.
+    score: `"projection"`, `"cosine"`, `"gradient_norm"`, or a score that is
+      made, such as `matching.omp(0.3)`.
     weighting: as in `mimic_value_and_grad`; a temperature schedule follows the
       state's count.
     scope: `"all"`, or `"layers"` (leaves outside the mimic layers get the plain
@@ -97,8 +99,8 @@ def reweight_by_mimic_score(
   score_kind = scores_lib.get(score)
   if score_kind.needs_baseline:
     raise ValueError(
-      f"score is {score!r}, which needs losses; an optax transformation sees"
-      " gradients only: use gm.mimic_value_and_grad."
+      f"score is {score_kind.name!r}, which needs losses; an optax"
+      " transformation sees gradients only: use gm.mimic_value_and_grad."
     )
 
   def init_fn(params):
@@ -137,7 +139,9 @@ def reweight_by_mimic_score(
         " layers that it was made with."
       )
     unit, distance = directions.normalize(directions.gap(mimic, stored))
-    scores = _per_sample.score_rows(rows, unit, flags, score_kind)
+    scores = _per_sample.score_rows(
+      rows, unit, flags, score_kind, candidates=mask
+    )
     valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weighting, scores, valid, state.count)
     leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
@@ -159,7 +163,7 @@ def mimic(
   reference: Any,
   *,
   layers: Layers = None,
-  score: str = "projection",
+  score: str | Score = "projection",
   weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
   scope: str = "all",
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,5 +1,7 @@
 """Weightings: scores `[B]` to weights `[B]` that sum to 1 over real samples.
 
+(One may skip a step by weights that are all 0: `positive(otherwise="skip")`.)
+
 A weighting is any callable `(scores [B], mask [B] or None, step [] or None) ->
 weights [B]`. One that is a softmax can say so by a method `temperature_at(step)
 -> []`: the streaming engine then needs one pass. Samples outside the mask get
@@ -183,30 +185,82 @@ def top_fraction(f: float) -> Weighting:
   return _TopFraction(f)
 
 
+_OTHERWISE = ("uniform", "skip")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Positive:
+  otherwise: str
+
   def __call__(self, scores, mask=None, step=None):
     del step
     mask = _validate.padding_mask(mask, scores.shape[0])
     chosen = mask & (scores > 0)
-    # With nothing to choose, the plain mean keeps the weights' sum at 1.
-    return _share_alike(jnp.where(jnp.any(chosen), chosen, mask), scores.dtype)
+    if self.otherwise == "uniform":
+      chosen = jnp.where(jnp.any(chosen), chosen, mask)
+    return _share_alike(chosen, scores.dtype)
 
 
-def positive() -> Weighting:
-  """Equal weights on positive scores; on all samples if there are none.
+def positive(*, otherwise: str = "uniform") -> Weighting:
+  """Equal weights on positive scores.
 
   `w_i = [m_i > 0] / sum_j [m_j > 0]`
+
+  Args:
+    otherwise: what to do about a batch without a positive score: `"uniform"`
+      weights all alike, `"skip"` gives weight 0 to all, so that the gradient is
+      0 (momentum and weight decay of an optimizer still move the parameters).
+
+  Returns:
+    A weighting.
+
+  Raises:
+    ValueError: otherwise is neither of the two.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> positive()(jnp.array([1.0, -1.0, 2.0, -3.0]))
+    Array([0.5, 0. , 0.5, 0. ], dtype=float32)
+
+  References:
+    Sedova et al., `arXiv:2306.04502 <https://arxiv.org/abs/2306.04502>`_
+    (AGRA), where such a step is skipped.
+  """
+  _validate.choice("otherwise", otherwise, _OTHERWISE)
+  return _Positive(otherwise)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proportional:
+  def __call__(self, scores, mask=None, step=None):
+    del step
+    mask = _validate.padding_mask(mask, scores.shape[0])
+    parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
+    # Over the largest first: the sum of huge scores may be out of range.
+    largest = jnp.max(parts, initial=0)
+    parts = parts / jnp.where(largest > 0, largest, 1)
+    parts = jnp.where(largest > 0, parts, mask.astype(scores.dtype))
+    total = jnp.sum(parts)
+    return parts / jnp.where(total > 0, total, 1)
+
+
+def proportional() -> Weighting:
+  """Weights in proportion to the positive scores; uniform if there are none.
+
+  `w_i = max(m_i, 0) / sum_j max(m_j, 0)`
+
+  For scores that are weights already, up to a factor, as those of
+  `gradmimic_jax.matching` are.
 
   Returns:
     A weighting.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> positive()(jnp.array([1.0, -1.0, 2.0, -3.0]))
-    Array([0.5, 0. , 0.5, 0. ], dtype=float32)
+    >>> proportional()(jnp.array([1.0, -1.0, 3.0]))
+    Array([0.25, 0.  , 0.75], dtype=float32)
   """
-  return _Positive()
+  return _Proportional()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +313,14 @@ def effective_sample_size(weights: jax.Array) -> jax.Array:
 
 def check(weighting: Any) -> None:
   """Raises TypeError unless this may be a weighting."""
-  factories = (softmax, ess_softmax, top_fraction, positive, uniform)
+  factories = (
+    softmax,
+    ess_softmax,
+    top_fraction,
+    positive,
+    proportional,
+    uniform,
+  )
   _validate.made(
     "weighting", weighting, factories, "gm.softmax(0.5) or gm.uniform()"
   )

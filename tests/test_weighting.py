@@ -14,6 +14,7 @@ WEIGHTINGS = {
   "ess_softmax": gm.ess_softmax(0.3),
   "top_fraction": gm.top_fraction(0.25),
   "positive": gm.positive(),
+  "proportional": gm.proportional(),
   "uniform": gm.uniform(),
 }
 SCORES = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
@@ -252,6 +253,45 @@ def test_top_fraction_gives_ties_to_the_earlier_sample():
 def test_positive_takes_scores_above_zero_alike():
   weights = gm.positive()(jnp.array([0.0, 5.0, -1.0, 1e-6]))
   np.testing.assert_array_equal(weights, [0, 0.5, 0, 0.5])
+
+
+def test_positive_skips_where_it_is_told_to():
+  fn = gm.positive(otherwise="skip")
+  np.testing.assert_array_equal(fn(jnp.array([0.0, -1.0])), 0)
+  assert size_of(fn(jnp.array([0.0, -1.0]))) == 0
+  np.testing.assert_array_equal(
+    fn(jnp.array([1.0, 2.0]), np.array([False, False])), 0
+  )
+  scores = jnp.asarray(SCORES)
+  np.testing.assert_array_equal(fn(scores, MASK), gm.positive()(scores, MASK))
+  with pytest.raises(ValueError, match="otherwise is 'raise'.*'skip'"):
+    gm.positive(otherwise="raise")
+
+
+def test_a_skipped_step_has_no_gradient():
+  step = gm.mimic_value_and_grad(
+    lambda params, batch: batch * params["w"],
+    weighting=gm.positive(otherwise="skip"),
+  )
+  (_, info), grads = step(
+    {"w": jnp.ones([])}, {"w": jnp.array(2.0)}, jnp.array([1.0, 2.0])
+  )
+  np.testing.assert_array_equal(info.scores, [-1, -2])
+  assert grads["w"] == info.effective_sample_size == 0
+
+
+def test_proportional_closed_form():
+  positive = np.maximum(SCORES, 0) * MASK
+  np.testing.assert_allclose(
+    COMPILED["proportional"](SCORES, MASK), positive / positive.sum(), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    COMPILED["proportional"](KINDS["negative"], MASK),
+    MASK / MASK.sum(),
+    rtol=1e-6,
+  )
+  huge = gm.proportional()(jnp.full(4, 3e38))  # their sum is out of range
+  np.testing.assert_allclose(huge, 0.25)
 
 
 def test_positive_falls_back_to_the_plain_mean():
