@@ -4,13 +4,13 @@ python -m experiments.study --workdir=runs/directions \
   --config=configs/directions.py:reference=foreign,noise=symmetric \
   --config.data.data_dir=<where cifar10 is prepared>
 
-A small convnet on 8,000 images of CIFAR-10 with noisy labels, three seeds,
-about ten minutes on 2 CPU cores. References, by the argument:
+A small convnet on 5,000 images of CIFAR-10 with noisy labels, three seeds,
+about six minutes on 2 CPU cores. References, by the argument:
 
-  own      the learner's own initialisation, 16,000 clean images
+  own      the learner's own initialisation, 12,000 clean images
   foreign  another initialisation, the same images
   poor     another initialisation, 2,000 clean images
-  mlp      another architecture, 16,000 clean images
+  mlp      another architecture, 12,000 clean images
 
 `noise=human` takes the labels that people gave (CIFAR-10N, its worst column):
 add `--config.noise.path=<a table with the columns id and worst>`.
@@ -28,11 +28,11 @@ _METHODS = (
   "grad_mimic_outputs",
 )
 _REFERENCES = {
-  "own": {"train_split": "train[:16000]"},
-  "foreign": {"train_split": "train[:16000]", "seed_offset": 1000},
+  "own": {"train_split": "train[:12000]"},
+  "foreign": {"train_split": "train[:12000]", "seed_offset": 1000},
   "poor": {"train_split": "train[:2000]", "seed_offset": 1000},
   "mlp": {
-    "train_split": "train[:16000]",
+    "train_split": "train[:12000]",
     "seed_offset": 1000,
     "model": "mlp",
     "widths": (512, 512),
@@ -69,10 +69,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.update_from_flattened_dict(
     {
       "batch_size": 64,
-      "num_epochs": 8,
+      "num_epochs": 6,
       "data.name": "cifar10",
-      "data.train_split": "train[:8000]",
-      "data.test_split": "test[:5000]",
+      "data.train_split": "train[:5000]",
+      "data.test_split": "test[:3000]",
       "model.name": "convnet",
       "model.widths": (64, 128),
       "model.patch_size": 2,
