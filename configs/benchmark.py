@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.timing = config_dict.ConfigDict()
   # Pairs (plain step, mimic step) are timed until both are reached.
   config.timing.pairs = 2
-  config.timing.seconds = 0.5
+  config.timing.seconds = 0.3
   # Steps shorter than this are timed several in a row.
   config.timing.shortest = 0.005
 

@@ -96,20 +96,20 @@ class Setup:
       compare: whether to compare with float64.
     """
     # XLA leaves cores idle when it compiles one program. All is compiled before
-    # anything is timed. Some cases are one program: "auto" is another engine.
-    programs, compiled = [], {}
+    # anything is timed. "auto" is another engine by the same name.
+    programs: dict[tuple[str, str], tuple[_Candidate, Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       for case in cases:
-        candidate = self._candidate(case)
-        text = candidate.lowered.as_text()
-        if text not in compiled:
-          compiled[text] = pool.submit(candidate.lowered.compile)
-        programs.append((case, candidate, text))
-    entries: dict[str, dict[str, Any]] = {}
-    for case, candidate, text in programs:
-      if text not in entries:
-        entries[text] = self._measure(case, candidate, compiled[text], compare)
-      keep(case, entries[text])
+        if self._program(case) not in programs:
+          candidate = self._candidate(case)
+          compiling = pool.submit(candidate.lowered.compile)
+          programs[self._program(case)] = candidate, compiling
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in cases:
+      program = self._program(case)
+      if program not in entries:
+        entries[program] = self._measure(case, *programs[program], compare)
+      keep(case, entries[program])
 
   def _measure(self, case, candidate, compiling, compare):
     entry = _entry(candidate.engine)
@@ -172,18 +172,28 @@ class Setup:
     """The reference's logits for the batch, computed once."""
     return jax.jit(self.outputs_fn)(self.reference, self.batch)
 
-  def _candidate(self, case):
-    layers = patterns(self.section)[case.layers]
-    weighting = gm.softmax(_TEMPERATURE)
-    if case.engine == "optax":
-      return self._transformation(layers, weighting)
+  def _program(self, case):
+    """What tells the case's program from that of the others."""
+    if case.engine != "auto":
+      return case.layers, case.engine
+    return case.layers, self._step(case).engine
+
+  def _step(self, case):
     options = {
       "outputs": {"direction": gm.toward_outputs(self.outputs_fn)},
       "streaming": {"microbatch_size": self.config.microbatch_size},
     }.get(case.engine, {"engine": case.engine})
-    step = gm.mimic_value_and_grad(
-      self.losses_fn, layers=layers, weighting=weighting, **options
+    return gm.mimic_value_and_grad(
+      self.losses_fn,
+      layers=patterns(self.section)[case.layers],
+      weighting=gm.softmax(_TEMPERATURE),
+      **options,
     )
+
+  def _candidate(self, case):
+    if case.engine == "optax":
+      return self._transformation(case)
+    step = self._step(case)
     outputs = case.engine == "outputs"
     reference = self.reference_outputs if outputs else self.reference
     args = (self.params, reference, self.batch)
@@ -194,9 +204,11 @@ class Setup:
       lambda output: (output[0][1].scores, output[1]),
     )
 
-  def _transformation(self, layers, weighting):
+  def _transformation(self, case):
     tx = gm.reweight_by_mimic_score(
-      self.reference, layers=layers, weighting=weighting
+      self.reference,
+      layers=patterns(self.section)[case.layers],
+      weighting=gm.softmax(_TEMPERATURE),
     )
 
     def loss_of_one(params, sample):
