@@ -13,6 +13,7 @@ from gradmimic_jax.selection import Cut, Selection, binarize, select
 from gradmimic_jax.selection.label_model import KeepProbability, majority
 
 METHODS = {
+  "auto": {},
   "threshold": {"threshold": 0.1},
   "kmeans": {},
   "gmm": {},
@@ -54,7 +55,9 @@ def test_drops_only_below_one_half():
       [np.nan, -1, np.nan, np.nan],
     ]
   )
-  got = select(scores, binarize="threshold", ids=[4, 2, 0, 1, 3])
+  got = select(
+    scores, binarize="threshold", aggregate="majority", ids=[4, 2, 0, 1, 3]
+  )
   assert got.keep.tolist() == [True, True, False, True, False]
   np.testing.assert_array_equal(
     got.keep_probability, [0.75, 0.5, 0.25, np.nan, 0]
@@ -97,7 +100,9 @@ def test_order_of_samples_does_not_matter(method):
   got = select(scores, binarize=method, **METHODS[method])
   shuffled = select(scores[order], binarize=method, **METHODS[method])
   agree = got.votes[order] == shuffled.votes
-  assert agree.mean() > (0.99 if method in ("gmm", "kmeans") else 0.999999)
+  assert agree.mean() > (
+    0.99 if method in ("auto", "gmm", "kmeans") else 0.999999
+  )
 
 
 @pytest.mark.parametrize("method", ["kmeans", "gmm", "top_fraction"])
@@ -115,7 +120,7 @@ def test_the_unit_and_the_zero_of_scores_do_not_matter(method, scale):
   )
 
 
-@pytest.mark.parametrize("method", ["gmm", "threshold"])
+@pytest.mark.parametrize("method", ["auto", "gmm", "threshold"])
 @pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
 def test_a_narrow_and_a_wide_group_are_told_apart(method, rate):
   scores, noisy = noisy_scores(2, rate=rate)
@@ -123,7 +128,7 @@ def test_a_narrow_and_a_wide_group_are_told_apart(method, rate):
   assert metrics.f1(~got.keep, noisy) > 0.98
 
 
-@pytest.mark.parametrize("method", ["gmm", "kmeans", "threshold"])
+@pytest.mark.parametrize("method", ["auto", "gmm", "kmeans", "threshold"])
 @pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
 def test_two_groups_of_one_width_are_told_apart(method, rate):
   # k-means is only promised this: it cuts a wide group in two.
@@ -152,7 +157,7 @@ def test_columns_are_binarised_by_themselves():
 
 def test_a_large_column_is_fitted_on_a_subsample(monkeypatch):
   scores, _ = noisy_scores(5, n=8000, n_steps=1)
-  whole = {m: select(scores, binarize=m) for m in ("gmm", "kmeans")}
+  whole = {m: select(scores, binarize=m) for m in ("auto", "gmm", "kmeans")}
   monkeypatch.setattr(binarize, "FIT_SIZE", 2000)
   for method, all_scores in whole.items():
     some = select(scores, binarize=method, seed=1)
@@ -209,7 +214,7 @@ def test_gmm_cut_is_where_the_posterior_rises_through_one_half(seed):
   high = np.log(share[1]) + stats.norm.logpdf(s, mean[1], variance[1] ** 0.5)
   low = np.log(share[0]) + stats.norm.logpdf(s, mean[0], variance[0] ** 0.5)
   rises = np.flatnonzero((high <= low)[:-1] & (high > low)[1:])
-  got = binarize._upward_crossing(share, mean, variance)
+  got = binarize.upward_crossing(share, mean, variance)
   if len(rises):
     assert len(rises) == 1
     assert got == pytest.approx(s[rises[0]], abs=1e-3)
@@ -219,7 +224,7 @@ def test_gmm_cut_is_where_the_posterior_rises_through_one_half(seed):
 
 @pytest.mark.parametrize("difference", [0.0, 1e-12, -1e-12])
 def test_gmm_cut_of_equal_variances_is_stable(difference):
-  got = binarize._upward_crossing(
+  got = binarize.upward_crossing(
     np.array([0.5, 0.5]), np.array([-1.0, 3.0]), np.array([1, 1 + difference])
   )
   assert got == pytest.approx(1.0)
@@ -229,19 +234,19 @@ def test_gmm_keeps_extreme_high_scores():
   # The wide lower component is the likelier source of 40 than the narrow upper.
   rng = np.random.default_rng(0)
   scores = np.r_[rng.normal(-6, 4, 500), rng.normal(1, 0.2, 500), 40.0]
-  got = select(scores[:, None])
+  got = select(scores[:, None], binarize="gmm")
   assert got.keep[-1]
   assert got.diagnostics["fits"][0]["low_std"] > 2
 
 
 def test_gmm_of_two_distinct_values():
   scores = np.array([0.0, 0.0, 0.0, 5.0, 5.0])[:, None]
-  for method in ("gmm", "kmeans"):
+  for method in ("gmm", "kmeans"):  # "auto" needs more than five scores
     got = select(scores, binarize=method)
     assert got.keep.tolist() == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("method", ["gmm", "kmeans"])
+@pytest.mark.parametrize("method", ["auto", "gmm", "kmeans"])
 def test_a_column_of_one_value_abstains(method):
   scores, _ = noisy_scores(7)
   scores[:, 2] = 0.25
@@ -275,7 +280,7 @@ def test_scores_that_say_nothing_drop_nobody():
 def test_one_population_abstains():
   # One component inside the other: the wide upper one wins nowhere or always.
   share, mean = np.array([0.01, 0.99]), np.array([-0.1, 0.1])
-  assert math.isnan(binarize._upward_crossing(share, mean, np.array([1, 1.1])))
+  assert math.isnan(binarize.upward_crossing(share, mean, np.array([1, 1.1])))
   got = select(
     np.array([[1.0], [2.0]]),
     binarize=lambda s, seed: Cut(math.nan, "one population"),

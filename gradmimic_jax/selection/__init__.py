@@ -1,6 +1,8 @@
 """Stage 2: from every sample's scores over the steps to a filter."""
 
-from gradmimic_jax.selection.binarize import BINARIZERS, Binarizer, Cut
+from gradmimic_jax.selection.auto import auto
+from gradmimic_jax.selection.binarize import Binarizer, Cut
+from gradmimic_jax.selection.binarizers import BINARIZERS
 from gradmimic_jax.selection.label_model import (
   LABEL_MODELS,
   KeepProbability,
@@ -16,5 +18,6 @@ __all__ = [
   "KeepProbability",
   "LabelModel",
   "Selection",
+  "auto",
   "select",
 ]

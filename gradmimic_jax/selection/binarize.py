@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -199,7 +199,7 @@ def gmm() -> Binarizer:
       "high_mean": float(mean[1] * scale + shift),
       "high_std": float(np.sqrt(variance[1]) * scale),
     }
-    value = _upward_crossing(share, mean, variance) * scale + shift
+    value = upward_crossing(share, mean, variance) * scale + shift
     if math.isnan(value) or (scores > value).all() or (scores <= value).all():
       note = "one population: no score separates the two components"
       return Cut(math.nan, note, fit)
@@ -207,15 +207,6 @@ def gmm() -> Binarizer:
     return Cut(float(value), note, fit)
 
   return cut
-
-
-# name -> factory; `select` hands "threshold" and "top_fraction" their value.
-BINARIZERS: dict[str, Callable[..., Binarizer]] = {
-  "threshold": threshold,
-  "kmeans": kmeans,
-  "gmm": gmm,
-  "top_fraction": top_fraction,
-}
 
 
 def votes_of(
@@ -252,29 +243,39 @@ def votes_of(
   return votes, cuts
 
 
+def subsample(scores: np.ndarray, seed: int) -> np.ndarray:
+  """At most `FIT_SIZE` of the scores [n], drawn by the seed."""
+  if len(scores) <= FIT_SIZE:
+    return scores
+  rng = np.random.default_rng(seed)
+  sample = scores[rng.integers(0, len(scores), FIT_SIZE)]
+  # Rare values may be missing from a sample, but not the only two there are.
+  return sample if np.ptp(sample) > 0 else scores
+
+
+def spread(scores: np.ndarray, center: float) -> float:
+  """The median distance from a center, of scores that aren't all the same."""
+  distances = np.abs(scores - center)
+  # More than half of the scores may be one value; they aren't all.
+  return float(np.median(distances)) or float(distances.mean())
+
+
 def _fit_scores(
   scores: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float, float] | None:
   """The scores to fit, with shift and scale; None if they are all equal."""
   if scores.min() == scores.max():
     return None
-  if len(scores) > FIT_SIZE:
-    rng = np.random.default_rng(seed)
-    sample = rng.choice(len(scores), FIT_SIZE, replace=False, shuffle=False)
-    # Rare values may be missing from a sample, but not the only two there are.
-    if np.ptp(scores[sample]) > 0:
-      scores = scores[sample]
+  scores = subsample(scores, seed)
   inner = np.clip(scores, *np.quantile(scores, [0.01, 0.99]))
   if np.ptp(inner) > 0:
     scores = inner
   shift = float(np.median(scores))
-  deviations = np.abs(scores - shift)
-  # More than half of the scores may be one value; they aren't all.
-  scale = float(np.median(deviations)) or float(deviations.mean())
+  scale = spread(scores, shift)
   return (scores - shift) / scale, shift, scale
 
 
-def _upward_crossing(
+def upward_crossing(
   share: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> float:
   """Where the second Gaussian overtakes the first, going up; nan if nowhere.
@@ -297,49 +298,3 @@ def _upward_crossing(
   # form is the same root without dividing by an `a` near zero.
   root = math.sqrt(discriminant)
   return float(-2 * c / (b + root) if b > 0 else (root - b) / (2 * a))
-
-
-def make_binarizer(name: Any, **values: float | None) -> Binarizer:
-  """The binariser of a name, or the given one.
-
-  Args:
-    name: a key of `BINARIZERS`, or a binariser.
-    **values: `threshold` and `fraction`, each for the binariser that takes it.
-
-  Returns:
-    A binariser.
-
-  Raises:
-    TypeError: neither a name nor a function.
-    ValueError: an unknown name, a value missing, or one that the binariser
-      doesn't take.
-
-  Example:
-    >>> make_binarizer("threshold", threshold=0.5)(np.array([1.0]), 0)
-    Cut(value=0.5, note='', fit={})
-  """
-  given = {key: value for key, value in values.items() if value is not None}
-  takes = {"threshold": "threshold", "top_fraction": "fraction"}
-  if not isinstance(name, str) and not callable(name):
-    raise TypeError(
-      f"binarize is {name!r}; expected one of {sorted(BINARIZERS)}, or a"
-      " function (scores [n], seed) -> Cut."
-    )
-  if isinstance(name, str) and name not in BINARIZERS:
-    raise ValueError(
-      f"binarize is {name!r}; expected one of {sorted(BINARIZERS)}."
-    )
-  for key in given:
-    if not isinstance(name, str) or takes.get(name) != key:
-      user = next(user for user, taken in takes.items() if taken == key)
-      raise ValueError(
-        f"{key}={given[key]} has no effect with binarize={name!r}; leave it"
-        f" out, or use binarize={user!r}."
-      )
-  if not isinstance(name, str):
-    return name
-  if name == "top_fraction" and not given:
-    raise ValueError(
-      "binarize='top_fraction' needs fraction, the share to keep, in (0, 1]."
-    )
-  return BINARIZERS[name](*given.values())

@@ -12,7 +12,15 @@ import numpy as np
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.selection import (
   binarize as binarize_lib,
+  binarizers,
   label_model as label_model_lib,
+  pooling,
+)
+from gradmimic_jax.selection.auto import MIN_SCORES, Auto
+from gradmimic_jax.selection.binarize import Cut
+
+_OVERRULED = (
+  "it went against the pooled scores of most samples; taken by majority"
 )
 
 
@@ -31,6 +39,10 @@ class Selection:
     votes: int8 [N, T]; 1 keep, 0 drop, -1 abstain.
     diagnostics: how it came about, in plain numbers and strings (it can be
       written as JSON); `select` lists the names.
+    quality: floats [N] in [0, 1], high = good: the scores pooled over the
+      steps, mapped so that a quality is about a keep probability and a higher
+      pooled score has a higher quality. nan without a finite score, or if
+      nothing has a vote; None in a selection made without.
   """
 
   ids: np.ndarray
@@ -38,6 +50,7 @@ class Selection:
   keep_probability: np.ndarray
   votes: np.ndarray
   diagnostics: dict[str, Any]
+  quality: np.ndarray | None = None
 
   @property
   def kept_ids(self) -> np.ndarray:
@@ -64,6 +77,8 @@ class Selection:
       f" ({self.kept_fraction:.1%}), by {about['aggregate']} over"
       f" {self.votes.shape[1]} steps of {about['binarize']} votes."
     ]
+    if about.get("population"):
+      lines.append(f"  all steps: {about['population']}")
     if about["ties"]:
       lines.append(f"  {about['ties']:,} ties, kept")
     if about["unvoted"]:
@@ -71,7 +86,7 @@ class Selection:
     if note := about["label_model"].get("note"):
       lines.append(f"  {about['aggregate']}: {note}")
     for step, note in zip(about["steps"], about["notes"], strict=True):
-      if note:
+      if note and note != about.get("population"):
         lines.append(f"  step {step}: {note}")
     return "\n".join(lines)
 
@@ -85,8 +100,8 @@ class Selection:
 def select(
   scores: Any,
   *,
-  binarize: str | binarize_lib.Binarizer = "gmm",
-  aggregate: str | label_model_lib.LabelModel = "majority",
+  binarize: str | binarize_lib.Binarizer = "auto",
+  aggregate: str | label_model_lib.LabelModel = "label_model",
   threshold: float | None = None,
   fraction: float | None = None,
   ids: Any = None,
@@ -101,15 +116,22 @@ def select(
   | edge case                            | behaviour                          |
   |--------------------------------------|------------------------------------|
   | a score that is NaN or infinite      | abstains; in `abstentions`         |
-  | "gmm", "kmeans": all scores equal    | the step abstains; in `notes`      |
+  | "auto": scores pooled over the steps | every step votes the same for all; |
+  | are one population                   | in `population`                    |
+  | "auto": the label model goes against | the majority decides; in           |
+  | most samples' pooled scores          | `label_model`'s `note`             |
+  | "auto": a step is one population     | all keep or all drop; in `notes`   |
+  | "gmm", "kmeans", "auto": all equal   | the step abstains; in `notes`      |
   | "gmm": nothing separates the two     | the step abstains; in `notes`      |
-  | "majority": as many keep as drop     | kept, probability 1/2; in `ties`   |
+  | as many keep as drop, by majority    | kept, probability 1/2; in `ties`   |
   | no vote at all                       | kept, probability nan; in `unvoted`|
   | one step                             | its votes are the decision         |
 
   The names in `diagnostics`: `binarize`, `aggregate`, `threshold`, `fraction`,
   `seed`, `fit_size` (the most scores of a step that are fitted), `n_samples`,
-  `n_steps`, `n_kept`, `ties`, `unvoted`, `abstentions` (votes not cast);
+  `n_steps`, `n_kept`, `ties`, `unvoted`, `abstentions` (votes not cast),
+  `population` ("" unless the pooled scores are one), `fingerprints` (a
+  ledger's);
   lists over the steps: `steps` (a ledger's epochs, else 0 ... T-1), `cuts`
   (None where there is none), `keep_shares` (keep votes among the votes; None
   where there are none), `coverages` (votes among the samples), `notes`,
@@ -117,12 +139,14 @@ def select(
 
   Args:
     scores: raw scores [N, T], high = good, or the ledger that holds them.
-    binarize: "gmm" (two Gaussians), "kmeans" (two clusters), "threshold"
-      (score > threshold), "top_fraction" (the highest scores), or a function
-      (finite scores [n], seed) -> Cut.
-    aggregate: "majority", a model that learns how good each step's votes are
-      ("one_coin", "two_coin", "triplet", or "label_model", the recommended one
-      of them), or a function votes [N, T] -> KeepProbability.
+    binarize: "auto" (two groups where there are two; the recommended one),
+      "gmm" (two Gaussians), "kmeans" (two clusters), "threshold" (score >
+      threshold), "top_fraction" (the highest scores), or a function (finite
+      scores [n], seed) -> Cut, such as `auto(mark=None)` for scores of which
+      zero is no mark.
+    aggregate: "label_model" (learns how good each step's votes are; the
+      recommended one, which is "two_coin"), "majority", "one_coin", "triplet",
+      or a function votes [N, T] -> KeepProbability.
     threshold: for "threshold", an absolute score; 0 when not given.
     fraction: for "top_fraction", the share to keep, in (0, 1].
     ids: the samples' ids [N], none twice; 0 ... N-1 when not given. A ledger
@@ -131,7 +155,7 @@ def select(
 
   Returns:
     Selection(ids [N], keep [N], keep_probability [N], votes [N, T],
-    diagnostics).
+    diagnostics, quality [N]).
 
   Raises:
     TypeError: scores or ids of the wrong kind.
@@ -147,30 +171,46 @@ def select(
     >>> selection.keep_probability
     array([1. , 0. , 1. , 0.5])
     >>> print(selection)
-    Selection: keeps 3 of 4 samples (75.0%), by majority over 2 steps of
+    Selection: keeps 3 of 4 samples (75.0%), by label_model over 2 steps of
     threshold votes.
       1 ties, kept
+      label_model: 2 voters: it takes three to tell how good each is; taken by
+      majority
 
   References:
     Huang et al., arXiv 2501.06708, the offline stage.
   """
-  binarizer = binarize_lib.make_binarizer(
+  binarizer = binarizers.make_binarizer(
     binarize, threshold=threshold, fraction=fraction
   )
   label_model = label_model_lib.make_label_model(aggregate)
   steps: Sequence[int]
+  fingerprints: dict[str, str] = {}
   if isinstance(scores, ScoreLedger):
     if ids is not None:
       raise ValueError("ids is given, but a ledger brings its own; leave it.")
-    steps = scores.epochs
+    steps, fingerprints = scores.epochs, scores.fingerprints
     ids, scores = scores.matrix("score")
   else:
     scores = _checked_scores(scores)
     steps = range(scores.shape[1])
     ids = _checked_ids(ids, len(scores))
 
+  center = binarizer.mark if isinstance(binarizer, Auto) else 0.0
+  pooled = pooling.pool(scores, center=center, seed=seed)
+  overall = _cut_of_pooled(pooled, binarizer, seed)
+  lone = overall.note if overall.fit.get("groups") == 1 else ""
+  if lone:
+    all_keep = bool(np.nanmin(pooled) > overall.value)
+    binarizer = _alike(all_keep, overall)
   votes, cuts = binarize_lib.votes_of(scores, binarizer, seed=seed)
   probability, label_diagnostics = label_model(votes)
+  if isinstance(aggregate, str) and not lone and not math.isnan(overall.value):
+    above = pooled > overall.value
+    # A model of votes alone can't tell good from bad if most steps can't.
+    if ((probability < 0.5) == above)[~np.isnan(pooled)].mean() > 0.5:
+      probability, _ = label_model_lib.majority(votes)
+      label_diagnostics = dict(label_diagnostics, note=_OVERRULED)
   keep = ~(probability < 0.5)  # so that nan, no vote, is kept
   n_votes = [int((column >= 0).sum()) for column in votes.T]
   n_keeps = [int((column == 1).sum()) for column in votes.T]
@@ -193,11 +233,41 @@ def select(
       k / n if n else None for k, n in zip(n_keeps, n_votes, strict=True)
     ],
     "coverages": [n / len(votes) for n in n_votes],
+    "population": lone,
+    "fingerprints": fingerprints,
     "notes": [cut.note for cut in cuts],
     "fits": [dict(cut.fit) for cut in cuts],
     "label_model": label_diagnostics,
   }
-  return Selection(ids, keep, probability, votes, diagnostics)
+  quality = pooling.quality_of(pooled, probability)
+  return Selection(ids, keep, probability, votes, diagnostics, quality)
+
+
+def _cut_of_pooled(
+  pooled: np.ndarray, binarizer: binarize_lib.Binarizer, seed: int
+) -> Cut:
+  """Where "auto" cuts the pooled scores; a cut at nan if it has no say.
+
+  Steps on their own may take what is one population for two, the first ones
+  above all, when the learner knows nothing; and label models only see votes.
+  """
+  seen = pooled[~np.isnan(pooled)]
+  if not isinstance(binarizer, Auto) or len(seen) < MIN_SCORES:
+    return Cut(math.nan)
+  # Pooled scores are relative to the mark.
+  cut = Auto(None if binarizer.mark is None else 0.0)(seen, seed)
+  return Cut(math.nan) if math.isnan(cut.value) else cut
+
+
+def _alike(keep: bool, overall: Cut) -> binarize_lib.Binarizer:
+  """The binariser that votes the same for all."""
+
+  def cut(scores: np.ndarray, seed: int) -> Cut:
+    low, high = float(scores.min()), float(scores.max())
+    value = float(np.nextafter(low, -math.inf)) if keep else high
+    return Cut(value, overall.note, overall.fit)
+
+  return cut
 
 
 def _name(method: Any) -> str:
