@@ -24,6 +24,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.data_dir = config_dict.placeholder(str)
   config.data.train_split = "train"
   config.data.test_split = "test"
+  # Pixels that both sides of every image are resized to; 0: as they are.
+  config.data.image_size = 0
   config.data.flip = False  # random horizontal flips
   # A .npy file of the train indices to keep; None keeps all.
   config.data.filter = config_dict.placeholder(str)
@@ -46,6 +48,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   config.model = config_dict.ConfigDict()
   config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
+  # Where weights come from that are not initialised: the workdir of a finished
+  # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
+  # always a new one.
+  config.model.pretrained = config_dict.placeholder(str)
   # Hidden widths of the mlp, or channels per stage of convnet and resnet.
   config.model.widths = (256, 256)
   config.model.patch_size = 1  # of the convnet: pixels taken together
@@ -58,13 +64,13 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
   config.optimizer.weight_decay = 1e-5
 
-  # "sgd", "grad_mimic" (or, with the direction in its name,
-  # "grad_mimic_weights" and "grad_mimic_outputs"), "rho", "grand" or
-  # "distillation".
+  # "sgd", "grad_mimic", "distillation", "rho", "grand", "influence", "agra",
+  # "grad_match_omp", ...: experiments/methods.py has a table of all.
   config.method = "sgd"
   config.mimic = config_dict.ConfigDict()
   # Of grad_mimic: toward the reference's "weights" or its "outputs", or down
-  # the "clean_gradient" of a few samples with true labels.
+  # the "clean_gradient" of a few samples with true labels, or down the
+  # "noisy_gradient" of an independent batch.
   config.mimic.direction = "weights"
   # The workdir of a finished run. For its weights it must have the learner's
   # architecture and should have its seed; for its outputs it may be any.
@@ -80,10 +86,18 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # A regular expression on "/"-joined parameter paths; None takes all leaves.
   config.mimic.layers = config_dict.placeholder(str)
   config.mimic.score = "projection"  # or "cosine"
-  # "softmax", "ess_softmax", "top_fraction", "positive" or "uniform"
+  # "softmax", "ess_softmax", "top_fraction", "positive", "proportional"
+  # or "uniform"
   config.mimic.weighting = "ess_softmax"
   config.mimic.temperature = 1.0  # of softmax
-  config.mimic.fraction = 0.3  # of ess_softmax and top_fraction
+  # Of ess_softmax, top_fraction, grad_match_omp and random.
+  config.mimic.fraction = 0.3
+  # Of grad_match_omp and grad_match_least_squares, in mean squared norms.
+  config.mimic.ridge = 0.1
+  # Of grand_offline: the gradient norms of how many runs are averaged, after
+  # how many epochs of each.
+  config.mimic.grand_runs = 10
+  config.mimic.grand_epochs = 1
   config.mimic.scope = "all"  # or "layers"
   config.mimic.engine = "auto"  # or "forward", "per_sample"
 

@@ -1,38 +1,67 @@
 """Training methods: a name for each (direction, score, weighting).
 
-| name               | direction                    | score               |
-|--------------------|------------------------------|---------------------|
-| sgd                | -                            | -                   |
-| grad_mimic         | config.mimic.direction       | config.mimic.score  |
-| grad_mimic_weights | the reference's weights      | config.mimic.score  |
-| grad_mimic_outputs | the reference's outputs      | config.mimic.score  |
-| rho                | - (looks at the outputs)     | excess loss         |
-| grand              | -                            | gradient norm       |
-| distillation       | the reference's outputs      | -                   |
+| name                     | direction                 | score         |weights|
+|--------------------------|---------------------------|---------------|-------|
+| sgd                      | -                         | -             | -     |
+| grad_mimic               | of the config             | of the config | w     |
+| grad_mimic_weights       | the reference's weights   | of the config | w     |
+| grad_mimic_outputs       | the reference's outputs   | of the config | w     |
+| influence                | clean gradient            | projection    | w     |
+| influence_test_leak      | gradient of test samples  | projection    | w     |
+| agra                     | gradient of another batch | cosine        | +     |
+| agra_skip                | gradient of another batch | cosine        | + or 0|
+| rho                      | - (looks at the outputs)  | excess loss   | w     |
+| rho_topk                 | - (looks at the outputs)  | excess loss   | 10 %  |
+| rho_as_published         | - (looks at the outputs)  | excess loss   | a     |
+| grand                    | -                         | gradient norm | w     |
+| grand_offline            | -                         | the same, of  | w     |
+|                          |                           | other runs    |       |
+| grad_match_separable     | minus the batch's mean    | matching      | p     |
+| grad_match_least_squares | minus the batch's mean    | matching      | p     |
+| grad_match_omp           | minus the batch's mean    | matching      | p     |
+| random                   | -                         | random        | top   |
+| distillation             | the reference's outputs   | -             | -     |
 
-All of them see the same batches and use the same optimizer. The weighting of
-those with a score is `config.mimic.weighting`.
+"Of the config": `config.mimic.direction` and `config.mimic.score`. Weights: w,
+`config.mimic.weighting`; +, equal on positive scores (if there are none, on all
+samples; or 0: the step has no gradient); 10 %, equal on that share; top, equal
+on `config.mimic.fraction`; p, in proportion to the score; a, a softmax at
+`config.mimic.temperature` whose weights take part in the gradient.
+
+All of them see the same batches and use the same optimizer. Two are there to
+show what a published number rests on: `influence_test_leak` goes by samples of
+the very split that it is tested on, and `rho_as_published` weighs some samples
+negatively, as the gradient of its weights is left in.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 import gradmimic_jax as gm
+from gradmimic_jax.scores import Score
 
 # What `config.mimic.direction` may be, and `config.mimic.score`.
-DIRECTIONS = ("weights", "outputs", "clean_gradient")
+DIRECTIONS = ("weights", "outputs", "clean_gradient", "noisy_gradient")
 SCORES = ("projection", "cosine")
+RANDOM = "random"
 
 
 class Method(NamedTuple):
   """What tells one training method from another."""
 
-  # One of DIRECTIONS, and by that what a step is given as its reference:
-  # weights, outputs for the batch, or a clean batch. None: no reference.
+  # One of DIRECTIONS, "test_gradient" or "offline_norms", and by that what a
+  # step is given as its reference: weights, outputs for the batch, a batch that
+  # is clean, independent or of the test split, or the norms [B] that other runs
+  # found. None: no reference.
   direction: str | None
-  score: str | None  # None: no scores; steps go in the direction itself
+  # Of `gm.mimic_value_and_grad`, or RANDOM. None: no scores; steps go in the
+  # direction itself.
+  score: str | Score | None
   weighting: gm.Weighting | None  # None where there is no score
+  detached: bool = True  # False: the weights' own gradient takes part
 
 
 def _grad_mimic(config: Any, direction: str | None = None) -> Method:
@@ -51,12 +80,50 @@ def _grad_mimic(config: Any, direction: str | None = None) -> Method:
   return Method(direction, config.score, weighting(config))
 
 
+def _influence(config: Any, direction: str) -> Method:
+  return Method(direction, "projection", weighting(config))
+
+
+def _agra(config: Any, otherwise: str) -> Method:
+  del config
+  return Method("noisy_gradient", "cosine", gm.positive(otherwise=otherwise))
+
+
 def _rho(config: Any) -> Method:
   return Method("outputs", "excess_loss", weighting(config))
 
 
+def _rho_topk(config: Any) -> Method:
+  del config
+  return Method("outputs", "excess_loss", gm.top_fraction(0.1))
+
+
+def _rho_as_published(config: Any) -> Method:
+  weighting = gm.softmax(config.temperature)
+  return Method("outputs", "excess_loss", weighting, detached=False)
+
+
 def _grand(config: Any) -> Method:
   return Method(None, "gradient_norm", weighting(config))
+
+
+def _grand_offline(config: Any) -> Method:
+  score = Score("offline_norm", _given, needs_baseline=True)
+  return Method("offline_norms", score, weighting(config))
+
+
+def _given(measured: Any) -> jax.Array:
+  return measured.baseline
+
+
+def _grad_match(
+  config: Any, score: Callable[[Any], Score] | None = None
+) -> Method:
+  return Method(None, score(config), gm.proportional())
+
+
+def _random(config: Any) -> Method:
+  return Method(None, RANDOM, gm.top_fraction(config.fraction))
 
 
 def _distillation(config: Any) -> Method:
@@ -70,8 +137,29 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   "grad_mimic": _grad_mimic,
   "grad_mimic_weights": functools.partial(_grad_mimic, direction="weights"),
   "grad_mimic_outputs": functools.partial(_grad_mimic, direction="outputs"),
+  "influence": functools.partial(_influence, direction="clean_gradient"),
+  "influence_test_leak": functools.partial(
+    _influence, direction="test_gradient"
+  ),
+  "agra": functools.partial(_agra, otherwise="uniform"),
+  "agra_skip": functools.partial(_agra, otherwise="skip"),
   "rho": _rho,
+  "rho_topk": _rho_topk,
+  "rho_as_published": _rho_as_published,
   "grand": _grand,
+  "grand_offline": _grand_offline,
+  "grad_match_separable": functools.partial(
+    _grad_match, score=lambda config: gm.matching.separable()
+  ),
+  "grad_match_least_squares": functools.partial(
+    _grad_match,
+    score=lambda config: gm.matching.least_squares(ridge=config.ridge),
+  ),
+  "grad_match_omp": functools.partial(
+    _grad_match,
+    score=lambda config: gm.matching.omp(config.fraction, ridge=config.ridge),
+  ),
+  "random": _random,
   "distillation": _distillation,
 }
 
@@ -104,6 +192,7 @@ def weighting(config: Any) -> gm.Weighting:
     "ess_softmax": lambda: gm.ess_softmax(config.fraction),
     "top_fraction": lambda: gm.top_fraction(config.fraction),
     "positive": gm.positive,
+    "proportional": gm.proportional,
     "uniform": gm.uniform,
   }
   if config.weighting not in known:

@@ -1,4 +1,4 @@
-"""A run's reference: its weights, its outputs, or a few clean samples.
+"""A run's reference: its weights, its outputs, or other samples.
 
 Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs that go by the same reference.
@@ -16,12 +16,13 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments import checkpoint, models, workdir as workdir_lib
+from experiments import checkpoint, grand, models, workdir as workdir_lib
 from experiments.data import pipeline
 from experiments.methods import Method
 
 INPUT_FILE = "input.json"
-_CLEAN = 2  # keeps these draws apart from those of the pipeline
+# Keep these draws apart from those of the pipeline.
+_CLEAN, _INDEPENDENT = 2, 3
 
 
 class Reference(NamedTuple):
@@ -58,7 +59,24 @@ def load(
   if method is None or method.direction is None:
     return None
   if method.direction == "clean_gradient":
-    return _clean_batch(data)
+    labels = data.labels.clean_labels
+    return _one_batch(data.train.images, labels, data.clean, data)
+  if method.direction == "test_gradient":
+    rows = clean_positions(
+      data.test.labels,
+      per_class=config.mimic.clean_per_class,
+      num_classes=data.test.num_classes,
+      seed=config.seed,
+      split="test",
+    )
+    return _one_batch(data.test.images, data.test.labels, rows, data)
+  if method.direction == "noisy_gradient":
+    return _independent_batches(config, data)
+  if method.direction == "offline_norms":
+    norms = grand.offline_norms(config, data)
+    return Reference(
+      _digest(norms), None, lambda index, _: norms[np.maximum(index, 0)]
+    )
   if method.direction == "outputs":
     if config.mimic.outputs is not None:
       return _from_outputs(*_logged_outputs(config.mimic.outputs, data))
@@ -71,7 +89,12 @@ def load(
 
 
 def clean_positions(
-  labels: np.ndarray, *, per_class: int, num_classes: int, seed: int
+  labels: np.ndarray,
+  *,
+  per_class: int,
+  num_classes: int,
+  seed: int,
+  split: str = "train",
 ) -> np.ndarray:
   """Draws the samples whose labels are taken for granted.
 
@@ -80,6 +103,7 @@ def clean_positions(
     per_class: how many of each class, k.
     num_classes: how many classes there are, C.
     seed: of the draw.
+    split: what they are drawn from, for error messages.
 
   Returns:
     Their positions `[k * C]`, rising.
@@ -95,8 +119,9 @@ def clean_positions(
   if counts.min() <= per_class:
     raise ValueError(
       f"config.mimic.clean_per_class is {per_class}, and class"
-      f" {counts.argmin()} has {counts.min()} train samples; expected fewer"
-      " than every class has, as the clean samples are not trained on."
+      f" {counts.argmin()} has {counts.min()} {split} samples; expected fewer"
+      " than every class has, as train samples that are clean are not trained"
+      " on."
     )
   rng = np.random.default_rng((seed, _CLEAN))
   chosen = [
@@ -119,17 +144,54 @@ def write_input(folder: pathlib.Path, data: Any) -> None:
   )
 
 
-def _clean_batch(data):
+def _gather(images, labels, rows, data):
+  """Images and labels of these rows, scaled as the learner sees them."""
   (batch,) = pipeline.eval_batches(
-    data.train.images,
-    data.labels.clean_labels,
-    batch_size=len(data.clean),
-    indices=data.clean,
+    images,
+    labels,
+    batch_size=len(rows),
+    indices=rows,
     mean=data.mean,
     std=data.std,
   )
-  batch = jax.device_put({key: batch[key] for key in ("image", "label")})
+  return {key: batch[key] for key in ("image", "label")}
+
+
+def _one_batch(images, labels, rows, data):
+  batch = jax.device_put(_gather(images, labels, rows, data))
   return Reference(checkpoint.fingerprint(batch), None, lambda *_: batch)
+
+
+def _independent_batches(config, data):
+  """With each batch comes another, drawn from all that is trained on.
+
+  Which one depends on the seed and on what is in the batch: there is no state
+  to save, and a run that goes on where it was cut off sees the same ones.
+  """
+  labels = data.labels.labels
+  rows = np.arange(len(labels)) if data.indices is None else data.indices
+  size = min(config.batch_size, len(rows))
+
+  def for_batch(index, flipped):
+    digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
+    entropy = int.from_bytes(digest, "little")
+    rng = np.random.default_rng((config.seed, _INDEPENDENT, entropy))
+    drawn = rng.choice(rows, size, replace=False)
+    batch = _gather(data.train.images, labels, drawn, data)
+    if flipped is not None:  # mirrored at random, as the batch is
+      mirrored = rng.random(size) < 0.5
+      batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
+    return batch
+
+  fingerprint = workdir_lib.fingerprint(
+    "independent batches",
+    data.train.fingerprint,
+    _digest(labels),
+    _digest(rows),
+    config.seed,
+    size,
+  )
+  return Reference(fingerprint, None, for_batch)
 
 
 def _finished_run(config):

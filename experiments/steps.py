@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import gradmimic_jax as gm
-from experiments.methods import Method
+from experiments.methods import RANDOM, Method
 from experiments.tasks import classification
 
 
@@ -52,15 +52,17 @@ def make_train_step(
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
     donated. `reference` is what the method's direction asks for: a parameter
-    tree, the outputs `[B, C]` for this batch, or a clean batch; plain steps
-    ignore it. Samples whose loss (or score, or divergence, by the method) is
-    not finite get no weight and are counted in `metrics["nonfinite"]`; what
-    they reach of the gradient is 0.
+    tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
+    steps without a direction ignore it. Samples whose loss (or score, or
+    divergence, by the method) is not finite get no weight and are counted in
+    `metrics["nonfinite"]`; what they reach of the gradient is 0.
   """
   if method is None:
     gradient = _plain_gradient(losses_fn)
   elif method.score is None:
     gradient = _distillation_gradient(losses_fn, outputs_fn)
+  elif not method.detached:
+    gradient = _attached_gradient(losses_fn, method)
   else:
     gradient = _mimic_gradient(losses_fn, method, config, outputs_fn)
 
@@ -139,6 +141,42 @@ def _distillation_gradient(losses_fn, outputs_fn):
   return gradient
 
 
+def _attached_gradient(losses_fn, method):
+  """Excess-loss weights that are not constants of the step, as published.
+
+  The gradient of `sum_i w_i(l) l_i` is not `sum_i w_i g_i`: with softmax
+  weights of `l - baseline` at temperature T it is `sum_i w_i (1 + (l_i - sum_j
+  w_j l_j) / T) g_i`. Samples whose loss lies more than T below the weighted
+  mean are unlearned. The weights that are logged are these effective ones.
+  """
+
+  def gradient(state, reference, batch):
+    losses, pullback, hits = jax.vjp(
+      lambda params: losses_fn(params, batch), state.params, has_aux=True
+    )
+    scores = losses - classification.losses_of(reference, batch)
+    valid = batch["mask"] & jnp.isfinite(losses) & jnp.isfinite(scores)
+    baseline = jnp.where(valid, losses - scores, 0)
+
+    def total(losses):
+      weights = method.weighting(losses - baseline, valid, state.step)
+      return jnp.sum(weights * losses)
+
+    effective = jax.grad(total)(jnp.where(valid, losses, 0))
+    effective = jnp.where(valid, effective, 0)
+    grads = _pulled(pullback, effective, losses)
+    loss = _valid_mean(losses, batch["mask"])
+    unknown = jnp.where(batch["mask"], jnp.nan, 0)
+    samples = {
+      "score": jnp.where(valid, scores, unknown),
+      "weight": effective,
+      "loss": jnp.where(valid, losses, unknown),
+    }
+    return grads, StepOutput(_metrics(batch, loss, hits, scores), samples)
+
+  return gradient
+
+
 def _valid(values, mask):
   valid = mask & jnp.isfinite(values)
   return valid, valid / jnp.maximum(jnp.sum(valid), 1).astype(values.dtype)
@@ -152,6 +190,11 @@ def _valid_mean(values, mask):
 def _mean(pullback, values, mask):
   """The gradient of the mean over the valid samples."""
   _, weights = _valid(values, mask)
+  return _pulled(pullback, weights, values)
+
+
+def _pulled(pullback, weights, values):
+  """The gradient of the values' weighted sum, the weights being constants."""
   (grads,) = pullback(weights)
   # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
   sound = jnp.all(jnp.isfinite(values))
@@ -162,29 +205,45 @@ def _direction(name, losses_fn, outputs_fn):
   """The library's direction of that name; see `methods.DIRECTIONS`."""
   if name == "outputs":
     return gm.toward_outputs(outputs_fn)
-  if name == "clean_gradient":
+  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
     return gm.toward_clean_gradient(
       lambda params, batch: losses_fn(params, batch)[0]
     )
   return gm.toward_weights()  # scores without a direction don't look at it
 
 
+def _random_score(step):
+  """A score that knows the step only: the same in every run of the job."""
+
+  def fn(measured):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return jax.random.uniform(key, measured.losses.shape, measured.losses.dtype)
+
+  return gm.scores.Score(RANDOM, fn)
+
+
 def _mimic_gradient(losses_fn, method, config, outputs_fn):
-  value_and_grad = gm.mimic_value_and_grad(
-    losses_fn,
-    direction=_direction(method.direction, losses_fn, outputs_fn),
-    layers=config.layers,
-    score=method.score,
-    weighting=method.weighting,
-    scope=config.scope,
-    engine=config.engine,
-    has_aux=True,
-  )
+  def value_and_grad_by(score):
+    return gm.mimic_value_and_grad(
+      losses_fn,
+      direction=_direction(method.direction, losses_fn, outputs_fn),
+      layers=config.layers,
+      score=score,
+      weighting=method.weighting,
+      scope=config.scope,
+      engine=config.engine,
+      has_aux=True,
+    )
+
+  value_and_grad = None
+  if method.score != RANDOM:
+    value_and_grad = value_and_grad_by(method.score)
 
   def gradient(state, reference, batch):
     if method.score == "excess_loss":
       reference = classification.losses_of(reference, batch)
-    (loss, info), grads = value_and_grad(
+    by = value_and_grad or value_and_grad_by(_random_score(state.step))
+    (loss, info), grads = by(
       state.params, reference, batch, mask=batch["mask"], step=state.step
     )
     metrics = _metrics(batch, loss, info.aux, info.scores) | {

@@ -37,9 +37,8 @@ def reference_direction(params, reference, batch, **kwargs):
   return reference
 
 
-# The engines' fast half; forward and direction once each, all of it when slow.
+# Engines and targets once each; all combinations when slow.
 FAST = {
-  ("separable", "per_sample", "batch"),
   ("least_squares", "forward", "direction"),
   ("omp", "per_sample", "batch"),
 }
@@ -183,9 +182,8 @@ def test_broken_samples_cost_themselves_only(name, engine, target):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize(
-  "name", ["separable", *slow_unless((), [("least_squares",), ("omp",)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCORES)
 def test_a_gradient_whose_norm_overflows_costs_itself_only(name):
   rows = gradients().astype(np.float32)
   updates = {"w": jnp.asarray(rows).at[2].set(1e25)}
