@@ -393,6 +393,9 @@ class TestRuns:
     [
       {"method": "grad_mimic_outputs", "data.flip": True},
       {"method": "grad_mimic", "mimic.direction": "clean_gradient"},
+      {"method": "agra", "data.flip": True},
+      {"method": "grand_offline", "mimic.grand_runs": 2},
+      {"method": "random"},
       {"method": "rho"},
       {"method": "distillation", "data.flip": True},
     ],
