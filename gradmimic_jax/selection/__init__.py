@@ -1,12 +1,27 @@
 """Stage 2: from every sample's scores over the steps to a filter."""
 
+from gradmimic_jax.selection import export, filters
 from gradmimic_jax.selection.auto import auto
 from gradmimic_jax.selection.binarize import Binarizer, Cut
 from gradmimic_jax.selection.binarizers import BINARIZERS
+from gradmimic_jax.selection.issues import (
+  Membership,
+  discover_members,
+  find_label_issues,
+  label_quality_scores,
+  subset,
+)
 from gradmimic_jax.selection.label_model import (
   LABEL_MODELS,
   KeepProbability,
   LabelModel,
+)
+from gradmimic_jax.selection.quality import (
+  DatasetQuality,
+  RemovalCurve,
+  class_table,
+  dataset_quality,
+  removal_curve,
 )
 from gradmimic_jax.selection.selection import Selection, select
 
@@ -15,9 +30,21 @@ __all__ = [
   "LABEL_MODELS",
   "Binarizer",
   "Cut",
+  "DatasetQuality",
   "KeepProbability",
   "LabelModel",
+  "Membership",
+  "RemovalCurve",
   "Selection",
   "auto",
+  "class_table",
+  "dataset_quality",
+  "discover_members",
+  "export",
+  "filters",
+  "find_label_issues",
+  "label_quality_scores",
+  "removal_curve",
   "select",
+  "subset",
 ]

@@ -1,0 +1,275 @@
+"""What a selection says about a data set: its quality, how much to drop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from gradmimic_jax.selection.label_model import LABEL_MODELS, majority
+from gradmimic_jax.selection.selection import Selection
+
+# Bootstrap samples are drawn from at most so many samples. Their own spread is
+# below .4 points then; more of them only take longer.
+BOOTSTRAP_SIZE = 20_000
+
+
+class DatasetQuality(NamedTuple):
+  """An estimate of how much of a data set is clean."""
+
+  clean_fraction: (
+    float  # mean keep probability of the samples that were voted on
+  )
+  low: float  # the interval's ends
+  high: float
+  level: float  # of the interval
+  kept_fraction: float  # of all samples, as the selection decides
+  n_samples: int
+  unvoted: int  # samples without a vote, left out of the estimate
+
+  def __str__(self) -> str:
+    return (
+      f"{self.clean_fraction:.1%} of {self.n_samples:,} samples look clean"
+      f" ({self.level:.0%} interval {self.low:.1%} to {self.high:.1%});"
+      f" {self.kept_fraction:.1%} are kept."
+    )
+
+
+class RemovalCurve(NamedTuple):
+  """How good removing the worst samples is, for every number of them."""
+
+  removed: np.ndarray  # int64 [K], ascending, the worst first
+  precision: np.ndarray  # [K], estimated share of mislabelled among them
+  recall: np.ndarray  # [K], their estimated share among all mislabelled
+  recommended: int  # samples that are likelier mislabelled than clean
+  uncertain: tuple[int, int]  # surely mislabelled, and perhaps: remove between
+
+  def __str__(self) -> str:
+    sure, perhaps = self.uncertain
+    return (
+      f"remove {self.recommended:,} samples; {sure:,} are almost certainly"
+      f" mislabelled, and more than {perhaps:,} would cost clean ones."
+    )
+
+
+def dataset_quality(
+  selection: Selection,
+  *,
+  level: float = 0.95,
+  n_bootstrap: int = 100,
+  seed: int = 0,
+) -> DatasetQuality:
+  """Estimates the clean fraction of a data set, with an interval.
+
+  The estimate is the mean keep probability. The interval is that of a bootstrap
+  over steps and samples: each time, as many steps and samples are drawn with
+  replacement and the label model is fitted anew. It covers which steps and
+  samples there happen to be; what all steps get wrong alike it can't see. With
+  one step it only covers the samples.
+
+  Args:
+    selection: what `select` gave. Where a function aggregated the votes, the
+      bootstrap takes the majority.
+    level: of the interval.
+    n_bootstrap: number of draws, of up to `BOOTSTRAP_SIZE` samples.
+    seed: for the draws.
+
+  Returns:
+    DatasetQuality; nan where no sample has a vote.
+
+  Raises:
+    ValueError: a level outside (0, 1), or fewer than two draws.
+
+  Example:
+    >>> from gradmimic_jax.selection import select
+    >>> rng = np.random.default_rng(0)
+    >>> clean = np.arange(500)[:, None] < 350
+    >>> scores = np.where(clean, 1.0, -1.0) + rng.normal(0, 0.3, (500, 4))
+    >>> quality = dataset_quality(select(scores))
+    >>> print(f"{quality.clean_fraction:.2f}", quality.low < 0.7 < quality.high)
+    0.70 True
+  """
+  if not 0 < level < 1:
+    raise ValueError(f"level is {level}; expected 0 < level < 1.")
+  if n_bootstrap < 2:
+    raise ValueError(f"n_bootstrap is {n_bootstrap}; expected at least 2.")
+  voted = np.flatnonzero(~np.isnan(selection.keep_probability))
+  n_samples, n_steps = selection.votes.shape
+  unvoted = n_samples - len(voted)
+  if not len(voted):
+    nan = float("nan")
+    return DatasetQuality(
+      nan, nan, nan, level, selection.kept_fraction, n_samples, unvoted
+    )
+  estimate = float(selection.keep_probability[voted].mean())
+  name = selection.diagnostics.get("aggregate")
+  overruled = "taken by majority" in str(
+    selection.diagnostics.get("label_model", {}).get("note", "")
+  )
+  model = majority if overruled else LABEL_MODELS.get(str(name), majority)
+  rng = np.random.default_rng(seed)
+  estimates = []
+  for _ in range(n_bootstrap):
+    rows = rng.choice(voted, min(len(voted), BOOTSTRAP_SIZE))
+    steps = np.sort(rng.integers(0, n_steps, n_steps))
+    drawn = selection.votes[rows][:, steps]
+    probability = model(drawn).probability
+    if not np.isnan(probability).all():
+      estimates.append(np.nanmean(probability))
+  tail = (1 - level) / 2
+  low, high = np.quantile(estimates or [estimate], [tail, 1 - tail])
+  return DatasetQuality(
+    estimate,
+    min(float(low), estimate),
+    max(float(high), estimate),
+    level,
+    selection.kept_fraction,
+    n_samples,
+    unvoted,
+  )
+
+
+def removal_curve(
+  selection: Selection, *, sure: float = 0.9, max_points: int = 1000
+) -> RemovalCurve:
+  """How many samples to remove, and how many of those would be mislabelled.
+
+  Samples go in order of keep probability, then quality, the lowest first. With
+  p_i the keep probability,
+
+    precision(k) = mean of (1 - p_i) over the first k,
+    recall(k) = sum of (1 - p_i) over the first k / over all.
+
+  Args:
+    selection: what `select` gave. Samples without a vote are never removed.
+    sure: probability from which a sample is surely of its kind. The uncertain
+      band lies between the samples surely mislabelled and those not surely
+      clean.
+    max_points: the most points of the curve.
+
+  Returns:
+    RemovalCurve; empty arrays if no sample has a vote.
+
+  Raises:
+    ValueError: sure outside [.5, 1), fewer than two points.
+
+  Example:
+    >>> from gradmimic_jax.selection import select
+    >>> curve = removal_curve(select([[-2.0], [1.0], [-1.0]]))
+    >>> curve.removed, curve.precision, curve.recommended
+    (array([1, 2, 3]), array([1.  , 1. , 0.66666667]), 2)
+  """
+  if not 0.5 <= sure < 1:
+    raise ValueError(f"sure is {sure}; expected 0.5 <= sure < 1.")
+  if max_points < 2:
+    raise ValueError(f"max_points is {max_points}; expected at least 2.")
+  worst = worst_first(selection)
+  p = selection.keep_probability[worst]
+  n = len(p)
+  counts = np.unique(
+    np.linspace(1, n, min(n, max_points)).round().astype(np.int64)
+  )
+  found = np.cumsum(1 - p)[counts - 1]
+  total = float((1 - p).sum())
+  recall = found / total if total > 0 else np.full(len(counts), np.nan)
+  return RemovalCurve(
+    counts,
+    found / counts,
+    recall,
+    int((p < 0.5).sum()),
+    (int((p <= 1 - sure).sum()), int((p < sure).sum())),
+  )
+
+
+def class_table(
+  selection: Selection, labels: Any, *, names: Any = None
+) -> pa.Table:
+  """The label issues of every class, the noisiest class first.
+
+  Args:
+    selection: what `select` gave.
+    labels: the given labels [N], in the order of `selection.ids`: integers or
+      strings.
+    names: the classes' names, by integer label.
+
+  Returns:
+    A table with columns "Class Name", "Class Index" (the label, or its place
+    among the sorted labels where they are strings), "Samples", "Label Issues"
+    (samples to drop), "Label Noise" (their share), "Label Quality Score" (the
+    mean quality; null if there is none).
+
+  Raises:
+    TypeError: labels that are neither integers nor strings.
+    ValueError: labels that aren't [N], or without a name.
+
+  Example:
+    >>> from gradmimic_jax.selection import select
+    >>> selection = select([[2.0], [1.0], [-1.0]], aggregate="majority")
+    >>> table = class_table(selection, [0, 0, 1], names=["cat", "dog"])
+    >>> table["Class Name"].to_pylist(), table["Label Issues"].to_pylist()
+    (['dog', 'cat'], [1, 0])
+  """
+  labels = checked_labels(labels, len(selection))
+  classes, place = np.unique(labels, return_inverse=True)
+  is_text = classes.dtype.kind == "U"
+  if names is not None and not is_text and classes[-1] >= len(names):
+    raise ValueError(
+      f"labels holds {classes[-1]}, but there are {len(names)} names; expected"
+      " a name for every label."
+    )
+  size = np.bincount(place)
+  issues = np.bincount(place, ~selection.keep)
+  quality = selection.quality
+  if quality is None:
+    quality = np.full(len(selection), np.nan)
+  has = ~np.isnan(quality)
+  total = np.bincount(place[has], quality[has], minlength=len(size))
+  count = np.bincount(place[has], minlength=len(size))
+  mean = np.divide(
+    total, count, out=np.full(len(size), np.nan), where=count > 0
+  )
+  noise = issues / size
+  order = np.lexsort((np.arange(len(size)), np.nan_to_num(mean, nan=1), -noise))
+  named = [
+    str(label) if is_text or names is None else str(names[int(label)])
+    for label in classes[order]
+  ]
+  return pa.table(
+    {
+      "Class Name": pa.array(named, pa.string()),
+      "Class Index": order if is_text else classes[order].astype(np.int64),
+      "Samples": size[order],
+      "Label Issues": issues[order].astype(np.int64),
+      "Label Noise": noise[order],
+      "Label Quality Score": pa.array(mean[order], from_pandas=True),
+    }
+  )
+
+
+def worst_first(selection: Selection) -> np.ndarray:
+  """Rows [n] of the samples with a vote, by keep probability, then quality."""
+  voted = np.flatnonzero(~np.isnan(selection.keep_probability))
+  p = selection.keep_probability[voted]
+  if selection.quality is None:
+    return voted[np.argsort(p, kind="stable")]
+  return voted[np.lexsort((selection.quality[voted], p))]
+
+
+def checked_labels(labels: Any, n: int) -> np.ndarray:
+  """Labels [n], integers >= 0 or strings."""
+  array = np.asarray(labels)
+  if array.dtype.kind in "OT":
+    array = np.asarray(array.tolist())
+  if array.dtype.kind not in "iuU":
+    raise TypeError(
+      f"labels has dtype {array.dtype}; expected integers >= 0 or strings."
+    )
+  if array.shape != (n,):
+    raise ValueError(
+      f"labels has shape {array.shape}, but there are {n} samples; expected"
+      f" [{n}], one label a sample."
+    )
+  if array.dtype.kind == "i" and array.min() < 0:
+    raise ValueError(f"labels holds {array.min()}; expected labels >= 0.")
+  return array
