@@ -10,6 +10,8 @@
 | influence_test_leak      | gradient of test samples  | projection    | w     |
 | agra                     | gradient of another batch | cosine        | +     |
 | agra_skip                | gradient of another batch | cosine        | + or 0|
+| output_agreement         | the reference's outputs,  | in the space  | w     |
+|                          | each sample its own       | of outputs    |       |
 | rho                      | - (looks at the outputs)  | excess loss   | w     |
 | rho_topk                 | - (looks at the outputs)  | excess loss   | 10 %  |
 | rho_as_published         | - (looks at the outputs)  | excess loss   | a     |
@@ -38,8 +40,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 import gradmimic_jax as gm
 from gradmimic_jax.scores import Score
 
@@ -47,6 +47,7 @@ from gradmimic_jax.scores import Score
 DIRECTIONS = ("weights", "outputs", "clean_gradient", "noisy_gradient")
 SCORES = ("projection", "cosine")
 RANDOM = "random"
+OUTPUT_AGREEMENT = "output_agreement"
 
 
 class Method(NamedTuple):
@@ -57,8 +58,8 @@ class Method(NamedTuple):
   # is clean, independent or of the test split, or the norms [B] that other runs
   # found. None: no reference.
   direction: str | None
-  # Of `gm.mimic_value_and_grad`, or RANDOM. None: no scores; steps go in the
-  # direction itself.
+  # Of `gm.mimic_value_and_grad`, or one of the two above. None: no scores;
+  # steps go in the direction itself.
   score: str | Score | None
   weighting: gm.Weighting | None  # None where there is no score
   detached: bool = True  # False: the weights' own gradient takes part
@@ -108,12 +109,11 @@ def _grand(config: Any) -> Method:
 
 
 def _grand_offline(config: Any) -> Method:
-  score = Score("offline_norm", _given, needs_baseline=True)
-  return Method("offline_norms", score, weighting(config))
+  return Method("offline_norms", "given", weighting(config))
 
 
-def _given(measured: Any) -> jax.Array:
-  return measured.baseline
+def _output_agreement(config: Any) -> Method:
+  return Method("outputs", OUTPUT_AGREEMENT, weighting(config))
 
 
 def _grad_match(
@@ -143,6 +143,7 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   ),
   "agra": functools.partial(_agra, otherwise="uniform"),
   "agra_skip": functools.partial(_agra, otherwise="skip"),
+  "output_agreement": _output_agreement,
   "rho": _rho,
   "rho_topk": _rho_topk,
   "rho_as_published": _rho_as_published,

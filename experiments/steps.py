@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import gradmimic_jax as gm
-from experiments.methods import RANDOM, Method
+from experiments.methods import OUTPUT_AGREEMENT, RANDOM, Method
 from experiments.tasks import classification
 
 
@@ -236,12 +236,20 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn):
     )
 
   value_and_grad = None
-  if method.score != RANDOM:
+  if method.score == OUTPUT_AGREEMENT:
+    value_and_grad = value_and_grad_by("given")
+  elif method.score != RANDOM:
     value_and_grad = value_and_grad_by(method.score)
 
   def gradient(state, reference, batch):
     if method.score == "excess_loss":
       reference = classification.losses_of(reference, batch)
+    elif method.score == OUTPUT_AGREEMENT:
+      reference = gm.scores.output_agreement(
+        lambda logits: classification.losses_of(logits, batch),
+        outputs_fn(state.params, batch),
+        reference,
+      )
     by = value_and_grad or value_and_grad_by(_random_score(state.step))
     (loss, info), grads = by(
       state.params, reference, batch, mask=batch["mask"], step=state.step

@@ -177,21 +177,23 @@ def padding_mask(mask: Any, size: int) -> jax.Array:
   return mask
 
 
-def baseline(reference: Any, size: int) -> jax.Array:
-  """The reference's losses `[B]`; raises if that is not what came."""
+def baseline(score: str, reference: Any, size: int) -> jax.Array:
+  """What a score takes in the reference's place, `[B]`; raises if it isn't."""
+  expected = (
+    f"with score={score!r} expected one number for each sample of this batch"
+    + (", the reference's losses" if score == "excess_loss" else "")
+    + f": floating point [{size}]."
+  )
   if not isinstance(reference, (jax.Array, np.ndarray)):
-    raise TypeError(
-      f"reference is a {type(reference).__name__}; with score='excess_loss'"
-      f" expected the reference's losses on this batch, [{size}]."
-    )
-  losses = jnp.asarray(reference)
-  if losses.shape != (size,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise TypeError(f"reference is a {type(reference).__name__}; {expected}")
+  numbers = jnp.asarray(reference)
+  floating = jnp.issubdtype(numbers.dtype, jnp.floating)
+  if numbers.shape != (size,) or not floating:
     raise ValueError(
-      f"reference has shape {losses.shape} and dtype {losses.dtype}; with"
-      " score='excess_loss' expected the reference's losses on this batch,"
-      f" floating point [{size}]."
+      f"reference has shape {numbers.shape} and dtype {numbers.dtype};"
+      f" {expected}"
     )
-  return _tree.to_accumulate(losses)
+  return _tree.to_accumulate(numbers)
 
 
 def losses_shape(losses: Any, size: int) -> None:

@@ -108,7 +108,8 @@ def mimic_value_and_grad(
     score: `"projection"`, or `"cosine"` (divided by the gradient norm too). To
       compare with: `"gradient_norm"` (GraNd) and `"excess_loss"` (RHO-loss; the
       reference is then the reference's losses on this batch, `[B]`), which look
-      at no direction; or a score that is made, such as `matching.omp(0.3)`.
+      at no direction; `"given"` (the reference is then the scores `[B]`); or a
+      score that is made, such as `matching.omp(0.3)`.
     weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`,
       `proportional`, `uniform`, or a callable of their kind.
     scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
@@ -334,7 +335,7 @@ def _pose(
       flags,
     )
   if score.needs_baseline:
-    baseline = _validate.baseline(reference, size)
+    baseline = _validate.baseline(score.name, reference, size)
   problem = _problem.Problem(
     losses_fn, params, batch, flags, unit, score, candidates, baseline
   )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _tree, _validate
 
 
 class Measured(NamedTuple):
@@ -21,7 +21,7 @@ class Measured(NamedTuple):
   losses: jax.Array | None  # [B]
   descents: jax.Array | None  # [B], <-g_i, v> / ||v||
   norms: jax.Array | None  # [B], ||g_i||
-  baseline: jax.Array | None  # [B], the reference's losses
+  baseline: jax.Array | None  # [B], what stands in the reference's place
   gram: jax.Array | None = None  # [B, B], <g_i, g_j>; 0 where not valid
   valid: jax.Array | None = None  # bool [B], the samples in the gram
 
@@ -35,7 +35,8 @@ class Score:
     fn: `Measured -> scores [B]`.
     needs_descents: whether `fn` looks at the descents, and so at a direction.
     needs_norms: whether `fn` looks at the gradient norms.
-    needs_baseline: whether `fn` looks at the reference's losses.
+    needs_baseline: whether `fn` looks at a number a sample that stands in the
+      reference's place, such as the reference's loss.
     needs_gram: whether `fn` looks at all samples' inner products with each
       other, and at which of them are valid. Its scores then depend on batch
       mates; it sees no sample that is padding or not finite.
@@ -68,6 +69,10 @@ def _excess_loss(measured):
   return measured.losses - measured.baseline.astype(measured.losses.dtype)
 
 
+def _given(measured):
+  return measured.baseline
+
+
 SCORES = {
   score.name: score
   for score in (
@@ -75,6 +80,7 @@ SCORES = {
     Score("cosine", _cosine, needs_descents=True, needs_norms=True),
     Score("gradient_norm", _gradient_norm, needs_norms=True),
     Score("excess_loss", _excess_loss, needs_baseline=True),
+    Score("given", _given, needs_baseline=True),
   )
 }
 
@@ -87,13 +93,15 @@ def get(name: str | Score) -> Score:
   * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1].
   * `"gradient_norm"`: `m_i = ||g_i||`, GraNd; there is no direction.
   * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
-    reference's losses stand in the place of the reference.
+    reference's losses `[B]` stand in the place of the reference.
+  * `"given"`: the scores `[B]` themselves stand there, from wherever they are;
+    `output_agreement` makes some.
 
   Scores with options of their own are made, not named: see
   `gradmimic_jax.matching`.
 
   Args:
-    name: one of the four, or a Score.
+    name: one of the five, or a Score.
 
   Returns:
     The Score.
@@ -115,3 +123,54 @@ def get(name: str | Score) -> Score:
     return name
   _validate.choice("score", name, SCORES)
   return SCORES[name]
+
+
+def output_agreement(
+  losses_of: Callable[[jax.Array], jax.Array],
+  outputs: jax.Array,
+  reference: jax.Array,
+) -> jax.Array:
+  """Mimic scores in the space of outputs, for `score="given"`.
+
+  `m_i = <-dl_i/df_i, softmax(r_i) - softmax(f_i)>`
+
+  with f_i the learner's outputs and r_i the reference's: how much a step on
+  sample i alone moves its own outputs toward the reference's. The direction of
+  `toward_outputs` is that of the batch, and what batch mates ask for drowns
+  what a sample's own label says; here they don't enter. (With r_i - f_i in
+  place of the probabilities' difference it would be, to first order, the excess
+  loss, which is unbounded.) No tangent goes through the model: it costs nothing
+  beside the outputs.
+
+  Args:
+    losses_of: `outputs [B, C] -> losses [B]`, each of its own row only.
+    outputs: the learner's logits `[B, C]`.
+    reference: the reference's logits `[B, C]`, any architecture.
+
+  Returns:
+    Scores `[B]`, constants; NaN where the reference's logits are not finite.
+
+  Raises:
+    ValueError: the two models' outputs differ in shape.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> labels = jnp.array([0, 1])
+    >>> def losses_of(outputs):
+    ...   return optax.softmax_cross_entropy_with_integer_labels(
+    ...     outputs, labels)
+    >>> reference = jnp.array([[9.0, -9.0], [9.0, -9.0]])  # 0 for both
+    >>> output_agreement(losses_of, jnp.zeros((2, 2)), reference)
+    Array([ 0.5, -0.5], dtype=float32)
+  """
+  if outputs.shape != reference.shape or outputs.ndim != 2:
+    raise ValueError(
+      f"the reference's outputs have shape {reference.shape} and the learner's"
+      f" {outputs.shape}; expected the same [B, C] for both."
+    )
+  outputs, reference = (
+    jax.lax.stop_gradient(_tree.to_accumulate(x)) for x in (outputs, reference)
+  )
+  toward = jax.nn.softmax(reference) - jax.nn.softmax(outputs)
+  _, slopes = jax.jvp(losses_of, (outputs,), (toward,))
+  return -slopes

@@ -122,3 +122,35 @@ def test_the_transformation_takes_gradient_norms_and_refuses_losses():
   np.testing.assert_allclose(
     updates["w"], weights @ X / weights.sum(), 1e-5, 1e-6
   )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_given_scores_are_what_weights_come_from(engine):
+  given = jnp.asarray(BASELINE, jnp.float32)
+  (_, info), grads = run("given", given, engine, weighting=gm.softmax(0.5))
+  np.testing.assert_array_equal(info.scores, jnp.where(MASK, given, 0))
+  w, c = reweighted(BASELINE, 0.5)
+  np.testing.assert_allclose(grads["w"], w, 1e-5, 1e-6)
+  np.testing.assert_allclose(grads["c"], c, 1e-5, 1e-6)
+
+
+def test_output_agreement_is_the_slope_of_each_loss_toward_the_reference():
+  rng = np.random.default_rng(1)
+  outputs, reference = rng.normal(size=(2, B, 4))
+  labels = rng.integers(4, size=B)
+
+  def softmax(x):
+    parts = np.exp(x - x.max(axis=1, keepdims=True))
+    return parts / parts.sum(axis=1, keepdims=True)
+
+  def losses_of(logits):
+    logits = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    return -jnp.take_along_axis(logits, jnp.asarray(labels)[:, None], 1)[:, 0]
+
+  descent = np.eye(4)[labels] - softmax(outputs)
+  expected = (descent * (softmax(reference) - softmax(outputs))).sum(axis=1)
+  args = [jnp.asarray(x, jnp.float32) for x in (outputs, reference)]
+  scores = gm.scores.output_agreement(losses_of, *args)
+  np.testing.assert_allclose(scores, expected, 1e-5, 1e-6)
+  with pytest.raises(ValueError, match="same"):
+    gm.scores.output_agreement(losses_of, args[0], args[1][:, :2])
