@@ -26,6 +26,7 @@ _METHODS = (
   "distillation",
   "grad_mimic_weights",
   "grad_mimic_outputs",
+  "output_agreement",
 )
 _REFERENCES = {
   "own": {"train_split": "train[:12000]"},
