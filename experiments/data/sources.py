@@ -11,6 +11,7 @@ import logging
 import os
 
 import numpy as np
+import PIL
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -43,7 +44,11 @@ class Dataset:
 
 
 def load(
-  name: str, split: str, *, data_dir: str | os.PathLike | None = None
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  size: int | None = None,
 ) -> Dataset:
   """Reads one split of a prepared TFDS data set, with no TensorFlow.
 
@@ -57,15 +62,62 @@ def load(
     split: A TFDS split, as in "train", "train[:10%]" or "train+test".
     data_dir: The folder that holds TFDS data sets; by default `TFDS_DATA_DIR`
       or, where that isn't set, `~/tensorflow_datasets`.
+    size: Height and width in pixels to which every image is resized, by
+      Pillow's bilinear filter, whatever its proportions; None leaves images as
+      they are. All are held in memory: N * size * size * C bytes.
 
   Returns:
     The samples, in the order in which they are stored.
 
   Raises:
     FileNotFoundError: If the set is not prepared under `data_dir`.
-    ValueError: If there is no such set or split, or it isn't a set of uint8
-      images of one size, each with one class label.
+    ValueError: If there is no such set or split, it isn't a set of uint8
+      images, each with one class label, or its images differ in size and
+      `size` is None.
   """
+  if size is not None and size < 1:
+    raise ValueError(f"size must be at least 1 pixel, or None; got {size}")
+  return _load(name, split, _folder(name, split, data_dir), size)
+
+
+def stored_fingerprint(
+  name: str, split: str, *, data_dir: str | os.PathLike | None = None
+) -> str:
+  """A hash of the files that `load` would read, without decoding them.
+
+  Decoding takes many times as long. `Dataset.fingerprint` is another one: files
+  that are stored otherwise can have the same content.
+
+  Args:
+    name: As in `load`, and so are the others.
+    split: A TFDS split.
+    data_dir: The folder that holds TFDS data sets.
+
+  Returns:
+    32 hexadecimal characters.
+
+  Raises:
+    FileNotFoundError: If the set, or one of its files, is not there.
+    ValueError: If there is no such set or split.
+  """
+  data_dir = _folder(name, split, data_dir)
+  if name == digits.NAME:
+    digits.prepare(data_dir)
+  builder = _find(name, data_dir)
+  try:
+    shards = builder.info.splits[split].file_instructions
+  except (KeyError, ValueError, AssertionError) as error:
+    raise _no_split(builder, split, error) from error
+  words = [builder.info.full_name, PIL.__version__]
+  for shard in shards:
+    with open(shard.filename, "rb") as file:
+      content = hashlib.file_digest(file, "sha256").hexdigest()
+    words.append([content, shard.skip, shard.take])
+  return _fingerprint(words, ())
+
+
+def _folder(name, split, data_dir) -> str:
+  """The folder that is meant, with names that are no text refused."""
   for option, value in (("name", name), ("split", split)):
     if not isinstance(value, str):
       raise TypeError(f"{option} must be a str, got {value!r}")
@@ -74,11 +126,11 @@ def load(
   data_dir = os.path.expanduser(os.fspath(data_dir))
   if "://" not in data_dir:
     data_dir = os.path.abspath(data_dir)
-  return _load(name, split, data_dir)
+  return data_dir
 
 
 @functools.lru_cache(maxsize=4)
-def _load(name: str, split: str, data_dir: str) -> Dataset:
+def _load(name: str, split: str, data_dir: str, size: int | None) -> Dataset:
   """`load` with everything that its result depends on in the arguments."""
   if name == digits.NAME:
     digits.prepare(data_dir)
@@ -97,13 +149,10 @@ def _load(name: str, split: str, data_dir: str) -> Dataset:
     ) from error
   except (ValueError, AssertionError) as error:
     # TFDS raises either, by what is wrong with the text of the split.
-    raise ValueError(
-      f"split {split!r} of {full_name} can't be read ({_first_line(error)}); "
-      f"there are {sorted(builder.info.splits)}, slices such as 'train[:10%]' "
-      "and sums such as 'train+test'"
-    ) from error
+    raise _no_split(builder, split, error) from error
   try:
-    images, labels, ids = _decode(source, features, f"{full_name} {split}")
+    what = f"{full_name} {split}"
+    images, labels, ids = _decode(source, features, what, size)
   except (RuntimeError, OSError) as error:  # What array_record and PIL raise.
     raise ValueError(
       f"the files of {full_name} in {data_dir} are damaged or missing "
@@ -128,6 +177,14 @@ def _load(name: str, split: str, data_dir: str) -> Dataset:
     num_classes=label.num_classes,
     class_names=tuple(label.names),
     fingerprint=_fingerprint((full_name, split), (images, labels, ids)),
+  )
+
+
+def _no_split(builder, split: str, error: Exception) -> ValueError:
+  return ValueError(
+    f"split {split!r} of {builder.info.full_name} can't be read "
+    f"({_first_line(error)}); there are {sorted(builder.info.splits)}, slices "
+    "such as 'train[:10%]' and sums such as 'train+test'"
   )
 
 
@@ -209,7 +266,7 @@ def _label_features(builder) -> tfds.features.FeaturesDict:
   return tfds.features.FeaturesDict(wanted)
 
 
-def _decode(source, features, what: str):
+def _decode(source, features, what: str, size: int | None):
   """Decodes every record.
 
   One thread: parsing holds the interpreter's lock, and with small images two
@@ -219,6 +276,7 @@ def _decode(source, features, what: str):
     source: The encoded records [N].
     features: Which features to read of them.
     what: The set and split, for errors.
+    size: Height and width to resize to, or None.
 
   Returns:
     images uint8 [N, H, W, C], labels int32 [N], and ids [N] or None.
@@ -230,14 +288,14 @@ def _decode(source, features, what: str):
     rows = range(start, min(start + _READ_SIZE, len(source)))
     for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
       sample = features.deserialize_example_np(record, decoders=encoded)
-      image = _decode_image(sample["image"], mode)
+      image = _decode_image(sample["image"], mode, size)
       if images is None:
         images = np.empty((len(source), *image.shape), np.uint8)
       if image.shape != images.shape[1:]:
         raise ValueError(
           f"images of {what} vary in size: sample 0 is {images.shape[1:]}, "
-          f"sample {row} is {image.shape}; expected one size, as nothing "
-          "resizes them yet: prepare the set with its images resized"
+          f"sample {row} is {image.shape}; expected one size: set "
+          "config.data.image_size (size=), such as 224, to resize them"
         )
       images[row] = image
       labels[row] = sample["label"]
@@ -246,14 +304,18 @@ def _decode(source, features, what: str):
   return images, labels, np.array(ids) if ids else None
 
 
-def _decode_image(encoded: bytes, mode: str) -> np.ndarray:
+def _decode_image(encoded: bytes, mode: str, size: int | None) -> np.ndarray:
   """One encoded image as uint8 [H, W, C].
 
   Always by Pillow: TFDS takes OpenCV where that is installed, whose JPEG
   pixels differ, and with them the fingerprint.
   """
   with Image.open(io.BytesIO(encoded)) as image:
-    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    # Converted first: the colours of a palette can't be averaged.
+    decoded = image if image.mode == mode else image.convert(mode)
+    if size is not None and decoded.size != (size, size):
+      decoded = decoded.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(decoded)
   return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

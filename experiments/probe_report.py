@@ -1,0 +1,305 @@
+"""What came out of a grid of heads: detection, tables and figures."""
+
+import csv
+import io
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments import workdir as workdir_lib
+from gradmimic_jax.report import figures
+
+SUMMARY_FILE = "summary.json"
+TABLE_FILES = ("results.csv", "results.md")
+# "weight" is the published threshold, on the weights; the others are the
+# library's, on the raw scores.
+BINARIZERS = ("weight", "threshold", "gmm", "kmeans", "top_fraction", "auto")
+
+
+def check(config: Any) -> None:
+  """Raises ValueError for a binariser that isn't there."""
+  for name in config.probe.binarizers:
+    if name not in BINARIZERS:
+      raise ValueError(
+        f"config.probe.binarizers has {name!r}; expected some of"
+        f" {', '.join(BINARIZERS)}."
+      )
+
+
+def detections(
+  config: Any, folder: pathlib.Path, result: dict[str, Any]
+) -> list[dict[str, Any]]:
+  """How well a cell's scores find the mislabelled samples, run by run.
+
+  Args:
+    config: the grid's; `select` and `probe.binarizers` are looked at.
+    folder: of the runs' `.npz` files.
+    result: a cell's.
+
+  Returns:
+    For each run its AUROC and, for each binariser, F1 and the kept fraction;
+    nothing where there are no scores. Kept beside the runs' files.
+  """
+  wanted = workdir_lib.fingerprint(
+    config.select.to_dict(), list(config.probe.binarizers)
+  )
+  files = [run["samples"] for run in result["runs"]]
+  name = f"{files[0].removesuffix('.npz')}_selected_{wanted}.json"
+  if (folder / name).exists():
+    return workdir_lib.read_json(folder / name)
+  found = [_detection(config, folder / file) for file in files]
+  workdir_lib.write_json(folder / name, found)
+  return found
+
+
+def _detection(config, file):
+  with np.load(file) as arrays:
+    if "score" not in arrays:
+      return {}
+    scores, weights = arrays["score"], arrays["weight"]
+    wrong = arrays["labels"] != arrays["clean_labels"]
+  seen = ~np.isnan(scores).all(axis=1)
+  scores, weights, wrong = scores[seen], weights[seen], wrong[seen]
+  mean = np.nanmean(scores, axis=1)
+  about: dict[str, Any] = {"clean_fraction": float(1 - wrong.mean())}
+  for name in config.probe.binarizers:
+    options = {}
+    if name == "weight":
+      options["threshold"] = 1 / config.batch_size
+    elif name in ("threshold", "top_fraction"):
+      field = {"top_fraction": "fraction"}.get(name, name)
+      options[field] = config.select[field]
+    selection = gm.select(
+      weights if name == "weight" else scores,
+      binarize="threshold" if name == "weight" else name,
+      aggregate=config.select.aggregate,
+      **options,
+    )
+    found = gm.metrics.detection(mean, selection.keep, wrong)
+    about["auroc"] = _plain(found.auroc)
+    about[name] = {
+      "f1": _plain(found.f1),
+      "kept_fraction": float(selection.keep.mean()),
+    }
+  return about
+
+
+def _plain(value):
+  return float(value) if math.isfinite(value) else None
+
+
+def write(
+  config: Any, folder: pathlib.Path, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """Writes `summary.json`, the tables and the figures.
+
+  Args:
+    config: the grid's.
+    folder: the grid's.
+    results: of all cells.
+
+  Returns:
+    What is in `summary.json`.
+  """
+  rows = _rows(config, folder, results)
+  summary = {
+    "dataset": config.data.name,
+    "noise": config.noise.kind,
+    "seeds": list(config.study.seeds),
+    "num_epochs": config.num_epochs,
+    "seconds": round(sum(result["seconds"] for result in results), 1),
+    "machine": results[0]["machine"],
+    "rows": rows,
+  }
+  paths = [folder / SUMMARY_FILE, *(folder / name for name in TABLE_FILES)]
+  paths += _draw(config, folder, results)
+  summary["files"] = [str(path) for path in paths]
+  workdir_lib.write_bytes(folder / TABLE_FILES[0], _csv(rows).encode())
+  workdir_lib.write_bytes(folder / TABLE_FILES[1], markdown(summary).encode())
+  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
+  return summary
+
+
+def _rows(config, folder, results):
+  """A row for each method, value and rate: means over the seeds."""
+  plain = [r["seconds_per_step"] for r in results if r["method"] == "sgd"]
+  groups: dict[Any, list[Any]] = {}
+  for result in results:
+    found = detections(config, folder / "samples", result)
+    for run, detection in zip(result["runs"], found, strict=True):
+      key = result["method"], run["value"], run["rate"]
+      groups.setdefault(key, []).append((result, run, detection))
+  rows = []
+  for (method, value, rate), members in groups.items():
+    runs = [run for _, run, _ in members]
+    row = {"method": method, "value": value, "rate": rate, "runs": len(runs)}
+    row["noise_rate"] = float(np.mean([run["noise_rate"] for run in runs]))
+    for field in ("test_accuracy", "test_loss"):
+      last = [run["curves"][field][-1] for run in runs]
+      row[field], row[f"{field}_error"] = _mean_and_error(last)
+    row["nonfinite"] = sum(
+      sum(run["curves"]["train_nonfinite"]) for run in runs
+    )
+    times = [result["seconds_per_step"] for result, _, _ in members]
+    row["seconds_per_step"] = float(np.mean(times))
+    row["time_over_sgd"] = None
+    if plain:
+      row["time_over_sgd"] = float(np.mean(times) / np.mean(plain))
+    row |= _detected(config, [detection for _, _, detection in members])
+    rows.append(row)
+  return rows
+
+
+def _detected(config, found):
+  names = [f"f1_{name}" for name in config.probe.binarizers]
+  names += [f"kept_{name}" for name in config.probe.binarizers]
+  row: dict[str, Any] = dict.fromkeys(["auroc", "clean_fraction", *names])
+  if not all(found):
+    return row
+
+  def mean(values):
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
+
+  row["clean_fraction"] = mean([x["clean_fraction"] for x in found])
+  row["auroc"] = mean([x.get("auroc") for x in found])
+  for name in config.probe.binarizers:
+    row[f"f1_{name}"] = mean([x[name]["f1"] for x in found])
+    row[f"kept_{name}"] = mean([x[name]["kept_fraction"] for x in found])
+  return row
+
+
+def _mean_and_error(values):
+  """Mean and standard error, None of a single value."""
+  if len(values) < 2:
+    return float(np.mean(values)), None
+  error = np.std(values, ddof=1) / math.sqrt(len(values))
+  return float(np.mean(values)), float(error)
+
+
+def _csv(rows):
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
+
+
+def markdown(summary: dict[str, Any]) -> str:
+  """The tables of accuracy and of detection, as Markdown."""
+  rows = summary["rows"]
+  rates = list(dict.fromkeys(r["rate"] for r in rows if not _is_clean(r)))
+  about = summary["machine"]
+  lines = [
+    f"# {summary['dataset']}, {summary['noise']} noise: linear probing",
+    "",
+    f"{summary['num_epochs']} epochs, seeds"
+    f" {', '.join(map(str, summary['seeds']))}; {about['device']},"
+    f" {about['cpu_cores']} CPU cores, {about['date']}.",
+    "",
+    "Test accuracy by noise rate, mean ± standard error over the seeds, and the"
+    " time of a step relative to sgd's:",
+    "",
+    *_table(
+      ["method", *(f"{rate:g}" for rate in rates), "time"],
+      [
+        [
+          _label(*key),
+          *(_accuracy(found.get(rate, found.get(0.0))) for rate in rates),
+          _number(next(iter(found.values()))["time_over_sgd"], 2),
+        ]
+        for key, found in _by_method(rows).items()
+      ],
+    ),
+  ]
+  scored = [row for row in rows if row["auroc"] is not None]
+  if scored:
+    names = [key.removeprefix("f1_") for key in scored[0] if key[:3] == "f1_"]
+    lines += [
+      "",
+      "Mislabelled samples found: AUROC of the mean score, and F1 and share of"
+      " samples kept by binariser:",
+      "",
+      *_table(
+        ["method", "rate", "clean", "AUROC", *names],
+        [
+          [
+            _label(row["method"], row["value"]),
+            f"{row['rate']:g}",
+            _number(row["clean_fraction"]),
+            _number(row["auroc"]),
+            *(
+              f"{_number(row[f'f1_{name}'])} ({_number(row[f'kept_{name}'])})"
+              for name in names
+            ),
+          ]
+          for row in scored
+        ],
+      ),
+    ]
+  return "\n".join(lines) + "\n"
+
+
+def _by_method(rows):
+  """`{(method, value): {rate: row}}`."""
+  found: dict[Any, Any] = {}
+  for row in rows:
+    found.setdefault((row["method"], row["value"]), {})[row["rate"]] = row
+  return found
+
+
+def _is_clean(row):
+  return row["method"] == "reference"
+
+
+def _label(method, value):
+  return method if value is None else f"{method} {value:g}"
+
+
+def _accuracy(row):
+  if row is None:
+    return "-"
+  error = row["test_accuracy_error"]
+  text = f"{row['test_accuracy']:.4f}"
+  return text if error is None else f"{text} ± {error:.4f}"
+
+
+def _number(value, digits=3):
+  return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _table(header, rows):
+  yield f"| {' | '.join(header)} |"
+  yield f"|{'---|' * len(header)}"
+  for row in rows:
+    yield f"| {' | '.join(row)} |"
+
+
+def _draw(config, folder, results):
+  """Learning curves, a file for each rate and field."""
+  curves: dict[Any, dict[str, list[Any]]] = {}
+  for result in results:
+    for run in result["runs"]:
+      name = _label(result["method"], run["value"])
+      rates = config.probe.rates if name == "reference" else [run["rate"]]
+      for rate in rates:
+        curves.setdefault(rate, {}).setdefault(name, []).append(run["curves"])
+  paths = []
+  for rate, by_name in curves.items():
+    for field in ("test_accuracy", "test_loss"):
+      paths.append(
+        figures.learning_curves(
+          {
+            name: [(range(len(run[field])), run[field]) for run in runs]
+            for name, runs in by_name.items()
+          },
+          folder / f"{field}_{rate:g}.png",
+          title=f"{config.data.name}, {config.noise.kind} noise {rate:g}",
+          xlabel="epoch",
+          ylabel=field.replace("_", " "),
+        )
+      )
+  return paths
