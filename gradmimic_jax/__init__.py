@@ -21,7 +21,22 @@ from gradmimic_jax.gradients import (
 )
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reference import ReferenceReport, check_reference
-from gradmimic_jax.selection import Selection, select
+from gradmimic_jax.selection import (
+  DatasetQuality,
+  Membership,
+  RemovalCurve,
+  Selection,
+  class_table,
+  dataset_quality,
+  discover_members,
+  export,
+  filters,
+  find_label_issues,
+  label_quality_scores,
+  removal_curve,
+  select,
+  subset,
+)
 from gradmimic_jax.transform import (
   ReweightByMimicScoreState,
   mimic,
