@@ -7,6 +7,7 @@ worthless, or inverted: it is then the mislabelled samples that score highest.
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ class ReferenceReport:
 
   def __str__(self) -> str:
     """Verdict, advice and a table."""
-    path = "  ".join(f"{loss:.3g}" for loss in self.path_losses)
+    path = " ".join(f"{loss:.2g}" for loss in self.path_losses)
     rows = (
       ("loss of the learner", f"{self.learner_loss:.4g}"),
       ("loss of the reference", f"{self.reference_loss:.4g}"),
@@ -110,7 +111,7 @@ class ReferenceReport:
       ("scores and true gains agree", f"{self.agreement:.3f}"),
     )
     lines = [
-      f"reference: {self.verdict}. {self.advice}",
+      *textwrap.wrap(f"reference: {self.verdict}. {self.advice}", 80),
       *(f"  {name:<36}{value}" for name, value in rows),
       f"  ({self.num_samples} samples; a loss is the mean of the lowest"
       f" {EASIEST:.0%})",

@@ -77,8 +77,10 @@ def test_references_of_both_basins_are_told_apart(
   report = gm.check_reference(mlp, params, references[seed], batch)
   assert report.verdict == verdict
   assert report.advice == reference_lib.ADVICE[verdict]
-  assert verdict in str(report)
-  assert report.advice in str(report)
+  assert f"reference: {verdict}. {report.advice}" in " ".join(
+    str(report).split("\n  ")[0].split("\n")
+  )
+  assert max(map(len, str(report).split("\n"))) <= 100
 
 
 def test_a_foreign_reference_of_a_convex_model_is_ok():
