@@ -187,6 +187,13 @@ def test_steps_that_disagree_widen_the_interval():
   assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
 
 
+def test_the_interval_holds_the_share_kept():
+  got = gs.dataset_quality(made(np.full(50, 0.8)))
+  assert (got.clean_fraction, got.high) == (pytest.approx(0.8), 1.0)
+  clean = np.random.default_rng(0).lognormal(0, 1, (500, 5))
+  assert gs.dataset_quality(select(clean)).high == 1.0
+
+
 def test_without_a_vote_nothing_is_said():
   got = gs.dataset_quality(made([np.nan, np.nan]))
   assert np.isnan([got.clean_fraction, got.low, got.high]).all()

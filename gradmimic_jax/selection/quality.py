@@ -66,7 +66,9 @@ def dataset_quality(
   over steps and samples: each time, as many steps and samples are drawn with
   replacement and the label model is fitted anew. It covers which steps and
   samples there happen to be; what all steps get wrong alike it can't see. With
-  one step it only covers the samples.
+  one step it only covers the samples. It is widened where needed to hold the
+  estimate and the share of samples kept, which is another one: where all votes
+  agree, no draw differs, but the keep probability still isn't 1.
 
   Args:
     selection: what `select` gave. Where a function aggregated the votes, the
@@ -103,6 +105,7 @@ def dataset_quality(
       nan, nan, nan, level, selection.kept_fraction, n_samples, unvoted
     )
   estimate = float(selection.keep_probability[voted].mean())
+  kept = float(selection.keep[voted].mean())
   name = selection.diagnostics.get("aggregate")
   overruled = "taken by majority" in str(
     selection.diagnostics.get("label_model", {}).get("note", "")
@@ -121,8 +124,8 @@ def dataset_quality(
   low, high = np.quantile(estimates or [estimate], [tail, 1 - tail])
   return DatasetQuality(
     estimate,
-    min(float(low), estimate),
-    max(float(high), estimate),
+    min(float(low), estimate, kept),
+    max(float(high), estimate, kept),
     level,
     selection.kept_fraction,
     n_samples,
