@@ -97,7 +97,9 @@ class ReferenceReport:
 
   def __str__(self) -> str:
     """Verdict, advice and a table."""
-    path = " ".join(f"{loss:.2g}" for loss in self.path_losses)
+    # A few of the points, both ends among them, to fit a line.
+    shown = np.linspace(0, len(self.path) - 1, min(6, len(self.path)))
+    path = " ".join(f"{self.path_losses[int(i)]:.3g}" for i in shown)
     rows = (
       ("loss of the learner", f"{self.learner_loss:.4g}"),
       ("loss of the reference", f"{self.reference_loss:.4g}"),
