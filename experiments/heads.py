@@ -59,8 +59,8 @@ def create(width: int, num_classes: int, seeds: list[int]) -> Head:
     )
     for seed in seeds
   ]
-  params = jax.tree.map(lambda *xs: jnp.stack(xs), *(p for _, p in made))
-  return Head(made[0][0], params)
+  params = jax.device_get([p for _, p in made])
+  return Head(made[0][0], jax.tree.map(lambda *xs: np.stack(xs), *params))
 
 
 def batches(
@@ -196,13 +196,17 @@ def init_states(
 ) -> steps.TrainState:
   """States `[S, K, ...]` before the first step; a seed's runs start alike."""
 
-  def of_seed(params):
-    state = steps.init_state(params, tx)
-    return jax.tree.map(
-      lambda x: jnp.broadcast_to(jnp.asarray(x), (runs, *jnp.shape(x))), state
-    )
-
-  return jax.vmap(of_seed)(head.params)
+  states = []
+  for i in range(len(jax.tree.leaves(head.params)[0])):
+    params = jax.tree.map(lambda x, i=i: x[i], head.params)
+    states.append(jax.device_get(steps.init_state(params, tx)))
+  # By NumPy, which has nothing to compile.
+  return jax.tree.map(
+    lambda *xs: jnp.asarray(
+      np.stack([np.broadcast_to(x, (runs, *np.shape(x))) for x in xs])
+    ),
+    *states,
+  )
 
 
 def make_evaluate(head: Head) -> Callable[..., dict[str, jax.Array]]:

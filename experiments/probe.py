@@ -174,7 +174,9 @@ def cells_of(config: Any) -> list[Cell]:
     points: list[tuple[float, float | None]]
     if name == REFERENCE:
       points = [(0.0, None)]
-    elif config.probe.weighting_values and heads.reads_value(name, config.mimic):
+    elif config.probe.weighting_values and heads.reads_value(
+      name, config.mimic
+    ):
       points = list(itertools.product(rates, config.probe.weighting_values))
       points.sort(key=lambda point: point[1])  # one value's rates together
     else:
