@@ -25,7 +25,7 @@ from experiments import (
 )
 from experiments.data import pipeline
 from experiments.tasks import classification
-from gradmimic_jax.report import figures
+from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "basins.json"
 _FREE = ("basins.", "checkpoint.")

@@ -20,7 +20,7 @@ import jax
 from configs import benchmark as benchmark_config
 from experiments import cli, measure, workdir as workdir_lib
 from experiments.measure import ERRORS, RATIOS, Case
-from gradmimic_jax.report import figures
+from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "benchmark.json"
 SWEPT = ("batch_size", "depth", "width")

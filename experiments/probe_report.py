@@ -10,7 +10,7 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments import workdir as workdir_lib
-from gradmimic_jax.report import figures
+from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
 TABLE_FILES = ("results.csv", "results.md")

@@ -24,7 +24,7 @@ from experiments import (
   writers,
 )
 from experiments.data import noise, sources
-from gradmimic_jax.report import figures
+from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
 SELECTION_FILE = "selection.npz"

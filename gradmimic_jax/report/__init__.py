@@ -1,1 +1,0 @@
-"""What scores look like: figures for people."""
