@@ -21,6 +21,7 @@ from gradmimic_jax.gradients import (
 )
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reference import ReferenceReport, check_reference
+from gradmimic_jax.reporting import report
 from gradmimic_jax.selection import (
   DatasetQuality,
   Membership,

@@ -1,0 +1,197 @@
+"""What is known about the samples besides their scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gradmimic_jax.selection import _ids
+from gradmimic_jax.selection.quality import checked_labels
+from gradmimic_jax.selection.selection import Selection
+
+KEYS = (
+  "ids",
+  "labels",
+  "suggested",
+  "true_labels",
+  "class_names",
+  "captions",
+  "images",
+)
+MAX_TEXT = 200  # characters of a name, a caption or a value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+  """Labels, names and images of a selection's samples, row by row."""
+
+  rows: np.ndarray | None = None  # where in the data set each sample is
+  labels: np.ndarray | None = None  # [N]
+  suggested: np.ndarray | None = None  # [N]
+  true_labels: np.ndarray | None = None  # [N]
+  class_names: Any = None
+  captions: Any = None  # of the data set
+  images: Any = None  # of the data set
+
+  def name_of(self, label: Any) -> str:
+    """A label's name."""
+    label = str(label)
+    if self.class_names is None or not label.isdigit():
+      return text(label)
+    index = int(label)
+    if index >= len(self.class_names):
+      return text(label)
+    return text(self.class_names[index])
+
+  def about(self, row: int) -> dict[str, str | None]:
+    """What to print beside a sample of the selection."""
+
+    def name(labels):
+      return None if labels is None else self.name_of(labels[row])
+
+    caption = None
+    if self.captions is not None:
+      assert self.rows is not None
+      caption = text(self.captions[int(self.rows[row])])
+    return {
+      "label": name(self.labels),
+      "suggested": name(self.suggested),
+      "true_label": name(self.true_labels),
+      "caption": caption,
+    }
+
+  def image(self, row: int) -> Any:
+    """A sample's image; None if there are none."""
+    if self.images is None:
+      return None
+    assert self.rows is not None
+    return self.images[int(self.rows[row])]
+
+
+def samples_of(
+  dataset: Mapping[str, Any] | None, selection: Selection
+) -> Samples:
+  """Finds a selection's samples in what is known about a data set.
+
+  Args:
+    dataset: by name, as `gm.report` takes it; None for nothing.
+    selection: whose samples are wanted.
+
+  Returns:
+    The Samples.
+
+  Raises:
+    TypeError: no mapping, or entries of another kind.
+    ValueError: an unknown name, entries of other lengths, samples that the data
+      set lacks.
+  """
+  if dataset is None:
+    return Samples()
+  if not isinstance(dataset, Mapping):
+    raise TypeError(
+      f"dataset is a {type(dataset).__name__}; expected a mapping with some of"
+      f" {', '.join(KEYS)}."
+    )
+  for key in dataset:
+    if key not in KEYS:
+      raise ValueError(
+        f"dataset has {key!r}; expected some of {', '.join(KEYS)}."
+      )
+  given = {key: value for key, value in dataset.items() if value is not None}
+  sizes = {
+    key: len(value) for key, value in given.items() if key != "class_names"
+  }
+  if len(set(sizes.values())) > 1:
+    raise ValueError(
+      f"the entries of dataset differ in length: {sizes}; expected one of each"
+      " a sample."
+    )
+  if not sizes:
+    return Samples(class_names=given.get("class_names"))
+  rows = _rows(selection.ids, given.get("ids"), next(iter(sizes.values())))
+
+  def labels(key):
+    if key not in given:
+      return None
+    return checked_labels(given[key], len(given[key]))[rows]
+
+  names = given.get("class_names")
+  found = {key: labels(key) for key in ("labels", "suggested", "true_labels")}
+  for key, values in found.items():
+    kinds = {
+      v.dtype.kind == "U" for v in (values, found["labels"]) if v is not None
+    }
+    if len(kinds) > 1:
+      raise TypeError(
+        f"dataset[{key!r}] and dataset['labels'] are of two kinds; expected"
+        " integers in both, or names in both."
+      )
+    if values is None or names is None or values.dtype.kind == "U":
+      continue
+    if len(values) and values.max() >= len(names):
+      raise ValueError(
+        f"dataset[{key!r}] holds {values.max()}, but there are"
+        f" {len(names)} class_names; expected a name for every label."
+      )
+  return Samples(
+    rows,
+    class_names=names,
+    captions=given.get("captions"),
+    images=given.get("images"),
+    **found,
+  )
+
+
+def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
+  """Where each wanted id is; positions where there are no ids."""
+  if ids is None:
+    if wanted.dtype.kind not in "iu":
+      raise ValueError(
+        f"the selection's ids are strings, such as {str(wanted[0])!r}, and"
+        " dataset has no ids to find them by; expected ids, one a sample."
+      )
+    missing = wanted[wanted >= n]
+    rows = wanted.astype(np.int64)
+  else:
+    ids = _ids.checked(ids, "dataset['ids']")
+    if not _ids.same_kind(ids, wanted):
+      raise TypeError(
+        f"dataset['ids'] has dtype {ids.dtype} and the selection's ids"
+        f" {wanted.dtype}; expected the same kind of id."
+      )
+    order = _ids.order(ids)
+    place = np.searchsorted(ids[order], wanted)
+    rows = order[np.minimum(place, len(ids) - 1)]
+    missing = wanted[ids[rows] != wanted]
+  if len(missing):
+    raise ValueError(
+      f"{len(missing)} of the selection's {len(wanted)} samples are not in"
+      f" dataset, which has {n}; the first is {missing[0]!r}. Give the data set"
+      " that was scored."
+    )
+  return rows
+
+
+def text(value: Any) -> str:
+  """Printable, and no longer than `MAX_TEXT`.
+
+  Args:
+    value: anything.
+
+  Returns:
+    Its text, with a sign in place of what doesn't print.
+
+  Example:
+    >>> len(text("a" * 300))
+    200
+  """
+  whole = str(value)
+  if len(whole) > MAX_TEXT:
+    whole = whole[: MAX_TEXT - 1] + "…"
+  return "".join(
+    c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}"
+    for c in whole
+  )
