@@ -68,6 +68,7 @@ def gather(
   selection: Selection,
   samples: Samples,
   *,
+  unit: str,
   title: str,
   run: Mapping[str, Any] | None,
   results: Mapping[str, Mapping[str, Any]] | None,
@@ -79,6 +80,7 @@ def gather(
     scores: [N, T], in the order of the selection.
     selection: what `select` gave.
     samples: what is known about the samples.
+    unit: what a column of scores is called.
     title: of the page.
     run: what was run, by name.
     results: by name, what came out of training on what.
@@ -100,6 +102,7 @@ def gather(
   found = {
     "version": 1,
     "title": text(title),
+    "unit": unit,
     "verdict": verdict(selection, quality),
     "run": _facts(run, notes),
     "fingerprints": {
@@ -190,7 +193,7 @@ def _histograms(scores, selection, steps, notes) -> list[dict[str, Any]]:
     np.linspace(0, n_steps - 1, min(MAX_PANELS, n_steps)).astype(int)
   )
   if len(shown) < n_steps:
-    notes.append(f"Score histograms: {len(shown)} of {n_steps} steps.")
+    notes.append(f"Score histograms: {len(shown)} of {n_steps}.")
   cuts = selection.diagnostics.get("cuts") or [None] * n_steps
   panels = []
   for t in shown.tolist():
@@ -223,7 +226,7 @@ def _voters(selection, steps, notes) -> list[dict[str, Any]]:
     np.linspace(0, n_steps - 1, min(MAX_VOTERS, n_steps)).astype(int)
   ).tolist()
   if len(shown) < n_steps:
-    notes.append(f"Voters: {len(shown)} of {n_steps} steps.")
+    notes.append(f"Voters: {len(shown)} of {n_steps}.")
   return [
     {
       "step": steps[t],

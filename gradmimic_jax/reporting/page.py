@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reporting import charts, findings as findings_lib, thumbnails
 from gradmimic_jax.reporting.samples import Samples, samples_of
 from gradmimic_jax.selection.selection import Selection
@@ -94,6 +95,7 @@ def report(
     scores,
     selection,
     samples,
+    unit="epoch" if isinstance(ledger, ScoreLedger) else "step",
     title=title,
     run=run,
     results=results,
@@ -154,6 +156,7 @@ def _render(found: dict[str, Any], images: Mapping[int, str]) -> bytes:
     "percent": lambda value: _UNKNOWN if value is None else f"{value:.1%}",
     "count": lambda value: _UNKNOWN if value is None else f"{value:,}",
     "number": _number,
+    "share": lambda value: _UNKNOWN if value is None else f"{value:.3f}",
   }
   style, script = (
     (_FOLDER / name).read_text(encoding="utf-8")
