@@ -45,12 +45,13 @@ class Features(NamedTuple):
 class Backbone(NamedTuple):
   """A model up to its head, and what it must be shown."""
 
-  apply: Callable[[Any, jax.Array], jax.Array]  # images to [B, D]
-  params: Any
+  # Makes `(params, images) -> [B, D]` and params: where features are read back
+  # there is no need for either.
+  make: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
   shape: tuple[int, ...] | None  # of an image; None takes any
   mean: Any  # per channel; None: of the training images
   std: Any
-  fingerprint: str
+  fingerprint: str  # of the files that it comes from
 
 
 def load(config: Any, cache: pathlib.Path) -> tuple[Features, Features]:
@@ -127,9 +128,9 @@ def _read(file) -> Features | None:
   try:
     about = workdir_lib.read_json(_about_file(file))
     total = about.pop("fingerprint")
-    with open(file, "rb") as content:
-      digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if workdir_lib.fingerprint(about) != total or digest != about["sha256"]:
+    if workdir_lib.fingerprint(about) != total or (
+      _sum_of(file) != about["sha256"]
+    ):
       raise ValueError("its content is not what was written")
     return Features(
       values=np.load(file, mmap_mode="r", allow_pickle=False),
@@ -160,13 +161,14 @@ def _compute(file, config, split, flip, backbone):
   views = [data.images]
   if flip:
     views.append(data.images[:, :, ::-1])
-  apply = jax.jit(backbone.apply)
+  apply, params = backbone.make()
+  apply = jax.jit(apply)
   temporary = file.with_name(f"{os.getpid()}_{file.name}.tmp")
   values = None
   try:
     for view, images in enumerate(views):
       start = 0
-      for part in _in_batches(apply, backbone.params, images, config, scaling):
+      for part in _in_batches(apply, params, images, config, scaling):
         if values is None:
           values = np.lib.format.open_memmap(
             temporary,
@@ -276,7 +278,7 @@ def _pixels(config) -> Backbone:
     del params
     return images.reshape(images.shape[0], -1)
 
-  return Backbone(flatten, {}, None, None, None, "pixels")
+  return Backbone(lambda: (flatten, {}), None, None, None, "pixels")
 
 
 def _of_run(folder) -> Backbone:
@@ -289,20 +291,25 @@ def _of_run(folder) -> Backbone:
   section = workdir_lib.read_json(folder / workdir_lib.CONFIG_FILE)["model"]
   section.pop("pretrained", None)  # where that run's own weights came from
   shape = tuple(shown["shape"])
-  apply, like = models.create_features(
-    config_dict.ConfigDict(section),
-    input_shape=shape,
-    num_classes=shown["num_classes"],
-    seed=0,
-  )
-  params = checkpoint.load_params(folder, like)
+
+  def make():
+    apply, like = models.create_features(
+      config_dict.ConfigDict(section),
+      input_shape=shape,
+      num_classes=shown["num_classes"],
+      seed=0,
+    )
+    return apply, checkpoint.load_params(folder, like)
+
+  stored = folder / checkpoint.FOLDER
+  files = sorted(path for path in stored.rglob("*") if path.is_file())
+  named = [(str(path.relative_to(stored)), _sum_of(path)) for path in files]
   return Backbone(
-    apply,
-    params,
+    make,
     shape,
     shown["mean"],
     shown["std"],
-    _digest(params, section),
+    workdir_lib.fingerprint(named, section),
   )
 
 
@@ -316,12 +323,14 @@ def _published(config, source) -> Backbone:
       " its images in pixels, such as 224."
     )
   shape = (size, size, 3)
-  apply, like = models.create_features(
-    config.model, input_shape=shape, num_classes=1, seed=0
-  )
-  params = pretrained.load(
-    source, like, input_shape=shape, vit=dict(config.model.vit)
-  )
+  vit = config.model.vit.to_dict()
+
+  def make():
+    apply, like = models.create_features(
+      config.model, input_shape=shape, num_classes=1, seed=0
+    )
+    return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
+
   wanted = pretrained.preprocessing(source)
   if config.probe.scaling == "model" and (
     wanted.interpolation != "bilinear" or wanted.crop_fraction != 1
@@ -334,16 +343,14 @@ def _published(config, source) -> Backbone:
       wanted.crop_fraction,
     )
   return Backbone(
-    apply,
-    params,
+    make,
     shape,
     list(wanted.mean),
     list(wanted.std),
-    _digest(params, config.model.vit.to_dict()),
+    workdir_lib.fingerprint(_sum_of(pretrained._find(source)), vit),
   )
 
 
-def _digest(params, section):
-  """Of all that features depend on: the head is not in it."""
-  body = {name: leaf for name, leaf in params.items() if name != "head"}
-  return workdir_lib.fingerprint(checkpoint.fingerprint(body), section)
+def _sum_of(file):
+  with open(file, "rb") as content:
+    return hashlib.file_digest(content, "sha256").hexdigest()

@@ -195,7 +195,6 @@ def init_states(
   head: Head, tx: optax.GradientTransformation, runs: int
 ) -> steps.TrainState:
   """States `[S, K, ...]` before the first step; a seed's runs start alike."""
-
   states = []
   for i in range(len(jax.tree.leaves(head.params)[0])):
     params = jax.tree.map(lambda x, i=i: x[i], head.params)

@@ -62,6 +62,8 @@ def _detection(config, file):
     scores, weights = arrays["score"], arrays["weight"]
     wrong = arrays["labels"] != arrays["clean_labels"]
   seen = ~np.isnan(scores).all(axis=1)
+  if not seen.any():  # the run has diverged at once
+    return {}
   scores, weights, wrong = scores[seen], weights[seen], wrong[seen]
   mean = np.nanmean(scores, axis=1)
   about: dict[str, Any] = {"clean_fraction": float(1 - wrong.mean())}
