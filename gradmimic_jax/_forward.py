@@ -50,10 +50,10 @@ def reweighted(
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  return found, weights, _without_poison(leaves, found)
+  return found, weights, _without_poison(leaves, found, problem.baseline)
 
 
-def _without_poison(leaves, found):
+def _without_poison(leaves, found, baseline):
   """Zeros where a sample that overflowed on its way has left NaN.
 
   Its weight is 0, but zero times infinity is NaN. Computing the step again
@@ -62,7 +62,11 @@ def _without_poison(leaves, found):
   that the sample did not reach: they are exact. If all samples are sound, a
   gradient that is not finite is left for the user to see.
   """
-  sound = jnp.all(jnp.isfinite(found.losses) & jnp.isfinite(found.scores))
+  sound = jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
+  if baseline is not None:
+    # Such a sample has no weight either, but its own gradient may be sound.
+    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(baseline)
+  sound = jnp.all(sound)
   return [
     jnp.where(sound | jnp.isfinite(leaf), leaf, jnp.zeros([], leaf.dtype))
     for leaf in leaves

@@ -54,7 +54,7 @@ def score_rows(
     flags: which leaves are mimic layers.
     score: how what is measured becomes scores.
     losses: `[B]`, if the score asks.
-    baseline: the reference's losses `[B]`, if the score asks.
+    baseline: `[B]`, what stands in the reference's place, if the score asks.
     candidates: bool `[B]`, the samples that may count; None is all.
 
   Returns:

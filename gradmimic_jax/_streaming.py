@@ -159,8 +159,9 @@ def _microbatches(size, microbatch_size):
   """Functions from rows `[B, ...]` to microbatches `[K, M, ...]`, and back.
 
   Microbatch k takes rows k, K + k, 2K + k, ...: where the batch axis is sharded
-  over devices, each of them has a share of every microbatch, and no row moves.
-  What the last ones lack is filled up: with copies of real rows, or `fill`.
+  over devices, whose number divides M, each of them has a share of every
+  microbatch, and no row moves. What the last ones lack is filled up, with
+  copies of real rows or `fill`; rows of a sharded batch then do move.
   """
   m = min(microbatch_size, size)
   k = -(-size // m)

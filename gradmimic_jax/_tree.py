@@ -122,8 +122,13 @@ def row_inner_products(
 def row_norms(rows: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm of each of the B rows over all leaves, `[B]`."""
   dtype = common_dtype(rows)
-  total = jnp.zeros(rows[0].shape[:1], dtype)
-  for row in rows:
-    flat = row.reshape(row.shape[0], -1).astype(dtype)
-    total += jnp.sum(jnp.square(flat), axis=1)
-  return jnp.sqrt(total)
+  flat = [row.reshape(row.shape[0], -1).astype(dtype) for row in rows]
+  # Scaled by the largest entry, as in `norm`.
+  scale = jnp.zeros(rows[0].shape[:1], dtype)
+  for row in flat:
+    scale = jnp.maximum(scale, jnp.max(jnp.abs(row), axis=1, initial=0))
+  scale = jnp.where(scale > 0, scale, 1)
+  total = jnp.zeros_like(scale)
+  for row in flat:
+    total += jnp.sum(jnp.square(row / scale[:, None]), axis=1)
+  return scale * jnp.sqrt(total)

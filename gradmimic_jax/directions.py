@@ -14,8 +14,12 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gradmimic_jax import _tree, _validate
+from gradmimic_jax import _problem, _tree, _validate
+
+# Probabilities closer than this many roundings agree.
+_AGREE = 64
 
 
 class Direction(Protocol):
@@ -98,8 +102,10 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
   Returns:
     A direction whose `reference` is the reference's logits for this batch, `[B,
     C]`. Samples outside the mask, and samples with a logit that is not finite,
-    don't count in the mean. Calling it raises ValueError when the two models'
-    logits have other shapes.
+    don't count in the mean; where the two models agree up to rounding, there is
+    no direction; entries that something not finite has reached are 0. Calling
+    it raises TypeError or ValueError when what comes is no logits, or the two
+    models' differ in shape.
 
   Example:
     >>> import jax.numpy as jnp
@@ -110,25 +116,30 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
   """
 
   def direction(params, reference, batch, *, mask=None, **kwargs):
-    reference = _tree.to_accumulate(jnp.asarray(reference))
+    reference = _logits("reference", reference)
     valid = jnp.all(jnp.isfinite(reference), axis=-1)
     if mask is not None:
       valid &= mask
     targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
 
-    def divergence(params):
-      outputs = _tree.to_accumulate(outputs_fn(params, batch, **kwargs))
-      if outputs.shape != reference.shape:
-        raise ValueError(
-          f"the reference's outputs have shape {reference.shape} and the"
-          f" learner's {outputs.shape}; expected the same [B, C] for both."
-        )
-      # The entropy of the targets doesn't depend on params.
-      crosses = -jnp.sum(targets * jax.nn.log_softmax(outputs), axis=-1)
-      count = jnp.maximum(jnp.sum(valid.astype(crosses.dtype)), 1)
-      return jnp.sum(jnp.where(valid, crosses, 0)) / count
+    def outputs_of(params):
+      outputs = outputs_fn(params, batch, **kwargs)
+      return _logits("what outputs_fn returned", outputs)
 
-    return jax.tree.map(jnp.negative, jax.grad(divergence)(params))
+    outputs, pullback = jax.vjp(outputs_of, params)
+    if outputs.shape != reference.shape:
+      raise ValueError(
+        f"the reference's outputs have shape {reference.shape} and the"
+        f" learner's {outputs.shape}; expected the same [B, C] for both."
+      )
+    # Minus the gradient of the divergence with respect to the outputs. Where
+    # the two agree it is rounding, which the unit vector would blow up.
+    toward = targets - jax.nn.softmax(outputs)
+    told_apart = jnp.abs(toward) > _AGREE * jnp.finfo(toward.dtype).eps
+    counted = told_apart & valid[:, None]
+    total = jnp.maximum(jnp.sum(valid.astype(toward.dtype)), 1)
+    (tree,) = pullback(jnp.where(counted, toward, 0) / total)
+    return _without_poison(tree)
 
   direction.repeats_forward = True  # type: ignore[attr-defined]
   return direction
@@ -146,7 +157,9 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
     losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`.
 
   Returns:
-    A direction whose `reference` is a clean batch, of any size.
+    A direction whose `reference` is a clean batch, of any size. Samples that
+    are not finite don't count. Calling it raises TypeError or ValueError when
+    losses_fn returns anything but losses `[B]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -161,15 +174,48 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
 
   def direction(params, reference, batch, **kwargs):
     del batch
+    advice = "If it has an aux, leave it out: lambda p, b: losses_fn(p, b)[0]."
+    plain = _problem.plain_losses_fn(losses_fn, False, kwargs, advice)
+    reference = jax.tree.map(jnp.asarray, reference)
+    everybody = jnp.ones(_validate.batch_size(reference), bool)
+    reference, finite = _problem.mend_rows(reference, everybody)
 
     def mean_loss(params):
-      return jnp.mean(
-        _tree.to_accumulate(losses_fn(params, reference, **kwargs))
-      )
+      losses = _tree.to_accumulate(plain(params, reference)[0])
+      valid = finite & jnp.isfinite(losses)
+      weights = _problem.mean_weights(valid, losses.dtype)
+      return jnp.sum(weights * jnp.where(valid, losses, 0))
 
-    return jax.tree.map(jnp.negative, jax.grad(mean_loss)(params))
+    tree = jax.grad(mean_loss)(params)
+    return _without_poison(jax.tree.map(jnp.negative, tree))
 
   return direction
+
+
+def _logits(name, logits):
+  """Logits `[B, C]`, float32 or wider; raises if that is not what came."""
+  if not isinstance(logits, (jax.Array, np.ndarray)):
+    raise TypeError(
+      f"{name} is a {type(logits).__name__}; expected an array of logits"
+      " [B, C]."
+    )
+  logits = jnp.asarray(logits)
+  if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise ValueError(
+      f"{name} has shape {logits.shape} and dtype {logits.dtype}; expected"
+      " floating-point logits [B, C]."
+    )
+  return _tree.to_accumulate(logits)
+
+
+def _without_poison(tree):
+  """Zeros for entries that are not finite.
+
+  One sample without a derivative, padding even, reaches them all: zero times
+  NaN is NaN. Without a direction weights are uniform, and the step is a plain
+  one.
+  """
+  return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), tree)
 
 
 def check(direction: Any) -> None:

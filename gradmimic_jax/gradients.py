@@ -124,7 +124,10 @@ def mimic_value_and_grad(
       at a time. `softmax` and `uniform` need one pass over the microbatches;
       weightings that need all scores before any weight (`ess_softmax`,
       `top_fraction`, `positive`, `proportional`) take two, scores first. Scores
-      of all samples' inner products can't be had this way. None: all at once.
+      of all samples' inner products can't be had this way. A batch that is
+      sharded stays so if the microbatch size is a multiple of the number of
+      devices and divides the batch; otherwise rows move between them. None: all
+      at once.
     has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
       calls losses_fn with batches of one and stacks their aux over samples, so
       that aux leaves `[B, ...]` are the same in both engines.
@@ -208,7 +211,7 @@ def mimic_value_and_grad(
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
-  if directions.repeats_forward(direction):
+  if score_kind.needs_descents and directions.repeats_forward(direction):
     fn = _sharing.computed_once(fn)
   fn.engine = engine  # type: ignore[attr-defined]
   return fn
@@ -283,7 +286,7 @@ def mimic_scores(
     scores, losses = _presentable(solver.answer(problem), mask)
     return MimicScores(scores, losses, distance)
 
-  if directions.repeats_forward(direction):
+  if score_kind.needs_descents and directions.repeats_forward(direction):
     fn = _sharing.computed_once(fn)
   fn.engine = engine  # type: ignore[attr-defined]
   return fn

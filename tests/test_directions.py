@@ -76,14 +76,45 @@ def test_a_reference_output_that_is_not_finite_does_not_count():
   np.testing.assert_allclose(direction["w"], expected, atol=1e-6)
 
 
-def test_a_reference_that_agrees_leaves_uniform_weights():
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+def test_a_reference_that_agrees_leaves_uniform_weights(jit):
   fn = gm.mimic_value_and_grad(
-    losses_fn, direction=gm.toward_outputs(outputs_fn)
+    losses_fn,
+    direction=gm.toward_outputs(outputs_fn),
+    weighting=gm.softmax(0.01),
   )
   own = outputs_fn(PARAMS, BATCH)
-  (_, info), grads = fn(PARAMS, own, BATCH)
+  (_, info), grads = jit(fn)(PARAMS, own, BATCH)
   assert np.all(np.isfinite(grads["w"]))
-  assert info.distance < 1e-6
+  np.testing.assert_allclose(info.weights, np.full(SIZE, 1 / SIZE), rtol=1e-6)
+  assert info.distance == 0
+
+
+def norm_fn(params, batch):
+  return jnp.linalg.norm(batch["x"] * params["w"][:, 0][None], axis=1)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"engine": "per_sample"}, {"microbatch_size": 4}]
+)
+def test_padding_without_a_derivative_costs_the_direction_not_the_step(options):
+  """A norm has no derivative at 0; the direction sees the whole batch."""
+
+  def outputs_fn(params, batch):
+    return norm_fn(params, batch)[:, None] * jnp.array([[1.0, 2.0]])
+
+  def losses_fn(params, batch):
+    return norm_fn(params, batch) ** 2
+
+  batch = {"x": jnp.asarray(BATCH["x"]).at[2].set(0.0)}
+  mask = jnp.arange(SIZE) != 2
+  fn = gm.mimic_value_and_grad(
+    losses_fn, direction=gm.toward_outputs(outputs_fn), **options
+  )
+  (_, info), _ = fn(PARAMS, TARGETS[:, :2], batch, mask=mask)
+  np.testing.assert_allclose(
+    info.weights, np.where(mask, 1 / (SIZE - 1), 0), rtol=1e-6
+  )
 
 
 def test_outputs_of_another_shape_are_refused():
@@ -103,6 +134,34 @@ def test_toward_clean_gradient_is_minus_the_mean_gradient():
   direction = gm.toward_clean_gradient(losses_fn)(PARAMS, clean, BATCH)
   expected = jax.grad(lambda p: jnp.mean(losses_fn(p, clean)))(PARAMS)
   np.testing.assert_allclose(direction["w"], -expected["w"], rtol=1e-6)
+
+
+def test_clean_samples_that_are_not_finite_do_not_count():
+  direction = gm.toward_clean_gradient(losses_fn)
+  broken = dict(BATCH)
+  broken["x"] = jnp.asarray(broken["x"]).at[1].set(jnp.nan)
+  others = jax.tree.map(lambda x: np.delete(np.asarray(x), 1, axis=0), BATCH)
+  np.testing.assert_allclose(
+    direction(PARAMS, broken, None)["w"],
+    direction(PARAMS, others, None)["w"],
+    rtol=1e-5,
+    atol=1e-7,
+  )
+
+
+def test_what_is_no_losses_or_logits_is_refused():
+  def with_aux(params, batch):
+    return losses_fn(params, batch), losses_fn(params, batch)
+
+  with pytest.raises(TypeError, match=r"lambda p, b: losses_fn\(p, b\)\[0\]"):
+    gm.toward_clean_gradient(with_aux)(PARAMS, BATCH, None)
+  direction = gm.toward_outputs(outputs_fn)
+  with pytest.raises(ValueError, match="int32"):
+    direction(PARAMS, np.zeros(TARGETS.shape, np.int32), BATCH)
+  with pytest.raises(ValueError, match=r"shape \(9,\)"):
+    direction(PARAMS, TARGETS[:, 0], BATCH)
+  with pytest.raises(TypeError, match="outputs_fn returned is a tuple"):
+    gm.toward_outputs(with_aux)(PARAMS, TARGETS, BATCH)
 
 
 def test_scores_toward_a_clean_gradient_are_its_influence():

@@ -154,3 +154,40 @@ def test_output_agreement_is_the_slope_of_each_loss_toward_the_reference():
   np.testing.assert_allclose(scores, expected, 1e-5, 1e-6)
   with pytest.raises(ValueError, match="same"):
     gm.scores.output_agreement(losses_of, args[0], args[1][:, :2])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+@pytest.mark.parametrize("score", ["cosine", "gradient_norm"])
+def test_norms_of_tiny_and_huge_gradients_are_neither_0_nor_infinite(
+  score, scale
+):
+  def scaled(params, batch):
+    return scale * losses_fn(params, batch)
+
+  params = {"w": jnp.asarray(W, jnp.float32), "c": jnp.asarray(C, jnp.float32)}
+  reference = jax.tree.map(lambda x: x + 1, params)
+  batch = {
+    "x": jnp.asarray(X, jnp.float32),
+    "y": jnp.asarray(Y, jnp.float32),
+  }
+  plain = gm.mimic_scores(losses_fn, score=score)(params, reference, batch)
+  expected = plain.scores * (1 if score == "cosine" else scale)
+  for engine in ENGINES:
+    found = gm.mimic_scores(scaled, score=score, **engine)
+    scores = found(params, reference, batch).scores
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_shows_beside_a_baseline_that_is_not():
+  def rooted(params, batch):
+    return jnp.sqrt(params["w"].sum() * 0) + losses_fn(params, batch)
+
+  baseline = jnp.asarray(BASELINE, jnp.float32).at[5].set(jnp.nan)  # masked
+  step = gm.mimic_value_and_grad(rooted, score="given", engine="forward")
+  params = {"w": jnp.asarray(W, jnp.float32), "c": jnp.asarray(C, jnp.float32)}
+  batch = {
+    "x": jnp.asarray(X, jnp.float32),
+    "y": jnp.asarray(Y, jnp.float32),
+  }
+  _, grads = step(params, baseline, batch, mask=jnp.asarray(MASK))
+  assert np.isnan(grads["w"]).all()
