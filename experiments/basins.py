@@ -129,7 +129,7 @@ def checks_of_seed(
 def table(checks: list[dict[str, Any]]) -> str:
   """Ranges of the two marks and counts of verdicts, by kind of reference."""
   lines = [
-    f"{'reference':<14} {'epoch':>6} {'weight cosine':>16} {'barrier':>16}"
+    f"{'reference':<14} {'epoch':>6} {'weight cosine':>16} {'rel. barrier':>16}"
     f"  verdicts"
   ]
   groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -142,7 +142,7 @@ def table(checks: list[dict[str, Any]]) -> str:
       f"{min(values):.2f} .. {max(values):.2f}"
       for values in (
         [check["weight_cosine"] for check in group],
-        [check["barrier"] for check in group],
+        [check["relative_barrier"] for check in group],
       )
     ]
     counts = ", ".join(f"{n} {name}" for name, n in sorted(verdicts.items()))
@@ -162,13 +162,13 @@ def draw(
     name = f"{check['reference']}, {check['quality']}"
     xs, ys = groups.setdefault(name, ([], []))
     xs.append(check["weight_cosine"])
-    ys.append(check["barrier"])
+    ys.append(check["relative_barrier"])
   return figures.scatter(
     groups,
     folder / "basins.png",
     title=f"{config.data.name}, {config.model.name}: references by their marks",
     xlabel="cosine of the learner's weights with the reference's",
-    ylabel="barrier between them",
+    ylabel="barrier between them, relative",
     vertical=gm.reference.FOREIGN_COSINE,
     horizontal=gm.reference.FOREIGN_BARRIER,
   )

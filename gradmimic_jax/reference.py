@@ -32,7 +32,7 @@ EASIEST = 0.3
 # Between references of the learner's own initialisation and others, as
 # measured by `python -m experiments.basins`.
 FOREIGN_COSINE = 0.3
-FOREIGN_BARRIER = 0.05
+FOREIGN_BARRIER = 0.02  # relative
 # Relative distances below the rounding of float32 parameters.
 _IDENTICAL = 1e-6
 
@@ -67,14 +67,16 @@ class ReferenceReport:
     path_losses: `[K]`, the same at each of them.
     barrier: how far the path's losses rise above the straight line between its
       ends, at most.
+    relative_barrier: the same over the higher end's loss; free of the losses'
+      units.
     positive_share: share of the scores that are positive.
     mean_score: mean of the scores.
     agreement: rank correlation, in [-1, 1], of the scores with what the
       samples' losses really gain on the way, `l_i(params) - l_i(reference)`;
       NaN if either does not vary.
     descent_cosine: of the mean descent direction with `reference - params`.
-    weight_cosine: of params with the reference, over the mimic layers' leaves
-      of two and more axes; NaN if there is none.
+    weight_cosine: of params with the reference, over all leaves of two and more
+      axes (over all there are, if there is none).
     relative_distance: `||reference - params|| / ||reference||` over the mimic
       layers.
     num_samples: how many samples counted.
@@ -87,6 +89,7 @@ class ReferenceReport:
   path: np.ndarray
   path_losses: np.ndarray
   barrier: float
+  relative_barrier: float
   positive_share: float
   mean_score: float
   agreement: float
@@ -104,7 +107,10 @@ class ReferenceReport:
       ("loss of the learner", f"{self.learner_loss:.4g}"),
       ("loss of the reference", f"{self.reference_loss:.4g}"),
       ("losses from one to the other", path),
-      ("barrier between them", f"{self.barrier:.4g}"),
+      (
+        "barrier between them",
+        f"{self.barrier:.3g}, {self.relative_barrier:.3g} of the higher loss",
+      ),
       ("cosine of the two models' weights", f"{self.weight_cosine:.3f}"),
       ("relative distance of weights", f"{self.relative_distance:.3f}"),
       ("cosine of descent and direction", f"{self.descent_cosine:.3f}"),
@@ -185,16 +191,16 @@ def check_reference(
       " between them."
     )
   gap = directions.toward_weights()(params, reference, None)
-  losses_of = _LossesOf(
-    losses_fn, has_aux, kwargs, object() if kwargs else None
-  )
+  losses_of, arrays = _losses_of(losses_fn, has_aux, kwargs)
   flags = tuple(layers_lib.choose(layers, params))
   size = _validate.batch_size(batch)
   batch, candidates = _problem.mend_rows(
     jax.tree.map(jnp.asarray, batch), _validate.padding_mask(mask, size)
   )
   scores, valid, geometry = jax.device_get(
-    _at_params(losses_of, flags, engine, params, reference, batch, candidates)
+    _at_params(
+      (losses_of, flags, engine), arrays, params, reference, batch, candidates
+    )
   )
   if not valid.any():
     raise ValueError(
@@ -204,7 +210,10 @@ def check_reference(
   path = np.linspace(0, 1, num_points)
   losses = np.stack(
     jax.device_get(
-      [_losses_at(losses_of, np.float32(a), params, gap, batch) for a in path]
+      [
+        _losses_at(losses_of, arrays, np.float32(a), params, gap, batch)
+        for a in path
+      ]
     )
   )
   losses, scores = losses[:, valid].astype(float), scores[valid].astype(float)
@@ -214,6 +223,8 @@ def check_reference(
   with np.errstate(invalid="ignore"):
     line = (1 - path) * path_losses[0] + path * path_losses[-1]
     barrier = float(np.max(path_losses - line))
+    higher = np.max(np.abs(path_losses[[0, -1]]))
+    relative_barrier = barrier / higher if higher > 0 else barrier
     gains = losses[0] - losses[-1]
   facts: dict[str, Any] = {
     "learner_loss": float(path_losses[0]),
@@ -221,6 +232,7 @@ def check_reference(
     "path": path,
     "path_losses": path_losses,
     "barrier": barrier,
+    "relative_barrier": relative_barrier,
     "positive_share": float(np.mean(scores > 0)),
     "mean_score": float(np.mean(scores)),
     "agreement": _rank_correlation(scores, gains),
@@ -233,45 +245,69 @@ def check_reference(
 
 @dataclasses.dataclass(frozen=True)
 class _LossesOf:
-  """`(params, batch) -> losses [B]`.
+  """`(params, batch, arrays) -> losses [B]`.
 
-  Equal where it is made of the same function, so that a second check of it is
-  not compiled again; keyword arguments can't be compared, and `key` stands for
-  them.
+  Two of them are equal if they were made of the same function and keyword
+  arguments, so that a second check is not compiled again.
   """
 
   losses_fn: Callable[..., Any]
   has_aux: bool
-  kwargs: dict[str, Any] = dataclasses.field(compare=False)
-  key: object
+  structure: Any  # of the keyword arguments
+  constants: tuple[Any, ...]  # their leaves; None for arrays
 
-  def __call__(self, params, batch):
+  def __call__(self, params, batch, arrays):
     advice = "Pass has_aux=True if it returns (losses, aux)."
+    leaves = [
+      array if constant is None else constant
+      for constant, array in zip(self.constants, arrays, strict=True)
+    ]
+    kwargs = jax.tree.unflatten(self.structure, leaves)
     plain = _problem.plain_losses_fn(
-      self.losses_fn, self.has_aux, self.kwargs, advice
+      self.losses_fn, self.has_aux, kwargs, advice
     )
     return plain(params, batch)[0]
 
 
+def _losses_of(losses_fn, has_aux, kwargs):
+  """A hashable `_LossesOf`, and the arrays among its keyword arguments."""
+  leaves, structure = jax.tree.flatten(kwargs)
+  is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+  constants = tuple(
+    None if flag else x for x, flag in zip(leaves, is_array, strict=True)
+  )
+  arrays = [
+    x if flag else None for x, flag in zip(leaves, is_array, strict=True)
+  ]
+  found = _LossesOf(losses_fn, has_aux, structure, constants)
+  try:
+    hash(found)
+  except TypeError:  # a callable object or a constant that can't be compared
+    return functools.partial(found.__call__), arrays  # equal to itself only
+  return found, arrays
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _losses_at(losses_of, a, params, gap, batch):
+def _losses_at(losses_of, arrays, a, params, gap, batch):
   """Losses `[B]` at `params + a gap`."""
 
   def between(p, v):
     return (_tree.to_accumulate(p) + a.astype(v.dtype) * v).astype(p.dtype)
 
   params = jax.tree.map(between, params, gap)
-  return _tree.to_accumulate(losses_of(params, batch))
+  return _tree.to_accumulate(losses_of(params, batch, arrays))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _at_params(losses_of, flags, engine, params, reference, batch, candidates):
+@functools.partial(jax.jit, static_argnums=0)
+def _at_params(how, arrays, params, reference, batch, candidates):
   """Scores `[B]`, which of them count, and the geometry, by names."""
+  losses_of, flags, engine = how
+  losses_fn = functools.partial(losses_of, arrays=arrays)
   layers = jax.tree.unflatten(jax.tree.structure(params), flags)
-  scores_fn = mimic_scores(losses_of, layers=layers, engine=engine)
+  scores_fn = mimic_scores(losses_fn, layers=layers, engine=engine)
   found = scores_fn(params, reference, batch, mask=candidates)
   valid = candidates & jnp.isfinite(found.scores)
-  geometry = _geometry(losses_of, flags, params, reference, batch, valid)
+  geometry = _geometry(losses_fn, flags, params, reference, batch, valid)
   return found.scores, valid, geometry
 
 
@@ -279,7 +315,7 @@ def _verdict(
   *,
   relative_distance,
   weight_cosine,
-  barrier,
+  relative_barrier,
   learner_loss,
   reference_loss,
   **_,
@@ -288,7 +324,8 @@ def _verdict(
     return "identical"
   # A barrier alone is not enough, nor are unrelated weights: convex models
   # have no barriers, and a weak reference of the same initialisation may.
-  if barrier > FOREIGN_BARRIER and not weight_cosine > FOREIGN_COSINE:
+  related = weight_cosine > FOREIGN_COSINE
+  if relative_barrier > FOREIGN_BARRIER and not related:
     return "foreign basin"
   if reference_loss >= learner_loss:
     return "not better than the learner"
@@ -301,11 +338,11 @@ def _easiest(losses):
   return np.sort(losses, axis=1)[:, :count].mean(axis=1)
 
 
-def _geometry(losses_of, flags, params, reference, batch, valid):
+def _geometry(losses_fn, flags, params, reference, batch, valid):
   """Cosines and the relative distance, over the mimic layers."""
 
   def mean_loss(params):
-    losses = _tree.to_accumulate(losses_of(params, batch))
+    losses = _tree.to_accumulate(losses_fn(params, batch))
     weights = _problem.mean_weights(valid, losses.dtype)
     return jnp.sum(weights * jnp.where(valid, losses, 0))
 
@@ -318,13 +355,23 @@ def _geometry(losses_of, flags, params, reference, batch, valid):
   gap = [r - p for p, r in zip(ours, theirs, strict=True)]
   distance = _tree.norm(gap)
   distance = jnp.where(distance == 0, 0, distance / _tree.norm(theirs))
-  # Biases and scales start alike in every initialisation.
-  ours, theirs = ([x for x in xs if x.ndim > 1] for xs in (ours, theirs))
   return {
     "descent_cosine": _cosine(descent, gap),
-    "weight_cosine": _cosine(ours, theirs) if ours else jnp.nan,
+    "weight_cosine": _weight_cosine(params, reference),
     "relative_distance": distance,
   }
+
+
+def _weight_cosine(params, reference):
+  """Over all leaves: a basin is the whole model's."""
+  ours, theirs = (
+    [_tree.to_accumulate(leaf) for leaf in jax.tree.leaves(tree)]
+    for tree in (params, reference)
+  )
+  # Biases and scales start alike in every initialisation.
+  if any(leaf.ndim > 1 for leaf in ours):
+    ours, theirs = ([x for x in xs if x.ndim > 1] for xs in (ours, theirs))
+  return _cosine(ours, theirs)
 
 
 def _cosine(first, second):

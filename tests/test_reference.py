@@ -1,5 +1,7 @@
 """check_reference: its numbers by hand, and its verdicts on trained models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +146,7 @@ def test_every_number_against_float64(references, layers):
     [np.asarray(rows[k])[mask].reshape(mask.sum(), -1) for k in chosen], axis=1
   )
   v = np.concatenate([(r[k] - p[k]).ravel() for k in chosen])
-  matrices = [k for k in chosen if k != "b1"]
+  matrices = [k for k in p if k != "b1"]  # whatever the layers are
   ours, theirs = (
     np.concatenate([t[k].ravel() for k in matrices]) for t in (p, r)
   )
@@ -159,6 +161,8 @@ def test_every_number_against_float64(references, layers):
     "path": path,
     "path_losses": curve,
     "barrier": np.max(curve - np.interp(path, [0, 1], curve[[0, -1]])),
+    "relative_barrier": np.max(curve - np.interp(path, [0, 1], curve[[0, -1]]))
+    / max(curve[0], curve[-1]),
     "positive_share": np.mean(scores > 0),
     "mean_score": scores.mean(),
     "agreement": stats.spearmanr(scores, losses[0] - losses[-1]).statistic,
@@ -215,6 +219,44 @@ def test_keyword_arguments_and_aux_are_taken(references):
   assert report.learner_loss == pytest.approx(
     2 * expected.learner_loss, rel=1e-5
   )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_the_verdict_does_not_depend_on_the_unit_of_losses(references, scale):
+  def losses_fn(params, batch):
+    return scale * mlp(params, batch)
+
+  for seed, verdict in ((0, "ok"), (1, "foreign basin")):
+    report = gm.check_reference(
+      losses_fn, mlp_params(0), references[seed], blobs(0.4)
+    )
+    assert report.verdict == verdict
+
+
+def test_a_second_check_is_not_compiled_again(references):
+  traces = []
+
+  def losses_fn(params, batch, *, scale, name):
+    traces.append(name)
+    return scale * mlp(params, batch)
+
+  args = mlp_params(0), references[0], blobs()
+  for scale in (1.0, 2.0):
+    gm.check_reference(losses_fn, *args, scale=jnp.float32(scale), name="a")
+    assert len(traces) == 3  # scores, mean gradient, path
+
+
+def test_callables_that_cannot_be_hashed_are_taken(references):
+  @dataclasses.dataclass
+  class Losses:
+    scale: float
+
+    def __call__(self, params, batch):
+      return self.scale * mlp(params, batch)
+
+  args = mlp_params(0), references[0], blobs()
+  report = gm.check_reference(Losses(1.0), *args)
+  assert report.verdict == "ok"
 
 
 def test_bfloat16_models_are_measured_in_float32(references):
