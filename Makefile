@@ -16,11 +16,12 @@ $(INSTALLED): setup.cfg pyproject.toml
 demo: $(INSTALLED)
 	$(RUN) -m experiments.study --config=configs/digits.py --workdir=runs/digits
 
+# One process a core; a file's tests share what they have compiled.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n auto --dist loadfile -m slow
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -40,8 +40,9 @@ ADVICE = {
   "ok": "Its weights can guide this learner.",
   "foreign basin": (
     "Scores toward its weights would be worthless or inverted: start the"
-    " learner from the reference's own initialisation, or use"
-    " direction=gm.toward_outputs(outputs_fn), which needs only its outputs."
+    " learner from the reference's own initialisation, or go by its outputs"
+    " alone, with direction=gm.toward_outputs(outputs_fn) or"
+    " score='excess_loss'."
   ),
   "not better than the learner": (
     "The learner explains this batch at least as well: use a better reference,"
