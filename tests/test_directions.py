@@ -76,7 +76,11 @@ def test_a_reference_output_that_is_not_finite_does_not_count():
   np.testing.assert_allclose(direction["w"], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+@pytest.mark.parametrize(
+  "jit",
+  [jax.jit, pytest.param(lambda fn: fn, marks=pytest.mark.slow)],
+  ids=["jit", "eager"],
+)
 def test_a_reference_that_agrees_leaves_uniform_weights(jit):
   fn = gm.mimic_value_and_grad(
     losses_fn,
@@ -111,7 +115,7 @@ def test_padding_without_a_derivative_costs_the_direction_not_the_step(options):
   fn = gm.mimic_value_and_grad(
     losses_fn, direction=gm.toward_outputs(outputs_fn), **options
   )
-  (_, info), _ = fn(PARAMS, TARGETS[:, :2], batch, mask=mask)
+  (_, info), _ = jax.jit(fn)(PARAMS, TARGETS[:, :2], batch, mask=mask)
   np.testing.assert_allclose(
     info.weights, np.where(mask, 1 / (SIZE - 1), 0), rtol=1e-6
   )
@@ -137,7 +141,7 @@ def test_toward_clean_gradient_is_minus_the_mean_gradient():
 
 
 def test_clean_samples_that_are_not_finite_do_not_count():
-  direction = gm.toward_clean_gradient(losses_fn)
+  direction = jax.jit(gm.toward_clean_gradient(losses_fn))
   broken = dict(BATCH)
   broken["x"] = jnp.asarray(broken["x"]).at[1].set(jnp.nan)
   others = jax.tree.map(lambda x: np.delete(np.asarray(x), 1, axis=0), BATCH)

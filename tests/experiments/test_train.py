@@ -172,6 +172,7 @@ def test_a_workdir_of_another_config_is_refused(make_config, tmp_path):
     train.train_and_evaluate(other, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_mistake_can_be_mended_in_the_same_workdir(
   make_config, reference, tmp_path
 ):
@@ -184,6 +185,7 @@ def test_a_mistake_can_be_mended_in_the_same_workdir(
   assert train.train_and_evaluate(right, tmp_path / "run")["steps"] == 6
 
 
+@pytest.mark.slow
 def test_another_reference_at_the_same_path_is_noticed(
   make_config, tmp_path, monkeypatch
 ):
