@@ -209,7 +209,7 @@ class TestSources:
 
   @pytest.mark.skipif(
     not (CIFAR10 / "cifar10").exists(),
-    reason="no prepared CIFAR-10 in ../shared/tfds",
+    reason="no prepared CIFAR-10 beside the repository",
   )
   def test_cifar10(self):
     data = sources.load("cifar10", "test[:200]", data_dir=CIFAR10)

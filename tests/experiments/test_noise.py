@@ -422,7 +422,7 @@ class TestFile:
       self.apply(None)
 
   @pytest.mark.skipif(
-    not HUMAN.exists(), reason="no human labels in ../shared/cifar10n"
+    not HUMAN.exists(), reason="no human labels beside the repository"
   )
   @pytest.mark.parametrize(
     ("column", "rate"),
@@ -452,7 +452,7 @@ class TestFile:
 
   @pytest.mark.skipif(
     not (HUMAN.exists() and (SHARED / "tfds" / "cifar10").exists()),
-    reason="no human labels, or no prepared CIFAR-10, in ../shared",
+    reason="no human labels, or no prepared CIFAR-10, beside the repository",
   )
   def test_human_labels_belong_to_the_prepared_images(self):
     data = sources.load(
