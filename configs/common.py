@@ -27,7 +27,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # Pixels that both sides of every image are resized to; 0: as they are.
   config.data.image_size = 0
   config.data.flip = False  # random horizontal flips
-  # A .npy file of the train indices to keep; None keeps all.
+  # Which samples to train on: a .npy file of ids, or a selection as .parquet
+  # or .csv. Ids are positions in the split or the set's own. None: all.
   config.data.filter = config_dict.placeholder(str)
 
   config.noise = config_dict.ConfigDict()

@@ -95,6 +95,22 @@ def fingerprint(params: Any) -> str:
   return digest.hexdigest()[:16]
 
 
+def steps(workdir: pathlib.Path) -> list[int]:
+  """The steps that a run has checkpoints of, ascending.
+
+  Args:
+    workdir: the run's folder.
+
+  Returns:
+    The steps; none if there is no checkpoint.
+  """
+  folder = pathlib.Path(workdir).absolute() / FOLDER
+  if not folder.is_dir():
+    return []
+  with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
+    return sorted(manager.all_steps())
+
+
 def load_params(
   workdir: pathlib.Path, like: Any, *, step: int | None = None
 ) -> Any:

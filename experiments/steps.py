@@ -76,6 +76,56 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0)
 
 
+def make_score_step(
+  losses_fn: Callable[..., Any],
+  method: Method | None,
+  config: Any,
+  outputs_fn: Callable[..., jax.Array] | None = None,
+) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+  """A jitted step that scores a batch and changes nothing.
+
+  Args:
+    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    method: whose scores.
+    config: `config.mimic`: `layers`, `engine`.
+    outputs_fn: `(params, batch) -> logits [B, C]`.
+
+  Returns:
+    `score_step(params, reference, batch) -> {"score", "loss"}`, each `[B]`; NaN
+    where a sample is not finite. `reference` is as in `make_train_step`.
+
+  Raises:
+    ValueError: a method without scores of single samples.
+  """
+  if method is None or method.score in (None, RANDOM):
+    raise ValueError(
+      "config.method gives no scores that say anything about the samples;"
+      " expected one that has, such as grad_mimic."
+    )
+  given = method.score == OUTPUT_AGREEMENT
+  scores_fn = gm.mimic_scores(
+    lambda params, batch: losses_fn(params, batch)[0],
+    direction=_direction(method.direction, losses_fn, outputs_fn),
+    layers=config.layers,
+    score="given" if given else method.score,
+    engine=config.engine,
+  )
+
+  def score_step(params, reference, batch):
+    if method.score == "excess_loss":
+      reference = classification.losses_of(reference, batch)
+    elif given:
+      reference = gm.scores.output_agreement(
+        lambda logits: classification.losses_of(logits, batch),
+        outputs_fn(params, batch),
+        reference,
+      )
+    found = scores_fn(params, reference, batch, mask=batch["mask"])
+    return {"score": found.scores, "loss": found.losses}
+
+  return jax.jit(score_step)
+
+
 def make_eval_step(
   losses_fn: Callable[..., Any],
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:

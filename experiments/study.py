@@ -9,7 +9,6 @@ and a model retrained on what it keeps. Each part is skipped when an earlier run
 of the same config has finished it.
 """
 
-import io
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ import gradmimic_jax as gm
 from experiments import (
   cli,
   methods,
+  report as report_lib,
+  select as select_lib,
   train,
   workdir as workdir_lib,
   writers,
@@ -27,8 +28,6 @@ from experiments.data import noise, sources
 from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
-SELECTION_FILE = "selection.npz"
-KEPT_FILE = "kept.npy"
 # May change in a study's workdir: what is there already is still true.
 _FREE = (
   "select.",
@@ -56,7 +55,8 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
     config: as `configs/common.py` describes it; `config.study` names the seeds,
       the methods and how the reference differs from the learner.
     workdir: the study's folder. Gets a folder for each seed with a folder for
-      each run in it, `summary.json` and figures.
+      each run in it, `summary.json`, figures and the report of the first method
+      with scores.
 
   Returns:
     What is in `summary.json`.
@@ -89,6 +89,7 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
       sum(run["seconds"] for runs in results.values() for run in runs), 1
     ),
     "figures": [str(path) for path in draw(config, folder, results)],
+    "report": write_report(config, folder, results),
   }
   workdir_lib.write_json(folder / SUMMARY_FILE, summary)
   return summary
@@ -122,7 +123,7 @@ def run_seed(config, folder, seed, results, detections):
       one(
         f"retrained_{method}",
         method="sgd",
-        **{"data.filter": str(folder / method / KEPT_FILE)},
+        **{"data.filter": str(folder / method / select_lib.KEPT_FILE)},
       )
 
 
@@ -195,34 +196,14 @@ def select(config: Any, folder: pathlib.Path, method: str) -> Detection:
     method: the run whose ledger is used.
 
   Returns:
-    The Detection. `selection.npz` and `kept.npy` are written to the run's
-    folder.
+    The Detection. The selection's files (`experiments/select.py`) are written
+    to the run's folder.
   """
   run = folder / method
-  ledger = gm.ScoreLedger(run / train.LEDGER_FOLDER)
+  ledger = select_lib.ledger_of(run)
   ids, scores = ledger.matrix("score")
-  options = {}
-  if config.select.binarize == "threshold":
-    options["threshold"] = config.select.threshold
-  if config.select.binarize == "top_fraction":
-    options["fraction"] = config.select.fraction
-  selection = gm.select(
-    scores,
-    ids=ids,
-    binarize=config.select.binarize,
-    aggregate=config.select.aggregate,
-    **options,
-  )
-  workdir_lib.write_arrays(
-    run / SELECTION_FILE,
-    ids=selection.ids,
-    keep=selection.keep,
-    keep_probability=selection.keep_probability,
-    votes=selection.votes,
-  )
-  kept = io.BytesIO()
-  np.save(kept, ids[selection.keep], allow_pickle=False)
-  workdir_lib.write_bytes(run / KEPT_FILE, kept.getvalue())
+  selection = select_lib.from_ledger(config.select, ledger)
+  select_lib.write(run, selection, select_lib.fingerprints_of(run))
   truth, _ = noise.load(run / train.LABELS_FILE)
   wrong = truth.is_noisy[ids]
   mean_scores = np.nanmean(scores, axis=1)
@@ -294,6 +275,29 @@ def draw(config, folder, results) -> list[pathlib.Path]:
   return paths
 
 
+def write_report(config, folder, results) -> str | None:
+  """The path of the page about the first method with a ledger, if any.
+
+  It is about the study's first seed.
+  """
+  seed_folder = folder / f"seed{config.study.seeds[0]}"
+  for method in config.study.methods:
+    run = seed_folder / method
+    if (run / train.LEDGER_FOLDER).exists():
+      columns = ("test_accuracy", "train_samples", "seconds")
+      path = report_lib.write(
+        folder / f"report_{method}.html",
+        run,
+        gm.export.read_parquet(run / select_lib.SELECTION_FILE),
+        results={
+          name: {key: runs[0][key] for key in columns}
+          for name, runs in results.items()
+        },
+      )
+      return str(path)
+  return None
+
+
 def table(summary: dict[str, Any]) -> str:
   """The study's results as text."""
   lines = [
@@ -344,6 +348,8 @@ def main(config: Any, workdir: str) -> None:
   print("\nfigures and results:")
   for path in [*summary["figures"], pathlib.Path(workdir) / SUMMARY_FILE]:
     print(f"  {path}")
+  if summary["report"]:
+    print(f"\nreport:\n  {summary['report']}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import gradmimic_jax as gm
 from experiments import (
   checkpoint,
   cli,
+  filters,
   methods,
   models,
   optimizer,
@@ -133,7 +134,7 @@ def load_data(config: Any) -> Data:
     )
   indices = None
   if config.data.filter is not None:
-    indices = _read_filter(config.data.filter)
+    indices = filters.read(config.data.filter, config, train, labels)
   clean = None
   method = methods.create(config.method, config.mimic)
   if method is not None and method.direction == "clean_gradient":
@@ -159,21 +160,6 @@ def _noise_rate(config):
   if config.rate == 0 and kind is not None and kind.rate != "needed":
     return None
   return config.rate
-
-
-def _read_filter(path):
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(
-      f"config.data.filter is {path!r}, and there is no such file; expected a"
-      " .npy file of the train indices to keep."
-    )
-  try:
-    return np.load(path, allow_pickle=False)
-  except ValueError as error:
-    raise ValueError(
-      f"config.data.filter {path!r} can't be read ({error}); expected a .npy"
-      " file of the train indices to keep."
-    ) from error
 
 
 class _Run:

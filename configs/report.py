@@ -1,0 +1,30 @@
+"""From a run to a page.
+
+python -m experiments.report --config=configs/report.py:run=runs/scores \
+  --workdir=runs/report
+"""
+
+from ml_collections import config_dict
+
+from configs import common, select
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """Which run, and how much of it; locked.
+
+  Args:
+    arg: `run`: the workdir of `train`, of one method of a `study`, or of
+      `score`.
+
+  Returns:
+    The config, locked.
+  """
+  config = config_dict.ConfigDict()
+  config.run = common.parse_arg(arg, run="")["run"]
+  # A selection.parquet; None is the run's own, or one by `select`.
+  config.selection = config_dict.placeholder(str)
+  config.select = select.get_config().select
+  config.title = config_dict.placeholder(str)
+  config.gallery = 24  # samples each of the worst, borderline and best
+  config.max_bytes = 5_000_000
+  return config.lock()

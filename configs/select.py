@@ -1,0 +1,27 @@
+"""From a ledger to a filter.
+
+python -m experiments.select --config=configs/select.py:run=runs/scores \
+  --workdir=runs/filter
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """Whose ledger, and how to select; locked.
+
+  Args:
+    arg: `run`: the workdir of `train`, of one method of a `study`, or of
+      `score`.
+
+  Returns:
+    The config, locked.
+  """
+  config = config_dict.ConfigDict()
+  config.run = common.parse_arg(arg, run="")["run"]
+  config.select = config_dict.ConfigDict(common.get_config().select.to_dict())
+  config.select.binarize = "auto"
+  config.select.aggregate = "label_model"
+  return config.lock()

@@ -1,0 +1,101 @@
+"""Filters in the training pipeline: which samples of a data set to train on."""
+
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+import gradmimic_jax as gm
+from experiments.data import noise, sources
+
+_FORMATS = {
+  ".npy": gm.export.read_npy,
+  ".parquet": lambda path, **asked: (
+    gm.export.read_parquet(path, **asked).kept_ids
+  ),
+  ".csv": lambda path, **asked: gm.export.read_csv(path, **asked).kept_ids,
+}
+
+
+def fingerprints(
+  config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+) -> dict[str, str]:
+  """What a filter belongs to, in words and hashes.
+
+  Args:
+    config: of the run whose data it is: `data.name` and `noise.kind`.
+    train_set: what the ids are of.
+    labels: what a learner is given; which of them are wrong depends on it.
+
+  Returns:
+    `dataset` and `labels`.
+  """
+  name = f"{config.data.name} {config.data.train_split}"
+  kind = f"{config.noise.kind} noise {labels.rate:.3g}"
+  digest = hashlib.sha256(np.asarray(labels.labels, "<i4").tobytes())
+  return {
+    "dataset": f"{name} {train_set.fingerprint[:16]}",
+    "labels": f"{kind} {digest.hexdigest()[:16]}",
+  }
+
+
+def read(
+  path: str, config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+) -> np.ndarray:
+  """The positions that a filter keeps; ids that are missing are counted.
+
+  Args:
+    path: of a `.npy` file of ids to keep, or a selection as `.parquet` or
+      `.csv`. Ids are positions, or the data set's own (`train_set.ids`).
+    config: the run's.
+    train_set: what to choose from.
+    labels: what the learner is given.
+
+  Returns:
+    Positions [M], ascending. How many ids the data set lacks is logged.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a file of another kind or for other data, ids of another kind,
+      or nothing is left.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"config.data.filter is {path!r}, and there is no such file; expected a"
+      " .npy file of the ids to keep, or a selection as .parquet or .csv."
+    )
+  suffix = pathlib.Path(path).suffix
+  if suffix not in _FORMATS:
+    raise ValueError(
+      f"config.data.filter is {path!r}; expected a file that ends with one of"
+      f" {', '.join(_FORMATS)}."
+    )
+  try:
+    ids = _FORMATS[suffix](
+      path, fingerprints=fingerprints(config, train_set, labels)
+    )
+    chosen = gm.filters.Filter(ids, path)
+    pool = train_set.ids
+    if chosen.ids.dtype.kind == "i":
+      pool = np.arange(len(train_set.labels))
+    applied = chosen.apply(pool)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"config.data.filter {path!r}: {error}") from error
+  if applied.missing:
+    logging.warning(
+      "%d of the %d ids in %s are not in %s %s; the other %d are trained on.",
+      applied.missing,
+      len(chosen),
+      path,
+      config.data.name,
+      config.data.train_split,
+      applied.kept,
+    )
+  if not applied.kept:
+    raise ValueError(
+      f"config.data.filter {path!r} keeps none of the {len(pool)} samples; its"
+      f" {len(chosen)} ids are of another data set, or it is empty."
+    )
+  return np.flatnonzero(applied.mask)

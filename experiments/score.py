@@ -1,0 +1,236 @@
+"""Scores a data set in one pass for each checkpoint of a run.
+
+python -m experiments.score --config=configs/score.py:learner=runs/learner \
+  --config.mimic.reference=runs/reference --workdir=runs/scores
+"""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+
+import gradmimic_jax as gm
+from configs import common, score as score_config
+from experiments import (
+  checkpoint,
+  cli,
+  filters,
+  methods,
+  models,
+  reference as reference_lib,
+  steps,
+  train,
+  workdir as workdir_lib,
+  writers,
+)
+from experiments.data import noise, pipeline
+from experiments.tasks import classification
+
+RESULT_FILE = workdir_lib.RESULT_FILE
+LEDGER_FOLDER = train.LEDGER_FOLDER
+RUN_FILE = "run.json"  # the learner's config, as it was scored
+PROGRESS_FILE = "progress.json"
+# May change: they name the same inputs, or don't matter to the scores.
+_FREE = ("learner", "data_dir", "flush_every", "mimic.force")
+
+
+def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
+  """Scores every sample once for each checkpoint; goes on where it stopped.
+
+  Args:
+    config: as `configs/score.py` describes it.
+    workdir: gets `config.json`, `run.json`, `labels.npz`, the ledger (an epoch
+      is a checkpoint), and at the end `result.json`.
+
+  Returns:
+    What is in `result.json`: the checkpoints' steps, counts, fingerprints.
+
+  Raises:
+    ValueError: an unknown field or name, a method without scores, a workdir of
+      another config or of other data.
+    FileNotFoundError: a learner, data set or reference that is not there.
+  """
+  workdir_lib.check(workdir, config, score_config, free=_FREE)
+  for field in ("batch_size", "flush_every"):
+    if config[field] < 1:
+      raise ValueError(
+        f"config.{field} is {config[field]}; expected at least 1."
+      )
+  run_config = learners_config(config)
+  scoring = _Pass(config, run_config)
+  folder = workdir_lib.claim(workdir, config, score_config, free=_FREE)
+  workdir_lib.write_json(folder / RUN_FILE, workdir_lib.as_dict(run_config))
+  noise.save(
+    folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
+  )
+  scoring.to_the_end(folder)
+  result = {
+    "checkpoints": scoring.checkpoints,
+    "samples": len(scoring.data.train.labels),
+    "fingerprints": scoring.fingerprints,
+  }
+  workdir_lib.write_json(folder / RESULT_FILE, result)
+  return result
+
+
+def learners_config(config: Any) -> Any:
+  """The learner's own config, with what is scored otherwise.
+
+  Args:
+    config: as `configs/score.py` describes it.
+
+  Returns:
+    A config with every field of `configs/common.py`.
+
+  Raises:
+    FileNotFoundError: the learner is no run's folder.
+  """
+  file = pathlib.Path(config.learner) / workdir_lib.CONFIG_FILE
+  if not config.learner or not file.is_file():
+    raise FileNotFoundError(
+      f"config.learner is {config.learner!r}, and there is no"
+      f" {workdir_lib.CONFIG_FILE} in it; expected the workdir of a run"
+      " (python -m experiments.train)."
+    )
+  run = complete(workdir_lib.read_json(file))
+  run.method, run.batch_size = config.method, config.batch_size
+  run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
+  run.data.filter = None  # all are scored, also those that it left out
+  if config.split is not None:
+    run.data.train_split = config.split
+  if config.data_dir is not None:
+    run.data.data_dir = config.data_dir
+  return run
+
+
+def complete(section: dict[str, Any]) -> Any:
+  """A stored config, with the defaults of fields that are newer than it."""
+
+  def merged(defaults, given):
+    for key, value in given.items():
+      nested = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+      defaults[key] = merged(defaults[key], value) if nested else value
+    return defaults
+
+  defaults = workdir_lib.as_dict(common.get_config())
+  return config_dict.ConfigDict(merged(defaults, section))
+
+
+class _Pass:
+  """What scores batches, and which."""
+
+  def __init__(self, config: Any, run: Any):
+    self.config, self.run = config, run
+    self.learner = pathlib.Path(config.learner)
+    data = train.load_data(run)
+    shown = self.learner / reference_lib.INPUT_FILE
+    if shown.exists():  # images are scaled as the learner saw them
+      scaling = workdir_lib.read_json(shown)
+      data = data._replace(mean=scaling["mean"], std=scaling["std"])
+    self.data = data
+    apply, self.params = models.create(
+      run.model,
+      input_shape=data.train.images.shape[1:],
+      num_classes=data.train.num_classes,
+      seed=run.seed,
+    )
+    method = methods.create(config.method, config.mimic)
+    self.score_step = steps.make_score_step(
+      classification.make_losses_fn(apply),
+      method,
+      config.mimic,
+      classification.make_outputs_fn(apply),
+    )
+    self.reference = reference_lib.load(run, method, self.params, data)
+    self.checkpoints = list(config.steps or checkpoint.steps(self.learner))
+    if not self.checkpoints:
+      raise FileNotFoundError(
+        f"there is no checkpoint in {self.learner}, which config.learner names."
+      )
+    learner = checkpoint.fingerprint(
+      [self._params_of(step) for step in self.checkpoints]
+    )
+    self.fingerprints = {
+      "config": workdir_lib.fingerprint(
+        workdir_lib.without(config, (*_FREE, *workdir_lib.PATHS))
+      ),
+      "learner": learner,
+      **filters.fingerprints(run, data.train, data.labels),
+    }
+    if self.reference is not None:
+      self.fingerprints["reference"] = self.reference.fingerprint
+    self.batches_a_pass = pipeline.steps_per_epoch(
+      len(data.train.labels), config.batch_size
+    )
+
+  def _params_of(self, step):
+    return checkpoint.load_params(self.learner, self.params, step=step)
+
+  def _batches(self, first):
+    """The pass from one of its batches on."""
+    rows = range(first * self.config.batch_size, len(self.data.train.labels))
+    return pipeline.eval_batches(
+      self.data.train.images,
+      self.data.labels.labels,
+      batch_size=self.config.batch_size,
+      indices=rows,
+      mean=self.data.mean,
+      std=self.data.std,
+    )
+
+  def to_the_end(self, folder: pathlib.Path) -> None:
+    """Scores what is left to score."""
+    ledger = gm.ScoreLedger(
+      folder / LEDGER_FOLDER, fingerprints=self.fingerprints
+    )
+    progress = folder / PROGRESS_FILE
+    done = 0
+    # Rows reach the disk before the count of them: what a kill cuts off in
+    # between is scored again, and a ledger has one row for it all the same.
+    if progress.exists() and ledger.epochs:
+      done = workdir_lib.read_json(progress)["batches"]
+    total = self.batches_a_pass * len(self.checkpoints)
+    pending: list[Any] = []
+
+    def flush(position):
+      fetched = jax.device_get([output for *_, output in pending])
+      for (at, index, _), output in zip(pending, fetched, strict=True):
+        real = index >= 0
+        ledger.append(
+          index[real],
+          output["score"][real],
+          losses=output["loss"][real],
+          step=at,
+          epoch=at // self.batches_a_pass,
+        )
+      pending.clear()
+      ledger.flush()
+      workdir_lib.write_json(progress, {"batches": position, "of": total})
+
+    with contextlib.closing(writers.progress(total, done, "score")) as bar:
+      for epoch in range(done // self.batches_a_pass, len(self.checkpoints)):
+        params = self._params_of(self.checkpoints[epoch])
+        start = epoch * self.batches_a_pass
+        first = max(done - start, 0)
+        for at, batch in enumerate(self._batches(first), start + first):
+          index = batch.pop("index")
+          reference = self.reference and self.reference.for_batch(index, None)
+          output = self.score_step(params, reference, batch)
+          pending.append((at, index, output))
+          if len(pending) >= self.config.flush_every:
+            flush(at + 1)
+            bar.update(at + 1 - bar.n)  # scored, not only asked for
+      if pending:
+        flush(total)
+
+
+def main(config: Any, workdir: str) -> None:
+  """Scores, then prints the result."""
+  print(json.dumps(score_dataset(config, workdir), indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)
