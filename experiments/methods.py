@@ -116,9 +116,7 @@ def _output_agreement(config: Any) -> Method:
   return Method("outputs", OUTPUT_AGREEMENT, weighting(config))
 
 
-def _grad_match(
-  config: Any, score: Callable[[Any], Score] | None = None
-) -> Method:
+def _grad_match(config: Any, score: Callable[[Any], Score]) -> Method:
   return Method(None, score(config), gm.proportional())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments import workdir as workdir_lib
+from experiments import reference as reference_lib, workdir as workdir_lib
 from experiments.data import pipeline
 
 FILE = "reference_check.json"
@@ -21,33 +21,40 @@ def check(
   folder: pathlib.Path,
   losses_fn: Callable[..., Any],
   params: Any,
-  reference: Any,
+  reference: reference_lib.Reference | None,
   data: Any,
-) -> gm.ReferenceReport | None:
+) -> dict[str, Any] | None:
   """Checks the reference's weights; stops a run that they would harm.
 
   Args:
     config: the run's.
-    folder: the run's; a run that has passed is not checked again.
+    folder: the run's; a reference that has passed is not checked again.
     losses_fn: `(params, batch) -> (losses [B], aux)`.
     params: the learner's parameters before the first step.
-    reference: the reference's parameters; None where no step looks at them.
+    reference: the run's, or None.
     data: what `train.load_data` returns.
 
   Returns:
-    The report, or None if there was nothing to check.
+    What `save` writes, or None if there was nothing to check.
 
   Raises:
     ValueError: the reference lies in a foreign basin, and `config.mimic.force`
       is not set.
   """
-  if reference is None or (folder / FILE).exists():
+  if reference is None or reference.params is None:
     return None
+  known = None
+  if (folder / FILE).exists():
+    known = workdir_lib.read_json(folder / FILE)
+    if known["reference"] != reference.fingerprint:
+      known = None
+  if known and (known["verdict"] != "foreign basin" or config.mimic.force):
+    return known
   batch = batch_of(data, samples=config.mimic.check_samples, seed=config.seed)
   report = gm.check_reference(
     losses_fn,
     params,
-    reference,
+    reference.params,
     batch,
     layers=config.mimic.layers,
     has_aux=True,
@@ -55,21 +62,22 @@ def check(
   if report.verdict != "foreign basin" or config.mimic.force:
     log = logging.info if report.verdict == "ok" else logging.warning
     log("%s", report)
-    return report
+    return as_json(report) | {"reference": reference.fingerprint}
   raise ValueError(
     f"the reference {config.mimic.reference} lies in a foreign basin (cosine"
     f" with the learner's weights {report.weight_cosine:.3f}, barrier"
     f" {report.barrier:.3g}): scores toward its weights would be worthless or"
-    " inverted. Give --config.mimic.direction=outputs, which needs only its"
-    " outputs; or start from its initialisation (its --config.seed); or give"
-    " --config.mimic.force to train all the same."
+    " inverted. Use the method grad_mimic_outputs or output_agreement, which"
+    " need only its outputs (in a study, by --config.study.methods); or start"
+    " from its initialisation (its --config.seed); or give --config.mimic.force"
+    " to train all the same."
   )
 
 
-def save(folder: pathlib.Path, report: gm.ReferenceReport | None) -> None:
-  """Leaves the report in the run's folder."""
-  if report is not None:
-    workdir_lib.write_json(folder / FILE, as_json(report))
+def save(folder: pathlib.Path, checked: dict[str, Any] | None) -> None:
+  """Leaves what `check` returned in the run's folder."""
+  if checked is not None:
+    workdir_lib.write_json(folder / FILE, checked)
 
 
 def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:

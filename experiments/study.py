@@ -35,6 +35,7 @@ _FREE = (
   "study.methods",
   "study.retrain",
   "checkpoint.",
+  "mimic.force",
 )
 _SHEET = 48  # images on the sheet of the lowest-scored samples
 

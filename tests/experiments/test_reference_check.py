@@ -55,11 +55,11 @@ def test_a_reference_of_the_own_seed_is_ok_and_recorded(references, tmp_path):
 def test_a_foreign_reference_stops_a_run_until_it_is_mended(
   references, tmp_path
 ):
-  with pytest.raises(ValueError, match=r"foreign basin.*direction=outputs"):
+  with pytest.raises(ValueError, match=r"foreign basin.*grad_mimic_outputs"):
     train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
   assert not (tmp_path / "run").exists()
   # What the message advises works in the same workdir.
-  mended = mimic(references, 1000, **{"mimic.direction": "outputs"})
+  mended = mimic(references, 1000, method="grad_mimic_outputs")
   train.train_and_evaluate(mended, tmp_path / "run")
   assert not (tmp_path / "run" / reference_check.FILE).exists()
 
@@ -67,20 +67,49 @@ def test_a_foreign_reference_stops_a_run_until_it_is_mended(
 def test_force_goes_on_with_a_foreign_reference(references, tmp_path):
   forced = mimic(references, 1000, **{"mimic.force": True})
   train.train_and_evaluate(forced, tmp_path / "run")
+  with pytest.raises(ValueError, match="foreign basin"):
+    train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
   report = json.loads((tmp_path / "run" / reference_check.FILE).read_text())
   assert report["verdict"] == "foreign basin"
 
 
-def test_a_study_stops_too(make_config, tmp_path):
-  config = make_config(
-    **{
-      "noise.rate": 0.4,
-      "study.reference.seed_offset": 1000,
-      "study.methods": ("grad_mimic",),
-    }
-  )
+def test_another_reference_in_the_same_workdir_is_checked(
+  references, tmp_path, monkeypatch
+):
+  """As after a stop before the first checkpoint."""
+  own = mimic(references, 0)
+
+  def stopped(self):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train._Run, "to_the_end", stopped)
+    with pytest.raises(KeyboardInterrupt):
+      train.train_and_evaluate(own, tmp_path / "run")
+  assert (tmp_path / "run" / reference_check.FILE).exists()
   with pytest.raises(ValueError, match="foreign basin"):
-    study.run_study(config, tmp_path / "study")
+    train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_study_stops_too_and_its_advice_works_there(make_config, tmp_path):
+  fields = {
+    "noise.rate": 0.4,
+    "study.reference.seed_offset": 1000,
+    "study.retrain": False,
+  }
+
+  def run(**changes):
+    config = make_config(**fields, **changes)
+    return study.run_study(config, tmp_path / "study")
+
+  with pytest.raises(ValueError, match="foreign basin"):
+    run(**{"study.methods": ("grad_mimic",)})
+  reference = tmp_path / "study" / "seed0" / "reference" / "result.json"
+  made = reference.stat().st_mtime_ns
+  run(**{"study.methods": ("grad_mimic_outputs",)})
+  run(**{"study.methods": ("grad_mimic",), "mimic.force": True})
+  assert reference.stat().st_mtime_ns == made
 
 
 def test_no_samples_for_the_check_are_refused(references, tmp_path):
