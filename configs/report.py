@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.run = common.parse_arg(arg, run="")["run"]
   # A selection.parquet; None is the run's own, or one by `select`.
   config.selection = config_dict.placeholder(str)
-  config.select = select.get_config().select
+  config.select = select.get_config().unlock().select
   config.title = config_dict.placeholder(str)
   config.gallery = 24  # samples each of the worst, borderline and best
   config.max_bytes = 5_000_000

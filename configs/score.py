@@ -18,7 +18,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Returns:
     The config, locked.
   """
-  defaults = common.get_config()
   config = config_dict.ConfigDict()
   config.learner = common.parse_arg(arg, learner="")["learner"]
   # Of which steps; empty takes all checkpoints that the run has kept. Each is
@@ -29,7 +28,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.split = config_dict.placeholder(str)
   config.data_dir = config_dict.placeholder(str)  # None: the learner's
   config.method = "grad_mimic"
-  config.mimic = config_dict.ConfigDict(defaults.mimic.to_dict())
+  config.mimic = common.get_config().unlock().mimic
   config.batch_size = 512
   config.flush_every = 64  # batches; so many at most are scored twice
   return config.lock()

@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """
   config = config_dict.ConfigDict()
   config.run = common.parse_arg(arg, run="")["run"]
-  config.select = config_dict.ConfigDict(common.get_config().select.to_dict())
+  config.select = common.get_config().unlock().select
   config.select.binarize = "auto"
   config.select.aggregate = "label_model"
   return config.lock()
