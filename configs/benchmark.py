@@ -2,8 +2,8 @@
 
 python -m experiments.benchmark --config=configs/benchmark.py --workdir=runs/b
 
-Prints a table; leaves `benchmark.json` and figures. It takes six to seven minutes
-on 2 CPU cores, which should have nothing else to do. On an accelerator:
+Prints a table; leaves `benchmark.json` and figures. It takes six to seven
+minutes on 2 CPU cores, which should have nothing else to do; on an accelerator,
 `--config=configs/benchmark.py:sizes=accelerator` adds a ViT-B/16 at 224 pixels.
 """
 

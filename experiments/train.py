@@ -112,9 +112,16 @@ def _check_counts(config):
 
 def load_data(config: Any) -> Data:
   """Train and test sets, noise and normalisation as the config has them."""
+  if config.model.pretrained is not None:
+    raise ValueError(
+      f"config.model.pretrained is {config.model.pretrained!r}, and this job"
+      " trains from random weights; use experiments.probe, which trains a head"
+      " on that backbone."
+    )
   name, where = config.data.name, config.data.data_dir
-  train = sources.load(name, config.data.train_split, data_dir=where)
-  test = sources.load(name, config.data.test_split, data_dir=where)
+  size = config.data.image_size or None
+  train = sources.load(name, config.data.train_split, data_dir=where, size=size)
+  test = sources.load(name, config.data.test_split, data_dir=where, size=size)
   labels = noise.apply_noise(
     train.labels,
     kind=config.noise.kind,
