@@ -257,7 +257,8 @@ def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
 def _make_step(losses_fn, tx, method, config, outputs_fn):
   """The general loop's step, or the same numbers by closed forms."""
   score = method and method.score
-  if score is not None and score != methods.RANDOM and method.detached:
+  ours = (None, methods.RANDOM, methods.OUTPUT_AGREEMENT)
+  if score not in ours and method.detached:
     kind = gm.scores.get(score)
     if kind.needs_norms or kind.needs_gram:
       return _closed_step(losses_fn, tx, method, kind, config, outputs_fn)

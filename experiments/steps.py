@@ -10,6 +10,8 @@ import optax
 import gradmimic_jax as gm
 from experiments.methods import OUTPUT_AGREEMENT, RANDOM, Method
 from experiments.tasks import classification
+from gradmimic_jax import layers
+from gradmimic_jax.weighting import guarded
 
 
 class TrainState(NamedTuple):
@@ -47,7 +49,7 @@ def make_train_step(
     method: what weights the samples; None is the plain mean.
     config: `config.mimic`: `layers`, `scope`, `engine`.
     outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
-      reference's outputs.
+      reference's outputs; losses_fn's are then the cross-entropies of these.
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
@@ -60,7 +62,9 @@ def make_train_step(
   if method is None:
     gradient = _plain_gradient(losses_fn)
   elif method.score is None:
-    gradient = _distillation_gradient(losses_fn, outputs_fn)
+    gradient = _distillation_gradient(outputs_fn)
+  elif method.score == OUTPUT_AGREEMENT:
+    gradient = _agreement_gradient(outputs_fn, method, config)
   elif not method.detached:
     gradient = _attached_gradient(losses_fn, method)
   else:
@@ -102,24 +106,19 @@ def make_score_step(
       "config.method gives no scores that say anything about the samples;"
       " expected one that has, such as grad_mimic."
     )
-  given = method.score == OUTPUT_AGREEMENT
+  if method.score == OUTPUT_AGREEMENT:
+    return jax.jit(_agreement_scores(outputs_fn))
   scores_fn = gm.mimic_scores(
     lambda params, batch: losses_fn(params, batch)[0],
     direction=_direction(method.direction, losses_fn, outputs_fn),
     layers=config.layers,
-    score="given" if given else method.score,
+    score=method.score,
     engine=config.engine,
   )
 
   def score_step(params, reference, batch):
     if method.score == "excess_loss":
       reference = classification.losses_of(reference, batch)
-    elif given:
-      reference = gm.scores.output_agreement(
-        lambda logits: classification.losses_of(logits, batch),
-        outputs_fn(params, batch),
-        reference,
-      )
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
@@ -170,23 +169,92 @@ def _plain_gradient(losses_fn):
   return gradient
 
 
-def _distillation_gradient(losses_fn, outputs_fn):
+def _distillation_gradient(outputs_fn):
   """Straight toward the reference's outputs; labels are only measured."""
 
   def gradient(state, reference, batch):
-    divergences, pullback = jax.vjp(
-      lambda params: classification.divergences(
-        reference, outputs_fn(params, batch)
-      ),
-      state.params,
+    def divergences_of(params):
+      logits = outputs_fn(params, batch)
+      measured = classification.losses_and_hits(logits, batch)
+      return classification.divergences(reference, logits), measured
+
+    divergences, pullback, (losses, hits) = jax.vjp(
+      divergences_of, state.params, has_aux=True
     )
     grads = _mean(pullback, divergences, batch["mask"])
-    losses, hits = losses_fn(state.params, batch)
     loss = _valid_mean(losses, batch["mask"])
     metrics = _metrics(batch, loss, hits, divergences) | {
       "divergence": _valid_mean(divergences, batch["mask"])
     }
     return grads, StepOutput(metrics, {})
+
+  return gradient
+
+
+def _agreement(logits, reference, batch):
+  """Scores in the space of outputs; which samples are finite."""
+
+  def losses_of(logits):
+    return classification.losses_of(logits, batch)
+
+  scores = gm.scores.output_agreement(losses_of, logits, reference)
+  finite = jnp.isfinite(losses_of(logits)) & jnp.isfinite(scores)
+  return scores, batch["mask"] & finite
+
+
+def _presentable(values, valid, mask):
+  """NaN for samples that are not finite and 0 for padding."""
+  return jnp.where(valid, values, jnp.where(mask, jnp.nan, 0))
+
+
+def _agreement_scores(outputs_fn):
+  def score_step(params, reference, batch):
+    logits = outputs_fn(params, batch)
+    scores, valid = _agreement(logits, reference, batch)
+    losses = classification.losses_of(logits, batch)
+    return {
+      "score": _presentable(scores, valid, batch["mask"]),
+      "loss": _presentable(losses, valid, batch["mask"]),
+    }
+
+  return score_step
+
+
+def _agreement_gradient(outputs_fn, method, config):
+  """Scores and gradient from one forward pass, which gives the logits too."""
+
+  def gradient(state, reference, batch):
+    def losses_of(params):
+      logits = outputs_fn(params, batch)
+      losses, hits = classification.losses_and_hits(logits, batch)
+      return losses, (logits, hits)
+
+    losses, pullback, (logits, hits) = jax.vjp(
+      losses_of, state.params, has_aux=True
+    )
+    mask = batch["mask"]
+    scores, valid = _agreement(logits, reference, batch)
+    weights = guarded(method.weighting, scores, valid, state.step)
+    grads = _pulled(pullback, weights.astype(losses.dtype), losses)
+    plain = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
+    if config.scope == "layers":
+      chosen = layers.choose(config.layers, state.params)
+      others = _pulled(pullback, plain, losses)
+      flags = jax.tree.unflatten(jax.tree.structure(grads), chosen)
+      grads = jax.tree.map(
+        lambda flag, a, b: a if flag else b, flags, grads, others
+      )
+    samples = {
+      "score": _presentable(scores, valid, mask),
+      "weight": weights,
+      "loss": _presentable(losses, valid, mask),
+    }
+    loss = jnp.sum(plain * jnp.where(valid, losses, 0))
+    metrics = _metrics(batch, loss, hits, samples["score"]) | {
+      "distance": jnp.zeros([]),
+      "effective_sample_size": gm.effective_sample_size(weights),
+    }
+    return grads, StepOutput(metrics, samples)
 
   return gradient
 
@@ -216,11 +284,10 @@ def _attached_gradient(losses_fn, method):
     effective = jnp.where(valid, effective, 0)
     grads = _pulled(pullback, effective, losses)
     loss = _valid_mean(losses, batch["mask"])
-    unknown = jnp.where(batch["mask"], jnp.nan, 0)
     samples = {
-      "score": jnp.where(valid, scores, unknown),
+      "score": _presentable(scores, valid, batch["mask"]),
       "weight": effective,
-      "loss": jnp.where(valid, losses, unknown),
+      "loss": _presentable(losses, valid, batch["mask"]),
     }
     return grads, StepOutput(_metrics(batch, loss, hits, scores), samples)
 
@@ -286,20 +353,12 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn):
     )
 
   value_and_grad = None
-  if method.score == OUTPUT_AGREEMENT:
-    value_and_grad = value_and_grad_by("given")
-  elif method.score != RANDOM:
+  if method.score != RANDOM:
     value_and_grad = value_and_grad_by(method.score)
 
   def gradient(state, reference, batch):
     if method.score == "excess_loss":
       reference = classification.losses_of(reference, batch)
-    elif method.score == OUTPUT_AGREEMENT:
-      reference = gm.scores.output_agreement(
-        lambda logits: classification.losses_of(logits, batch),
-        outputs_fn(state.params, batch),
-        reference,
-      )
     by = value_and_grad or value_and_grad_by(_random_score(state.step))
     (loss, info), grads = by(
       state.params, reference, batch, mask=batch["mask"], step=state.step

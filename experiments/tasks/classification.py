@@ -22,9 +22,7 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """
 
   def losses_fn(params, batch):
-    logits = apply(params, batch["image"])
-    losses = losses_of(logits, batch)
-    return losses, jnp.argmax(logits, axis=-1) == batch["label"]
+    return losses_and_hits(apply(params, batch["image"]), batch)
 
   return losses_fn
 
@@ -41,6 +39,14 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
 def losses_of(logits: jax.Array, batch: Any) -> jax.Array:
   """Cross-entropy `[B]` of logits `[B, C]` with the batch's `label`."""
   return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+
+def losses_and_hits(
+  logits: jax.Array, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+  """`losses_of`, and bool `[B]`: whether the likeliest class is the label."""
+  hits = jnp.argmax(logits, axis=-1) == batch["label"]
+  return losses_of(logits, batch), hits
 
 
 def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:

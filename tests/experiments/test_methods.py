@@ -11,6 +11,7 @@ import pytest
 import gradmimic_jax as gm
 from experiments import grand, methods, models, reference, steps, train
 from experiments.data import pipeline
+from experiments.tasks import classification
 
 
 def outputs_fn(params, batch):
@@ -117,6 +118,119 @@ def test_agra_goes_by_an_independent_batch(linear):
   np.testing.assert_allclose(
     moves[0].ravel(), -rows[cosines > 0].mean(axis=0), atol=1e-5
   )
+
+
+def test_output_agreement_by_hand(linear):
+  # A sample whose reference outputs were never logged, and a padded one.
+  outputs = linear.outputs.at[jnp.array([2, 9])].set(jnp.nan)
+  moves, found = linear.run(
+    "output_agreement", outputs, **{"mimic.temperature": 0.3}
+  )
+  rows = np.delete(np.arange(9), 2)
+  x, labels = (np.asarray(linear.batch[key])[rows] for key in ("x", "label"))
+  outputs = np.float64(outputs)[rows]
+
+  def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+
+  p = softmax(x @ np.float64(linear.params["w"]))
+  errors = p - np.eye(3)[labels]
+  scores = -(errors * (softmax(outputs) - p)).sum(axis=1)
+  weights = softmax(scores / 0.3)
+  gradient = np.einsum("i,id,ic->dc", weights, x, errors)
+  np.testing.assert_allclose(moves[0], -gradient, atol=1e-5)
+  samples, metrics = found[0].samples, found[0].metrics
+  np.testing.assert_allclose(samples["score"][rows], scores, atol=1e-5)
+  np.testing.assert_allclose(samples["weight"][rows], weights, atol=1e-5)
+  assert samples["weight"][2] == samples["weight"][9] == 0
+  assert np.isnan(samples["score"][2])
+  assert np.isnan(samples["loss"][2])
+  assert samples["score"][9] == samples["loss"][9] == 0
+  losses = -np.log(p[np.arange(8), labels])
+  np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["effective_sample_size"], 1 / (weights**2).sum(), rtol=1e-5
+  )
+  assert metrics["nonfinite"] == 1
+
+
+@pytest.fixture
+def normed():
+  """A model with a layer norm, whose copies XLA does not merge; a batch."""
+  rng = np.random.default_rng(0)
+  shapes = {"in": (16, 128), "out": (128, 10)}
+  params = {k: jnp.float32(rng.normal(size=s)) for k, s in shapes.items()}
+  batch = {
+    "x": jnp.float32(rng.normal(size=(64, 16))),
+    "label": jnp.asarray(rng.integers(0, 10, 64), jnp.int32),
+    "mask": jnp.arange(64) < 60,
+  }
+
+  def outputs_fn(params, batch):
+    hidden = batch["x"] @ params["in"]
+    center = hidden - hidden.mean(axis=-1, keepdims=True)
+    variance = jnp.square(center).mean(axis=-1, keepdims=True)
+    return jnp.tanh(center * jax.lax.rsqrt(variance + 1e-6)) @ params["out"]
+
+  def losses_fn(params, batch):
+    return classification.losses_and_hits(outputs_fn(params, batch), batch)
+
+  return outputs_fn, losses_fn, params, batch
+
+
+def test_one_forward_pass_gives_losses_and_outputs(make_config, normed):
+  outputs_fn, losses_fn, params, batch = normed
+  config = make_config(**{"mimic.weighting": "softmax"}).mimic
+  tx = optax.sgd(1.0)
+
+  def flops(name):
+    method = methods.create(name, config)
+    step = steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+    state = steps.init_state(params, tx)
+    compiled = step.lower(state, jnp.zeros((64, 10)), batch).compile()
+    return compiled.cost_analysis()["flops"]
+
+  plain = flops("sgd")
+  for name in ("output_agreement", "distillation"):
+    assert flops(name) <= 1.05 * plain
+
+
+@pytest.mark.slow
+def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
+  outputs_fn, losses_fn, params, batch = normed
+  outputs = jnp.float32(np.random.default_rng(1).normal(size=(64, 10)))
+  config = make_config(
+    **{"mimic.layers": "^out$", "mimic.scope": "layers"}
+  ).mimic
+  tx = optax.sgd(1.0)
+  method = methods.create("output_agreement", config)
+  step = steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+  state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
+  state, output = step(state, outputs, batch)
+  scores = gm.scores.output_agreement(
+    lambda logits: classification.losses_of(logits, batch),
+    outputs_fn(params, batch),
+    outputs,
+  )
+  (loss, info), grads = gm.mimic_value_and_grad(
+    losses_fn,
+    layers="^out$",
+    scope="layers",
+    score="given",
+    weighting=method.weighting,
+    has_aux=True,
+  )(params, scores, batch, mask=batch["mask"])
+  found = (output.metrics["loss"], output.samples, state.params)
+  samples = {
+    "score": info.scores,
+    "weight": info.weights,
+    "loss": info.losses,
+  }
+  moved = jax.tree.map(lambda p, g: p - g, params, grads)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves((loss, samples, moved)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
