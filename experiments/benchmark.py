@@ -8,9 +8,7 @@ interrupted run goes on where it stopped.
 """
 
 import contextlib
-import datetime
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -176,19 +174,13 @@ def _settings(config) -> Iterator[jax.Device]:
 
 def _start(file: pathlib.Path, device: jax.Device) -> dict[str, Any]:
   """What an earlier run on this kind of machine measured, or nothing yet."""
-  machine = {
-    "platform": device.platform,
-    "device": device.device_kind,
-    "cpu_cores": os.cpu_count(),
-    "jax": jax.__version__,
-  }
+  machine = workdir_lib.machine(device)
   if not file.exists():
-    today = datetime.date.today().isoformat()
-    return {"machine": machine | {"date": today}} | {part: {} for part in PARTS}
+    return {"machine": machine} | {part: {} for part in PARTS}
   results = workdir_lib.read_json(file)
   for field, value in machine.items():
     theirs = results["machine"][field]
-    if theirs != value:
+    if theirs != value and field != "date":
       raise ValueError(
         f"{file} was measured with {field} {theirs!r} and this machine has"
         f" {value!r}; ratios of two machines don't mix: choose another"

@@ -270,7 +270,7 @@ def _model(section, seed):
   )
   with_hits = classification.make_losses_fn(apply)
   return (
-    lambda params, batch: apply(params, batch["image"]),
+    classification.make_outputs_fn(apply),
     lambda params, batch: with_hits(params, batch)[0],
     params,
   )

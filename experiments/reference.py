@@ -17,12 +17,10 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import checkpoint, grand, models, workdir as workdir_lib
-from experiments.data import pipeline
+from experiments.data import pipeline, streams
 from experiments.methods import Method
 
 INPUT_FILE = "input.json"
-# Keep these draws apart from those of the pipeline.
-_CLEAN, _INDEPENDENT = 2, 3
 
 
 class Reference(NamedTuple):
@@ -123,7 +121,7 @@ def clean_positions(
       " than every class has, as train samples that are clean are not trained"
       " on."
     )
-  rng = np.random.default_rng((seed, _CLEAN))
+  rng = np.random.default_rng((seed, streams.CLEAN))
   chosen = [
     rng.choice(np.flatnonzero(labels == c), per_class, replace=False)
     for c in range(num_classes)
@@ -175,7 +173,7 @@ def _independent_batches(config, data):
   def for_batch(index, flipped):
     digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
     entropy = int.from_bytes(digest, "little")
-    rng = np.random.default_rng((config.seed, _INDEPENDENT, entropy))
+    rng = np.random.default_rng((config.seed, streams.INDEPENDENT, entropy))
     drawn = rng.choice(rows, size, replace=False)
     batch = _gather(data.train.images, labels, drawn, data)
     if flipped is not None:  # mirrored at random, as the batch is

@@ -10,10 +10,9 @@ from absl import logging
 
 import gradmimic_jax as gm
 from experiments import reference as reference_lib, workdir as workdir_lib
-from experiments.data import pipeline
+from experiments.data import pipeline, streams
 
 FILE = "reference_check.json"
-_DRAW = 3  # keeps this draw apart from the pipeline's and that of clean samples
 
 
 def check(
@@ -101,7 +100,7 @@ def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
   rows = data.indices
   if rows is None:
     rows = np.arange(len(data.labels.labels))
-  rng = np.random.default_rng((seed, _DRAW))
+  rng = np.random.default_rng((seed, streams.CHECK))
   chosen = rng.permutation(rows)[:samples]
   (batch,) = pipeline.eval_batches(
     data.train.images,

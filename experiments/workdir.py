@@ -67,9 +67,9 @@ def fingerprint(*parts: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def machine() -> dict[str, Any]:
-  """What a result was measured on, and when."""
-  device = jax.devices()[0]
+def machine(device: jax.Device | None = None) -> dict[str, Any]:
+  """What a result was measured on (None: the default device), and when."""
+  device = device or jax.devices()[0]
   return {
     "platform": device.platform,
     "device": device.device_kind,

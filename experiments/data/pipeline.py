@@ -24,8 +24,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-# Keep the random streams of one seed apart.
-_ORDER, _FLIP = 0, 1
+from experiments.data import streams
 
 # Gathering rows from memory costs less than handing them between threads.
 _IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -93,14 +92,14 @@ def train_batches(
   # of the batch, and gives epoch 1 of seed 0 the order of epoch 0 of seed 1.
   @functools.lru_cache(maxsize=2)
   def order(epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(rows)
+    return np.random.default_rng((seed, streams.ORDER, epoch)).permutation(rows)
 
   def batch(step: int, _) -> dict[str, np.ndarray]:
     epoch, step_in_epoch = divmod(step, steps)
     start = step_in_epoch * batch_size
     flipped = None
     if flip:
-      rng = np.random.default_rng((seed, _FLIP, step))
+      rng = np.random.default_rng((seed, streams.FLIP, step))
       flipped = rng.random(batch_size) < 0.5
     taken = gather(order(epoch)[start : start + batch_size], flipped)
     return taken if flipped is None else {**taken, "flipped": flipped}

@@ -197,6 +197,21 @@ def test_a_benchmark_refuses(config, tmp_path, field, value, message):
     benchmark.run_benchmark(config, tmp_path / "benchmark")
 
 
+def test_another_machine_is_refused_and_another_day_is_not(tmp_path):
+  file = tmp_path / benchmark.RESULT_FILE
+  device = jax.devices()[0]
+  results = benchmark._start(file, device)
+  assert set(results) == {"machine", *benchmark.PARTS}
+  results["machine"]["date"] = "2001-01-01"
+  results["cases"]["one"] = {"time": 1.0}
+  file.write_text(json.dumps(results))
+  assert benchmark._start(file, device) == results
+  results["machine"]["jax"] = "0.0.1"
+  file.write_text(json.dumps(results))
+  with pytest.raises(ValueError, match=r"jax '0\.0\.1' and this machine has"):
+    benchmark._start(file, device)
+
+
 def vit(**overrides):
   config = common.get_config().unlock()
   config.model.name = "vit"

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from experiments.data import digits, pipeline, sources
+from experiments.data import digits, pipeline, sources, streams
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CIFAR10 = REPOSITORY.parent / "shared" / "tfds"
@@ -266,6 +266,12 @@ def assert_same(first, second):
     assert one.keys() == other.keys()
     for key in one:
       np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_no_two_draws_share_a_stream():
+  numbers = [n for name, n in vars(streams).items() if name.isupper()]
+  assert len(numbers) >= 5
+  assert len(set(numbers)) == len(numbers)
 
 
 class TestTrainBatches:
