@@ -275,6 +275,17 @@ def test_scores_that_say_little(tmp_path, scores, words):
   json.loads((tmp_path / "a.json").read_text())
 
 
+def test_without_votes_the_scores_rank(tmp_path):
+  scores = np.random.default_rng(0).normal(0, 1, (100, 1))
+  scores[7] = np.nan
+  selection = gm.select(scores)
+  assert np.isnan(selection.keep_probability).all()
+  data = Page(gm.report(scores, selection, tmp_path / "a.html")).data
+  worst = [entry["row"] for entry in data["galleries"]["worst"]]
+  assert worst == np.argsort(scores[:, 0])[:24].tolist()
+  assert data["galleries"]["worst"][0]["keep_probability"] is None
+
+
 def test_ids_find_their_samples(tmp_path):
   ids = np.array([f"s{i}" for i in range(40)])
   scores = np.linspace(-1, 1, 40)[:, None]

@@ -333,6 +333,8 @@ def _truth(selection, samples, mean):
 
 def _galleries(selection, samples, mean, size) -> dict[str, Any]:
   worst = worst_first(selection)
+  if not len(worst):  # without votes, scores still rank
+    worst = np.argsort(mean, kind="stable")[: int(np.isfinite(mean).sum())]
   p = selection.keep_probability[worst]
   quality = selection.quality
   if quality is None:
