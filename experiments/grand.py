@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments import models, optimizer, steps
+from experiments import models, optimizer, steps, workdir as workdir_lib
 from experiments.data import pipeline
 from experiments.tasks import classification
 
@@ -33,12 +33,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   Raises:
     ValueError: no run at all, or a negative number of epochs.
   """
-  runs, epochs = config.mimic.grand_runs, config.mimic.grand_epochs
-  if runs < 1 or epochs < 0:
-    raise ValueError(
-      f"config.mimic has grand_runs {runs} and grand_epochs {epochs}; expected"
-      " at least 1 and 0."
-    )
+  runs, epochs = _counts(config)
   labels = data.labels.labels
   scaling = {"mean": data.mean, "std": data.std}
   rows = np.arange(len(labels)) if data.indices is None else data.indices
@@ -94,6 +89,52 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   norms = np.full(len(labels), math.nan, np.float32)
   norms[rows] = total / runs
   return norms
+
+
+def fingerprint(config: Any, data: Any) -> str:
+  """Sixteen hex digits of all that `offline_norms` depends on.
+
+  Args:
+    config: the run's.
+    data: what `train.load_data` returns.
+
+  Returns:
+    The fingerprint, found without any training.
+
+  Raises:
+    ValueError: as `offline_norms`.
+  """
+  fields = workdir_lib.as_dict(config)
+  return workdir_lib.fingerprint(
+    "offline norms",
+    _FIRST_SEED,
+    _counts(config),
+    fields["mimic"]["layers"],
+    fields["model"],
+    fields["optimizer"],
+    min(config.batch_size, config.eval_batch_size),
+    pipeline.fingerprint(
+      data.train.fingerprint,
+      data.labels.labels,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      indices=data.indices,
+      flip=config.data.flip,
+      mean=data.mean,
+      std=data.std,
+    ),
+  )
+
+
+def _counts(config):
+  """How many runs, and of how many epochs."""
+  runs, epochs = config.mimic.grand_runs, config.mimic.grand_epochs
+  if runs < 1 or epochs < 0:
+    raise ValueError(
+      f"config.mimic has grand_runs {runs} and grand_epochs {epochs}; expected"
+      " at least 1 and 0."
+    )
+  return runs, epochs
 
 
 def _shown(batch):

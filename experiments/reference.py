@@ -4,19 +4,23 @@ Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs that go by the same reference.
 """
 
+import functools
 import hashlib
-import io
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import config_dict
 
-from experiments import checkpoint, grand, models, workdir as workdir_lib
+from experiments import (
+  arrays,
+  checkpoint,
+  grand,
+  models,
+  workdir as workdir_lib,
+)
 from experiments.data import pipeline, streams
 from experiments.methods import Method
 
@@ -34,7 +38,11 @@ class Reference(NamedTuple):
 
 
 def load(
-  config: Any, method: Method | None, params: Any, data: Any
+  config: Any,
+  method: Method | None,
+  params: Any,
+  data: Any,
+  folder: pathlib.Path | None = None,
 ) -> Reference | None:
   """The reference that the method asks for.
 
@@ -43,6 +51,8 @@ def load(
     method: the run's, or None.
     params: the learner's parameters.
     data: what `train.load_data` returns.
+    folder: the run's, which keeps what takes long to compute; None keeps
+      nothing.
 
   Returns:
     A Reference, or None for a method that needs none. Outputs are `[B, C]`
@@ -71,10 +81,7 @@ def load(
   if method.direction == "noisy_gradient":
     return _independent_batches(config, data)
   if method.direction == "offline_norms":
-    norms = grand.offline_norms(config, data)
-    return Reference(
-      _digest(norms), None, lambda index, _: norms[np.maximum(index, 0)]
-    )
+    return _offline_norms(config, data, folder)
   if method.direction == "outputs":
     if config.mimic.outputs is not None:
       return _from_outputs(*_logged_outputs(config.mimic.outputs, data))
@@ -192,6 +199,26 @@ def _independent_batches(config, data):
   return Reference(fingerprint, None, for_batch)
 
 
+def _offline_norms(config, data, folder):
+  """Computed when the first step asks for them: a finished run never does."""
+  fingerprint = grand.fingerprint(config, data)
+
+  @functools.cache
+  def norms():
+    if folder is None:
+      return grand.offline_norms(config, data)
+    file = folder / f"norms_{fingerprint}.npy"
+    found = arrays.read(file, (len(data.labels.labels),))
+    if found is None:
+      found = grand.offline_norms(config, data)
+      arrays.write(file, found)
+    return found
+
+  return Reference(
+    fingerprint, None, lambda index, _: norms()[np.maximum(index, 0)]
+  )
+
+
 def _finished_run(config):
   where = config.mimic.reference
   if where is None:
@@ -268,7 +295,7 @@ def _outputs_of_run(where, config, data):
   )
   shape = (len(data.train.images), shown["num_classes"])
   file = where / f"outputs_{fingerprint}.npy"
-  outputs = _read_cache(file, (2, *shape) if flip else shape)
+  outputs = arrays.read(file, (2, *shape) if flip else shape)
   if outputs is None:
     apply = jax.jit(apply)
     images = data.train.images
@@ -278,7 +305,7 @@ def _outputs_of_run(where, config, data):
     if flip:
       mirrored = _outputs(apply, params, images[:, :, ::-1], config, scaling)
       outputs = np.stack([outputs, mirrored])
-    _write_cache(file, outputs)
+    arrays.write(file, outputs)
   return fingerprint, outputs
 
 
@@ -313,51 +340,6 @@ def _outputs(apply, params, images, config, scaling):
   # Fetched at once: fetching batch by batch would make each wait.
   parts = [apply(params, batch["image"]) for batch in batches]
   return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
-
-
-def _read_cache(file, shape):
-  """The array, or None unless it is there, whole and of this shape."""
-  try:
-    content = file.read_bytes()
-    expected = _sum_file(file).read_text().strip()
-  except FileNotFoundError:
-    return None
-  except UnicodeDecodeError:
-    expected = ""
-  if hashlib.sha256(content).hexdigest() == expected:
-    outputs = np.load(io.BytesIO(content), allow_pickle=False)
-    if outputs.shape == shape and outputs.dtype == np.float32:
-      return outputs
-  logging.warning("%s is damaged; the outputs are computed again.", file)
-  return None
-
-
-def _write_cache(file, outputs):
-  content = _npy(outputs)
-  total = hashlib.sha256(content).hexdigest()
-  try:
-    _write(file, content)
-    _write(_sum_file(file), f"{total}\n".encode())
-  except OSError as error:
-    # Someone else's folder, or a full disk: the run itself needs no cache.
-    logging.warning("the reference's outputs can't be kept (%s).", error)
-
-
-def _npy(array):
-  content = io.BytesIO()
-  np.save(content, array, allow_pickle=False)
-  return content.getvalue()
-
-
-def _write(file, content):
-  """All or nothing, also where several runs compute the same outputs."""
-  own = file.with_name(f"{os.getpid()}_{file.name}")
-  workdir_lib.write_bytes(own, content)
-  os.replace(own, file)
-
-
-def _sum_file(file):
-  return file.with_suffix(".sha256")
 
 
 def _digest(outputs):

@@ -60,7 +60,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
         f"config.{field} is {config[field]}; expected at least 1."
       )
   run_config = learners_config(config)
-  scoring = _Pass(config, run_config)
+  scoring = _Pass(config, run_config, pathlib.Path(workdir))
   folder = workdir_lib.claim(workdir, config, score_config, free=_FREE)
   workdir_lib.write_json(folder / RUN_FILE, workdir_lib.as_dict(run_config))
   noise.save(
@@ -122,7 +122,7 @@ def complete(section: dict[str, Any]) -> Any:
 class _Pass:
   """What scores batches, and which."""
 
-  def __init__(self, config: Any, run: Any):
+  def __init__(self, config: Any, run: Any, folder: pathlib.Path):
     self.config, self.run = config, run
     self.learner = pathlib.Path(config.learner)
     data = train.load_data(run)
@@ -144,7 +144,7 @@ class _Pass:
       config.mimic,
       classification.make_outputs_fn(apply),
     )
-    self.reference = reference_lib.load(run, method, self.params, data)
+    self.reference = reference_lib.load(run, method, self.params, data, folder)
     self.checkpoints = list(config.steps or checkpoint.steps(self.learner))
     if not self.checkpoints:
       raise FileNotFoundError(

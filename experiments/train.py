@@ -212,7 +212,9 @@ class _Run:
     self.losses_fn = classification.make_losses_fn(apply)
     tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)
-    self.reference = reference_lib.load(config, self.method, params, data)
+    self.reference = reference_lib.load(
+      config, self.method, params, data, folder
+    )
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
     self.fingerprint = workdir_lib.fingerprint(self.fingerprints)

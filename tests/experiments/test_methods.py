@@ -421,6 +421,44 @@ class TestOfflineNorms:
     assert np.abs(found[0] - found[1]).max() > 1e-2
     assert np.abs(found[0] - found[2]).max() > 1e-2
 
+  def test_they_are_computed_once_and_not_before_a_step(
+    self, make_config, tmp_path, monkeypatch
+  ):
+    def load(**overrides):
+      config, data = self.make(make_config, **overrides)
+      method = methods.create("grand_offline", config.mimic)
+      return reference.load(config, method, None, data, tmp_path)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(grand, "offline_norms", None)  # can't be called
+      given = load()
+      others = ({"seed": 1}, {"mimic.grand_epochs": 2}, {"noise.rate": 0.1})
+      prints = {load(**fields).fingerprint for fields in ({}, *others)}
+      assert len(prints) == 4
+    index = np.arange(30)
+    norms = given.for_batch(index, None)
+    assert (norms > 0).all()
+    with monkeypatch.context() as patch:
+      patch.setattr(grand, "offline_norms", None)
+      again = load()
+      np.testing.assert_array_equal(again.for_batch(index, None), norms)
+    assert again.fingerprint == given.fingerprint
+    file = tmp_path / f"norms_{given.fingerprint}.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with monkeypatch.context() as patch:
+      patch.setattr(grand, "offline_norms", lambda *_: 2 * norms)
+      damaged = load().for_batch(index, None)
+    np.testing.assert_array_equal(damaged, 2 * norms)
+
+  @pytest.mark.slow
+  def test_a_finished_run_is_not_repeated(
+    self, make_config, tmp_path, monkeypatch
+  ):
+    config, _ = self.make(make_config)
+    result = train.train_and_evaluate(config, tmp_path / "run")
+    monkeypatch.setattr(grand, "offline_norms", None)
+    assert train.train_and_evaluate(config, tmp_path / "run") == result
+
   def test_no_runs_are_refused(self, make_config):
     with pytest.raises(ValueError, match="grand_runs 0"):
       grand.offline_norms(*self.make(make_config, **{"mimic.grand_runs": 0}))

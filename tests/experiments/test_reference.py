@@ -11,6 +11,7 @@ import pytest
 
 import gradmimic_jax as gm
 from experiments import (
+  arrays,
   checkpoint,
   methods,
   models,
@@ -170,7 +171,7 @@ class TestOutputs:
       file.with_suffix(".sha256").unlink()
     again = load(config)
     assert bytes(file.read_bytes()) == bytes(
-      reference._npy(right.for_batch(np.arange(1437), None))
+      arrays.as_npy(right.for_batch(np.arange(1437), None))
     )
     np.testing.assert_array_equal(
       again.for_batch(np.arange(1437), None),
