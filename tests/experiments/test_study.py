@@ -23,6 +23,7 @@ def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
   assert 0.9 < detection["auroc"] <= 1
   for path in summary["figures"]:
     assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
+  assert "Remove" in pathlib.Path(summary["report"]).read_text()
   stored = json.loads((tmp_path / "study" / "summary.json").read_text())
   assert stored == summary
   assert "grad_mimic" in study.table(summary)
