@@ -6,11 +6,11 @@ python -m experiments.probe --workdir=runs/dtd \
   --config=configs/label_noise.py:dataset=dtd,protocol=probe \
   --config.model.pretrained=hf://google/vit-base-patch16-224-in21k
 
-All weights, from random ones, one run at a time, at one noise rate (training on
-from a published backbone is not there yet):
+Fine-tuning of all weights, one run at a time, at one noise rate:
 
 python -m experiments.study --workdir=runs/dtd_finetune \
-  --config=configs/label_noise.py:dataset=dtd,protocol=finetune,rate=0.4
+  --config=configs/label_noise.py:dataset=dtd,protocol=finetune,rate=0.4 \
+  --config.model.pretrained=hf://google/vit-base-patch16-224-in21k
 
 Sets, by their TFDS names, with their official splits: cifar10, cifar100, dtd,
 stl10, oxford_flowers102, oxford_iiit_pet. Probing takes one pass of the

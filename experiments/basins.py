@@ -18,7 +18,7 @@ from configs import basins as basins_config
 from experiments import (
   checkpoint,
   cli,
-  models,
+  initial,
   reference_check,
   train,
   workdir as workdir_lib,
@@ -89,7 +89,7 @@ def checks_of_seed(
   for rate in config.basins.rates:
     run_config, where = run(f"noise{rate:g}", seed, rate)
     data = train.load_data(run_config)
-    apply, start = models.create(
+    apply, start = initial.create(
       config.model,
       input_shape=data.train.images.shape[1:],
       num_classes=data.train.num_classes,

@@ -18,8 +18,8 @@ from ml_collections import config_dict
 from experiments import (
   checkpoint,
   claims,
+  initial,
   models,
-  reference,
   workdir as workdir_lib,
 )
 from experiments.data import pipeline, sources
@@ -221,12 +221,7 @@ def _in_batches(apply, params, images, config, scaling):
 
 
 def _images(config, split):
-  return sources.load(
-    config.data.name,
-    split,
-    data_dir=config.data.data_dir,
-    size=config.data.image_size or None,
-  )
+  return sources.of_config(config.data, split)
 
 
 def _scaling_of(images):
@@ -249,9 +244,7 @@ def _backbone(config) -> Backbone:
     )
   if source is None:
     backbone = _pixels(config)
-  elif (pathlib.Path(source) / workdir_lib.CONFIG_FILE).exists() and not (
-    pathlib.Path(source) / pretrained.WEIGHTS
-  ).exists():
+  elif initial.is_run(source):
     backbone = _of_run(pathlib.Path(source))
   else:
     backbone = _published(config, source)
@@ -282,12 +275,7 @@ def _pixels(config) -> Backbone:
 
 
 def _of_run(folder) -> Backbone:
-  if not (folder / workdir_lib.RESULT_FILE).exists():
-    raise FileNotFoundError(
-      f"there is no finished run in {folder}, which config.model.pretrained"
-      " names: give that run's own command (again) first."
-    )
-  shown = workdir_lib.read_json(folder / reference.INPUT_FILE)
+  shown = initial.shown_to(folder)
   section = workdir_lib.read_json(folder / workdir_lib.CONFIG_FILE)["model"]
   section.pop("pretrained", None)  # where that run's own weights came from
   shape = tuple(shown["shape"])
@@ -331,22 +319,14 @@ def _published(config, source) -> Backbone:
     )
     return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
 
-  wanted = pretrained.preprocessing(source)
-  if config.probe.scaling == "model" and (
-    wanted.interpolation != "bilinear" or wanted.crop_fraction != 1
-  ):
-    logging.warning(
-      "%s asks for %s images of which the middle %.3g is kept; they are resized"
-      " bilinearly and not cropped.",
-      source,
-      wanted.interpolation,
-      wanted.crop_fraction,
-    )
+  mean, std = _PUBLISHED
+  if config.probe.scaling == "model":
+    mean, std = initial.scaling(source)
   return Backbone(
     make,
     shape,
-    list(wanted.mean),
-    list(wanted.std),
+    mean,
+    std,
     workdir_lib.fingerprint(_sum_of(pretrained._find(source)), vit),
   )
 

@@ -7,7 +7,13 @@ import jax
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments import models, optimizer, steps, workdir as workdir_lib
+from experiments import (
+  checkpoint,
+  initial,
+  optimizer,
+  steps,
+  workdir as workdir_lib,
+)
 from experiments.data import pipeline
 from experiments.tasks import classification
 
@@ -42,7 +48,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   made = []
   for run in range(runs):
     seed = _FIRST_SEED + config.seed * runs + run
-    apply, params = models.create(
+    apply, params = initial.create(
       config.model,
       input_shape=data.train.images.shape[1:],
       num_classes=data.train.num_classes,
@@ -105,12 +111,22 @@ def fingerprint(config: Any, data: Any) -> str:
     ValueError: as `offline_norms`.
   """
   fields = workdir_lib.as_dict(config)
+  started = None
+  if fields["model"].pop("pretrained") is not None:  # a path; contents count
+    _, params = initial.create(
+      config.model,
+      input_shape=data.train.images.shape[1:],
+      num_classes=data.train.num_classes,
+      seed=_FIRST_SEED,
+    )
+    started = checkpoint.fingerprint(params)
   return workdir_lib.fingerprint(
     "offline norms",
     _FIRST_SEED,
     _counts(config),
     fields["mimic"]["layers"],
     fields["model"],
+    started,
     fields["optimizer"],
     min(config.batch_size, config.eval_batch_size),
     pipeline.fingerprint(

@@ -24,7 +24,7 @@ from experiments import (
 from experiments.data import pipeline, streams
 from experiments.methods import Method
 
-INPUT_FILE = "input.json"
+INPUT_FILE = workdir_lib.INPUT_FILE
 
 
 class Reference(NamedTuple):
@@ -282,6 +282,8 @@ def _outputs_of_run(where, config, data):
   """The fingerprint and the outputs of a finished run's model."""
   shown = _read_input(where, data)
   section = workdir_lib.read_json(where / workdir_lib.CONFIG_FILE)["model"]
+  if "pretrained" in section:
+    section["pretrained"] = None  # a path; what counts is in the parameters
   apply, like = models.create(
     config_dict.ConfigDict(section),
     input_shape=tuple(shown["shape"]),

@@ -114,6 +114,7 @@ def write(
     The page's path.
   """
   config = select.config_of(run)
+  config.model.pretrained = None  # images are shown as they are
   data = train.load_data(config)
   truth, _ = noise.load(run / train.LABELS_FILE)
   if title is None:

@@ -99,6 +99,8 @@ def learners_config(config: Any) -> Any:
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
   run.data.filter = None  # all are scored, also those that it left out
+  if config.method != "grand_offline":  # which starts where the learner did
+    run.model.pretrained = None  # what came of it is in the checkpoints
   if config.split is not None:
     run.data.train_split = config.split
   if config.data_dir is not None:

@@ -78,9 +78,7 @@ def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
     The ledger's own fingerprints, and those of data set and labels.
   """
   config = config_of(run)
-  train_set = sources.load(
-    config.data.name, config.data.train_split, data_dir=config.data.data_dir
-  )
+  train_set = sources.of_config(config.data, config.data.train_split)
   labels, _ = noise.load(run / train.LABELS_FILE)
   return {
     **ledger_of(run).fingerprints,

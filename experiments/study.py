@@ -157,6 +157,8 @@ def _needs_reference_run(config):
 def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
   """What the reference's config has otherwise than the learner's."""
   wanted = config.study.reference
+  # Another architecture has no use for the learner's weights.
+  own = {"model.pretrained": None} if wanted.model or wanted.widths else {}
   fields = {
     "model.name": wanted.model,
     "model.widths": tuple(wanted.widths),
@@ -170,6 +172,7 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
     "noise.rate": 0.0,
     **{f"noise.{name}": None for name in train.NOISE_OPTIONS},
     **{field: value for field, value in fields.items() if value},
+    **own,
   }
 
 
@@ -239,9 +242,7 @@ def draw(config, folder, results) -> list[pathlib.Path]:
       ylabel="test accuracy",
     )
   ]
-  train_set = sources.load(
-    config.data.name, config.data.train_split, data_dir=config.data.data_dir
-  )
+  train_set = sources.of_config(config.data, config.data.train_split)
   seed = config.study.seeds[0]
   for method in config.study.methods:
     run = folder / f"seed{seed}" / method

@@ -18,8 +18,8 @@ from experiments import (
   checkpoint,
   cli,
   filters,
+  initial,
   methods,
-  models,
   optimizer,
   reference as reference_lib,
   reference_check,
@@ -84,8 +84,8 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     result = workdir_lib.read_json(result_file)
     if result["fingerprint"] != run.fingerprint:
       raise ValueError(
-        f"{result_file} stems from other data, another reference or another"
-        " filter. Choose another --workdir, or delete that one to start over."
+        f"{result_file} stems from other data, another reference, filter or"
+        " backbone. Choose another --workdir, or delete that one to start over."
       )
     return result
   noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
@@ -112,16 +112,8 @@ def _check_counts(config):
 
 def load_data(config: Any) -> Data:
   """Train and test sets, noise and normalisation as the config has them."""
-  if config.model.pretrained is not None:
-    raise ValueError(
-      f"config.model.pretrained is {config.model.pretrained!r}, and this job"
-      " trains from random weights; use experiments.probe, which trains a head"
-      " on that backbone."
-    )
-  name, where = config.data.name, config.data.data_dir
-  size = config.data.image_size or None
-  train = sources.load(name, config.data.train_split, data_dir=where, size=size)
-  test = sources.load(name, config.data.test_split, data_dir=where, size=size)
+  train = sources.of_config(config.data, config.data.train_split)
+  test = sources.of_config(config.data, config.data.test_split)
   labels = noise.apply_noise(
     train.labels,
     kind=config.noise.kind,
@@ -154,10 +146,13 @@ def load_data(config: Any) -> Data:
     if indices is None:
       indices = np.arange(len(labels.labels))
     indices = indices[~np.isin(indices, clean)]
-  pixels = train.images.reshape(-1, train.images.shape[-1])
-  # Standard deviations of a constant channel would divide by zero.
-  mean = (pixels.mean(axis=0) / 255).tolist()
-  std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
+  if config.model.pretrained is not None:
+    mean, std = initial.scaling(config.model.pretrained)
+  else:
+    pixels = train.images.reshape(-1, train.images.shape[-1])
+    # Standard deviations of a constant channel would divide by zero.
+    mean = (pixels.mean(axis=0) / 255).tolist()
+    std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
   return Data(train, test, labels, indices, clean, mean, std)
 
 
@@ -203,12 +198,14 @@ class _Run:
       **scaling,
     )
     self.test_start = self.test_batches.get_state()
-    apply, params = models.create(
+    apply, params = initial.create(
       config.model,
       input_shape=data.train.images.shape[1:],
       num_classes=data.train.num_classes,
       seed=config.seed,
     )
+    if config.model.pretrained is not None:
+      self.fingerprints["initial"] = checkpoint.fingerprint(params)
     self.losses_fn = classification.make_losses_fn(apply)
     tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)

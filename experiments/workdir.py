@@ -16,12 +16,14 @@ from ml_collections import config_dict
 from configs import common
 
 CONFIG_FILE = "config.json"
+INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
 RESULT_FILE = "result.json"  # is there once a run has finished
 # Fields that point elsewhere.
 PATHS = (
   "mimic.reference",
   "mimic.outputs",
   "data.filter",
+  "model.pretrained",
   "noise.matrix",
   "noise.path",
 )

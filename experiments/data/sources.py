@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+from typing import Any
 
 import numpy as np
 import PIL
@@ -78,6 +79,21 @@ def load(
   if size is not None and size < 1:
     raise ValueError(f"size must be at least 1 pixel, or None; got {size}")
   return _load(name, split, _folder(name, split, data_dir), size)
+
+
+def of_config(data: Any, split: str) -> Dataset:
+  """A split of the set that `config.data` names, resized as it says.
+
+  Args:
+    data: `config.data`: `name`, `data_dir` and `image_size` (0: as they are).
+    split: A TFDS split.
+
+  Returns:
+    The samples; errors are those of `load`.
+  """
+  return load(
+    data.name, split, data_dir=data.data_dir, size=data.image_size or None
+  )
 
 
 def stored_fingerprint(

@@ -91,6 +91,11 @@ def create_features(
   return features, nnx.to_pure_dict(state)
 
 
+def sizes(config: Any) -> dict[str, Any]:
+  """The model's name, and what it takes from `config.model`."""
+  return {"name": config.name, **MODELS[config.name][1](config)}
+
+
 def _split(config, input_shape, num_classes, seed):
   """The model's graph and state."""
   if config.name not in MODELS:
@@ -98,11 +103,11 @@ def _split(config, input_shape, num_classes, seed):
       f"config.model.name is {config.name!r}; expected one of"
       f" {', '.join(MODELS)}."
     )
-  module, sizes = MODELS[config.name]
+  module, options = MODELS[config.name]
   model = module(
     input_shape=tuple(input_shape),
     num_classes=num_classes,
     rngs=nnx.Rngs(seed),
-    **sizes(config),
+    **options(config),
   )
   return nnx.split(model)

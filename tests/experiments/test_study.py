@@ -50,6 +50,17 @@ def test_a_study_of_nothing(make_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_study_of_resized_images(make_config, tmp_path):
+  """What is kept is of the images that were trained on, at their size."""
+  config = make_config(
+    **{"data.image_size": 6, "study.methods": ("grad_mimic",)}
+  )
+  summary = study.run_study(config, tmp_path / "study")
+  (kept,) = summary["runs"]["retrained_grad_mimic"]
+  assert 0 < kept["train_samples"] < 1437
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("rate", "sgd", "grad_mimic"), [(0.4, 0.88, 0.97), (0.6, 0.70, 0.95)]
 )

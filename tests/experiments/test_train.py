@@ -377,12 +377,6 @@ def test_metrics_of_an_interrupted_run_are_dropped(tmp_path):
   assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
 
 
-def test_a_backbone_is_not_ignored_in_silence(make_config, tmp_path):
-  config = make_config(**{"model.pretrained": "vit.safetensors"})
-  with pytest.raises(ValueError, match=r"vit\.safetensors.*experiments\.probe"):
-    train.train_and_evaluate(config, tmp_path / "run")
-
-
 def test_images_are_resized_as_the_config_has_it(make_config):
   data = train.load_data(make_config(**{"data.image_size": 4}))
   assert data.train.images.shape[1:] == (4, 4, 1)
