@@ -68,8 +68,9 @@ def check(
     f" {report.barrier:.3g}): scores toward its weights would be worthless or"
     " inverted. Use the method grad_mimic_outputs or output_agreement, which"
     " need only its outputs (in a study, by --config.study.methods); or start"
-    " from its initialisation (its --config.seed); or give --config.mimic.force"
-    " to train all the same."
+    " from its initialisation (its --config.seed; in a study, another workdir"
+    " with --config.study.reference.seed_offset=0); or give"
+    " --config.mimic.force to train all the same."
   )
 
 
