@@ -4,12 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
+INSTALLED_SLOW = $(VENV)/.installed_slow
 
 .PHONY: demo test test-slow lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+$(INSTALLED_SLOW): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable ".[peers]"
 	@touch $@
 
 # The label-noise study on scikit-learn's handwritten digits.
@@ -20,7 +25,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest -n auto --dist loadfile
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED_SLOW)
 	$(RUN) -m pytest -n auto --dist loadfile -m slow
 
 lint: $(INSTALLED)

@@ -74,7 +74,7 @@ def find_label_issues(
   least = operator.index(min_examples_per_class)
   if least < 0:
     raise ValueError(f"min_examples_per_class is {least}; expected >= 0.")
-  selection = _selection(scores, options)
+  selection = selection_of(scores, options)
   worst = worst_first(selection)
   if ranking == "quality" and selection.quality is not None:
     worst = worst[np.argsort(selection.quality[worst], kind="stable")]
@@ -109,7 +109,7 @@ def label_quality_scores(scores: Any, **options: Any) -> np.ndarray:
     >>> label_quality_scores([[0.9, 1.1], [-1.2, -0.8], [1.0, np.nan]]).round(1)
     array([1., 0., 1.])
   """
-  quality = _selection(scores, options).quality
+  quality = selection_of(scores, options).quality
   if quality is None:
     raise ValueError("the selection has no quality; make it with select.")
   return quality
@@ -148,7 +148,7 @@ def discover_members(
   References:
     Huang et al., arXiv 2501.06708, on which samples a model was trained.
   """
-  selection = _selection(scores, options)
+  selection = selection_of(scores, options)
   quality = _known_quality(selection)
   if count is None:
     likely = np.flatnonzero(selection.keep & (quality >= 0))
@@ -212,7 +212,7 @@ def subset(
     raise ValueError("class_balanced needs labels [N], one a sample.")
   if labels is not None and not class_balanced:
     raise ValueError("labels have no effect without class_balanced=True.")
-  selection = _selection(scores, options)
+  selection = selection_of(scores, options)
   n = len(selection)
   if isinstance(budget, (float, np.floating)):
     if not 0 < budget <= 1:
@@ -229,7 +229,8 @@ def subset(
   return selection.ids[best[:budget]]
 
 
-def _selection(scores: Any, options: dict[str, Any]) -> Selection:
+def selection_of(scores: Any, options: dict[str, Any]) -> Selection:
+  """The selection given, or the one that `select` makes by the options."""
   if not isinstance(scores, Selection):
     return select(scores, **options)
   if options:

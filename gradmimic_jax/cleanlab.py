@@ -1,0 +1,152 @@
+"""Mimic scores in cleanlab's Datalab, as an issue type of its own.
+
+It needs `pip install gradmimic_jax[cleanlab]`; nothing else here imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradmimic_jax.selection import class_table, dataset_quality, removal_curve
+from gradmimic_jax.selection.issues import selection_of
+from gradmimic_jax.selection.selection import Selection
+
+# No other issue type's name may be in it: Datalab finds columns by that.
+ISSUE_NAME = "grad_mimic"
+
+
+def register(*, task: str = "classification") -> type:
+  """Makes "grad_mimic" an issue type that a Datalab looks for when asked.
+
+  `lab.get_issues("grad_mimic")` then has, a row a sample of the lab's data,
+
+    is_grad_mimic_issue          the selection drops it
+    grad_mimic_score             its label quality, in [0, 1], high = good
+    grad_mimic_keep_probability  of the selection
+
+  The issue's score in `lab.get_issue_summary` is the estimated clean fraction
+  (nan if no sample has a vote). `lab.get_info("grad_mimic")` has its interval
+  (`low`, `high`), how many samples to `remove`, `unvoted` samples, the
+  selection's diagnostics (`select`) and, if the lab has labels, what
+  `gm.class_table` finds (`classes`).
+
+  What a lab is given in `issue_types` are the `scores`: raw scores [N, T] in
+  the order of its data, high = good; or the ledger or the Selection whose ids
+  are its rows. Other entries are options of `gm.select`. Samples that a ledger
+  lacks are no issues, and their score is nan.
+
+  The issue type is registered once, however often this is called.
+
+  Args:
+    task: the lab's: "classification", "regression" or "multilabel".
+
+  Returns:
+    The IssueManager. Its errors (scores of other samples, say) are printed by
+    a Datalab, which goes on to the next issue type.
+
+  Raises:
+    ModuleNotFoundError: cleanlab is not installed.
+    ValueError: cleanlab knows no such task.
+
+  Example: ::
+
+    gradmimic_jax.cleanlab.register()
+    lab = cleanlab.Datalab(data={"label": labels}, label_name="label")
+    lab.find_issues(issue_types={"grad_mimic": {"scores": scores}})
+    lab.report()
+
+  References:
+    https://docs.cleanlab.ai, "Creating your own issues manager".
+  """
+  try:
+    import pandas as pd
+    from cleanlab.datalab.internal import issue_manager_factory as factory
+    from cleanlab.datalab.internal.issue_manager import IssueManager
+    from cleanlab.datalab.internal.task import Task
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"there is no module {error.name!r}; a Datalab needs cleanlab:"
+      " pip install 'gradmimic_jax[cleanlab]'"
+    ) from error
+
+  class MimicIssueManager(IssueManager):
+    """Finds samples that would take a model away from a better one."""
+
+    issue_name = ISSUE_NAME
+    description = (
+      "A step on these samples would take the model away from a better one:"
+      " their labels are probably wrong."
+    )
+    # What a report says besides the worst samples, by its verbosity.
+    verbosity_levels = {  # noqa: RUF012 - declared so by its class
+      0: [],
+      1: ["low", "high", "remove"],
+      2: ["classes"],
+      3: [],
+    }
+
+    def find_issues(self, *, scores: Any, **options: Any) -> None:
+      n = len(self.datalab.data)
+      selection = _in_rows(selection_of(scores, options), scores, n)
+      self.issues = pd.DataFrame(
+        {
+          f"is_{ISSUE_NAME}_issue": ~selection.keep,
+          f"{ISSUE_NAME}_score": selection.quality,
+          f"{ISSUE_NAME}_keep_probability": selection.keep_probability,
+        }
+      )
+      found = dataset_quality(selection)
+      self.summary = self.make_summary(score=1.0).assign(
+        score=found.clean_fraction  # which may be nan
+      )
+      self.info = {
+        "low": found.low,
+        "high": found.high,
+        "remove": removal_curve(selection).recommended,
+        "unvoted": found.unvoted,
+        "select": selection.diagnostics,
+      }
+      if self.datalab.has_labels and task == "classification":
+        self.info["classes"] = class_table(
+          selection, self.datalab.labels, names=self.datalab.class_names
+        ).to_pandas()
+
+  known = factory.REGISTRY[Task.from_str(task)].get(ISSUE_NAME)
+  return known or factory.register(MimicIssueManager, task=task)
+
+
+def _in_rows(selection: Selection, scores: Any, n: int) -> Selection:
+  """The selection of all n samples of a lab, a row each, in order."""
+  ids = selection.ids
+  if hasattr(scores, "shape") or isinstance(scores, (list, tuple)):
+    if len(ids) != n:
+      raise ValueError(
+        f"scores has {len(ids)} rows, but the lab's data {n}; expected a row a"
+        " sample, in the order of the data."
+      )
+    return selection
+  if ids.dtype.kind not in "iu" or ids.max() >= n:
+    raise ValueError(
+      f"the ids end with {np.sort(ids)[-1]!r}, and the lab's data has {n} rows;"
+      f" expected the rows 0 to {n - 1} as ids. An array of scores needs none:"
+      " a row a sample, in the order of the data."
+    )
+
+  def spread(values: Any, empty: Any) -> np.ndarray:
+    rows = np.full((n, *values.shape[1:]), empty, values.dtype)
+    rows[ids] = values
+    return rows
+
+  quality = selection.quality
+  if quality is None:
+    quality = np.full(len(ids), np.nan)
+  return Selection(
+    np.arange(n),
+    spread(selection.keep, True),
+    spread(selection.keep_probability, np.nan),
+    spread(selection.votes, -1),
+    selection.diagnostics,
+    spread(quality, np.nan),
+  )
