@@ -5,6 +5,8 @@ import itertools
 import jax
 from flax import nnx
 
+from experiments.models import patches
+
 
 class ConvNet(nnx.Module):
   """3x3 convolution, group norm, relu and 2x2 mean-pool a stage; linear head.
@@ -26,19 +28,14 @@ class ConvNet(nnx.Module):
     rngs: nnx.Rngs,
     patch_size: int = 1,
   ):
-    rows, columns, channels_in = input_shape
-    if patch_size < 1 or rows % patch_size or columns % patch_size:
-      raise ValueError(
-        f"images are {rows}x{columns} and config.model.patch_size is"
-        f" {patch_size}; expected a size that divides both sides."
-      )
+    patches.check(input_shape, patch_size, "model.patch_size")
     if any(width % 8 for width in widths):
       raise ValueError(
         f"config.model.widths is {widths}; a convnet's widths must be multiples"
         " of 8, the number of its normalisation groups."
       )
     self.patch_size = patch_size
-    channels = (channels_in * patch_size**2, *widths)
+    channels = (input_shape[-1] * patch_size**2, *widths)
     self.stages = nnx.List(
       nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
     )
@@ -53,16 +50,8 @@ class ConvNet(nnx.Module):
 
   def features(self, images: jax.Array) -> jax.Array:
     """Images to what the head sees, `[B, widths[-1]]`."""
-    hidden = _patches(images, self.patch_size)
+    hidden = patches.cut(images, self.patch_size)
     for conv, norm in zip(self.stages, self.norms, strict=True):
       hidden = jax.nn.relu(norm(conv(hidden)))
       hidden = nnx.avg_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
     return hidden.mean(axis=(1, 2))
-
-
-def _patches(images, size):
-  """Images `[B, H, W, C]` to `[B, H / size, W / size, size * size * C]`."""
-  batch, rows, columns, channels = images.shape
-  grid = (rows // size, columns // size)
-  images = images.reshape(batch, grid[0], size, grid[1], size, channels)
-  return images.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *grid, -1)

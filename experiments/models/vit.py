@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.models import patches
+
 POOLINGS = ("mean", "class_token")
 
 # The sizes that have names: letter by width and depth, then the patch size.
@@ -73,11 +75,7 @@ class ViT(nnx.Module):
       ValueError: sizes that don't divide, or an unknown pooling.
     """
     rows, columns, channels = input_shape
-    if rows % patch_size or columns % patch_size:
-      raise ValueError(
-        f"images are {rows}x{columns} and config.model.vit.patch_size is"
-        f" {patch_size}; expected a size that divides both sides."
-      )
+    patches.check(input_shape, patch_size, "model.vit.patch_size")
     if width % heads:
       raise ValueError(
         f"config.model.vit.width is {width} and heads is {heads}; expected a"
@@ -114,7 +112,8 @@ class ViT(nnx.Module):
 
   def features(self, images: jax.Array) -> jax.Array:
     """Images to what the head sees, `[B, width]`, float32 or wider."""
-    hidden = self.patch_embed(_patches(images, self.patch_size))
+    grid = patches.cut(images, self.patch_size)
+    hidden = self.patch_embed(grid.reshape(len(grid), -1, grid.shape[-1]))
     if self.pooling == "class_token":
       token = self.class_token[...].astype(hidden.dtype)
       hidden = jnp.concatenate(
@@ -177,16 +176,6 @@ class FeedForward(nnx.Module):
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """Tokens `[B, T, width]` to tokens of the same shape."""
     return self.fc2(jax.nn.gelu(self.fc1(hidden), approximate=False))
-
-
-def _patches(images, size):
-  """Images `[B, H, W, C]` to patches `[B, T, size * size * C]`."""
-  batch, rows, columns, channels = images.shape
-  grid = (rows // size, columns // size)
-  images = images.reshape(batch, grid[0], size, grid[1], size, channels)
-  return images.transpose(0, 1, 3, 2, 4, 5).reshape(
-    batch, grid[0] * grid[1], size * size * channels
-  )
 
 
 def _linear(inputs, outputs, dtype, rngs):
