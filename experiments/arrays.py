@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import pathlib
 
 import numpy as np
@@ -41,8 +40,8 @@ def write(file: pathlib.Path, array: np.ndarray) -> None:
   content = as_npy(array)
   total = hashlib.sha256(content).hexdigest()
   try:
-    _write(file, content)
-    _write(_sum_file(file), f"{total}\n".encode())
+    workdir_lib.write_bytes(file, content)
+    workdir_lib.write_bytes(_sum_file(file), f"{total}\n".encode())
   except OSError as error:
     # Someone else's folder, or a full disk: the run itself needs no cache.
     logging.warning("%s can't be kept (%s).", file, error)
@@ -53,13 +52,6 @@ def as_npy(array: np.ndarray) -> bytes:
   content = io.BytesIO()
   np.save(content, array, allow_pickle=False)
   return content.getvalue()
-
-
-def _write(file, content):
-  """All or nothing, also where several runs compute the same array."""
-  own = file.with_name(f"{os.getpid()}_{file.name}")
-  workdir_lib.write_bytes(own, content)
-  os.replace(own, file)
 
 
 def _sum_file(file):

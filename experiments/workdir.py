@@ -30,13 +30,19 @@ PATHS = (
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file so that readers see the old one or the new, not a part."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  """Writes a file so that readers see the old one or the new, not a part.
+
+  Several processes may write the same file.
+  """
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -131,7 +137,7 @@ def check(
           " one to start over."
         )
   elif folder.exists() and any(
-    entry.name != CONFIG_FILE + ".tmp" for entry in folder.iterdir()
+    not entry.match(CONFIG_FILE + "*.tmp") for entry in folder.iterdir()
   ):
     raise ValueError(
       f"workdir {folder} is not empty and has no {CONFIG_FILE}; expected a new"
