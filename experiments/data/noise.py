@@ -5,12 +5,13 @@ reports compare against the truth.
 """
 
 import os
-import tempfile
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import workdir as workdir_lib
 from experiments.data.noise_kinds import KINDS
 from experiments.data.noise_tables import NO_LABEL
 
@@ -179,31 +180,18 @@ def save(path: str | os.PathLike, noisy: NoisyLabels, ids: np.ndarray) -> None:
   Raises:
     ValueError: If there are not as many ids as labels.
   """
-  path = os.fspath(path)
   ids = np.asarray(ids)
   if ids.shape != noisy.labels.shape:
     raise ValueError(f"{noisy.labels.shape} labels, but {ids.shape} ids")
   if ids.dtype.kind == "O":
     ids = ids.astype(np.str_)  # An array of objects would need pickle.
-  folder, name = os.path.split(path)
-  descriptor, temporary = tempfile.mkstemp(
-    prefix=f"{name}.", suffix=".tmp", dir=folder or "."
+  workdir_lib.write_arrays(
+    pathlib.Path(path),
+    ids=ids,
+    labels=noisy.labels,
+    clean_labels=noisy.clean_labels,
+    missing=noisy.missing,
   )
-  try:
-    with os.fdopen(descriptor, "wb") as file:
-      np.savez_compressed(
-        file,
-        ids=ids,
-        labels=noisy.labels,
-        clean_labels=noisy.clean_labels,
-        missing=noisy.missing,
-      )
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
 
 
 def load(path: str | os.PathLike) -> tuple[NoisyLabels, np.ndarray]:

@@ -88,11 +88,13 @@ def symmetric(
     Huang et al., Evaluating Sample Utility for (Efficient) Data Selection by
     Mimicking Model Weights, https://arxiv.org/abs/2501.06708
   """
-  chosen = rng.permutation(len(labels))[: noisy_count(rate, len(labels))]
-  shift = rng.integers(1, num_classes, size=len(chosen))
-  noisy = labels.copy()
-  noisy[chosen] = (labels[chosen] + shift) % num_classes
-  return noisy
+  return _shifted(
+    labels,
+    rate,
+    num_classes,
+    rng,
+    lambda count: rng.integers(1, num_classes, size=count),
+  )
 
 
 def pair(
@@ -119,10 +121,7 @@ def pair(
     Han et al., Co-teaching: Robust Training of Deep Neural Networks with
     Extremely Noisy Labels, https://arxiv.org/abs/1804.06872
   """
-  chosen = rng.permutation(len(labels))[: noisy_count(rate, len(labels))]
-  noisy = labels.copy()
-  noisy[chosen] = (labels[chosen] + 1) % num_classes
-  return noisy
+  return _shifted(labels, rate, num_classes, rng, lambda count: 1)
 
 
 def asymmetric(
@@ -289,6 +288,14 @@ def largest_remainder(
   order = np.lexsort((rng.random(len(shares)), -np.round(shares - whole, 9)))
   whole[order[: total - whole.sum()]] += 1
   return whole
+
+
+def _shifted(labels, rate, num_classes, rng, by):
+  """A random `rate` of the labels moved on by what `by(count)` says."""
+  chosen = rng.permutation(len(labels))[: noisy_count(rate, len(labels))]
+  noisy = labels.copy()
+  noisy[chosen] = (labels[chosen] + by(len(chosen))) % num_classes
+  return noisy
 
 
 def _draw(labels, source, count, rng):
