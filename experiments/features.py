@@ -327,7 +327,7 @@ def _published(config, source) -> Backbone:
     shape,
     mean,
     std,
-    workdir_lib.fingerprint(_sum_of(pretrained._find(source)), vit),
+    workdir_lib.fingerprint(_sum_of(pretrained.find(source)), vit),
   )
 
 

@@ -110,7 +110,7 @@ def make_score_step(
     return jax.jit(_agreement_scores(outputs_fn))
   scores_fn = gm.mimic_scores(
     lambda params, batch: losses_fn(params, batch)[0],
-    direction=_direction(method.direction, losses_fn, outputs_fn),
+    direction=direction_of(method.direction, losses_fn, outputs_fn),
     layers=config.layers,
     score=method.score,
     engine=config.engine,
@@ -154,6 +154,30 @@ def evaluate(
     "loss": total["loss"] / total["count"],
     "accuracy": total["hits"] / total["count"],
   }
+
+
+def direction_of(
+  name: str,
+  losses_fn: Callable[..., Any],
+  outputs_fn: Callable[..., jax.Array] | None,
+) -> gm.Direction:
+  """The library's direction of that name; see `methods.DIRECTIONS`.
+
+  Args:
+    name: a method's `direction`.
+    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    outputs_fn: `(params, batch) -> logits [B, C]`, for the direction "outputs".
+
+  Returns:
+    The direction; some valid one for methods that don't look at it.
+  """
+  if name == "outputs":
+    return gm.toward_outputs(outputs_fn)
+  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
+    return gm.toward_clean_gradient(
+      lambda params, batch: losses_fn(params, batch)[0]
+    )
+  return gm.toward_weights()
 
 
 def _plain_gradient(losses_fn):
@@ -318,17 +342,6 @@ def _pulled(pullback, weights, values):
   return jax.tree.map(lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads)
 
 
-def _direction(name, losses_fn, outputs_fn):
-  """The library's direction of that name; see `methods.DIRECTIONS`."""
-  if name == "outputs":
-    return gm.toward_outputs(outputs_fn)
-  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
-    return gm.toward_clean_gradient(
-      lambda params, batch: losses_fn(params, batch)[0]
-    )
-  return gm.toward_weights()  # scores without a direction don't look at it
-
-
 def _random_score(step):
   """A score that knows the step only: the same in every run of the job."""
 
@@ -343,7 +356,7 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn):
   def value_and_grad_by(score):
     return gm.mimic_value_and_grad(
       losses_fn,
-      direction=_direction(method.direction, losses_fn, outputs_fn),
+      direction=direction_of(method.direction, losses_fn, outputs_fn),
       layers=config.layers,
       score=score,
       weighting=method.weighting,

@@ -59,7 +59,7 @@ def load(
     Dosovitskiy et al., An Image is Worth 16x16 Words, `arXiv:2010.11929
     <https://arxiv.org/abs/2010.11929>`_ (3.2: interpolating positions).
   """
-  file = _find(source)
+  file = find(source)
   stored = _read(file)
   layout = layouts.LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
@@ -102,7 +102,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
     FileNotFoundError: there is no such file.
     ValueError: what is beside the file can't be read.
   """
-  file = _find(source)
+  file = find(source)
   theirs = _beside(file, PREPROCESSOR)
   timms = (_beside(file, CONFIG) or {}).get("pretrained_cfg")
   try:
@@ -125,8 +125,20 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   return layouts.LAYOUTS[name].preprocessing
 
 
-def _find(source):
-  """The file that `source` means."""
+def find(source: str | pathlib.Path) -> pathlib.Path:
+  """The file that `source` means.
+
+  Args:
+    source: as `load` takes it.
+
+  Returns:
+    The path of the `.safetensors` file; one of the hub's is fetched first.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ImportError: a hub's name, without huggingface_hub.
+    OSError: the hub can't give the file.
+  """
   if str(source).startswith(HUB):
     return _fetch(str(source).removeprefix(HUB))
   path = pathlib.Path(source)
