@@ -359,23 +359,6 @@ def ratio_curves(
   return file
 
 
-@contextlib.contextmanager
-def _figure(path: str | os.PathLike, **kwargs: Any) -> Iterator[Any]:
-  """A figure in the house style, saved whole or not at all."""
-  import matplotlib
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  path = pathlib.Path(path)
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(layout="constrained", **kwargs)
-    FigureCanvasAgg(figure)
-    yield figure, path
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-  os.replace(temporary, path)
-
-
 def scatter(
   groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
   path: str | os.PathLike,
@@ -427,3 +410,20 @@ def scatter(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.legend()
   return file
+
+
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, **kwargs: Any) -> Iterator[Any]:
+  """A figure in the house style, saved whole or not at all."""
+  import matplotlib
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  path = pathlib.Path(path)
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    yield figure, path
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+  os.replace(temporary, path)
