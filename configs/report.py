@@ -6,7 +6,7 @@ python -m experiments.report --config=configs/report.py:run=runs/scores \
 
 from ml_collections import config_dict
 
-from configs import common, select
+from configs import select
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -19,11 +19,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Returns:
     The config, locked.
   """
-  config = config_dict.ConfigDict()
-  config.run = common.parse_arg(arg, run="")["run"]
+  config = select.get_config(arg).unlock()
   # A selection.parquet; None is the run's own, or one by `select`.
   config.selection = config_dict.placeholder(str)
-  config.select = select.get_config().unlock().select
   config.title = config_dict.placeholder(str)
   config.gallery = 24  # samples each of the worst, borderline and best
   config.max_bytes = 5_000_000
