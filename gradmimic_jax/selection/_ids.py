@@ -44,6 +44,18 @@ def checked(ids: Any, name: str) -> np.ndarray:
   return array.astype(np.int64, copy=False)
 
 
+def plain(values: Any, name: str) -> np.ndarray:
+  """Integers or strings as a NumPy array; TypeError if they are neither."""
+  array = np.asarray(values)
+  if array.dtype.kind in "OT":  # as data frames hold strings
+    array = np.asarray(array.tolist())
+  if array.dtype.kind not in "iuU":
+    raise TypeError(
+      f"{name} has dtype {array.dtype}; expected integers >= 0 or strings."
+    )
+  return array
+
+
 def order(ids: np.ndarray) -> np.ndarray:
   """What sorts them. Pairs are compared as numbers, not field by field."""
   if ids.dtype == UID:

@@ -74,13 +74,9 @@ def write_npy(
     array([2, 5])
   """
   path = _path(path, ".npy")
-  if isinstance(ids, filters.Filter):
-    fingerprints = ids.fingerprints if fingerprints is None else fingerprints
-    ids = ids.ids
+  ids, fingerprints = _opened(ids, fingerprints)
   array = _ids.unique(_ids.checked(ids, "ids"))
-  _write(path, lambda file: np.save(file, array, allow_pickle=False))
-  _write_fingerprints(path, fingerprints)
-  return path
+  return _write_array(path, array, fingerprints)
 
 
 def read_npy(
@@ -144,8 +140,7 @@ def write_parquet(
   def write(file: BinaryIO) -> None:
     schema = _table(selection, 0, 0).schema.with_metadata(metadata)
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-      for start in range(0, len(selection), _ROWS):
-        table = _table(selection, start, start + _ROWS)
+      for table in _tables(selection):
         writer.write_table(table.cast(schema))
 
   _write(path, write)
@@ -181,15 +176,8 @@ def read_parquet(
   _check_fingerprints(path, about["fingerprints"], fingerprints)
   table = file.read()
   votes = table["votes"].combine_chunks()
-  n_steps = votes.type.list_size
-  return Selection(
-    _numpy_ids(table["id"]),
-    table["keep"].to_numpy(),
-    _floats(table["keep_probability"]),
-    votes.flatten().to_numpy().reshape(len(table), n_steps),
-    about["diagnostics"],
-    _floats(table["quality"]),
-  )
+  votes = votes.flatten().to_numpy().reshape(len(table), votes.type.list_size)
+  return _selection(table, votes, about["diagnostics"])
 
 
 def write_csv(
@@ -218,8 +206,8 @@ def write_csv(
   def write(file: BinaryIO) -> None:
     schema = _flat(_table(selection, 0, 0)).schema
     with pa_csv.CSVWriter(file, schema) as writer:
-      for start in range(0, len(selection), _ROWS):
-        writer.write_table(_flat(_table(selection, start, start + _ROWS)))
+      for table in _tables(selection):
+        writer.write_table(_flat(table))
 
   _write(path, write)
   _write_fingerprints(path, _fingerprints_of(selection, fingerprints))
@@ -254,14 +242,7 @@ def read_csv(
       " vote_1, ..."
     )
   votes = np.stack([table[name].to_numpy() for name in steps], axis=1)
-  return Selection(
-    _numpy_ids(table["id"]),
-    table["keep"].to_numpy(),
-    _floats(table["keep_probability"]),
-    votes.astype(np.int8),
-    {},
-    _floats(table["quality"]),
-  )
+  return _selection(table, votes.astype(np.int8), {})
 
 
 def write_datacomp_subset(
@@ -302,16 +283,12 @@ def write_datacomp_subset(
     Gadre et al., DataComp, https://github.com/mlfoundations/datacomp
   """
   path = _path(path, ".npy")
-  if isinstance(uids, filters.Filter):
-    fingerprints = uids.fingerprints if fingerprints is None else fingerprints
-    uids = uids.ids
+  uids, fingerprints = _opened(uids, fingerprints)
   pairs = parse_uids(uids)
   if not _ids.is_ascending(pairs, strictly=False):
     pairs = pairs[_ids.order(pairs)]
   _check_subset(pairs, "uids", multiplicity)
-  _write(path, lambda file: np.save(file, pairs, allow_pickle=False))
-  _write_fingerprints(path, fingerprints)
-  return path
+  return _write_array(path, pairs, fingerprints)
 
 
 def read_datacomp_subset(
@@ -415,6 +392,12 @@ def _check_subset(pairs: np.ndarray, name: str, multiplicity: bool) -> None:
     )
 
 
+def _tables(selection: Selection) -> Iterator[pa.Table]:
+  """The selection as tables of so many rows that each fits in memory."""
+  for start in range(0, len(selection), _ROWS):
+    yield _table(selection, start, start + _ROWS)
+
+
 def _table(selection: Selection, start: int, stop: int) -> pa.Table:
   rows = slice(start, stop)
   votes = np.ascontiguousarray(selection.votes[rows])
@@ -454,6 +437,20 @@ def _flat(table: pa.Table) -> pa.Table:
   return table
 
 
+def _selection(
+  table: pa.Table, votes: np.ndarray, diagnostics: dict[str, Any]
+) -> Selection:
+  """The selection whose columns, but for the votes, are the table's."""
+  return Selection(
+    _numpy_ids(table["id"]),
+    table["keep"].to_numpy(),
+    _floats(table["keep_probability"]),
+    votes,
+    diagnostics,
+    _floats(table["quality"]),
+  )
+
+
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
   return column.cast(pa.float64()).to_numpy()  # null becomes nan
 
@@ -470,6 +467,15 @@ def _load(path: Path) -> np.ndarray:
     raise ValueError(
       f"{path} is no NumPy file of plain values: {error}"
     ) from error
+
+
+def _opened(
+  ids: Any, fingerprints: Mapping[str, str] | None
+) -> tuple[Any, Mapping[str, str] | None]:
+  """The ids, a Filter's too, and what they belong to."""
+  if not isinstance(ids, filters.Filter):
+    return ids, fingerprints
+  return ids.ids, ids.fingerprints if fingerprints is None else fingerprints
 
 
 def _path(path: str | os.PathLike[str], suffix: str) -> Path:
@@ -490,6 +496,14 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _write_array(
+  path: Path, array: np.ndarray, fingerprints: Mapping[str, str] | None
+) -> Path:
+  _write(path, lambda file: np.save(file, array, allow_pickle=False))
+  _write_fingerprints(path, fingerprints)
+  return path
 
 
 def _fingerprints_of(

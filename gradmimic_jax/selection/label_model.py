@@ -97,12 +97,7 @@ def one_coin(
   References:
     Zhang et al., Spectral Methods Meet EM, https://arxiv.org/abs/1406.3824
   """
-  return _decided(
-    votes,
-    lambda ballots: voters_lib.fit_dawid_skene(
-      ballots, coins=1, temper=temper, smoothing=smoothing
-    ),
-  )
+  return _dawid_skene(votes, 1, temper, smoothing)
 
 
 def two_coin(
@@ -161,12 +156,7 @@ def two_coin(
     Dawid and Skene, Maximum Likelihood Estimation of Observer Error-Rates
     Using the EM Algorithm, 1979.
   """
-  return _decided(
-    votes,
-    lambda ballots: voters_lib.fit_dawid_skene(
-      ballots, coins=2, temper=temper, smoothing=smoothing
-    ),
-  )
+  return _dawid_skene(votes, 2, temper, smoothing)
 
 
 def triplet(
@@ -246,6 +236,17 @@ def make_label_model(name: Any) -> LabelModel:
       f"aggregate is {name!r}; expected one of {sorted(LABEL_MODELS)}."
     )
   return LABEL_MODELS[name]
+
+
+def _dawid_skene(
+  votes: np.ndarray, coins: int, temper: bool, smoothing: float
+) -> KeepProbability:
+  return _decided(
+    votes,
+    lambda ballots: voters_lib.fit_dawid_skene(
+      ballots, coins=coins, temper=temper, smoothing=smoothing
+    ),
+  )
 
 
 def _decided(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.label_model import LABEL_MODELS, majority
 from gradmimic_jax.selection.selection import Selection
 
@@ -261,13 +262,7 @@ def worst_first(selection: Selection) -> np.ndarray:
 
 def checked_labels(labels: Any, n: int) -> np.ndarray:
   """Labels [n], integers >= 0 or strings."""
-  array = np.asarray(labels)
-  if array.dtype.kind in "OT":
-    array = np.asarray(array.tolist())
-  if array.dtype.kind not in "iuU":
-    raise TypeError(
-      f"labels has dtype {array.dtype}; expected integers >= 0 or strings."
-    )
+  array = _ids.plain(labels, "labels")
   if array.shape != (n,):
     raise ValueError(
       f"labels has shape {array.shape}, but there are {n} samples; expected"

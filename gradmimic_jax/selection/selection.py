@@ -11,6 +11,7 @@ import numpy as np
 
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.selection import (
+  _ids,
   binarize as binarize_lib,
   binarizers,
   label_model as label_model_lib,
@@ -300,13 +301,7 @@ def _checked_scores(scores: Any) -> np.ndarray:
 def _checked_ids(ids: Any, n: int) -> np.ndarray:
   if ids is None:
     return np.arange(n)
-  array = np.asarray(ids)
-  if array.dtype.kind in "OT":  # as data frames hold strings
-    array = np.asarray(array.tolist())
-  if array.dtype.kind not in "iuU":
-    raise TypeError(
-      f"ids has dtype {array.dtype}; expected integers >= 0 or strings."
-    )
+  array = _ids.plain(ids, "ids")
   if array.shape != (n,):
     raise ValueError(
       f"ids has shape {array.shape}, but scores has {n} rows; expected [{n}]."
