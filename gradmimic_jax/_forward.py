@@ -56,21 +56,17 @@ def reweighted(
 def _without_poison(leaves, found, baseline):
   """Zeros where a sample that overflowed on its way has left NaN.
 
-  Its weight is 0, but zero times infinity is NaN. Computing the step again
-  without the sample would take control flow, which compiles the model twice and
-  makes accelerators wait for the host in every step. Finite entries are those
-  that the sample did not reach: they are exact. If all samples are sound, a
-  gradient that is not finite is left for the user to see.
+  Computing the step again without the sample would take control flow, which
+  compiles the model twice and makes accelerators wait for the host in every
+  step. If all samples are sound, a gradient that is not finite is left for the
+  user to see.
   """
   sound = jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
   if baseline is not None:
     # Such a sample has no weight either, but its own gradient may be sound.
     sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(baseline)
   sound = jnp.all(sound)
-  return [
-    jnp.where(sound | jnp.isfinite(leaf), leaf, jnp.zeros([], leaf.dtype))
-    for leaf in leaves
-  ]
+  return _tree.zero_nonfinite(leaves, unless=sound)
 
 
 def _descents(problem, params):
@@ -124,7 +120,8 @@ def _answer(problem, losses, descents, aux, pullback):
   # Losses may come in bfloat16; scores and all that follows don't.
   norms = None
   if problem.score.needs_norms:
-    norms = _tree.to_accumulate(_gradient_norms(problem, losses, pullback))
+    norms = _of_each(_tree.norm, problem, losses, pullback)
+    norms = _tree.to_accumulate(norms)
   if descents is not None:
     descents = _tree.to_accumulate(descents)
     norms = None if norms is None else norms.astype(descents.dtype)
@@ -139,23 +136,18 @@ def _answer(problem, losses, descents, aux, pullback):
   return Answer(scores, losses, valid, aux)
 
 
-def _gradient_norms(problem, losses, pullback):
-  """`||g_i||` over the mimic layers, one pullback a sample."""
+def _of_each(measure, problem, losses, pullback):
+  """`measure(g_i's mimic leaves)`, stacked; one pullback a sample."""
 
-  def norm_of(basis_vector):
+  def of_one(basis_vector):
     (grads,) = pullback(basis_vector)
-    return _tree.norm(split(jax.tree.leaves(grads), problem.flags)[0])
+    return measure(split(jax.tree.leaves(grads), problem.flags)[0])
 
-  return jax.lax.map(norm_of, jnp.eye(losses.size, dtype=losses.dtype))
+  return jax.lax.map(of_one, jnp.eye(losses.size, dtype=losses.dtype))
 
 
 def _gram(problem, losses, pullback):
   """`<g_i, g_j>` over the mimic layers, and who is in it; all B are held."""
-
-  def gradient_of(basis_vector):
-    (grads,) = pullback(basis_vector)
-    return split(jax.tree.leaves(grads), problem.flags)[0]
-
-  rows = jax.lax.map(gradient_of, jnp.eye(losses.size, dtype=losses.dtype))
+  rows = _of_each(list, problem, losses, pullback)
   valid = problem.candidates & jnp.isfinite(losses) & _tree.rows_finite(rows)
   return _per_sample.inner_products(rows, valid)

@@ -92,6 +92,26 @@ def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
   )
 
 
+def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
+  """`tree` with zeros for entries that are not finite.
+
+  One sample without a derivative, padding even, may reach every entry of a
+  gradient although its weight is 0: zero times NaN is NaN. Finite entries are
+  those that it did not reach.
+
+  Args:
+    tree: floating-point arrays.
+    unless: bool `[]`, True to leave everything as it is.
+
+  Returns:
+    A tree like it.
+  """
+  return jax.tree.map(
+    lambda x: jnp.where(unless | jnp.isfinite(x), x, jnp.zeros([], x.dtype)),
+    tree,
+  )
+
+
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
   """`sum_i weights_i leaf_i` over the batch axis, in the accumulation dtype."""
   leaf = to_accumulate(leaf)

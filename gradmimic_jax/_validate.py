@@ -196,6 +196,30 @@ def baseline(score: str, reference: Any, size: int) -> jax.Array:
   return _tree.to_accumulate(numbers)
 
 
+def logits(name: str, value: Any) -> jax.Array:
+  """Logits `[B, C]`, float32 or wider; raises if that is not what came."""
+  if not isinstance(value, (jax.Array, np.ndarray)):
+    raise TypeError(
+      f"{name} is a {type(value).__name__}; expected an array of logits [B, C]."
+    )
+  value = jnp.asarray(value)
+  if value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
+    raise ValueError(
+      f"{name} has shape {value.shape} and dtype {value.dtype}; expected"
+      " floating-point logits [B, C]."
+    )
+  return _tree.to_accumulate(value)
+
+
+def same_outputs(reference: jax.Array, outputs: jax.Array) -> None:
+  """Raises unless the reference's and the learner's logits go together."""
+  if outputs.shape != reference.shape:
+    raise ValueError(
+      f"the reference's outputs have shape {reference.shape} and the learner's"
+      f" {outputs.shape}; expected the same [B, C] for both."
+    )
+
+
 def losses_shape(losses: Any, size: int) -> None:
   """Raises unless losses_fn returned one floating-point loss a sample."""
   if jnp.shape(losses) != (size,):

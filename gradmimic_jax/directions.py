@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gradmimic_jax import _problem, _tree, _validate
 
@@ -116,7 +115,7 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
   """
 
   def direction(params, reference, batch, *, mask=None, **kwargs):
-    reference = _logits("reference", reference)
+    reference = _validate.logits("reference", reference)
     valid = jnp.all(jnp.isfinite(reference), axis=-1)
     if mask is not None:
       valid &= mask
@@ -124,14 +123,10 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
     def outputs_of(params):
       outputs = outputs_fn(params, batch, **kwargs)
-      return _logits("what outputs_fn returned", outputs)
+      return _validate.logits("what outputs_fn returned", outputs)
 
     outputs, pullback = jax.vjp(outputs_of, params)
-    if outputs.shape != reference.shape:
-      raise ValueError(
-        f"the reference's outputs have shape {reference.shape} and the"
-        f" learner's {outputs.shape}; expected the same [B, C] for both."
-      )
+    _validate.same_outputs(reference, outputs)
     # Minus the gradient of the divergence with respect to the outputs. Where
     # the two agree it is rounding, which the unit vector would blow up.
     toward = targets - jax.nn.softmax(outputs)
@@ -139,7 +134,7 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
     counted = told_apart & valid[:, None]
     total = jnp.maximum(jnp.sum(valid.astype(toward.dtype)), 1)
     (tree,) = pullback(jnp.where(counted, toward, 0) / total)
-    return _without_poison(tree)
+    return _tree.zero_nonfinite(tree)
 
   direction.repeats_forward = True  # type: ignore[attr-defined]
   return direction
@@ -187,35 +182,9 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
       return jnp.sum(weights * jnp.where(valid, losses, 0))
 
     tree = jax.grad(mean_loss)(params)
-    return _without_poison(jax.tree.map(jnp.negative, tree))
+    return _tree.zero_nonfinite(jax.tree.map(jnp.negative, tree))
 
   return direction
-
-
-def _logits(name, logits):
-  """Logits `[B, C]`, float32 or wider; raises if that is not what came."""
-  if not isinstance(logits, (jax.Array, np.ndarray)):
-    raise TypeError(
-      f"{name} is a {type(logits).__name__}; expected an array of logits"
-      " [B, C]."
-    )
-  logits = jnp.asarray(logits)
-  if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise ValueError(
-      f"{name} has shape {logits.shape} and dtype {logits.dtype}; expected"
-      " floating-point logits [B, C]."
-    )
-  return _tree.to_accumulate(logits)
-
-
-def _without_poison(tree):
-  """Zeros for entries that are not finite.
-
-  One sample without a derivative, padding even, reaches them all: zero times
-  NaN is NaN. Without a direction weights are uniform, and the step is a plain
-  one.
-  """
-  return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), tree)
 
 
 def check(direction: Any) -> None:

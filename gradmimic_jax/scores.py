@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree, _validate
+from gradmimic_jax import _validate
 
 
 class Measured(NamedTuple):
@@ -151,7 +151,8 @@ def output_agreement(
     Scores `[B]`, constants; NaN where the reference's logits are not finite.
 
   Raises:
-    ValueError: the two models' outputs differ in shape.
+    TypeError: one of the two is no array.
+    ValueError: one is no logits `[B, C]`, or they differ in shape.
 
   Example:
     >>> import jax.numpy as jnp, optax
@@ -163,14 +164,9 @@ def output_agreement(
     >>> output_agreement(losses_of, jnp.zeros((2, 2)), reference)
     Array([ 0.5, -0.5], dtype=float32)
   """
-  if outputs.shape != reference.shape or outputs.ndim != 2:
-    raise ValueError(
-      f"the reference's outputs have shape {reference.shape} and the learner's"
-      f" {outputs.shape}; expected the same [B, C] for both."
-    )
-  outputs, reference = (
-    jax.lax.stop_gradient(_tree.to_accumulate(x)) for x in (outputs, reference)
-  )
+  outputs = jax.lax.stop_gradient(_validate.logits("outputs", outputs))
+  reference = jax.lax.stop_gradient(_validate.logits("reference", reference))
+  _validate.same_outputs(reference, outputs)
   toward = jax.nn.softmax(reference) - jax.nn.softmax(outputs)
   _, slopes = jax.jvp(losses_of, (outputs,), (toward,))
   return -slopes
