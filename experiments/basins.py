@@ -89,12 +89,7 @@ def checks_of_seed(
   for rate in config.basins.rates:
     run_config, where = run(f"noise{rate:g}", seed, rate)
     data = train.load_data(run_config)
-    apply, start = initial.create(
-      config.model,
-      input_shape=data.train.images.shape[1:],
-      num_classes=data.train.num_classes,
-      seed=seed,
-    )
+    apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
     steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
     batch = reference_check.batch_of(

@@ -48,12 +48,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   made = []
   for run in range(runs):
     seed = _FIRST_SEED + config.seed * runs + run
-    apply, params = initial.create(
-      config.model,
-      input_shape=data.train.images.shape[1:],
-      num_classes=data.train.num_classes,
-      seed=seed,
-    )
+    apply, params = initial.for_data(config.model, data, seed=seed)
     made.append((seed, params))
   # One compilation for all: the runs differ in their parameters only.
   losses_fn = classification.make_losses_fn(apply)
@@ -113,12 +108,7 @@ def fingerprint(config: Any, data: Any) -> str:
   fields = workdir_lib.as_dict(config)
   started = None
   if fields["model"].pop("pretrained") is not None:  # a path; contents count
-    _, params = initial.create(
-      config.model,
-      input_shape=data.train.images.shape[1:],
-      num_classes=data.train.num_classes,
-      seed=_FIRST_SEED,
-    )
+    _, params = initial.for_data(config.model, data, seed=_FIRST_SEED)
     started = checkpoint.fingerprint(params)
   return workdir_lib.fingerprint(
     "offline norms",

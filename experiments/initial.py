@@ -54,6 +54,18 @@ def create(
   return apply, {**loaded, "head": params["head"]}
 
 
+def for_data(
+  config: Any, data: Any, *, seed: int
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+  """`create`, for the images and classes of what `train.load_data` returns."""
+  return create(
+    config,
+    input_shape=data.train.images.shape[1:],
+    num_classes=data.train.num_classes,
+    seed=seed,
+  )
+
+
 def scaling(source: str) -> tuple[list[float], list[float]]:
   """What the images' channels are scaled by for weights from `source`.
 

@@ -198,12 +198,7 @@ class _Run:
       **scaling,
     )
     self.test_start = self.test_batches.get_state()
-    apply, params = initial.create(
-      config.model,
-      input_shape=data.train.images.shape[1:],
-      num_classes=data.train.num_classes,
-      seed=config.seed,
-    )
+    apply, params = initial.for_data(config.model, data, seed=config.seed)
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(params)
     self.losses_fn = classification.make_losses_fn(apply)
