@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models import patches
+from experiments.models import patches, transformer
 
 POOLINGS = ("mean", "class_token")
 
@@ -88,7 +88,7 @@ class ViT(nnx.Module):
       )
     self.patch_size = patch_size
     self.pooling = pooling
-    self.patch_embed = _linear(
+    self.patch_embed = transformer.linear(
       patch_size * patch_size * channels, width, dtype, rngs
     )
     tokens = (rows // patch_size) * (columns // patch_size)
@@ -100,15 +100,15 @@ class ViT(nnx.Module):
       )
     self.position_embed = nnx.Param(normal(rngs.params(), (1, tokens, width)))
     self.blocks = nnx.List(
-      Block(width, heads, mlp_width, norm_epsilon, dtype, rngs)
+      transformer.Block(width, heads, mlp_width, norm_epsilon, dtype, rngs)
       for _ in range(depth)
     )
-    self.final_norm = _norm(width, norm_epsilon, dtype, rngs)
-    self.head = _linear(width, num_classes, dtype, rngs)
+    self.final_norm = transformer.norm(width, norm_epsilon, dtype, rngs)
+    self.head = transformer.linear(width, num_classes, dtype, rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Images `[B, H, W, C]` to logits `[B, num_classes]`, float32 or wider."""
-    return _widen(self.head(self.features(images)))
+    return transformer.widen(self.head(self.features(images)))
 
   def features(self, images: jax.Array) -> jax.Array:
     """Images to what the head sees, `[B, width]`, float32 or wider."""
@@ -125,72 +125,5 @@ class ViT(nnx.Module):
       hidden = block(hidden)
     hidden = self.final_norm(hidden)
     if self.pooling == "class_token":
-      return _widen(hidden[:, 0])
-    return _widen(hidden.mean(axis=1))
-
-
-class Block(nnx.Module):
-  """Attention and MLP, each after a norm and added to what came in."""
-
-  def __init__(self, width, heads, mlp_width, epsilon, dtype, rngs):
-    self.norm1 = _norm(width, epsilon, dtype, rngs)
-    self.attention = Attention(width, heads, dtype, rngs)
-    self.norm2 = _norm(width, epsilon, dtype, rngs)
-    self.mlp = FeedForward(width, mlp_width, dtype, rngs)
-
-  def __call__(self, hidden: jax.Array) -> jax.Array:
-    """Tokens `[B, T, width]` to tokens of the same shape."""
-    hidden = hidden + self.attention(self.norm1(hidden))
-    return hidden + self.mlp(self.norm2(hidden))
-
-
-class Attention(nnx.Module):
-  """Multi-head self-attention; the softmax is float32 or wider."""
-
-  def __init__(self, width, heads, dtype, rngs):
-    self.heads = heads
-    self.query = _linear(width, width, dtype, rngs)
-    self.key = _linear(width, width, dtype, rngs)
-    self.value = _linear(width, width, dtype, rngs)
-    self.out = _linear(width, width, dtype, rngs)
-
-  def __call__(self, hidden: jax.Array) -> jax.Array:
-    """Tokens `[B, T, width]` to tokens of the same shape."""
-    split = (*hidden.shape[:-1], self.heads, -1)
-    mixed = jax.nn.dot_product_attention(
-      self.query(hidden).reshape(split),
-      self.key(hidden).reshape(split),
-      self.value(hidden).reshape(split),
-      implementation="xla",  # cuDNN's has no forward derivative
-    )
-    return self.out(mixed.reshape(hidden.shape))
-
-
-class FeedForward(nnx.Module):
-  """The MLP of a block: `fc2(gelu(fc1(x)))`."""
-
-  def __init__(self, width, mlp_width, dtype, rngs):
-    self.fc1 = _linear(width, mlp_width, dtype, rngs)
-    self.fc2 = _linear(mlp_width, width, dtype, rngs)
-
-  def __call__(self, hidden: jax.Array) -> jax.Array:
-    """Tokens `[B, T, width]` to tokens of the same shape."""
-    return self.fc2(jax.nn.gelu(self.fc1(hidden), approximate=False))
-
-
-def _linear(inputs, outputs, dtype, rngs):
-  return nnx.Linear(
-    inputs,
-    outputs,
-    dtype=dtype,
-    kernel_init=nnx.initializers.xavier_uniform(),
-    rngs=rngs,
-  )
-
-
-def _norm(width, epsilon, dtype, rngs):
-  return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
-
-
-def _widen(values):
-  return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+      return transformer.widen(hidden[:, 0])
+    return transformer.widen(hidden.mean(axis=1))
