@@ -55,7 +55,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.model.pretrained = config_dict.placeholder(str)
   # Hidden widths of the mlp, or channels per stage of convnet and resnet.
   config.model.widths = (256, 256)
-  config.model.patch_size = 1  # of the convnet: pixels taken together
+  # Of convnet and resnet: pixels taken together, in each direction.
+  config.model.patch_size = 1
   config.model.blocks_per_stage = 1  # of the resnet
   config.model.vit = vit()
 
@@ -91,6 +92,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # or "uniform"
   config.mimic.weighting = "ess_softmax"
   config.mimic.temperature = 1.0  # of softmax
+  config.mimic.warmup_steps = 0  # with uniform weights, before these
   # Of ess_softmax, top_fraction, grad_match_omp and random.
   config.mimic.fraction = 0.3
   # Of grad_match_omp and grad_match_least_squares, in mean squared norms.
@@ -116,6 +118,21 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.seeds = (0, 1, 2)
   config.study.methods = ("sgd", "grad_mimic")
   config.study.retrain = True  # on what each method's selection keeps
+  # Shares of the data to train on: each method's best, and some by chance.
+  config.study.keep_fractions = ()
+  # Selections to measure, by `select.aggregate`: "threshold" (at
+  # `select.threshold`), "gmm", "kmeans", "top_fraction", "auto", and "weight":
+  # the published threshold, a weight of more than 1 / batch_size.
+  config.study.binarizers = ()
+  # A folder of references, which studies may share; None: in the workdir.
+  config.study.references = config_dict.placeholder(str)
+  # The methods' own settings, as `experiments.tune` wrote them to a file.
+  config.study.tuned = config_dict.placeholder(str)
+  # What `experiments.tune` tries.
+  config.study.tune = config_dict.ConfigDict()
+  config.study.tune.learning_rates = ()
+  # Of `mimic.temperature` with softmax weights, of `mimic.fraction` otherwise.
+  config.study.tune.values = ()
   # How the reference differs from the learner. Empty and 0: not at all, but
   # for its clean labels.
   config.study.reference = config_dict.ConfigDict()
@@ -125,6 +142,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.reference.widths = ()  # of that model
   config.study.reference.num_epochs = 0
   config.study.reference.train_split = ""
+  config.study.reference.noise_rate = 0.0  # symmetric, in its labels
+  # Trains it on the very split that everything is tested on: to see what such
+  # a reference would be worth, never to report an accuracy.
+  config.study.reference.test_leak = False
   return config.lock()
 
 

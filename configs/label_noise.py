@@ -94,6 +94,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       "study.seeds": tuple(range(values["seeds"])),
       "study.methods": _METHODS,
       "study.retrain": False,
+      "study.binarizers": ("weight", "threshold", "gmm", "kmeans", "auto"),
+      "study.tune.learning_rates": (3e-5, 1e-4, 3e-4),
+      "study.tune.values": (0.03, 0.1, 0.3, 1.0),
     }
   )
   config.model.vit = vit_b16()
@@ -120,10 +123,6 @@ def probe() -> config_dict.ConfigDict:
   config.features = config_dict.placeholder(str)
   # How many runs one program trains at most, and a killed one loses.
   config.runs_per_cell = 64
-  # Selections to measure, by `select.aggregate`: "threshold" (at
-  # `select.threshold`), "gmm", "kmeans", "top_fraction", and "weight": the
-  # published threshold, a weight of more than 1 / batch_size.
-  config.binarizers = ("weight", "threshold", "gmm", "kmeans")
   return config
 
 

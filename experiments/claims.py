@@ -8,13 +8,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 _BEAT = 10.0  # seconds between signs of life
 # A claim without a sign of life for so long is taken over. Much longer than a
 # beat: clocks of machines differ, and network file systems are late.
 STALE_AFTER = 120.0
+_POLL = 1.0  # seconds between looks at what other processes work on
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Claim:
@@ -90,6 +94,32 @@ def hold(path: pathlib.Path, *, poll: float = 0.5) -> Iterator[None]:
     yield
   finally:
     claim.release()
+
+
+def share(
+  items: Sequence[Item], attempt: Callable[[Item], Result | None]
+) -> list[Result]:
+  """Every item's result, found here or by another process.
+
+  Args:
+    items: what there is to do, each after those that it needs.
+    attempt: `item -> result`; None where another process is at it, or where
+      it has to wait. Called again until there is a result.
+
+  Returns:
+    The results, in the order of the items.
+  """
+  found: dict[int, Result] = {}
+  while len(found) < len(items):
+    before = len(found)
+    for number, item in enumerate(items):
+      if number not in found:
+        result = attempt(item)
+        if result is not None:
+          found[number] = result
+    if len(found) == before:
+      time.sleep(_POLL)  # others are at all that is left
+  return [found[number] for number in range(len(items))]
 
 
 def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:

@@ -25,10 +25,11 @@
 | distillation             | the reference's outputs   | -             | -     |
 
 "Of the config": `config.mimic.direction` and `config.mimic.score`. Weights: w,
-`config.mimic.weighting`; +, equal on positive scores (if there are none, on all
-samples; or 0: the step has no gradient); 10 %, equal on that share; top, equal
-on `config.mimic.fraction`; p, in proportion to the score; a, a softmax at
-`config.mimic.temperature` whose weights take part in the gradient.
+`config.mimic.weighting` after `config.mimic.warmup_steps` plain steps; +, equal
+on positive scores (if there are none, on all samples; or 0: the step has no
+gradient); 10 %, equal on that share; top, equal on `config.mimic.fraction`; p,
+in proportion to the score; a, a softmax at `config.mimic.temperature` whose
+weights take part in the gradient.
 
 All of them see the same batches and use the same optimizer. Two are there to
 show what a published number rests on: `influence_test_leak` goes by samples of
@@ -199,4 +200,7 @@ def weighting(config: Any) -> gm.Weighting:
       f"config.mimic.weighting is {config.weighting!r}; expected one of"
       f" {', '.join(known)}."
     )
-  return known[config.weighting]()
+  chosen = known[config.weighting]()
+  if not config.warmup_steps:
+    return chosen
+  return gm.warmup(chosen, steps=config.warmup_steps)

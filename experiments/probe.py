@@ -25,6 +25,7 @@ from configs import label_noise
 from experiments import (
   claims,
   cli,
+  detection,
   features as features_lib,
   heads,
   methods,
@@ -32,6 +33,7 @@ from experiments import (
   probe_report,
   reference as reference_lib,
   study,
+  tuning,
   workdir as workdir_lib,
 )
 from experiments.data import noise
@@ -43,15 +45,19 @@ _FREE = (
   "noise.rate",
   "probe.rates",
   "probe.weighting_values",
-  "probe.binarizers",
   "probe.features",
   "probe.runs_per_cell",
   "select.",
   "study.seeds",
   "study.methods",
+  "study.binarizers",
+  "study.tuned",
+  "study.tune.",
+  "study.references",
+  "study.retrain",
+  "study.keep_fractions",
   "checkpoint.",
 )
-_POLL = 1.0  # seconds between looks at what other processes work on
 # Methods whose fraction must be a number when jit traces.
 _ONE_VALUE = ("grad_match_omp",)
 
@@ -114,6 +120,8 @@ def check(config: Any) -> None:
     "config.mimic.outputs": config.mimic.outputs,
     "config.study.reference.model": wanted.model,
     "config.study.reference.train_split": wanted.train_split,
+    "config.study.reference.test_leak": wanted.test_leak,
+    "config.study.keep_fractions": config.study.keep_fractions,
   }
   for field, value in given.items():
     if value:
@@ -140,7 +148,14 @@ def check(config: Any) -> None:
         "config.study.methods has 'grand_offline', which needs runs of its own;"
         " use experiments.study for it, or take 'grand'."
       )
-  probe_report.check(config)
+  detection.check(config)
+  for name, fields in tuning.read(config.study.tuned).items():
+    field = f"mimic.{heads.value_field(config.mimic)}"
+    if config.probe.weighting_values and field in fields:
+      raise ValueError(
+        f"config.study.tuned sets {field} of {name}, and"
+        " config.probe.weighting_values has several; give one of the two."
+      )
 
 
 def _claim(folder, config):
@@ -205,6 +220,7 @@ class _Grid:
     self.config, self.folder, self.data = config, folder, data
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
+    self.tuned = tuning.read(config.study.tuned)
     needs = {
       name: method is not None and method.direction in ("weights", "outputs")
       for name, method in (
@@ -232,18 +248,9 @@ class _Grid:
 
   def to_the_end(self) -> list[dict[str, Any]]:
     """Every cell's result, done here or by another process."""
-    found: dict[Cell, dict[str, Any]] = {}
-    while len(found) < len(self.cells):
-      before = len(found)
-      for cell in self.cells:
-        if cell in found:
-          continue
-        result = self._result(cell) or self._try(cell)
-        if result is not None:
-          found[cell] = result
-      if len(found) == before:
-        time.sleep(_POLL)  # others are at all that is left
-    return [found[cell] for cell in self.cells]
+    return claims.share(
+      self.cells, lambda cell: self._result(cell) or self._try(cell)
+    )
 
   def _try(self, cell) -> dict[str, Any] | None:
     """The cell's result, unless another process is at it, or it must wait."""
@@ -280,7 +287,10 @@ class _Grid:
   def _file(self, cell) -> pathlib.Path:
     """Named after all that its result depends on."""
     labels = "" if cell.method == REFERENCE else self._labels_digest(cell)
-    fingerprint = workdir_lib.fingerprint(self.base, cell, labels)
+    parts = [self.base, cell, labels]
+    if cell.method in self.tuned:
+      parts.append(self.tuned[cell.method])
+    fingerprint = workdir_lib.fingerprint(*parts)
     return self.folder / CELLS / f"{cell.method}_{fingerprint}.json"
 
   def _result(self, cell) -> dict[str, Any] | None:
@@ -313,6 +323,17 @@ class _Grid:
       },
     )
 
+  def _reference_labels(self, seed) -> noise.NoisyLabels:
+    """As `study.reference_overrides` has them."""
+    train = self.data.train
+    return noise.apply_noise(
+      train.labels,
+      kind="symmetric",
+      rate=self.config.study.reference.noise_rate,
+      num_classes=train.num_classes,
+      seed=seed,
+    )
+
   def _labels_digest(self, cell):
     """Changes where a table or a matrix on disk does."""
     if self.config.noise.kind not in ("file", "confusion"):
@@ -322,31 +343,27 @@ class _Grid:
       digest.update(self._labels(seed, rate).labels.tobytes())
     return digest.hexdigest()
 
-  def _seed_config(self, seed):
-    return study.derived(self.config, seed=seed)
-
   def _train(self, cell) -> dict[str, Any]:
     started = time.monotonic()
     is_reference = cell.method == REFERENCE
     name = "sgd" if is_reference else cell.method
-    method = methods.create(name, self.config.mimic)
+    fields = {} if is_reference else self.tuned.get(name, {})
     wanted = self.config.study.reference
     seeds, epochs = list(cell.seeds), self.config.num_epochs
     if is_reference:
       seeds = [seed + wanted.seed_offset for seed in seeds]
       epochs = wanted.num_epochs or epochs
-    configs = [self._seed_config(seed) for seed in seeds]
-    train = self.data.train
+    configs = [study.derived(self.config, seed=s, **fields) for s in seeds]
+    shared, train = configs[0], self.data.train  # but for seeds, all are alike
+    method = methods.create(name, shared.mimic)
     noisy = [
       [
-        noise.NoisyLabels(
-          train.labels, train.labels, np.zeros(len(train.labels), bool), 0.0
-        )
+        self._reference_labels(seed)
         if is_reference
         else self._labels(seed, rate)
         for rate, _ in cell.points
       ]
-      for seed in cell.seeds
+      for seed in (seeds if is_reference else cell.seeds)
     ]
     indices = [self._indices(method, config) for config in configs]
     head = heads.create(
@@ -354,15 +371,15 @@ class _Grid:
     )
     rows = self.num_samples if indices[0] is None else len(indices[0])
     total = epochs * -(-rows // self.config.batch_size)
-    tx = optimizer.create(self.config.optimizer, total_steps=total)
+    tx = optimizer.create(shared.optimizer, total_steps=total)
     states = heads.init_states(head, tx, len(cell.points))
     values = [value for _, value in cell.points]
-    mimic, given_values = self.config.mimic, None
+    mimic, given_values = shared.mimic, None
     if name in _ONE_VALUE and values[0] is not None:
       mimic = study.derived(
-        self.config,
+        shared,
         seed=seeds[0],
-        **{f"mimic.{heads.value_field(self.config.mimic)}": values[0]},
+        **{f"mimic.{heads.value_field(mimic)}": values[0]},
       ).mimic
     elif values[0] is not None:
       given_values = jnp.tile(jnp.asarray(values)[None], (len(seeds), 1))

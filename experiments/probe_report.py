@@ -1,32 +1,15 @@
 """What came out of a grid of heads: detection, tables and figures."""
 
-import csv
-import io
-import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
-import gradmimic_jax as gm
-from experiments import workdir as workdir_lib
+from experiments import detection, tables, workdir as workdir_lib
 from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
 TABLE_FILES = ("results.csv", "results.md")
-# "weight" is the published threshold, on the weights; the others are the
-# library's, on the raw scores.
-BINARIZERS = ("weight", "threshold", "gmm", "kmeans", "top_fraction", "auto")
-
-
-def check(config: Any) -> None:
-  """Raises ValueError for a binariser that isn't there."""
-  for name in config.probe.binarizers:
-    if name not in BINARIZERS:
-      raise ValueError(
-        f"config.probe.binarizers has {name!r}; expected some of"
-        f" {', '.join(BINARIZERS)}."
-      )
 
 
 def detections(
@@ -35,7 +18,7 @@ def detections(
   """How well a cell's scores find the mislabelled samples, run by run.
 
   Args:
-    config: the grid's; `select` and `probe.binarizers` are looked at.
+    config: the grid's; `select` and `study.binarizers` are looked at.
     folder: of the runs' `.npz` files.
     result: a cell's.
 
@@ -44,7 +27,7 @@ def detections(
     nothing where there are no scores. Kept beside the runs' files.
   """
   wanted = workdir_lib.fingerprint(
-    config.select.to_dict(), list(config.probe.binarizers)
+    config.select.to_dict(), list(config.study.binarizers)
   )
   files = [run["samples"] for run in result["runs"]]
   name = f"{files[0].removesuffix('.npz')}_selected_{wanted}.json"
@@ -59,38 +42,8 @@ def _detection(config, file):
   with np.load(file) as arrays:
     if "score" not in arrays:
       return {}
-    scores, weights = arrays["score"], arrays["weight"]
     wrong = arrays["labels"] != arrays["clean_labels"]
-  seen = ~np.isnan(scores).all(axis=1)
-  if not seen.any():  # the run has diverged at once
-    return {}
-  scores, weights, wrong = scores[seen], weights[seen], wrong[seen]
-  mean = np.nanmean(scores, axis=1)
-  about: dict[str, Any] = {"clean_fraction": float(1 - wrong.mean())}
-  for name in config.probe.binarizers:
-    options = {}
-    if name == "weight":
-      options["threshold"] = 1 / config.batch_size
-    elif name in ("threshold", "top_fraction"):
-      field = {"top_fraction": "fraction"}.get(name, name)
-      options[field] = config.select[field]
-    selection = gm.select(
-      weights if name == "weight" else scores,
-      binarize="threshold" if name == "weight" else name,
-      aggregate=config.select.aggregate,
-      **options,
-    )
-    found = gm.metrics.detection(mean, selection.keep, wrong)
-    about["auroc"] = _plain(found.auroc)
-    about[name] = {
-      "f1": _plain(found.f1),
-      "kept_fraction": float(selection.keep.mean()),
-    }
-  return about
-
-
-def _plain(value):
-  return float(value) if math.isfinite(value) else None
+    return detection.measure(config, arrays["score"], arrays["weight"], wrong)
 
 
 def write(
@@ -119,7 +72,9 @@ def write(
   paths = [folder / SUMMARY_FILE, *(folder / name for name in TABLE_FILES)]
   paths += _draw(config, folder, results)
   summary["files"] = [str(path) for path in paths]
-  workdir_lib.write_bytes(folder / TABLE_FILES[0], _csv(rows).encode())
+  workdir_lib.write_bytes(
+    folder / TABLE_FILES[0], tables.csv_text(rows).encode()
+  )
   workdir_lib.write_bytes(folder / TABLE_FILES[1], markdown(summary).encode())
   workdir_lib.write_json(folder / SUMMARY_FILE, summary)
   return summary
@@ -131,9 +86,9 @@ def _rows(config, folder, results):
   groups: dict[Any, list[Any]] = {}
   for result in results:
     found = detections(config, folder / "samples", result)
-    for run, detection in zip(result["runs"], found, strict=True):
+    for run, entry in zip(result["runs"], found, strict=True):
       key = result["method"], run["value"], run["rate"]
-      groups.setdefault(key, []).append((result, run, detection))
+      groups.setdefault(key, []).append((result, run, entry))
   rows = []
   for (method, value, rate), members in groups.items():
     runs = [run for _, run, _ in members]
@@ -141,7 +96,7 @@ def _rows(config, folder, results):
     row["noise_rate"] = float(np.mean([run["noise_rate"] for run in runs]))
     for field in ("test_accuracy", "test_loss"):
       last = [run["curves"][field][-1] for run in runs]
-      row[field], row[f"{field}_error"] = _mean_and_error(last)
+      row[field], row[f"{field}_error"] = tables.mean_and_error(last)
     row["nonfinite"] = sum(
       sum(run["curves"]["train_nonfinite"]) for run in runs
     )
@@ -150,44 +105,9 @@ def _rows(config, folder, results):
     row["time_over_sgd"] = None
     if plain:
       row["time_over_sgd"] = float(np.mean(times) / np.mean(plain))
-    row |= _detected(config, [detection for _, _, detection in members])
+    row |= detection.mean(config, [entry for _, _, entry in members])
     rows.append(row)
   return rows
-
-
-def _detected(config, found):
-  names = [f"f1_{name}" for name in config.probe.binarizers]
-  names += [f"kept_{name}" for name in config.probe.binarizers]
-  row: dict[str, Any] = dict.fromkeys(["auroc", "clean_fraction", *names])
-  if not all(found):
-    return row
-
-  def mean(values):
-    values = [value for value in values if value is not None]
-    return float(np.mean(values)) if values else None
-
-  row["clean_fraction"] = mean([x["clean_fraction"] for x in found])
-  row["auroc"] = mean([x.get("auroc") for x in found])
-  for name in config.probe.binarizers:
-    row[f"f1_{name}"] = mean([x[name]["f1"] for x in found])
-    row[f"kept_{name}"] = mean([x[name]["kept_fraction"] for x in found])
-  return row
-
-
-def _mean_and_error(values):
-  """Mean and standard error, None of a single value."""
-  if len(values) < 2:
-    return float(np.mean(values)), None
-  error = np.std(values, ddof=1) / math.sqrt(len(values))
-  return float(np.mean(values)), float(error)
-
-
-def _csv(rows):
-  text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return text.getvalue()
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -205,13 +125,13 @@ def markdown(summary: dict[str, Any]) -> str:
     "Test accuracy by noise rate, mean ± standard error over the seeds, and the"
     " time of a step relative to sgd's:",
     "",
-    *_table(
+    *tables.markdown(
       ["method", *(f"{rate:g}" for rate in rates), "time"],
       [
         [
           _label(*key),
-          *(_accuracy(found.get(rate, found.get(0.0))) for rate in rates),
-          _number(next(iter(found.values()))["time_over_sgd"], 2),
+          *(tables.accuracy(found.get(rate, found.get(0.0))) for rate in rates),
+          tables.number(next(iter(found.values()))["time_over_sgd"], 2),
         ]
         for key, found in _by_method(rows).items()
       ],
@@ -225,18 +145,15 @@ def markdown(summary: dict[str, Any]) -> str:
       "Mislabelled samples found: AUROC of the mean score, and F1 and share of"
       " samples kept by binariser:",
       "",
-      *_table(
+      *tables.markdown(
         ["method", "rate", "clean", "AUROC", *names],
         [
           [
             _label(row["method"], row["value"]),
             f"{row['rate']:g}",
-            _number(row["clean_fraction"]),
-            _number(row["auroc"]),
-            *(
-              f"{_number(row[f'f1_{name}'])} ({_number(row[f'kept_{name}'])})"
-              for name in names
-            ),
+            tables.number(row["clean_fraction"]),
+            tables.number(row["auroc"]),
+            *(_found(row, name) for name in names),
           ]
           for row in scored
         ],
@@ -253,31 +170,17 @@ def _by_method(rows):
   return found
 
 
+def _found(row, name):
+  kept = tables.number(row[f"kept_{name}"])
+  return f"{tables.number(row[f'f1_{name}'])} ({kept})"
+
+
 def _is_clean(row):
   return row["method"] == "reference"
 
 
 def _label(method, value):
   return method if value is None else f"{method} {value:g}"
-
-
-def _accuracy(row):
-  if row is None:
-    return "-"
-  error = row["test_accuracy_error"]
-  text = f"{row['test_accuracy']:.4f}"
-  return text if error is None else f"{text} ± {error:.4f}"
-
-
-def _number(value, digits=3):
-  return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(header, rows):
-  yield f"| {' | '.join(header)} |"
-  yield f"|{'---|' * len(header)}"
-  for row in rows:
-    yield f"| {' | '.join(row)} |"
 
 
 def _draw(config, folder, results):

@@ -74,7 +74,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   _check_counts(config)
   started = time.monotonic()
   data = load_data(config)
-  run = _Run(config, folder, data)
+  run = Run(config, folder, data)
   checked = run.check_reference()
   workdir_lib.claim(workdir, config, free=_FREE)
   reference_check.save(folder, checked)
@@ -164,7 +164,7 @@ def _noise_rate(config):
   return config.rate
 
 
-class _Run:
+class Run:
   """One run's parts, put together, and its loop."""
 
   def __init__(self, config: Any, folder: pathlib.Path, data: Data):

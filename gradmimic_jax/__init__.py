@@ -52,4 +52,5 @@ from gradmimic_jax.weighting import (
   softmax,
   top_fraction,
   uniform,
+  warmup,
 )

@@ -289,6 +289,56 @@ def uniform() -> Weighting:
   return _Uniform()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Warmup:
+  weighting: Weighting
+  steps: int
+
+  def __call__(self, scores, mask=None, step=None):
+    if step is None:
+      raise ValueError(
+        "warmup has to know when it is over but no step came; pass step= with"
+        " the number of updates done so far."
+      )
+    return jnp.where(
+      jnp.asarray(step) < self.steps,
+      uniform()(scores, mask, step),
+      self.weighting(scores, mask, step),
+    )
+
+
+def warmup(weighting: Weighting, *, steps: int) -> Weighting:
+  """Plain steps first: uniform weights until `steps` updates are done.
+
+  `w_i = 1/n` for n real samples while step < steps, then those of `weighting`.
+  Scores are found all the same. Streaming takes two passes for it.
+
+  Args:
+    weighting: that of the time after.
+    steps: updates to wait for, 0 or more.
+
+  Returns:
+    A weighting; it must be called with a step.
+
+  Raises:
+    ValueError: steps is negative; or, when called, there is no step.
+    TypeError: `weighting` is no weighting.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> late = warmup(top_fraction(0.25), steps=100)
+    >>> scores = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> late(scores, step=99)
+    Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
+    >>> late(scores, step=100)
+    Array([1., 0., 0., 0.], dtype=float32)
+  """
+  check(weighting)
+  if steps < 0:
+    raise ValueError(f"steps is {steps}; expected 0 or more.")
+  return _Warmup(weighting, steps)
+
+
 def effective_sample_size(weights: jax.Array) -> jax.Array:
   """How many samples the weights amount to (Kish's effective sample size).
 
@@ -320,6 +370,7 @@ def check(weighting: Any) -> None:
     positive,
     proportional,
     uniform,
+    warmup,
   )
   _validate.made(
     "weighting", weighting, factories, "gm.softmax(0.5) or gm.uniform()"

@@ -28,6 +28,7 @@ MODELS: dict[
     lambda config: {
       "widths": tuple(config.widths),
       "blocks_per_stage": config.get("blocks_per_stage", 1),
+      "patch_size": config.get("patch_size", 1),
     },
   ),
   "vit": (ViT, lambda config: dict(config.vit)),

@@ -5,6 +5,8 @@ import itertools
 import jax
 from flax import nnx
 
+from experiments.models import patches
+
 GROUPS = 8  # of the normalisation
 
 
@@ -16,6 +18,9 @@ class ResNet(nnx.Module):
   widths are (16, 32, 64). Leaf paths read `stem/kernel`,
   `stages/2/0/conv1/kernel`, `stages/2/0/norm1/scale`,
   `stages/2/0/shortcut/kernel`, `head/kernel`.
+
+  With a patch size of P the stem sees patches of P x P pixels as one pixel of
+  more channels, and all costs a P^2-th.
 
   Group norm instead of batch norm, which couples the samples of a batch: a
   sample's gradient would then depend on its batch mates. Mean-pool, because the
@@ -35,6 +40,7 @@ class ResNet(nnx.Module):
     num_classes: int,
     rngs: nnx.Rngs,
     blocks_per_stage: int = 1,
+    patch_size: int = 1,
   ):
     """Initialises the parameters, float32.
 
@@ -44,9 +50,11 @@ class ResNet(nnx.Module):
       num_classes: width of the output.
       rngs: of the initialisation.
       blocks_per_stage: residual blocks, of two convolutions each.
+      patch_size: pixels taken together, in each direction.
 
     Raises:
-      ValueError: no widths or no blocks, or widths that can't be normalised.
+      ValueError: no widths or no blocks, widths that can't be normalised, or
+        patches that don't fit the images.
     """
     if not widths or any(width < 1 or width % GROUPS for width in widths):
       raise ValueError(
@@ -58,7 +66,9 @@ class ResNet(nnx.Module):
         f"config.model.blocks_per_stage is {blocks_per_stage}; expected at"
         " least 1."
       )
-    self.stem = _conv(input_shape[-1], widths[0], 3, 1, rngs)
+    patches.check(input_shape, patch_size, "model.patch_size")
+    self.patch_size = patch_size
+    self.stem = _conv(input_shape[-1] * patch_size**2, widths[0], 3, 1, rngs)
     self.stem_norm = _norm(widths[0], rngs)
     stages = []
     for number, (inputs, width) in enumerate(
@@ -79,7 +89,8 @@ class ResNet(nnx.Module):
 
   def features(self, images: jax.Array) -> jax.Array:
     """Images to what the head sees, `[B, widths[-1]]`."""
-    hidden = jax.nn.relu(self.stem_norm(self.stem(images)))
+    hidden = patches.cut(images, self.patch_size)
+    hidden = jax.nn.relu(self.stem_norm(self.stem(hidden)))
     for stage in self.stages:
       for block in stage:
         hidden = block(hidden)

@@ -35,9 +35,9 @@ def test_a_run_starts_from_another_ones_body(make_config, backbone, tmp_path):
     make_config(**{"model.pretrained": source})
     for source in (None, str(backbone))
   )
-  plain = train._Run(fresh, tmp_path, train.load_data(fresh))
+  plain = train.Run(fresh, tmp_path, train.load_data(fresh))
   data = train.load_data(config)
-  run = train._Run(config, tmp_path, data)
+  run = train.Run(config, tmp_path, data)
   theirs = checkpoint.load_params(backbone, run.state.params)
   jax.tree.map(
     np.testing.assert_array_equal, run.state.params["body"], theirs["body"]
@@ -53,7 +53,7 @@ def test_a_run_starts_from_another_ones_body(make_config, backbone, tmp_path):
   assert run.fingerprint != plain.fingerprint
   shutil.copytree(backbone, tmp_path / "copy")
   moved = make_config(**{"model.pretrained": str(tmp_path / "copy")})
-  again = train._Run(moved, tmp_path, train.load_data(moved))
+  again = train.Run(moved, tmp_path, train.load_data(moved))
   assert again.fingerprint == run.fingerprint
   again = grand.fingerprint(moved, data)
   assert again == grand.fingerprint(config, data)
@@ -95,7 +95,7 @@ def test_a_reference_of_another_architecture_starts_anew(make_config):
 def test_a_backbone_that_does_not_fit(make_config, backbone, tmp_path):
   def start(**fields):
     config = make_config(**fields)
-    return train._Run(config, tmp_path, train.load_data(config))
+    return train.Run(config, tmp_path, train.load_data(config))
 
   source = {"model.pretrained": str(backbone)}
   with pytest.raises(ValueError, match=r"\(16, 16\).* expected .*\(16, 8\)"):

@@ -258,7 +258,7 @@ class TestCleanSamples:
       **{"mimic.direction": "clean_gradient", "mimic.clean_per_class": 4},
     )
     data = train.load_data(config)
-    run = train._Run(config, tmp_path, data)
+    run = train.Run(config, tmp_path, data)
     shown = [next(run.train_batches) for _ in range(run.steps_per_epoch)]
     index = np.concatenate([batch["index"] for batch in shown])
     np.testing.assert_array_equal(
@@ -476,10 +476,10 @@ class TestRuns:
     for offset in (0, 1000):
       config = make_config(**{"study.reference.seed_offset": offset})
       config = study.derived(config, **study.reference_overrides(config, 3))
-      run = train._Run(config, tmp_path, train.load_data(config))
+      run = train.Run(config, tmp_path, train.load_data(config))
       started.append(checkpoint.fingerprint(run.state.params))
     config = study.derived(make_config(), seed=3)
-    learner = train._Run(config, tmp_path, train.load_data(config))
+    learner = train.Run(config, tmp_path, train.load_data(config))
     assert checkpoint.fingerprint(learner.state.params) == started[0]
     assert started[0] != started[1]
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import digits
-from experiments import study, train
+from experiments import study, study_report, train
 
 
 def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
@@ -26,11 +26,11 @@ def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
   assert "Remove" in pathlib.Path(summary["report"]).read_text()
   stored = json.loads((tmp_path / "study" / "summary.json").read_text())
   assert stored == summary
-  assert "grad_mimic" in study.table(summary)
+  assert "grad_mimic" in study_report.table(summary)
 
   # Finished parts are not repeated, wherever the folder lies by now.
   (tmp_path / "study").rename(tmp_path / "moved")
-  monkeypatch.setattr(train._Run, "to_the_end", None)
+  monkeypatch.setattr(train.Run, "to_the_end", None)
   again = study.run_study(config, tmp_path / "moved")
   assert again["runs"] == summary["runs"]
 

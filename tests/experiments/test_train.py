@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(mimic_config, tmp_path):
 
 def test_a_finished_run_is_not_repeated(mimic_config, tmp_path, monkeypatch):
   first = train.train_and_evaluate(mimic_config, tmp_path / "run")
-  monkeypatch.setattr(train._Run, "to_the_end", None)
+  monkeypatch.setattr(train.Run, "to_the_end", None)
   assert train.train_and_evaluate(mimic_config, tmp_path / "run") == first
 
 

@@ -1,0 +1,55 @@
+"""Rows of results as CSV and Markdown."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+  """The mean and its standard error, None of a single value."""
+  if len(values) < 2:
+    return float(np.mean(values)), None
+  error = np.std(values, ddof=1) / math.sqrt(len(values))
+  return float(np.mean(values)), float(error)
+
+
+def accuracy(row: dict[str, Any] | None, digits: int = 4) -> str:
+  """A row's test accuracy with its standard error."""
+  if row is None:
+    return "-"
+  return with_error(row["test_accuracy"], row["test_accuracy_error"], digits)
+
+
+def with_error(mean: float, error: float | None, digits: int) -> str:
+  """`mean ± error`."""
+  text = f"{mean:.{digits}f}"
+  return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+  """A number, or a dash where there is none."""
+  return "-" if value is None else f"{value:.{digits}f}"
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+  """Rows as CSV; their columns are those of all rows together."""
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
+
+
+def markdown(
+  header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Iterator[str]:
+  """The lines of a Markdown table."""
+  yield f"| {' | '.join(header)} |"
+  yield f"|{'---|' * len(header)}"
+  for row in rows:
+    yield f"| {' | '.join(row)} |"

@@ -1,0 +1,44 @@
+"""What tuning found: each method's settings, in a file that studies read."""
+
+import json
+import pathlib
+from typing import Any
+
+from experiments import methods
+
+
+def read(path: str | None) -> dict[str, dict[str, Any]]:
+  """The settings in a file that `experiments.tune` wrote.
+
+  Args:
+    path: `config.study.tuned`; None: there are none.
+
+  Returns:
+    For each method that was tuned its config's fields, `{"dotted.field":
+    value}`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is of another kind, or has a method that isn't there.
+  """
+  if path is None:
+    return {}
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"config.study.tuned is {path!r}, and there is no such file; expected the"
+      " tuned.json of experiments.tune."
+    )
+  try:
+    found = json.loads(pathlib.Path(path).read_text())
+    settings = {name: dict(entry["set"]) for name, entry in found.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"config.study.tuned is {path!r}, which can't be read as the tuned.json"
+      f" of experiments.tune ({error})."
+    ) from None
+  for name in settings:
+    if name not in methods.METHODS:
+      raise ValueError(
+        f"{path} has settings of {name!r}; there is no method of that name."
+      )
+  return settings
