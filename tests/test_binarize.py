@@ -68,6 +68,42 @@ def test_all_noise_is_all_dropped():
   assert single.diagnostics["notes"] == ["one population below 0: all dropped"]
 
 
+@pytest.mark.parametrize("offset", [0.0, -0.5, -1.0])
+@pytest.mark.parametrize("separation", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("clean_fraction", [0.3, 1.0])
+def test_weak_scores_never_drop_everything(clean_fraction, separation, offset):
+  """Few are clean, or the scores are biased, and a model has hardly learned."""
+  rng = np.random.default_rng(0)
+  clean = rng.permutation(1500) < clean_fraction * 1500
+  own = rng.normal(0, 0.77, (1500, 1))  # what a sample's steps have in common
+  scores = own + rng.normal(0, 0.63, (1500, 6)) + offset
+  scores += np.where(clean, 0.5, -0.5)[:, None] * separation
+  got = select(scores * np.geomspace(1, 0.05, 6))
+  if got.keep.all():
+    assert np.isnan(got.keep_probability).all() or clean_fraction == 1.0
+  else:
+    assert clean_fraction == 0.3
+    assert separation >= 2
+    assert metrics.f1(~got.keep, ~clean) > (0.95 if separation == 4 else 0.85)
+
+
+def test_pooled_scores_vote_where_no_step_tells():
+  rng = np.random.default_rng(0)
+  noisy = rng.permutation(1500) < 450
+  centers = np.where(noisy, -1.0, 1.0)[:, None]
+  scores = centers + rng.normal(0, 1.1, (1500, 8))
+  assert {votes_of(scores, auto())[1][t].fit["groups"] for t in range(8)} == {1}
+  got = select(scores)
+  assert metrics.f1(~got.keep, noisy) > 0.98
+  assert (got.votes == got.keep[:, None]).all()
+  assert got.diagnostics["cuts"] == [None] * 8
+  assert "step 0: no step by itself tells two groups apart" in str(got)
+  assert "one voter; taken by majority" in str(got)
+  # Whoever brings a label model gets what it says of those votes.
+  ours = select(scores, aggregate=lambda votes: majority(1 - votes))
+  assert (ours.keep == ~got.keep).all()
+
+
 def test_scores_around_zero_say_nothing():
   scores = np.random.default_rng(0).normal(size=(2000, 3))
   got = select(scores)

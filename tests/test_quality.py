@@ -194,6 +194,19 @@ def test_the_interval_holds_the_share_kept():
   assert gs.dataset_quality(select(clean)).high == 1.0
 
 
+@pytest.mark.parametrize("clean_fraction", [0.8, 0.9])
+def test_a_lone_population_may_be_two_that_overlap(clean_fraction):
+  rng = np.random.default_rng(0)
+  clean = rng.permutation(1500) < clean_fraction * 1500
+  scores = np.where(clean, 1.0, -1.0)[:, None] + rng.normal(0, 1, (1500, 1))
+  scores = scores + rng.normal(0, 0.3, (1500, 5))
+  selection = select(scores)
+  assert selection.keep.all()
+  got = gs.dataset_quality(selection)
+  assert got.low < clean.mean() < got.high == 1.0
+  assert got.low == pytest.approx((scores > 0).mean(), abs=0.03)
+
+
 def test_without_a_vote_nothing_is_said():
   got = gs.dataset_quality(made([np.nan, np.nan]))
   assert np.isnan([got.clean_fraction, got.low, got.high]).all()

@@ -15,7 +15,8 @@ from gradmimic_jax.selection.binarize import Cut
 MIN_SCORES = 20  # of fewer, no distribution is fitted
 MIN_SEPARATION = 2.0  # Ashman's D of two groups that can be told apart
 MIN_BIC_GAIN = 10.0  # "very strong evidence", in units of BIC
-ONE_SIDED = 0.7  # share on one side of the mark that places a lone group
+ABOVE = 0.7  # share above the mark from which a lone group is kept
+BELOW = 0.95  # share below it from which a lone group is dropped
 _NEAR_MARK = 0.25  # how far the upper group may lie below the mark, relative
 _VALLEY = 0.9  # density between the groups, relative to the lower peak
 
@@ -38,16 +39,23 @@ def auto(mark: float | None = 0.0) -> Auto:
     that is learned scores just about zero).
 
   It is then cut where the upper group becomes the likelier source. Otherwise it
-  is one population, and lies on one side of the mark (70 % of the scores, or
-  more) or on neither:
+  is one population, as far as can be seen:
 
   | found                        | votes             | why                     |
   |------------------------------|-------------------|-------------------------|
-  | one population above         | all keep          | no noise to be seen     |
-  | one population below         | all drop          | nothing clean in sight  |
-  | one population around        | abstain           | the step says nothing   |
+  | 70 % or more above the mark  | all keep          | no noise to be seen     |
+  | 95 % or more below the mark  | all drop          | nothing clean in sight  |
+  | otherwise                    | abstain           | the step says nothing   |
   | fewer than 20 scores         | keep where > mark | too few to fit          |
   | all scores are equal         | abstain           |                         |
+
+  What it can't see: groups that overlap a lot (a model that has hardly learned,
+  a poor reference) look like one. 20 % noise at D = 2 may still be "all kept",
+  and the clean fraction is an upper bound then. Where the clean group is the
+  smaller one, most of the two lies below the mark, and so do the scores of clean
+  data where a reference is useless; that is why dropping everything takes more
+  than keeping everything does. If it comes to that all the same, look at the
+  reference (`check_reference`) before the data.
 
   Without a mark only the shape speaks: z = s, shifted and scaled, and instead
   of the third condition the density must dip between the groups. One population
@@ -57,7 +65,7 @@ def auto(mark: float | None = 0.0) -> Auto:
   of the scores, but for `groups` (1 or 2), `separation` (D), `bic_gain` and
   `above_mark` (share). `select` asks this binariser first about the scores
   pooled over the steps: where those are one population on one side, so is every
-  step.
+  step; where only those are two, they vote in place of the steps.
   As in `gmm`, no more than `FIT_SIZE` scores, drawn by the seed, are fitted.
 
   Args:
@@ -236,9 +244,9 @@ def _one_population(
   keep_all, drop_all = float(np.nextafter(low, -math.inf)), high
   if mark is None:
     return Cut(keep_all, "one population: all kept", fit)
-  if above >= ONE_SIDED:
+  if above >= ABOVE:
     return Cut(keep_all, f"one population above {mark:g}: all kept", fit)
-  if above <= 1 - ONE_SIDED:
+  if above <= 1 - BELOW:
     return Cut(drop_all, f"one population below {mark:g}: all dropped", fit)
   note = f"one population around {mark:g}: it says nothing"
   return Cut(math.nan, note, fit)

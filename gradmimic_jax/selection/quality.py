@@ -69,7 +69,14 @@ def dataset_quality(
   samples there happen to be; what all steps get wrong alike it can't see. With
   one step it only covers the samples. It is widened where needed to hold the
   estimate and the share of samples kept, which is another one: where all votes
-  agree, no draw differs, but the keep probability still isn't 1.
+  agree, no draw differs, but the keep probability still isn't 1. Where all that
+  "auto" saw was one population, it also holds the share of samples that score
+  above the mark.
+
+  It is as good as the votes are. Groups that overlap, in the scores of early
+  steps or of a model that learns little, put it off by more than the interval
+  says: for a small convnet on digits with 70 % noise, three seeds, it was 17
+  points too high where the quality's AUROC was .85, 10 at .90, right at .95.
 
   Args:
     selection: what `select` gave. Where a function aggregated the votes, the
@@ -123,15 +130,26 @@ def dataset_quality(
       estimates.append(np.nanmean(probability))
   tail = (1 - level) / 2
   low, high = np.quantile(estimates or [estimate], [tail, 1 - tail])
+  held = [estimate, kept, *_above_mark(selection)]
   return DatasetQuality(
     estimate,
-    min(float(low), estimate, kept),
-    max(float(high), estimate, kept),
+    min(float(low), *held),
+    max(float(high), *held),
     level,
     selection.kept_fraction,
     n_samples,
     unvoted,
   )
+
+
+def _above_mark(selection: Selection) -> list[float]:
+  """Shares above the mark, if that is all that the votes come from."""
+  about = selection.diagnostics
+  cuts, fits = (about.get(key, []) for key in ("cuts", "fits"))
+  voting = [fit for cut, fit in zip(cuts, fits, strict=True) if cut is not None]
+  if any(fit.get("groups") != 1 for fit in voting):
+    return []
+  return [fit["above_mark"] for fit in voting if "above_mark" in fit]
 
 
 def removal_curve(

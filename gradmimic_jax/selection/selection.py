@@ -18,11 +18,13 @@ from gradmimic_jax.selection import (
   pooling,
 )
 from gradmimic_jax.selection.auto import MIN_SCORES, Auto
-from gradmimic_jax.selection.binarize import Cut
+from gradmimic_jax.selection.binarize import ABSTAIN, DROP, KEEP, Cut
 
 _OVERRULED = (
   "it went against the pooled scores of most samples; taken by majority"
 )
+
+_POOLED = "no step by itself tells two groups apart: the pooled scores vote"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -121,7 +123,10 @@ def select(
   | are one population                   | in `population`                    |
   | "auto": the label model goes against | the majority decides; in           |
   | most samples' pooled scores          | `label_model`'s `note`             |
-  | "auto": a step is one population     | all keep or all drop; in `notes`   |
+  | "auto": a step is one population     | all keep, all drop or abstain;     |
+  |                                      | in `notes`                         |
+  | "auto": every step is one, and the   | the pooled scores vote in place of |
+  | pooled scores are two                | each; in `notes`                   |
   | "gmm", "kmeans", "auto": all equal   | the step abstains; in `notes`      |
   | "gmm": nothing separates the two     | the step abstains; in `notes`      |
   | as many keep as drop, by majority    | kept, probability 1/2; in `ties`   |
@@ -205,6 +210,12 @@ def select(
     all_keep = bool(np.nanmin(pooled) > overall.value)
     binarizer = _alike(all_keep, overall)
   votes, cuts = binarize_lib.votes_of(scores, binarizer, seed=seed)
+  if overall.fit.get("groups") == 2 and not _any_splits(votes):
+    above = (pooled > overall.value)[:, None]
+    votes = np.where(np.isfinite(scores), above, ABSTAIN).astype(np.int8)
+    cuts = [Cut(math.nan, _POOLED, cut.fit) for cut in cuts]
+    if isinstance(aggregate, str):
+      label_model = _one_voter
   probability, label_diagnostics = label_model(votes)
   if isinstance(aggregate, str) and not lone and not math.isnan(overall.value):
     above = pooled > overall.value
@@ -258,6 +269,18 @@ def _cut_of_pooled(
   # Pooled scores are relative to the mark.
   cut = Auto(None if binarizer.mark is None else 0.0)(seen, seed)
   return Cut(math.nan) if math.isnan(cut.value) else cut
+
+
+def _any_splits(votes: np.ndarray) -> bool:
+  """Whether a step keeps some samples and drops others."""
+  return any((c == KEEP).any() and (c == DROP).any() for c in votes.T)
+
+
+def _one_voter(votes: np.ndarray) -> label_model_lib.KeepProbability:
+  """The majority, with the reason why."""
+  probability, _ = label_model_lib.majority(votes)
+  note = "the pooled scores are one voter; taken by majority"
+  return label_model_lib.KeepProbability(probability, {"note": note})
 
 
 def _alike(keep: bool, overall: Cut) -> binarize_lib.Binarizer:
