@@ -23,7 +23,7 @@ from experiments import (
   workdir as workdir_lib,
 )
 from experiments.data import pipeline, sources
-from experiments.models import pretrained
+from experiments.models import pretrained, weight_files
 
 # Changes with the way in which features are computed.
 _VERSION = 1
@@ -327,7 +327,7 @@ def _published(config, source) -> Backbone:
     shape,
     mean,
     std,
-    workdir_lib.fingerprint(_sum_of(pretrained.find(source)), vit),
+    workdir_lib.fingerprint(_sum_of(weight_files.find(source)), vit),
   )
 
 

@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import checkpoint, models, workdir as workdir_lib
-from experiments.models import pretrained
+from experiments.models import pretrained, weight_files
 
 
 def create(
@@ -99,7 +99,7 @@ def is_run(source: str) -> bool:
   """Whether that is a run's workdir; published folders have a config too."""
   folder = pathlib.Path(source)
   return (folder / workdir_lib.CONFIG_FILE).exists() and not (
-    folder / pretrained.WEIGHTS
+    folder / weight_files.WEIGHTS
   ).exists()
 
 

@@ -22,6 +22,9 @@ class Layout(NamedTuple):
   preprocessing: Preprocessing  # where nothing beside the file says otherwise
 
 
+# A block's number: "layers.3.", "encoder_layer_3.", but not "conv1.".
+_NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
+
 LAYOUTS = {
   "huggingface": Layout(
     prefix="vit.",
@@ -134,8 +137,8 @@ def rename(
   arrays, unknown = {}, []
   for name, array in stored.items():
     plain = name.removeprefix(layout.prefix).replace("in_proj_", "in_proj.")
-    number = re.search(r"\d+", plain)
-    plain = re.sub(r"\d+", "{}", plain, count=1)
+    number = _NUMBER.search(plain)
+    plain = _NUMBER.sub("{}", plain, count=1)
     module, _, kind = plain.rpartition(".")
     if plain in layout.modules:  # an array of its own, not a layer's
       arrays[layout.modules[plain]] = array

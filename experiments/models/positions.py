@@ -1,6 +1,58 @@
 """Resizing a grid of position embeddings."""
 
+import math
+from typing import Any
+
 import numpy as np
+from absl import logging
+
+
+def fit(
+  stored: np.ndarray,
+  grid: tuple[int, int],
+  *,
+  others: int,
+  antialias: bool,
+  align_corners: bool,
+  name: Any,
+) -> np.ndarray:
+  """Stored position embeddings on a model's grid of patches.
+
+  Args:
+    stored: `[others + T, D]`, of a square grid where it is not the model's.
+    grid: the model's number of rows and columns.
+    others: how many embeddings stand before those of the patches.
+    antialias: as `resize` takes it.
+    align_corners: as `resize` takes it.
+    name: whose they are, for the log and for errors.
+
+  Returns:
+    `[others + rows * columns, D]`: stored, or float64 where it was resized.
+
+  Raises:
+    ValueError: they are not of a square grid.
+  """
+  tokens = len(stored) - others
+  side = math.isqrt(tokens)
+  if tokens == math.prod(grid) and (side, side) == grid:
+    return stored
+  if side * side != tokens:
+    raise ValueError(
+      f"{name} has {tokens} position embeddings for patches, which don't make a"
+      " square; only those of square images can be interpolated."
+    )
+  logging.info(
+    "%s: position embeddings from %dx%d to %dx%d.", name, side, side, *grid
+  )
+  resized = resize(
+    stored[others:].reshape(side, side, -1).astype(np.float64),
+    grid,
+    antialias=antialias,
+    align_corners=align_corners,
+  )
+  return np.concatenate(
+    [stored[:others], resized.reshape(math.prod(grid), -1)], axis=0
+  )
 
 
 def resize(
