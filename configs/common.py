@@ -132,7 +132,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.tune = config_dict.ConfigDict()
   config.study.tune.learning_rates = ()
   # Of `mimic.temperature` with softmax weights, of `mimic.fraction` otherwise.
-  config.study.tune.values = ()
+  config.study.tune.weighting_values = ()
   # How the reference differs from the learner. Empty and 0: not at all, but
   # for its clean labels.
   config.study.reference = config_dict.ConfigDict()

@@ -96,7 +96,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       "study.retrain": False,
       "study.binarizers": ("weight", "threshold", "gmm", "kmeans", "auto"),
       "study.tune.learning_rates": (3e-5, 1e-4, 3e-4),
-      "study.tune.values": (0.03, 0.1, 0.3, 1.0),
+      "study.tune.weighting_values": (0.03, 0.1, 0.3, 1.0),
     }
   )
   config.model.vit = vit_b16()

@@ -90,7 +90,7 @@ def _runs(config, folder):
   for method in config.study.methods:
     values = (None,)
     if heads.reads_value(method, config.mimic):
-      values = tuple(config.study.tune.values) or values
+      values = tuple(config.study.tune.weighting_values) or values
     for rate, value in itertools.product(
       config.study.tune.learning_rates, values
     ):
@@ -119,7 +119,7 @@ def _heads(config, folder):
   for rate in config.study.tune.learning_rates:
     copy = config.copy_and_resolve_references().unlock()
     copy.optimizer.learning_rate = rate
-    copy.probe.weighting_values = tuple(config.study.tune.values)
+    copy.probe.weighting_values = tuple(config.study.tune.weighting_values)
     copy.study.binarizers = ()
     if copy.probe.features is None:
       copy.probe.features = str(folder / "features")
