@@ -272,7 +272,7 @@ class Run:
     ledger = None
     if self.method is not None and self.method.score is not None:
       ledger = gm.ScoreLedger(
-        self.folder / LEDGER_FOLDER, fingerprints=self.fingerprints
+        self.folder / LEDGER_FOLDER, fingerprints=self._ledger_fingerprints()
       )
     log = _EpochLog(metrics, ledger, self.steps_per_epoch)
     save_every = self.config.checkpoint.every_epochs * self.steps_per_epoch
@@ -295,6 +295,13 @@ class Run:
       log.add(step, index, output)
       step += 1
       bar.update()
+
+  def _ledger_fingerprints(self):
+    """The run's, and of which data and labels a filter made of it is."""
+    return {
+      **self.fingerprints,
+      **filters.fingerprints(self.config, self.data.train, self.data.labels),
+    }
 
   def _evaluate(self, params):
     self.test_batches.set_state(self.test_start)

@@ -308,6 +308,21 @@ def test_a_ledger_gives_ids_and_epochs(tmp_path):
     select(ledger, ids=ids)
 
 
+def test_a_ledger_without_rows_or_with_holes(tmp_path):
+  with pytest.raises(ValueError, match="nowhere holds no rows"):
+    select(ScoreLedger(tmp_path / "nowhere"))
+  with ScoreLedger(tmp_path / "holes") as ledger:
+    ledger.append([4, 9], [1.0, np.nan], step=0, epoch=0)
+    ledger.append([2, 9], [-1.0, np.inf], step=1, epoch=1)
+    ledger.append([2, 4], [-2.0, 0.5], step=2, epoch=2)
+  got = select(ledger, binarize="threshold", aggregate="majority")
+  assert got.ids.tolist() == [2, 4, 9]
+  assert got.votes.tolist() == [[-1, 0, 0], [1, -1, 1], [-1, -1, -1]]
+  assert got.keep.tolist() == [False, True, True]
+  about = got.diagnostics
+  assert (about["abstentions"], about["unvoted"]) == (5, 1)
+
+
 def test_functions_for_binarize_and_aggregate():
   def halves(scores, seed):
     return Cut(float(np.median(scores)))

@@ -52,7 +52,7 @@ def auto(mark: float | None = 0.0) -> Auto:
   What it can't see: groups that overlap a lot (a model that has hardly learned,
   a poor reference) look like one. 20 % noise at D = 2 may still be "all kept",
   and the clean fraction is an upper bound then. Where the clean group is the
-  smaller one, most of the two lies below the mark, and so do the scores of clean
+  smaller one, most scores lie below the mark, and so do those of clean
   data where a reference is useless; that is why dropping everything takes more
   than keeping everything does. If it comes to that all the same, look at the
   reference (`check_reference`) before the data.

@@ -86,6 +86,21 @@ def test_a_run_leaves_what_it_promises(mimic_config, tmp_path):
   assert sum("train_loss" in row for row in rows) == 18
 
 
+def test_a_filter_straight_from_a_ledger_knows_its_data(
+  make_config, mimic_config, tmp_path
+):
+  train.train_and_evaluate(mimic_config, tmp_path / "run")
+  selection = gm.select(
+    gm.ScoreLedger(tmp_path / "run" / "ledger"), binarize="threshold"
+  )
+  path = gm.export.write_parquet(tmp_path / "selection.parquet", selection)
+  filtered = {"data.filter": str(path)}
+  found = train.load_data(make_config(**filtered)).indices
+  np.testing.assert_array_equal(found, selection.kept_ids)
+  with pytest.raises(ValueError, match=r"noise 0\.5 .* noise 0\.2"):
+    train.load_data(make_config(**{**filtered, "noise.rate": 0.2}))
+
+
 def test_a_finished_run_is_not_repeated(mimic_config, tmp_path, monkeypatch):
   first = train.train_and_evaluate(mimic_config, tmp_path / "run")
   monkeypatch.setattr(train.Run, "to_the_end", None)
