@@ -109,6 +109,48 @@ def f1(predicted: Any, actual: Any) -> float:
   return _decision(predicted, "predicted", actual, "actual")[2]
 
 
+def calibration_error(
+  probability: Any, is_positive: Any, *, bins: int = 10
+) -> float:
+  """How far probabilities are from frequencies: the expected calibration error.
+
+  sum_k n_k / N |mean probability in bin k - share of positives in bin k|, over
+  bins of equal width; 1 belongs to the last one. 0 is calibrated; whoever is
+  always certain has the share of errors.
+
+  Args:
+    probability: of being positive [N], in [0, 1].
+    is_positive: booleans [N].
+    bins: how many bins [0, 1] is cut into.
+
+  Returns:
+    The error, in [0, 1].
+
+  Raises:
+    TypeError: classes that aren't booleans, probabilities that aren't numbers.
+    ValueError: arrays that aren't [N] with one N >= 1, values outside [0, 1],
+      fewer than one bin.
+
+  Example:
+    >>> calibration_error([0.0, 0.75, 0.75, 1.0], [False, True, False, True])
+    0.125
+
+  References:
+    Naeini et al., Obtaining Well Calibrated Probabilities Using Bayesian
+    Binning, 2015.
+  """
+  p, is_positive = _checked(probability, is_positive, "is_positive")
+  if p.min() < 0 or p.max() > 1:
+    raise ValueError(
+      f"probability goes from {p.min()} to {p.max()}; expected [0, 1]."
+    )
+  if bins < 1:
+    raise ValueError(f"bins is {bins}; expected at least 1.")
+  place = np.minimum((p * bins).astype(np.int64), bins - 1)
+  surplus = np.bincount(place, p - is_positive, minlength=bins)
+  return float(np.abs(surplus).sum() / len(p))
+
+
 def detection(scores: Any, keep: Any, is_mislabelled: Any) -> DetectionMetrics:
   """How well scores and a selection find the mislabelled samples.
 

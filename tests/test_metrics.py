@@ -54,6 +54,28 @@ def test_detection_matches_scikit_learn(seed):
   assert all(type(value) is float for value in got)
 
 
+@pytest.mark.parametrize("bins", [1, 3, 10])
+def test_calibration_error_is_the_brute_force_one(bins):
+  rng = np.random.default_rng(bins)
+  p = np.append(rng.random(500) ** 2, [0.0, 1.0, 1 / 3, 0.5])
+  truth = rng.random(504) < 0.4
+  want = 0.0
+  for k in range(bins):
+    inside = (p >= k / bins) & ((p < (k + 1) / bins) | (k == bins - 1))
+    want += inside.mean() * abs(p[inside].mean() - truth[inside].mean())
+  got = metrics.calibration_error(p, truth, bins=bins)
+  assert got == pytest.approx(want, rel=1e-12)
+  assert metrics.calibration_error(truth.astype(float), truth) == 0
+  sure = metrics.calibration_error((p > 0.5).astype(float), truth)
+  assert sure <= ((p > 0.5) != truth).mean()
+  with pytest.raises(
+    ValueError, match=r"from -0\.5 to 1\.0; expected \[0, 1\]"
+  ):
+    metrics.calibration_error([-0.5, 1.0], [True, False])
+  with pytest.raises(ValueError, match="bins is 0"):
+    metrics.calibration_error([0.5], [True], bins=0)
+
+
 def test_low_scores_and_drops_speak_for_mislabelled():
   noisy = np.array([True, False, False, True])
   scores = np.where(noisy, -1.0, 1.0)

@@ -35,16 +35,6 @@ def made(p, quality=None, keep=None, votes=None):
   )
 
 
-def calibration_error(p, truth):
-  """Ten equal bins of probability, weighted by their size."""
-  error = 0.0
-  for low in np.arange(0, 1, 0.1):
-    inside = (p >= low) & ((p < low + 0.1) | ((low > 0.85) & (p == 1)))
-    if inside.any():
-      error += inside.mean() * abs(p[inside].mean() - truth[inside].mean())
-  return error
-
-
 # Pooled scores and quality.
 
 
@@ -84,7 +74,7 @@ def test_quality_rises_with_the_pooled_score(n):
   assert (rises[apart] > 0).all()
   assert (rises[~apart] == 0).all()
   if n > 1000:
-    assert calibration_error(quality, p) < 0.02
+    assert metrics.calibration_error(quality, p == 1) < 0.02
 
 
 def test_quality_is_known_where_scores_are():
@@ -99,8 +89,8 @@ def test_quality_is_known_where_scores_are():
 def test_probabilities_and_qualities_are_calibrated(rate):
   scores, noisy = noisy_scores(1, rate)
   got = select(scores)
-  assert calibration_error(got.keep_probability, ~noisy) <= 0.05
-  assert calibration_error(got.quality, ~noisy) <= 0.05
+  assert metrics.calibration_error(got.keep_probability, ~noisy) <= 0.05
+  assert metrics.calibration_error(got.quality, ~noisy) <= 0.05
   assert metrics.auroc(got.quality, ~noisy) > 0.99
   np.testing.assert_array_equal(gs.label_quality_scores(scores), got.quality)
   np.testing.assert_array_equal(gs.label_quality_scores(got), got.quality)
