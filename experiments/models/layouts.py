@@ -1,4 +1,4 @@
-"""The names that libraries give to a vision transformer's weights."""
+"""The names that libraries give to weights; those of vision transformers."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from experiments.models.preprocessing import Preprocessing
 
 
 class Layout(NamedTuple):
-  """How a library names a vision transformer's weights, and its customs."""
+  """How a library names a model's weights, and its customs."""
 
   prefix: str  # may stand before every name
   sign: str  # a name by which the layout is known
@@ -111,9 +111,11 @@ LAYOUTS = {
 }
 
 
-def name_of(stored: Mapping[str, np.ndarray]) -> str | None:
+def name_of(
+  stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout] = LAYOUTS
+) -> str | None:
   """The library that named these weights, or None."""
-  for name, layout in LAYOUTS.items():
+  for name, layout in layouts.items():
     if layout.sign in stored or layout.prefix + layout.sign in stored:
       return name
   return None
@@ -122,7 +124,7 @@ def name_of(stored: Mapping[str, np.ndarray]) -> str | None:
 def rename(
   stored: Mapping[str, np.ndarray], layout: Layout
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Weights under the leaf paths of this project's vision transformer.
+  """Weights under the leaf paths of this project's model.
 
   torch's linear layers hold `[outputs, inputs]`, ours `[inputs, outputs]`; its
   convolutions `[outputs, C, P, P]`, our patch embedding `[P * P * C, outputs]`.

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+# What OpenAI's CLIP was trained with, and most after it.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class Preprocessing(NamedTuple):
   """What a model was trained to see: `(pixel / 255 - mean) / std`, resized."""
@@ -54,4 +58,17 @@ def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
     size=tuple(fields["input_size"][-2:]),
     interpolation=fields["interpolation"],
     crop_fraction=float(fields["crop_pct"]),
+  )
+
+
+def from_openclip(fields: Mapping[str, Any]) -> Preprocessing:
+  """From the fields of an `open_clip_config.json`."""
+  said = fields.get("preprocess_cfg") or {}
+  size = said.get("size") or fields["model_cfg"]["vision_cfg"]["image_size"]
+  return Preprocessing(
+    mean=tuple(said.get("mean") or OPENAI_MEAN),
+    std=tuple(said.get("std") or OPENAI_STD),
+    size=tuple(size) if isinstance(size, list) else (int(size), int(size)),
+    interpolation=said.get("interpolation") or "bicubic",
+    crop_fraction=1.0,  # the shorter side is resized to the size
   )

@@ -1,3 +1,3 @@
 """Keeps scripts that need more than the project's dependencies from pytest."""
 
-collect_ignore = ["make_vit_golden.py"]
+collect_ignore = ["make_clip_golden.py", "make_vit_golden.py"]

@@ -1,0 +1,307 @@
+"""Published weights of CLIP models, from safetensors files."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from experiments.models import (
+  layouts,
+  positions,
+  preprocessing as preparing,
+  weight_files,
+)
+from experiments.models.weight_files import CONFIG, PREPROCESSOR, WEIGHTS
+
+OPENCLIP_CONFIG = "open_clip_config.json"
+NAMES = (WEIGHTS, "open_clip_model.safetensors")
+BESIDE = (CONFIG, PREPROCESSOR, OPENCLIP_CONFIG)
+
+_IMAGE, _TEXT = "image/position_embed", "text/position_embed"
+_PREPROCESSING = preparing.Preprocessing(
+  preparing.OPENAI_MEAN, preparing.OPENAI_STD, (224, 224), "bicubic", 1.0
+)
+
+
+def _block(theirs, ours, modules):
+  return {
+    f"{theirs}.{{}}.{name}": f"{ours}/blocks/{{}}/{path}"
+    for name, path in modules.items()
+  }
+
+
+_HUGGINGFACE_BLOCK = {
+  "layer_norm1": "norm1",
+  "self_attn.q_proj": "attention/query",
+  "self_attn.k_proj": "attention/key",
+  "self_attn.v_proj": "attention/value",
+  "self_attn.out_proj": "attention/out",
+  "layer_norm2": "norm2",
+  "mlp.fc1": "mlp/fc1",
+  "mlp.fc2": "mlp/fc2",
+}
+_OPENCLIP_BLOCK = {
+  "ln_1": "norm1",
+  "attn.in_proj": "attention/query,key,value",
+  "attn.out_proj": "attention/out",
+  "ln_2": "norm2",
+  "mlp.c_fc": "mlp/fc1",
+  "mlp.c_proj": "mlp/fc2",
+}
+
+LAYOUTS = {
+  "huggingface": layouts.Layout(
+    prefix="",
+    sign="vision_model.embeddings.class_embedding",
+    modules={
+      "vision_model.embeddings.class_embedding": "image/class_token",
+      "vision_model.embeddings.patch_embedding": "image/patch_embed",
+      "vision_model.embeddings.position_embedding.weight": (
+        "image/position_embed"
+      ),
+      "vision_model.pre_layrnorm": "image/pre_norm",  # its own spelling
+      **_block("vision_model.encoder.layers", "image", _HUGGINGFACE_BLOCK),
+      "vision_model.post_layernorm": "image/final_norm",
+      "visual_projection": "image/projection",
+      "text_model.embeddings.token_embedding.weight": (
+        "text/token_embed/embedding"
+      ),
+      "text_model.embeddings.position_embedding.weight": "text/position_embed",
+      **_block("text_model.encoder.layers", "text", _HUGGINGFACE_BLOCK),
+      "text_model.final_layer_norm": "text/final_norm",
+      "text_projection": "text/projection",
+      "logit_scale": "logit_scale",
+    },
+    # Older versions keep the numbers 0, 1, 2, ... as a weight.
+    unused=(
+      "vision_model.embeddings.position_ids",
+      "text_model.embeddings.position_ids",
+    ),
+    antialias=False,
+    align_corners=False,
+    preprocessing=_PREPROCESSING,
+  ),
+  # OpenAI's own files have these names too.
+  "openclip": layouts.Layout(
+    prefix="module.",
+    sign="visual.class_embedding",
+    modules={
+      "visual.class_embedding": "image/class_token",
+      "visual.conv1": "image/patch_embed",
+      "visual.positional_embedding": "image/position_embed",
+      "visual.ln_pre": "image/pre_norm",
+      **_block("visual.transformer.resblocks", "image", _OPENCLIP_BLOCK),
+      "visual.ln_post": "image/final_norm",
+      "visual.proj": "image/projection/kernel",
+      "token_embedding.weight": "text/token_embed/embedding",
+      "positional_embedding": "text/position_embed",
+      **_block("transformer.resblocks", "text", _OPENCLIP_BLOCK),
+      "ln_final": "text/final_norm",
+      "text_projection": "text/projection/kernel",
+      "logit_scale": "logit_scale",
+      "logit_bias": "logit_bias",
+    },
+    unused=("input_resolution", "context_length", "vocab_size", "attn_mask"),
+    antialias=True,
+    align_corners=False,
+    preprocessing=_PREPROCESSING,
+  ),
+}
+
+
+def load(
+  source: str | pathlib.Path,
+  like: Any,
+  *,
+  input_shape: tuple[int, ...],
+  options: Mapping[str, Any] | None = None,
+) -> Any:
+  """Published weights as the parameters of this project's CLIP.
+
+  The names may be those of Hugging Face (`CLIPModel`), of OpenAI or OpenCLIP.
+  Position embeddings of another image size are interpolated as the library that
+  wrote the file does it; a model with a shorter context takes the first ones.
+
+  Args:
+    source: a safetensors file, a folder with `model.safetensors` or
+      `open_clip_model.safetensors`, or `"hf://owner/name"`
+      (`"hf://owner/name@revision"`), which alone is fetched, or taken from the
+      cache, with huggingface_hub.
+    like: the parameters that `clip.create` gives.
+    input_shape: of one image, `(H, W, C)`.
+    options: what `clip.options` gives. Shapes don't tell the number of heads,
+      the activation nor what is added in the norms: where a `config.json` or
+      `open_clip_config.json` beside the file does, they are compared.
+
+  Returns:
+    A tree like `like`, with its dtypes.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is of another layout or model, or not finite.
+    ImportError: a hub's name, without huggingface_hub.
+    OSError: the hub can't give the file.
+
+  References:
+    Radford et al., `arXiv:2103.00020 <https://arxiv.org/abs/2103.00020>`_;
+    Cherti et al., Reproducible scaling laws for contrastive language-image
+    learning, `arXiv:2212.07143 <https://arxiv.org/abs/2212.07143>`_.
+  """
+  file = weight_files.find(source, NAMES, BESIDE)
+  stored = weight_files.read(file)
+  layout = LAYOUTS[_layout_of(stored, file)]
+  arrays, unknown = layouts.rename(stored, layout)
+  _check_options(file, options or {})
+  expected = weight_files.leaves_of(like)
+  for name in {"logit_scale", "logit_bias"} & arrays.keys():
+    arrays[name] = arrays[name].reshape(())  # some files have them as [1]
+  advice = _advice(arrays)
+  weight_files.check_names(arrays, unknown, expected, file, advice)
+  weight_files.check_shapes(
+    arrays, expected, file, advice, but_tokens=[_IMAGE, _TEXT]
+  )
+  arrays[_IMAGE] = positions.fit(
+    arrays[_IMAGE],
+    _grid(expected, input_shape),
+    others=1,
+    antialias=layout.antialias,
+    align_corners=layout.align_corners,
+    name=file,
+  )
+  arrays[_TEXT] = _of_first_tokens(arrays[_TEXT], len(expected[_TEXT]), file)
+  return weight_files.fill(like, arrays, file)
+
+
+def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
+  """How images must be prepared for the weights in `source`.
+
+  Taken from a `preprocessor_config.json` (Hugging Face) or an
+  `open_clip_config.json` (OpenCLIP) beside the file; without them it is
+  OpenAI's, and a log line says so.
+
+  Args:
+    source: as `load` takes it.
+
+  Returns:
+    Mean, standard deviation, size, interpolation and crop.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: what is beside the file can't be read.
+  """
+  file = weight_files.find(source, NAMES, BESIDE)
+  theirs = weight_files.beside(file, PREPROCESSOR)
+  openclips = weight_files.beside(file, OPENCLIP_CONFIG)
+  with weight_files.about_images(file):
+    if theirs is not None:
+      return preparing.from_huggingface(theirs)
+    if openclips is not None:
+      return preparing.from_openclip(openclips)
+  logging.warning(
+    "There is no %s beside %s: images are prepared as OpenAI does.",
+    PREPROCESSOR,
+    file,
+  )
+  return _PREPROCESSING
+
+
+def _layout_of(stored, file):
+  name = layouts.name_of(stored, LAYOUTS)
+  if name is None:
+    raise ValueError(
+      f"{file} holds {weight_files.some(sorted(stored))}; expected a CLIP model"
+      f" whose image tower is a transformer, with the names of"
+      f" {', '.join(LAYOUTS)}."
+    )
+  return name
+
+
+def _grid(expected, input_shape):
+  """The model's rows and columns of patches."""
+  rows, columns, channels = input_shape
+  side = math.isqrt(len(expected["image/patch_embed/kernel"]) // channels)
+  grid = (rows // side, columns // side)
+  if math.prod(grid) + 1 != len(expected[_IMAGE]):
+    raise ValueError(
+      f"input_shape is {tuple(input_shape)}, in patches {grid[0]}x{grid[1]},"
+      f" and the model has {len(expected[_IMAGE])} position embeddings;"
+      " expected the shape that the model was created with."
+    )
+  return grid
+
+
+def _of_first_tokens(stored, length, file):
+  """A caption that fits has the same features in a shorter context."""
+  if len(stored) < length:
+    raise ValueError(
+      f"{file} is for captions of {len(stored)} tokens and the model for"
+      f" {length}: set config.model.clip.context_length={len(stored)}, or less."
+    )
+  return stored[:length]
+
+
+def _advice(arrays):
+  """What to set, as far as the file tells."""
+  shapes = {name: np.shape(array) for name, array in arrays.items()}
+  fields = {}
+  for tower in ("image", "text"):
+    blocks = {
+      name.split("/")[2] for name in arrays if name.startswith(f"{tower}/bl")
+    }
+    fields[f"{tower}_depth"] = len(blocks)
+    if f"{tower}/blocks/0/mlp/fc1/kernel" in arrays:
+      width, mlp_width = shapes[f"{tower}/blocks/0/mlp/fc1/kernel"]
+      fields |= {f"{tower}_width": width, f"{tower}_mlp_width": mlp_width}
+  if "text/projection/kernel" in arrays:
+    fields["embed_width"] = shapes["text/projection/kernel"][-1]
+  if "text/token_embed/embedding" in arrays:
+    fields["vocab_size"] = shapes["text/token_embed/embedding"][0]
+  if "image/patch_embed/kernel" in arrays:
+    fields["patch_size"] = math.isqrt(
+      shapes["image/patch_embed/kernel"][0] // 3
+    )
+  if "logit_bias" in arrays:
+    fields["logit_bias"] = float(arrays["logit_bias"])
+  text = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+  return f"The file asks for config.model.clip with {text}."
+
+
+def _check_options(file, options):
+  """The fields that shapes don't show, where a file beside tells them."""
+  theirs = _huggingface_fields(weight_files.beside(file, CONFIG) or {})
+  theirs |= _openclip_fields(weight_files.beside(file, OPENCLIP_CONFIG) or {})
+  for field, value in theirs.items():
+    if value is not None and options.get(field, value) != value:
+      raise ValueError(
+        f"config.model.clip.{field} is {options[field]!r} and the model in"
+        f" {file} was made with {value!r}: set"
+        f" config.model.clip.{field}={value!r}."
+      )
+
+
+def _huggingface_fields(config):
+  image, text = (
+    config.get(name) or {} for name in ("vision_config", "text_config")
+  )
+  return {
+    "image_heads": image.get("num_attention_heads"),
+    "text_heads": text.get("num_attention_heads"),
+    "activation": text.get("hidden_act"),  # both towers have one
+    "norm_epsilon": image.get("layer_norm_eps"),
+  }
+
+
+def _openclip_fields(config):
+  model = config.get("model_cfg")
+  if not model:
+    return {}
+  image, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+  width = image.get("width")
+  return {
+    "image_heads": width and width // image.get("head_width", 64),
+    "text_heads": text.get("heads"),
+    "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+  }
