@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 INSTALLED_SLOW = $(VENV)/.installed_slow
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-browser lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED_SLOW)
 	$(RUN) -m pytest -n auto --dist loadfile -m slow
+
+# The report in a real browser; needs Debian's package chromium.
+test-browser: $(INSTALLED)
+	$(RUN) -m pytest -m slow tests/test_report_browser.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
