@@ -35,8 +35,9 @@ def measure(
 
   Returns:
     `clean_fraction`, the truth; `auroc` of the mean score; and for each
-    binariser `f1` of finding the mislabelled, and `kept_fraction`. What is not
-    defined is None. Nothing where no sample has a score.
+    binariser `f1` of finding the mislabelled, the share `kept`, and the
+    `estimate` of the clean fraction. What is not defined is None. Nothing where
+    no sample has a score.
   """
   seen = ~np.isnan(scores).all(axis=1)
   if not seen.any():  # the run has diverged at once
@@ -63,7 +64,8 @@ def measure(
     found = gm.metrics.detection(mean, selection.keep, wrong)
     about[name] = {
       "f1": plain(found.f1),
-      "kept_fraction": float(selection.keep.mean()),
+      "kept": float(selection.keep.mean()),
+      "estimate": float(np.nanmean(selection.keep_probability)),
     }
   return about
 
@@ -76,23 +78,24 @@ def mean(config: Any, found: list[dict[str, Any]]) -> dict[str, float | None]:
     found: what `measure` gave for each run.
 
   Returns:
-    `auroc`, `clean_fraction` and, for each binariser, `f1_<name>` and
-    `kept_<name>`; None where a run has none.
+    `auroc`, `clean_fraction` and, for each binariser, `f1_<name>`,
+    `kept_<name>` and `estimate_<name>`; None where a run has none.
   """
-  fields = ["auroc", "clean_fraction"]
-  row: dict[str, float | None] = dict.fromkeys(fields)
+  fields: dict[str, Any] = {
+    name: lambda entry, name=name: entry[name]
+    for name in ("auroc", "clean_fraction")
+  }
   for name in config.study.binarizers:
-    row[f"f1_{name}"] = row[f"kept_{name}"] = None
+    for key in ("f1", "kept", "estimate"):
+      fields[f"{key}_{name}"] = lambda entry, name=name, key=key: entry[name][
+        key
+      ]
   if not found or not all(found):
-    return row
-  for field in fields:
-    row[field] = _mean([entry[field] for entry in found])
-  for name in config.study.binarizers:
-    row[f"f1_{name}"] = _mean([entry[name]["f1"] for entry in found])
-    row[f"kept_{name}"] = _mean(
-      [entry[name]["kept_fraction"] for entry in found]
-    )
-  return row
+    return dict.fromkeys(fields)
+  return {
+    field: _mean([get(entry) for entry in found])
+    for field, get in fields.items()
+  }
 
 
 def _mean(values):

@@ -62,7 +62,7 @@ def write(
   rows = _rows(config, folder, results)
   summary = {
     "dataset": config.data.name,
-    "noise": config.noise.kind,
+    "noise": config.noise.column or config.noise.kind,
     "seeds": list(config.study.seeds),
     "num_epochs": config.num_epochs,
     "seconds": round(sum(result["seconds"] for result in results), 1),

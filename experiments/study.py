@@ -80,7 +80,12 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   folder = workdir_lib.claim(workdir, config, free=_FREE)
   results = run_all(config, folder, runs)
   with claims.hold(folder / "report.claim"):
-    return study_report.write(config, folder, results)
+    return study_report.write(
+      config,
+      folder,
+      results,
+      {run.name: (run.chosen_by, run.keep) for run in runs},
+    )
 
 
 def run_all(

@@ -27,6 +27,7 @@ def write(
   config: Any,
   folder: pathlib.Path,
   results: dict[str, list[dict[str, Any]]],
+  parts: dict[str, tuple[str | None, float | None]],
 ) -> dict[str, Any]:
   """Selects, and writes what a study found out.
 
@@ -34,6 +35,8 @@ def write(
     config: the study's.
     folder: the study's.
     results: of each run the results, in the order of `config.study.seeds`.
+    parts: of each run on a part of the data who has chosen it (None: chance)
+      and the share that is kept (None: what the selection keeps).
 
   Returns:
     What is in `summary.json`.
@@ -44,7 +47,7 @@ def write(
     ]
     for name in _scored(config, folder)
   }
-  rows = _rows(config, results, found)
+  rows = _rows(config, results, found, parts)
   workdir_lib.write_bytes(folder / TABLE_FILE, tables.csv_text(rows).encode())
   summary = {
     "dataset": config.data.name,
@@ -164,11 +167,12 @@ def _detection(config, run):
   return found
 
 
-def _rows(config, results, found):
+def _rows(config, results, found, parts):
   """A row for each run's name: means over the seeds."""
   rows = []
   for name, runs in results.items():
     row: dict[str, Any] = {"method": name, "runs": len(runs)}
+    row["chosen_by"], row["keep"] = parts.get(name, (None, None))
     for field in ("noise_rate", "train_samples", "seconds"):
       row[field] = float(np.mean([run[field] for run in runs]))
     for field in ("test_accuracy", "test_loss"):

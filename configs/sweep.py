@@ -1,0 +1,368 @@
+"""The label-noise study, whole: every job of it, in an order that works.
+
+python -m experiments.sweep --workdir=runs/cifar10 \
+  --config=configs/sweep.py:study=cifar10,data_dir=<where cifar10 is prepared>
+
+CIFAR-10: a small residual network is trained on the clean first half of the
+training set. On the second half, under symmetric noise and the labels that
+people gave (CIFAR-10N), heads on its frozen features (`probe_*`) and all of its
+weights (`finetune_*`) are trained by every method, with settings tuned alike on
+held-out samples; then subsets, ablations, costs, and `results`. Without
+`labels=<a table with the columns id, worst, random1 and aggre>` there is no
+human noise.
+
+`study=digits` is the same in minutes, on scikit-learn's handwritten digits.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+_ALL = (
+  "sgd",
+  "grad_mimic",
+  "grad_mimic_outputs",
+  "output_agreement",
+  "influence",
+  "influence_test_leak",
+  "agra",
+  "agra_skip",
+  "grand",
+  "rho",
+  "rho_topk",
+  "rho_as_published",
+  "grad_match_separable",
+  "grad_match_least_squares",
+  "grad_match_omp",
+  "random",
+  "distillation",
+)
+_PAPERS = (
+  "sgd",
+  "grad_mimic",
+  "influence",
+  "agra",
+  "grand",
+  "rho",
+  "grad_match_separable",
+)
+_HUMAN = ("worst", "random1", "aggre")
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """A sweep's cells, as command lines.
+
+  Args:
+    arg: `study`, "digits" or "cifar10"; number of `seeds`; `data_dir`; a table
+      of human `labels`.
+
+  Returns:
+    The config, locked: `cells`, lines such as `name: job --config=...`, where
+    `{other}` is the folder of another cell, and `run`.
+
+  Raises:
+    ValueError: an unknown argument or study.
+  """
+  values = common.parse_arg(
+    arg, study="digits", seeds=0, data_dir="", labels=""
+  )
+  studies = {"digits": _digits, "cifar10": _cifar10}
+  if values["study"] not in studies:
+    raise ValueError(
+      f"config argument study={values['study']!r}; expected one of"
+      f" {', '.join(studies)}."
+    )
+  config = config_dict.ConfigDict()
+  config.cells = studies[values["study"]](values)
+  config.run = True  # False: print the commands
+  return config.lock()
+
+
+def _cifar10(values):
+  data = {"name": "cifar10"}
+  if values["data_dir"]:
+    data["data_dir"] = values["data_dir"]
+  model = {"name": "resnet", "widths": (16, 32, 64), "patch_size": 2}
+  seeds = values["seeds"] or 3
+  noises = {
+    "symmetric": {"noise.kind": "symmetric"},
+    **{
+      column: {
+        "noise.kind": "file",
+        "noise.path": values["labels"],
+        "noise.column": column,
+      }
+      for column in (_HUMAN if values["labels"] else ())
+    },
+  }
+  everywhere = _fields("data", data)
+  backbone = {
+    **everywhere,
+    **_fields("model", model),
+    "seed": 100,
+    "data.train_split": "train[:25000]",
+    "data.flip": True,
+    "num_epochs": 12,
+    "optimizer.learning_rate": 5e-3,
+    "optimizer.weight_decay": 1e-4,
+  }
+  half = "train[25000:]"
+  heads = {
+    **everywhere,
+    "data.train_split": half,
+    "data.image_size": 0,
+    "model.pretrained": "{backbone}",
+    "mimic.weighting": "ess_softmax",
+    "mimic.fraction": 0.3,
+    "optimizer.learning_rate": 1e-3,
+    "study.methods": _ALL,
+  }
+  tuned_on = {
+    "data.train_split": "train[25000:45000]",
+    "data.test_split": "train[45000:]",
+    "study.seeds": (10,),
+    "study.tune.learning_rates": (3e-4, 1e-3, 3e-3, 1e-2),
+    "study.tune.weighting_values": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+  }
+  probe = "configs/label_noise.py:dataset=cifar10,protocol=probe"
+  cells = [_line("backbone", "train", "configs/common.py", backbone)]
+  for name, noise in noises.items():
+    rates = {"probe.rates": (0.4, 0.5, 0.6) if name == "symmetric" else (0,)}
+    more = {"study.seeds": tuple(range(seeds))}
+    more["study.tuned"] = f"{{probe_tuning_{name}}}/tuned.json"
+    if name == "symmetric":
+      more["probe.rates"] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    cells += [
+      _line(
+        f"probe_tuning_{name}",
+        "tune",
+        probe,
+        heads | noise | rates | tuned_on,
+      ),
+      _line(f"probe_{name}", "probe", probe, heads | noise | rates | more),
+    ]
+  cells += _probe_ablations(probe, heads | noises["symmetric"], seeds)
+
+  # Fine-tuning, on a fifth of the second half.
+  network = {
+    **everywhere,
+    **_fields("model", model),
+    "batch_size": 64,
+    "num_epochs": 4,
+    "data.train_split": "train[25000:30000]",
+    "data.test_split": "test[:5000]",
+    "data.image_size": 0,
+    "model.pretrained": "{backbone}",
+    "optimizer.learning_rate": 3e-4,
+    "optimizer.schedule": "cosine",
+    "mimic.layers": "head/kernel",
+    "mimic.weighting": "ess_softmax",
+    "mimic.fraction": 0.3,
+    "checkpoint.every_epochs": 4,
+    "study.methods": _PAPERS,
+    "study.seeds": tuple(range(seeds)),
+  }
+  tuned_on = {
+    "data.test_split": "train[45000:48000]",
+    "noise.rate": 0.4,
+    "study.seeds": (10,),
+    "study.tune.learning_rates": (1e-4, 3e-4, 1e-3),
+    "study.tune.weighting_values": (0.2, 0.4, 0.7),
+  }
+  full = "configs/label_noise.py:dataset=cifar10,protocol=finetune"
+  cells.append(_line("finetune_tuning", "tune", full, network | tuned_on))
+  network["study.tuned"] = "{finetune_tuning}/tuned.json"
+  settings = {
+    f"symmetric_{rate:g}": {"noise.rate": rate} for rate in (0.4, 0.5, 0.6)
+  }
+  settings |= {
+    name: {**noises[name], "noise.rate": 0.0}
+    for name in noises
+    if name in _HUMAN
+  }
+  for name, noise in settings.items():
+    more = {}
+    if name == "symmetric_0.4":
+      more["study.keep_fractions"] = (0.8, 0.7, 0.6, 0.5)
+    cells.append(
+      _line(f"finetune_{name}", "study", full, network | noise | more)
+    )
+  cells += _finetune_ablations(full, network | {"noise.rate": 0.4})
+  cells.append(
+    _line(
+      "costs",
+      "costs",
+      full,
+      {
+        **network,
+        "noise.rate": 0.4,
+        "study.methods": _ALL,
+        "mimic.reference": "{finetune_symmetric_0.4}/seed0/reference",
+      },
+    )
+  )
+  return (*cells, _results("CIFAR-10", cells))
+
+
+def _probe_ablations(probe, fields, seeds):
+  """Temperature, quality of the reference, first epoch: heads at noise .4."""
+  fields = {
+    **fields,
+    "probe.rates": (0.4,),
+    "study.methods": ("sgd", "grad_mimic", "rho"),
+    "study.seeds": tuple(range(seeds)),
+  }
+  temperatures = {
+    "mimic.weighting": "softmax",
+    "probe.weighting_values": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "study.methods": ("grad_mimic",),
+  }
+  variants = {
+    "temperature": temperatures,
+    "cosine": {"mimic.score": "cosine", "study.methods": ("grad_mimic",)},
+    "reference_seed": {"study.reference.seed_offset": 1000},
+    "reference_1_epoch": {"study.reference.num_epochs": 1},
+    "reference_noise_0.2": {"study.reference.noise_rate": 0.2},
+    "reference_noise_0.4": {"study.reference.noise_rate": 0.4},
+    "start_epoch_1": {"mimic.warmup_steps": 782},
+    "start_epoch_3": {"mimic.warmup_steps": 3 * 782},
+  }
+  return [
+    _line(f"ablation_{name}", "probe", probe, fields | variant)
+    for name, variant in variants.items()
+  ]
+
+
+def _finetune_ablations(full, fields):
+  """What of the method matters when all weights move: at noise .4."""
+  ours = {"study.methods": ("grad_mimic",)}
+  variants = {
+    "all_layers": {**ours, "mimic.layers": None},
+    "all_layers_cosine": {
+      **ours,
+      "mimic.layers": ".",  # every leaf
+      "mimic.score": "cosine",
+    },
+    "reference_of_test_split": {
+      "study.methods": ("grad_mimic", "rho"),
+      "study.reference.test_leak": True,
+    },
+  }
+  return [
+    _line(f"finetune_ablation_{name}", "study", full, fields | variant)
+    for name, variant in variants.items()
+  ]
+
+
+def _digits(values):
+  seeds = values["seeds"] or 2
+  everywhere = {"data.name": "digits", "study.seeds": tuple(range(seeds))}
+  if values["data_dir"]:
+    everywhere["data.data_dir"] = values["data_dir"]
+  model = {"model.name": "convnet", "model.widths": (16, 32)}
+  backbone = {
+    **everywhere,
+    **model,
+    "seed": 100,
+    "data.train_split": "train[:700]",
+    "num_epochs": 15,
+    "optimizer.learning_rate": 5e-3,
+  }
+  common_fields = {
+    **everywhere,
+    "data.train_split": "train[700:]",
+    "data.image_size": 0,
+    "data.flip": False,
+    "model.pretrained": "{backbone}",
+    "mimic.weighting": "ess_softmax",
+    "mimic.fraction": 0.3,
+    "study.methods": _ALL,
+    "optimizer.learning_rate": 1e-2,
+  }
+  probe = "configs/label_noise.py:protocol=probe"
+  full = "configs/label_noise.py:protocol=finetune,rate=0.4"
+  network = {
+    **common_fields,
+    **model,
+    "batch_size": 64,
+    "optimizer.learning_rate": 3e-3,
+    "optimizer.schedule": "cosine",
+    "mimic.layers": "head/kernel",
+    "checkpoint.every_epochs": 5,
+    "study.seeds": (0,),
+  }
+  tuned_on = {
+    "data.train_split": "train[700:1200]",
+    "data.test_split": "train[1200:]",
+    "study.seeds": (10,),
+    "study.tune.learning_rates": (3e-3, 1e-2, 3e-2),
+    "study.tune.weighting_values": (0.2, 0.4, 0.7),
+  }
+  cells = [
+    _line("backbone", "train", "configs/common.py", backbone),
+    _line("probe_tuning", "tune", probe, common_fields | tuned_on),
+    _line(
+      "probe_symmetric",
+      "probe",
+      probe,
+      {**common_fields, "study.tuned": "{probe_tuning}/tuned.json"},
+    ),
+    _line(
+      "finetune_symmetric_0.4",
+      "study",
+      full,
+      {**network, "study.keep_fractions": (0.8, 0.5), "study.methods": _PAPERS},
+    ),
+    _line(
+      "costs",
+      "costs",
+      full,
+      {
+        **network,
+        "mimic.reference": "{finetune_symmetric_0.4}/seed0/reference",
+      },
+    ),
+  ]
+  return (*cells, _results("Digits", cells))
+
+
+def _results(title, cells):
+  """The cell that puts the others together."""
+  names = [line.partition(":")[0] for line in cells]
+
+  def folders(beginning, but=("_tuning", "_ablation")):
+    return tuple(
+      f"{{{name}}}"
+      for name in names
+      if name.startswith(beginning) and not any(part in name for part in but)
+    )
+
+  ablations = tuple(
+    f"{name.partition('ablation_')[2]}={{{name}}}"
+    for name in names
+    if "ablation_" in name
+  )
+  return _line(
+    "results",
+    "results",
+    "configs/results.py",
+    {
+      "title": f"{title} under label noise",
+      "probe": folders("probe_"),
+      "finetune": folders("finetune_"),
+      "tuning": tuple(f"{{{name}}}" for name in names if "_tuning" in name),
+      "costs": "{costs}",
+      "ablations": ablations,
+    },
+  )
+
+
+def _fields(section, values):
+  return {f"{section}.{field}": value for field, value in values.items()}
+
+
+def _line(name, job, config, fields):
+  flags = [f"--config={config}"]
+  for field, value in fields.items():
+    flags.append(f'"--config.{field}={value}"')
+  return f"{name}: {job} {' '.join(flags)}"
