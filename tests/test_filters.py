@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gradmimic_jax.selection import _ids, filters
+from gradmimic_jax.ledger import ScoreLedger
+from gradmimic_jax.selection import _ids, export, filters, select
 from gradmimic_jax.selection.filters import Filter, combine, compose, overlap
 
 KINDS = {
@@ -208,6 +209,24 @@ def test_overlap_by_class():
 def test_bad_input(make, error, message):
   with pytest.raises(error, match=message):
     make()
+
+
+def test_a_selection_is_a_filter(tmp_path):
+  ledger = ScoreLedger(tmp_path / "ledger", fingerprints={"data": "digits"})
+  ledger.append([5, 9, 2, 7], [1.0, -1.0, 2.0, -2.0], step=0, epoch=0)
+  selection = select(ledger, binarize="threshold")
+  one = filters.of_selection(selection, "mimic")
+  assert one.ids.tolist() == [2, 5]
+  assert (~one).ids.tolist() == [7, 9]
+  named = {"mimic": selection, "bright": [5, 7]}
+  both = filters.combine("~mimic & bright", named)
+  assert (both.ids.tolist(), both.source) == ([7], "~mimic & bright")
+  assert both.fingerprints == {"data": "digits"}
+  assert overlap(named)["n_both"].to_pylist() == [1]
+  path = export.write_npy(tmp_path / "kept.npy", selection)
+  assert export.read_npy(path).tolist() == [2, 5]
+  with pytest.raises(ValueError, match="'digits' in the one and 'cifar' in"):
+    export.read_npy(path, fingerprints={"data": "cifar"})
 
 
 def test_fingerprints_go_along():

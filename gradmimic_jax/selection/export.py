@@ -56,9 +56,9 @@ def write_npy(
 
   Args:
     path: the file's path, ending with `.npy`.
-    ids: ids [n] or a Filter, such as `selection.kept_ids`.
-    fingerprints: what the ids belong to; a Filter's own if not given. Written
-      to `<path>.json`.
+    ids: ids [n], a Filter, or a Selection, whose kept ids they are.
+    fingerprints: what the ids belong to; those of a Filter or a Selection if
+      not given. Written to `<path>.json`.
 
   Returns:
     The path.
@@ -259,7 +259,8 @@ def write_datacomp_subset(
 
   Args:
     path: the file's path, ending with `.npy`.
-    uids: strings of 32 lower-case hexadecimal digits or pairs `u8,u8` [n].
+    uids: strings of 32 lower-case hexadecimal digits or pairs `u8,u8` [n]; a
+      Filter or a Selection of such ids.
     multiplicity: whether a uid that comes m times should be in the data m
       times. In a contrastive batch, copies are false negatives.
     fingerprints: what the uids belong to. Written to `<path>.json`.
@@ -472,7 +473,9 @@ def _load(path: Path) -> np.ndarray:
 def _opened(
   ids: Any, fingerprints: Mapping[str, str] | None
 ) -> tuple[Any, Mapping[str, str] | None]:
-  """The ids, a Filter's too, and what they belong to."""
+  """The ids, of a Filter or a Selection too, and what they belong to."""
+  if isinstance(ids, Selection):
+    ids = filters.of_selection(ids)
   if not isinstance(ids, filters.Filter):
     return ids, fingerprints
   return ids.ids, ids.fingerprints if fingerprints is None else fingerprints

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradmimic_jax.selection import _ids
+from gradmimic_jax.selection.selection import Selection
 
 
 class Applied(NamedTuple):
@@ -164,6 +165,26 @@ class Filter:
     return f"<Filter {self.source!r}: {len(self):,}{of} ids>"
 
 
+def of_selection(selection: Selection, source: str = "selection") -> Filter:
+  """The filter that keeps what a selection keeps, of all of its samples.
+
+  Args:
+    selection: what `select` gave.
+    source: a word or two on where it comes from.
+
+  Returns:
+    The Filter; its fingerprints are those of the selection's ledger.
+
+  Example:
+    >>> from gradmimic_jax.selection import select
+    >>> kept = of_selection(select([[1.0], [-1.0], [2.0]]), "mimic")
+    >>> kept, (~kept).ids
+    (<Filter 'mimic': 2 of 3 ids>, array([1]))
+  """
+  fingerprints = selection.diagnostics.get("fingerprints", {})
+  return Filter(selection.kept_ids, source, selection.ids, fingerprints)
+
+
 def compose(
   expression: str, filters: Mapping[str, Any], *, pool: Any = None
 ) -> np.ndarray:
@@ -175,7 +196,7 @@ def compose(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids or a `Filter` by name.
+    filters: ids, a `Filter` or a `Selection` by name.
     pool: the ids of all samples, for `~`.
 
   Returns:
@@ -202,7 +223,7 @@ def combine(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids or a `Filter` by name.
+    filters: ids, a `Filter` or a `Selection` by name.
     pool: the ids of all samples, for `~`.
 
   Returns:
@@ -234,7 +255,7 @@ def overlap(
   """How much filters have in common, two by two.
 
   Args:
-    filters: ids or a `Filter` by name.
+    filters: ids, a `Filter` or a `Selection` by name.
     ids: the ids [N] that `classes` belong to.
     classes: classes [N], integers or strings, for a row a pair and class;
       ids of a filter that aren't among `ids` are left out then.
@@ -330,6 +351,8 @@ def check_fingerprints(
 
 
 def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
+  if isinstance(value, Selection):
+    value = of_selection(value)
   if not isinstance(value, Filter):
     value = np.asarray(value if hasattr(value, "__array__") else list(value))
     return Filter(value, name, pool)
