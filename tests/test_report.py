@@ -374,6 +374,16 @@ def decoded(uri):
   return np.asarray(Image.open(io.BytesIO(content)))
 
 
+@pytest.mark.parametrize("n", [3, 1500, 10_000_000])
+def test_no_number_of_an_axis_is_cut_off(n):
+  curve = charts.removal(
+    [1, n], [1.0, 0.3], [0.1, 1.0], recommended=2, uncertain=(1, 3)
+  )
+  for tick in curve.x_ticks:  # a digit of 12 pixels is some 7 wide
+    half = 3.5 * len(tick.text)
+    assert half <= tick.at <= curve.frame.width - half
+
+
 @pytest.mark.parametrize(
   ("low", "high"), [(0, 1), (-3.2, 8.9), (1e-9, 3e-9), (-5e6, -4e6), (0, 1437)]
 )

@@ -113,7 +113,7 @@ def removal(
   Returns:
     The Curve.
   """
-  frame = Frame(460, 250, 52, 446, 14, 210)
+  frame = Frame(460, 250, 52, 424, 14, 210)  # room for half of "10,000,000"
   high = max(1, removed[-1])
 
   def line(values: Sequence[float | None]) -> str:
