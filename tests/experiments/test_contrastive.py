@@ -414,3 +414,55 @@ def test_a_tangent_flows_from_the_mimic_layer_upward_only(
 
 def test_tangents_of_all_layers_are_as_many_as_all_products_and_more():
   assert more_dots_than_forward("all", 1) > 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", contrastive.KINDS)
+def test_clip_itself_is_the_same_on_eight_devices(kind):
+  """No device sees another's tokens or patches; features meet, and no more."""
+  size, width = 24, 40
+  fields = {
+    "image_depth": 1,
+    "text_depth": 1,
+    "image_width": width,
+    "text_width": width,
+    "logit_bias": -3.0,
+  }
+  config = ConfigDict({"size": "tiny", "clip": fields})
+  model, params = clip.create(config, input_shape=(16, 16, 3), seed=0)
+  _, reference = clip.create(config, input_shape=(16, 16, 3), seed=1)
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(size, 16, 16, 3)).astype(np.float32),
+    "text": rng.integers(0, 128, (size, 9)).astype(np.int32),
+    "mask": np.arange(size) % 7 != 2,
+  }
+  fn = jax.jit(
+    gm.mimic_value_and_grad(
+      contrastive.make_losses_fn(model, kind),
+      layers=clip.mimic_layers("both_last_mlp", params),
+      weighting=gm.softmax(TEMPERATURE),
+      engine="forward",
+      has_aux=True,
+    )
+  )
+  rows, everywhere = mesh_of_eight()
+  arguments = (
+    *jax.device_put((params, reference), everywhere),
+    jax.device_put(batch, rows),
+  )
+  compiled = fn.lower(*arguments, mask=arguments[2]["mask"]).compile()
+  text = compiled.as_text()
+  for tokens in (5, 9):  # of an image and of a text
+    assert f"[{size // 8},{tokens},{width}]" in text
+    assert f"[{size},{tokens},{width}]" not in text
+  assert f"[{size},{size}]" not in text
+  found = compiled(*arguments, mask=arguments[2]["mask"])
+  expected = fn(params, reference, batch, mask=batch["mask"])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b).max()))
+    ),
+    found,
+    expected,
+  )
