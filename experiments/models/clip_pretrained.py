@@ -2,13 +2,14 @@
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from experiments.models import (
+  clip,
   layouts,
   positions,
   preprocessing as preparing,
@@ -110,6 +111,34 @@ LAYOUTS = {
     preprocessing=_PREPROCESSING,
   ),
 }
+
+
+def create(
+  config: Any, *, input_shape: tuple[int, ...], seed: int
+) -> tuple[Callable[..., clip.Features], dict[str, Any]]:
+  """As `clip.create`, with the weights that `config.pretrained` names.
+
+  Args:
+    config: `config.model`; `pretrained` is None, or a source as `load` takes
+      it.
+    input_shape: of one image, `(H, W, C)`.
+    seed: of what is initialised.
+
+  Returns:
+    `apply(params, images or None, tokens or None) -> Features`, and params.
+
+  Raises:
+    ValueError: as `clip.create` and `load`.
+    FileNotFoundError: as `load`.
+    ImportError: as `load`.
+    OSError: as `load`.
+  """
+  apply, params = clip.create(config, input_shape=input_shape, seed=seed)
+  source = config.get("pretrained")
+  if source is not None:
+    options = clip.options(config)
+    params = load(source, params, input_shape=input_shape, options=options)
+  return apply, params
 
 
 def load(
@@ -271,8 +300,15 @@ def _advice(arrays):
 
 def _check_options(file, options):
   """The fields that shapes don't show, where a file beside tells them."""
-  theirs = _huggingface_fields(weight_files.beside(file, CONFIG) or {})
-  theirs |= _openclip_fields(weight_files.beside(file, OPENCLIP_CONFIG) or {})
+  said = [weight_files.beside(file, name) for name in (CONFIG, OPENCLIP_CONFIG)]
+  if not any(said):
+    logging.warning(
+      "There is no %s beside %s: whether it was made with config.model.clip's"
+      " activation and heads can't be seen (OpenAI's with 'quick_gelu').",
+      CONFIG,
+      file,
+    )
+  theirs = _huggingface_fields(said[0] or {}) | _openclip_fields(said[1] or {})
   for field, value in theirs.items():
     if value is not None and options.get(field, value) != value:
       raise ValueError(
