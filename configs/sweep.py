@@ -153,7 +153,7 @@ def _cifar10(values):
     "data.test_split": "test[:5000]",
     "data.image_size": 0,
     "model.pretrained": "{backbone}",
-    "optimizer.learning_rate": 3e-4,
+    "optimizer.learning_rate": 3e-3,
     "optimizer.schedule": "cosine",
     "mimic.layers": "head/kernel",
     "mimic.weighting": "ess_softmax",
@@ -166,8 +166,8 @@ def _cifar10(values):
     "data.test_split": "train[45000:48000]",
     "noise.rate": 0.4,
     "study.seeds": (10,),
-    "study.tune.learning_rates": (1e-4, 3e-4, 1e-3),
-    "study.tune.weighting_values": (0.2, 0.4, 0.7),
+    "study.tune.learning_rates": (1e-3, 3e-3),
+    "study.tune.weighting_values": (0.3, 0.7),
   }
   full = "configs/label_noise.py:dataset=cifar10,protocol=finetune"
   cells.append(_line("finetune_tuning", "tune", full, network | tuned_on))
