@@ -182,16 +182,9 @@ def mimic_value_and_grad(
       kwargs,
       "Pass has_aux=True if it returns (losses, aux).",
     )
+    arguments = params, reference, batch, mask, kwargs
     problem, mask, distance = _pose(
-      plain,
-      direction,
-      layers,
-      score_kind,
-      params,
-      reference,
-      batch,
-      mask,
-      kwargs,
+      plain, direction, layers, score_kind, *arguments
     )
 
     found, weights, leaves = solver.reweighted(
@@ -211,10 +204,7 @@ def mimic_value_and_grad(
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
-  if score_kind.needs_descents and directions.repeats_forward(direction):
-    fn = _sharing.computed_once(fn)
-  fn.engine = engine  # type: ignore[attr-defined]
-  return fn
+  return _finished(fn, direction, score_kind, engine)
 
 
 def mimic_scores(
@@ -272,23 +262,21 @@ def mimic_scores(
     plain = _problem.plain_losses_fn(
       losses_fn, False, kwargs, "mimic_scores takes no aux: return losses only."
     )
+    arguments = params, reference, batch, mask, kwargs
     problem, mask, distance = _pose(
-      plain,
-      direction,
-      layers,
-      score_kind,
-      params,
-      reference,
-      batch,
-      mask,
-      kwargs,
+      plain, direction, layers, score_kind, *arguments
     )
     scores, losses = _presentable(solver.answer(problem), mask)
     return MimicScores(scores, losses, distance)
 
-  if score_kind.needs_descents and directions.repeats_forward(direction):
+  return _finished(fn, direction, score_kind, engine)
+
+
+def _finished(fn, direction, score, engine):
+  """`fn` with what it computes twice computed once; it tells its engine."""
+  if score.needs_descents and directions.repeats_forward(direction):
     fn = _sharing.computed_once(fn)
-  fn.engine = engine  # type: ignore[attr-defined]
+  fn.engine = engine
   return fn
 
 
