@@ -1,5 +1,6 @@
 """Strict settings for every test: what JAX would forgive, we don't."""
 
+import os
 import pathlib
 
 import jax
@@ -14,3 +15,16 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+  """Lets the default suite compile fast, not make fast.
+
+  Its programs are small; compiling them is most of its time. The slow tests
+  compile as users do, and JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
+  """
+  if (
+    config.option.markexpr == "not slow"
+    and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
+  ):
+    jax.config.update("jax_disable_most_optimizations", True)
