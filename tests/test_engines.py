@@ -240,37 +240,38 @@ def close_trees(actual, expected, tolerance):
     )
 
 
-def options(model):
+def options(model, exhaustive=False):
   """What is asked of a model; most of the MLP, which compiles fastest."""
-  if model != "mlp":
+  if exhaustive:
     return [
-      ("everything", "projection", "all"),
-      ("head", "projection", "layers"),
-      ("last block", "projection", "all"),
-      ("list", "projection", "layers"),
-      ("last block", "cosine", "all"),
+      (choice, score, scope)
+      for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
+      if score == "projection" or model == "mlp"
     ]
-  return [
-    (choice, score, scope)
-    for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
-    if (choice, scope) != ("everything", "layers")
-    and (score == "projection" or choice == "everything" or scope == "layers")
+  asked = [
+    ("everything", "projection", "all"),
+    ("head", "projection", "layers"),
+    ("last block", "projection", "all"),
+    ("list", "projection", "layers"),
+    ("last block", "cosine", "all"),
   ]
-
-
-def all_choices():
-  """Every layer choice in every scope."""
-  return [
-    (choice, "projection", scope)
-    for choice, scope in itertools.product(CHOICES, SCOPES)
-  ]
+  if model == "mlp":
+    asked += [
+      ("everything", "cosine", "all"),
+      ("head", "cosine", "layers"),
+      ("head kernel", "projection", "layers"),
+      ("last block", "projection", "layers"),
+      ("predicate", "projection", "all"),
+      ("bool tree", "projection", "layers"),
+    ]
+  return asked
 
 
 @functools.cache
 def everything(model, engine, exhaustive=False):
   """All options of a model and engine, in one compilation."""
   losses_fn, params, reference, batch = task(model)
-  asked = all_choices() if exhaustive else options(model)
+  asked = options(model, exhaustive)
 
   @jax.jit
   def run(params, reference, batch, mask):
@@ -310,17 +311,13 @@ def truth(model):
   ("model", "exhaustive"),
   [
     *((model, False) for model in MODELS),
-    *(
-      pytest.param(model, True, marks=pytest.mark.slow)
-      for model in MODELS
-      if model != "mlp"  # whose options have them all
-    ),
+    *(pytest.param(model, True, marks=pytest.mark.slow) for model in MODELS),
   ],
 )
 def test_engines_agree_with_dense_float64(model, exhaustive, engine, masked):
   losses, rows = truth(model)
   mask = MASK if masked else MASK | True
-  for option in all_choices() if exhaustive else options(model):
+  for option in options(model, exhaustive):
     choice, score, scope = option
     expected = by_hand(
       task(model), rows, losses, MEANINGS[choice], score, scope, mask
@@ -393,7 +390,7 @@ def test_aux_comes_back_for_every_sample(engine):
 
   fn = compiled(with_aux, engine, has_aux=True)
   (loss, info), grads = fn(params, reference, batch)
-  logits = mlp_logits(params, jax.tree.map(jnp.asarray, batch))
+  logits = jax.jit(mlp_logits)(params, batch)
   close(info.aux["logits"], np.asarray(logits), 1e-6)
   np.testing.assert_array_equal(
     info.aux["more"][0], np.argmax(logits, axis=-1) == batch["y"]
@@ -730,8 +727,8 @@ def test_forward_is_exact_for_losses_that_couple_the_batch():
   batch = {"image": draw(SIZE, 4), "text": draw(SIZE, 5)}
   wide = jax.tree.map(lambda x: x.astype(np.float64), (params, batch))
   with jax.enable_x64(True):
-    losses = np.asarray(contrastive(*wide))
-    rows = flat(jax.jacobian(contrastive)(*wide))
+    losses = np.asarray(jax.jit(contrastive)(*wide))
+    rows = flat(jax.jit(jax.jacobian(contrastive))(*wide))
   coupled = Task(contrastive, params, reference, batch)
   for score in SCORES:
     expected = by_hand(
@@ -769,7 +766,7 @@ def test_no_gradient_flows_through_the_weights(engine):
   def first_weight(params, reference):
     return fn(params, reference, batch)[0][1].weights[0]
 
-  slopes = jax.jacfwd(first_weight, argnums=(0, 1))(
+  slopes = jax.jit(jax.jacfwd(first_weight, argnums=(0, 1)))(
     {"w": jnp.float32(0.2)}, {"w": jnp.float32(0.7)}
   )
   np.testing.assert_array_equal(jax.tree.leaves(slopes), 0)

@@ -131,16 +131,17 @@ def test_every_number_against_float64(references, layers):
       (params, reference, batch),
     )
     path = [0, 0.25, 0.5, 0.75, 1]
+    one = jax.jit(mlp)
     losses = np.array(
       [
-        mlp(jax.tree.map(lambda p, r, a=a: (1 - a) * p + a * r, p, r), b)
+        one(jax.tree.map(lambda p, r, a=a: (1 - a) * p + a * r, p, r), b)
         for a in path
       ]
     )[:, mask]
-    rows = jax.vmap(
-      jax.grad(lambda p, s: mlp(p, jax.tree.map(lambda x: x[None], s))[0]),
-      in_axes=(None, 0),
-    )(p, b)
+    gradient = jax.grad(
+      lambda p, s: mlp(p, jax.tree.map(lambda x: x[None], s))[0]
+    )
+    rows = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))(p, b)
   chosen = ["b1", "head"] if layers else list(p)
   flat = np.concatenate(
     [np.asarray(rows[k])[mask].reshape(mask.sum(), -1) for k in chosen], axis=1
@@ -221,14 +222,19 @@ def test_keyword_arguments_and_aux_are_taken(references):
   )
 
 
+def scaled(params, batch, *, scale):
+  return scale * mlp(params, batch)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_the_verdict_does_not_depend_on_the_unit_of_losses(references, scale):
-  def losses_fn(params, batch):
-    return scale * mlp(params, batch)
-
   for seed, verdict in ((0, "ok"), (1, "foreign basin")):
     report = gm.check_reference(
-      losses_fn, mlp_params(0), references[seed], blobs(0.4)
+      scaled,
+      mlp_params(0),
+      references[seed],
+      blobs(0.4),
+      scale=jnp.float32(scale),
     )
     assert report.verdict == verdict
 

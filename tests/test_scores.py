@@ -116,7 +116,7 @@ def test_the_transformation_takes_gradient_norms_and_refuses_losses():
   tx = gm.reweight_by_mimic_score(params, score="gradient_norm")
   rows = jnp.asarray(X, jnp.float32)
   update = functools.partial(tx.update, {"w": rows})
-  updates, _ = update(tx.init(params), params)
+  updates, _ = jax.jit(update)(tx.init(params), params)
   norms = np.linalg.norm(X, axis=1)
   weights = np.exp(norms - norms.max())
   np.testing.assert_allclose(
@@ -150,10 +150,21 @@ def test_output_agreement_is_the_slope_of_each_loss_toward_the_reference():
   descent = np.eye(4)[labels] - softmax(outputs)
   expected = (descent * (softmax(reference) - softmax(outputs))).sum(axis=1)
   args = [jnp.asarray(x, jnp.float32) for x in (outputs, reference)]
-  scores = gm.scores.output_agreement(losses_of, *args)
+  scores_fn = functools.partial(gm.scores.output_agreement, losses_of)
+  scores = jax.jit(scores_fn)(*args)
   np.testing.assert_allclose(scores, expected, 1e-5, 1e-6)
   with pytest.raises(ValueError, match="same"):
-    gm.scores.output_agreement(losses_of, args[0], args[1][:, :2])
+    scores_fn(args[0], args[1][:, :2])
+
+
+@functools.cache
+def compiled_scores(score, **engine):
+  """Of scaled losses: one compilation for all the scales."""
+
+  def scaled(params, batch, *, scale):
+    return scale * losses_fn(params, batch)
+
+  return jax.jit(gm.mimic_scores(scaled, score=score, **engine))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e18])
@@ -161,22 +172,18 @@ def test_output_agreement_is_the_slope_of_each_loss_toward_the_reference():
 def test_norms_of_tiny_and_huge_gradients_are_neither_0_nor_infinite(
   score, scale
 ):
-  def scaled(params, batch):
-    return scale * losses_fn(params, batch)
-
   params = {"w": jnp.asarray(W, jnp.float32), "c": jnp.asarray(C, jnp.float32)}
   reference = jax.tree.map(lambda x: x + 1, params)
   batch = {
     "x": jnp.asarray(X, jnp.float32),
     "y": jnp.asarray(Y, jnp.float32),
   }
-  plain = jax.jit(gm.mimic_scores(losses_fn, score=score))
-  plain = plain(params, reference, batch)
+  args = params, reference, batch
+  plain = compiled_scores(score)(*args, scale=jnp.float32(1))
   expected = plain.scores * (1 if score == "cosine" else scale)
   for engine in ENGINES:
-    found = jax.jit(gm.mimic_scores(scaled, score=score, **engine))
-    scores = found(params, reference, batch).scores
-    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    found = compiled_scores(score, **engine)(*args, scale=jnp.float32(scale))
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_shows_beside_a_baseline_that_is_not():
@@ -184,7 +191,9 @@ def test_a_gradient_that_is_not_finite_shows_beside_a_baseline_that_is_not():
     return jnp.sqrt(params["w"].sum() * 0) + losses_fn(params, batch)
 
   baseline = jnp.asarray(BASELINE, jnp.float32).at[5].set(jnp.nan)  # masked
-  step = gm.mimic_value_and_grad(rooted, score="given", engine="forward")
+  step = jax.jit(
+    gm.mimic_value_and_grad(rooted, score="given", engine="forward")
+  )
   params = {"w": jnp.asarray(W, jnp.float32), "c": jnp.asarray(C, jnp.float32)}
   batch = {
     "x": jnp.asarray(X, jnp.float32),

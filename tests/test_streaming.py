@@ -81,7 +81,14 @@ def assert_close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize(
+  "weighting",
+  [
+    # Another one of the three that need all scores before any weight.
+    pytest.param(name, marks=pytest.mark.slow) if name == "top" else name
+    for name in WEIGHTINGS
+  ],
+)
 def test_streaming_gives_the_full_batch_update(weighting):
   for mask in (MASK, MASK | True):
     assert_close(run(weighting, 3, mask), run(weighting, None, mask))
@@ -228,7 +235,7 @@ def test_engine_that_takes_a_custom_vjp_is_named():
     return backward_only(losses_fn(params, batch))
 
   with pytest.raises(TypeError, match="engine='per_sample'"):
-    gm.mimic_value_and_grad(custom)(PARAMS, REFERENCE, BATCH)
+    jax.eval_shape(gm.mimic_value_and_grad(custom), PARAMS, REFERENCE, BATCH)
   with pytest.raises(TypeError, match="engine='per_sample'"):
     gm.mimic_scores(custom)(PARAMS, REFERENCE, BATCH)
 
@@ -251,7 +258,7 @@ def test_engines_take_rematerialised_losses():
     fn = gm.mimic_value_and_grad(
       remat, weighting=WEIGHTINGS["softmax"], **options
     )
-    assert_close(fn(PARAMS, REFERENCE, BATCH), expected)
+    assert_close(jax.jit(fn)(PARAMS, REFERENCE, BATCH), expected)
 
 
 ENGINES = {
