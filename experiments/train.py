@@ -3,13 +3,11 @@
 python -m experiments.train --config=configs/digits.py --workdir=runs/one
 """
 
-import contextlib
 import json
 import pathlib
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -19,13 +17,13 @@ from experiments import (
   cli,
   filters,
   initial,
+  loop,
   methods,
   optimizer,
   reference as reference_lib,
   reference_check,
   steps,
   workdir as workdir_lib,
-  writers,
 )
 from experiments.data import noise, pipeline, sources
 from experiments.tasks import classification
@@ -71,7 +69,14 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set or a reference that is not there.
   """
   folder = workdir_lib.check(workdir, config, free=_FREE)
-  _check_counts(config)
+  loop.check_counts(
+    config,
+    "batch_size",
+    "eval_batch_size",
+    "num_epochs",
+    "checkpoint.every_epochs",
+    "checkpoint.keep",
+  )
   started = time.monotonic()
   data = load_data(config)
   run = Run(config, folder, data)
@@ -93,21 +98,6 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   result["seconds"] = round(time.monotonic() - started, 2)
   workdir_lib.write_json(result_file, result)
   return result
-
-
-def _check_counts(config):
-  for field in (
-    "batch_size",
-    "eval_batch_size",
-    "num_epochs",
-    "checkpoint.every_epochs",
-    "checkpoint.keep",
-  ):
-    value = config
-    for name in field.split("."):
-      value = value[name]
-    if value < 1:
-      raise ValueError(f"config.{field} is {value}; expected at least 1.")
 
 
 def load_data(config: Any) -> Data:
@@ -233,68 +223,50 @@ class Run:
 
   def to_the_end(self) -> dict[str, Any]:
     """Restores, goes through the steps that are left, and sums up."""
-    with contextlib.ExitStack() as stack:
-      checkpoints = stack.enter_context(
-        contextlib.closing(
-          checkpoint.Checkpointer(
-            self.folder,
-            keep=self.config.checkpoint.keep,
-            fingerprint=self.fingerprint,
-          )
-        )
-      )
-      state = checkpoints.restore(self.state, self.train_batches)
-      step = int(state.step)
-      metrics = stack.enter_context(
-        contextlib.closing(writers.MetricsWriter(self.folder, first_step=step))
-      )
-      bar = stack.enter_context(
-        contextlib.closing(
-          writers.progress(self.total_steps, step, self.folder.name)
-        )
-      )
-      evaluation = self._loop(state, step, checkpoints, metrics, bar)
+    evaluation = loop.run(
+      self.folder,
+      self.state,
+      self.train_batches,
+      schedule=loop.Schedule(
+        total_steps=self.total_steps,
+        eval_every=self.steps_per_epoch,
+        save_every=self.config.checkpoint.every_epochs * self.steps_per_epoch,
+        keep=self.config.checkpoint.keep,
+      ),
+      fingerprint=self.fingerprint,
+      train_step=self.train_step,
+      take=self._take,
+      evaluate=self._evaluate,
+      ledger=self._ledger(),
+    )
     indices = self.data.indices
     return {
       "fingerprint": self.fingerprint,
-      "test_accuracy": evaluation["accuracy"],
-      "test_loss": evaluation["loss"],
+      **evaluation,
       "steps": self.total_steps,
       "train_samples": len(
         self.data.train.labels if indices is None else indices
       ),
       "noise_rate": self.data.labels.rate,
-      "nonfinite_samples": nonfinite_samples(self.folder),
+      "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
 
-  def _loop(self, state, step, checkpoints, metrics, bar):
-    """(eval -> save -> next batch -> step -> log); the last evaluation."""
-    ledger = None
-    if self.method is not None and self.method.score is not None:
-      ledger = gm.ScoreLedger(
-        self.folder / LEDGER_FOLDER, fingerprints=self._ledger_fingerprints()
-      )
-    log = _EpochLog(metrics, ledger, self.steps_per_epoch)
-    save_every = self.config.checkpoint.every_epochs * self.steps_per_epoch
-    while True:
-      finished = step == self.total_steps
-      if step % self.steps_per_epoch == 0:
-        # Rows reach the disk before the checkpoint that counts on them.
-        log.flush()
-        evaluation = self._evaluate(state.params)
-        metrics.write(step, {f"test_{k}": v for k, v in evaluation.items()})
-        metrics.flush()
-      if finished or (step and step % save_every == 0):
-        checkpoints.save(step, state, self.train_batches)
-      if finished:
-        return evaluation
-      batch = next(self.train_batches)
-      index, flipped = batch.pop("index"), batch.pop("flipped", None)
-      reference = self.reference and self.reference.for_batch(index, flipped)
-      state, output = self.train_step(state, reference, batch)
-      log.add(step, index, output)
-      step += 1
-      bar.update()
+  def _take(self, step, batch):
+    index, flipped = batch.pop("index"), batch.pop("flipped", None)
+    return loop.Taken(
+      ids=index,
+      real=index >= 0,
+      epoch=step // self.steps_per_epoch,
+      reference=self.reference and self.reference.for_batch(index, flipped),
+      batch=batch,
+    )
+
+  def _ledger(self):
+    if self.method is None or self.method.score is None:
+      return None
+    return gm.ScoreLedger(
+      self.folder / LEDGER_FOLDER, fingerprints=self._ledger_fingerprints()
+    )
 
   def _ledger_fingerprints(self):
     """The run's, and of which data and labels a filter made of it is."""
@@ -305,48 +277,8 @@ class Run:
 
   def _evaluate(self, params):
     self.test_batches.set_state(self.test_start)
-    return steps.evaluate(self.eval_step, params, self.test_batches)
-
-
-class _EpochLog:
-  """Keeps step outputs on the device until the epoch ends.
-
-  Fetching them step by step would make every step wait for the one before.
-  """
-
-  def __init__(self, metrics, ledger, steps_per_epoch):
-    self._metrics, self._ledger = metrics, ledger
-    self._steps_per_epoch = steps_per_epoch
-    self._pending = []
-
-  def add(self, step, index, output):
-    self._pending.append((step, index, output))
-
-  def flush(self):
-    fetched = jax.device_get([output for _, _, output in self._pending])
-    for (step, index, _), output in zip(self._pending, fetched, strict=True):
-      self._metrics.write(
-        step, {f"train_{k}": float(v) for k, v in output.metrics.items()}
-      )
-      if self._ledger is not None:
-        real = index >= 0
-        self._ledger.append(
-          index[real],
-          output.samples["score"][real],
-          weights=output.samples["weight"][real],
-          losses=output.samples["loss"][real],
-          step=step,
-          epoch=step // self._steps_per_epoch,
-        )
-    if self._ledger is not None and self._pending:
-      self._ledger.flush()
-    self._pending.clear()
-
-
-def nonfinite_samples(folder: pathlib.Path) -> int:
-  """How often a sample was left out because it was not finite."""
-  rows = writers.read_metrics(folder / writers.METRICS_FILE)
-  return int(sum(row.get("train_nonfinite", 0) for row in rows))
+    found = steps.evaluate(self.eval_step, params, self.test_batches)
+    return {f"test_{name}": value for name, value in found.items()}
 
 
 def main(config: Any, workdir: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import tensorboardX
 import tqdm
 
@@ -51,6 +52,28 @@ class MetricsWriter:
     self.flush()
     self._file.close()
     self._events.close()
+
+
+class Silence:
+  """Takes what `MetricsWriter` takes, and keeps nothing."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def flush(self) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def metrics(
+  workdir: pathlib.Path, *, first_step: int
+) -> MetricsWriter | Silence:
+  """The run's `MetricsWriter`; of several processes, the first one writes."""
+  if jax.process_index():
+    return Silence()
+  return MetricsWriter(workdir, first_step=first_step)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
