@@ -105,8 +105,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.mimic.engine = "auto"  # or "forward", "per_sample"
 
   config.select = config_dict.ConfigDict()
-  config.select.binarize = "gmm"  # "threshold", "kmeans", "top_fraction"
-  config.select.aggregate = "majority"
+  # "auto", "gmm", "threshold", "kmeans" or "top_fraction"
+  config.select.binarize = "auto"
+  config.select.aggregate = "label_model"
   config.select.threshold = 0.0  # of "threshold", on the raw score
   config.select.fraction = 0.5  # of "top_fraction"
 

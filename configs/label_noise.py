@@ -90,7 +90,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       "mimic.layers": "head/kernel",
       "mimic.weighting": "softmax",
       "mimic.temperature": 0.03,  # the lowest that was published, and the best
-      "select.aggregate": "label_model",
       "study.seeds": tuple(range(values["seeds"])),
       "study.methods": _METHODS,
       "study.retrain": False,

@@ -88,7 +88,7 @@ def accuracy(dataset: str, method: str, rate: float) -> float | None:
     return None
   place = _SETS.index(dataset)
   if method == "reference":
-    return _REFERENCE[place] / 100
+    return round(_REFERENCE[place] / 100, 4)
   return _at(_ACCURACY.get(method), place, rate)
 
 
@@ -102,4 +102,4 @@ def f1(dataset: str, binarizer: str, rate: float) -> float | None:
 def _at(rows, place, rate):
   if rows is None or rows[place] is None or rate not in RATES:
     return None
-  return rows[place][RATES.index(rate)] / 100
+  return round(rows[place][RATES.index(rate)] / 100, 4)

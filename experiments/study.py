@@ -226,13 +226,8 @@ def _filter(config, there, run):
   if path.exists():
     return path
   if run.chosen_by:
-    ids, scores = select_lib.ledger_of(there.with_name(run.chosen_by)).matrix(
-      "score"
-    )
-    selection = gm.select(
-      scores, ids=ids, binarize="top_fraction", fraction=run.keep
-    )
-    kept = selection.kept_ids
+    ledger = select_lib.ledger_of(there.with_name(run.chosen_by))
+    kept = gm.subset(ledger, run.keep)
   else:
     split = sources.of_config(config.data, config.data.train_split)
     size = len(split.labels)

@@ -280,6 +280,35 @@ def test_a_skipped_step_has_no_gradient():
   assert grads["w"] == info.effective_sample_size == 0
 
 
+def test_warmup_is_uniform_and_then_it_is_not():
+  inner = gm.softmax(0.5)
+  weighting = jax.jit(gm.warmup(inner, steps=3))
+  uniform = gm.uniform()(SCORES, MASK)
+  for step, expected in ((0, uniform), (2, uniform), (3, inner(SCORES, MASK))):
+    np.testing.assert_allclose(weighting(SCORES, MASK, step), expected)
+  with pytest.raises(ValueError, match="pass step="):
+    gm.warmup(inner, steps=3)(SCORES, MASK)
+  with pytest.raises(ValueError, match="expected 0 or more"):
+    gm.warmup(inner, steps=-1)
+
+
+def test_warmup_of_training_is_plain_until_it_is_over():
+  """Two steps of the engine: one down the mean, one down the weighted sum."""
+  params, reference = jnp.zeros(2), jnp.ones(2)
+  batch = jnp.array([[1.0, 0.0], [0.0, -3.0]])
+
+  def losses_fn(params, batch):
+    return -jnp.sum(batch * params[None], axis=-1)
+
+  fn = gm.mimic_value_and_grad(
+    losses_fn, weighting=gm.warmup(gm.top_fraction(0.5), steps=1)
+  )
+  _, first = fn(params, reference, batch, step=0)
+  _, second = fn(params, reference, batch, step=1)
+  np.testing.assert_allclose(first, -batch.mean(axis=0))
+  np.testing.assert_allclose(second, -batch[0])
+
+
 def test_proportional_closed_form():
   positive = np.maximum(SCORES, 0) * MASK
   np.testing.assert_allclose(

@@ -403,12 +403,31 @@ def test_a_resnets_gradients_ignore_batch_mates_and_go_forward_too():
   np.testing.assert_allclose(forward, backward, rtol=1e-4)
 
 
+def test_a_resnet_on_patches_sees_them_as_pixels():
+  """Patches of 2 with their channels are what cut images without are."""
+  images = jax.random.normal(jax.random.key(2), (2, 4, 6, 3))
+  apply, like = shapes(
+    config_of("resnet", widths=(8,), patch_size=2), (4, 6, 3)
+  )
+  plain, same = shapes(config_of("resnet", widths=(8,)), (2, 3, 12))
+  assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, same)
+  params = random_like(like)
+  pixels = np.zeros((2, 2, 3, 12), np.float32)
+  for row, column in np.ndindex(4, 6):
+    place = 3 * (2 * (row % 2) + column % 2)
+    pixels[:, row // 2, column // 2, place : place + 3] = images[:, row, column]
+  np.testing.assert_allclose(
+    apply(params, images), plain(params, pixels), rtol=1e-5, atol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"widths": (8, 12)}, r"widths is \(8, 12\)"),
     ({"widths": ()}, r"widths is \(\)"),
     ({"widths": (8,), "blocks_per_stage": 0}, "blocks_per_stage is 0"),
+    ({"widths": (8,), "patch_size": 3}, "patch_size is 3"),
   ],
 )
 def test_a_resnet_refuses(fields, message):
