@@ -46,6 +46,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.path = config_dict.placeholder(str)
   config.noise.column = config_dict.placeholder(str)
   config.noise.id_column = config_dict.placeholder(str)
+  # Of "file": samples that the table lacks keep their labels.
+  config.noise.partial = False
 
   config.model = config_dict.ConfigDict()
   config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
@@ -121,6 +123,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.retrain = True  # on what each method's selection keeps
   # Shares of the data to train on: each method's best, and some by chance.
   config.study.keep_fractions = ()
+  config.study.keep_methods = ()  # whose; empty: of all that have scores
   # Selections to measure, by `select.aggregate`: "threshold" (at
   # `select.threshold`), "gmm", "kmeans", "top_fraction", "auto", and "weight":
   # the published threshold, a weight of more than 1 / batch_size.
@@ -134,6 +137,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.tune.learning_rates = ()
   # Of `mimic.temperature` with softmax weights, of `mimic.fraction` otherwise.
   config.study.tune.weighting_values = ()
+  # Of `mimic.layers`, besides that one, for methods that look at gradients.
+  config.study.tune.layers = ()
   # How the reference differs from the learner. Empty and 0: not at all, but
   # for its clean labels.
   config.study.reference = config_dict.ConfigDict()

@@ -161,6 +161,7 @@ def _cifar10(values):
     "checkpoint.every_epochs": 4,
     "study.methods": _PAPERS,
     "study.seeds": tuple(range(seeds)),
+    "study.references": "{sweep}/references",
   }
   tuned_on = {
     "data.test_split": "train[45000:48000]",
@@ -168,6 +169,7 @@ def _cifar10(values):
     "study.seeds": (10,),
     "study.tune.learning_rates": (1e-3, 3e-3),
     "study.tune.weighting_values": (0.3, 0.7),
+    "study.tune.layers": (".",),  # all of them
   }
   full = "configs/label_noise.py:dataset=cifar10,protocol=finetune"
   cells.append(_line("finetune_tuning", "tune", full, network | tuned_on))
@@ -184,6 +186,7 @@ def _cifar10(values):
     more = {}
     if name == "symmetric_0.4":
       more["study.keep_fractions"] = (0.8, 0.7, 0.6, 0.5)
+      more["study.keep_methods"] = ("grad_mimic", "rho")
     cells.append(
       _line(f"finetune_{name}", "study", full, network | noise | more)
     )
@@ -236,20 +239,23 @@ def _probe_ablations(probe, fields, seeds):
 def _finetune_ablations(full, fields):
   """What of the method matters when all weights move: at noise .4."""
   ours = {"study.methods": ("grad_mimic",)}
+  untuned = {k: v for k, v in fields.items() if k != "study.tuned"}
+  untuned["mimic.fraction"] = 0.7
   variants = {
-    "all_layers": {**ours, "mimic.layers": None},
-    "all_layers_cosine": {
-      **ours,
-      "mimic.layers": ".",  # every leaf
-      "mimic.score": "cosine",
-    },
-    "reference_of_test_split": {
+    # As published, and otherwise; at one rate and fraction.
+    "head_only": untuned | ours | {"mimic.layers": "head/kernel"},
+    "all_layers": untuned | ours | {"mimic.layers": "."},
+    "all_layers_cosine": untuned
+    | ours
+    | {"mimic.layers": ".", "mimic.score": "cosine"},
+    "reference_of_test_split": fields
+    | {
       "study.methods": ("grad_mimic", "rho"),
       "study.reference.test_leak": True,
     },
   }
   return [
-    _line(f"finetune_ablation_{name}", "study", full, fields | variant)
+    _line(f"finetune_ablation_{name}", "study", full, variant)
     for name, variant in variants.items()
   ]
 

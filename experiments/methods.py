@@ -204,3 +204,11 @@ def weighting(config: Any) -> gm.Weighting:
   if not config.warmup_steps:
     return chosen
   return gm.warmup(chosen, steps=config.warmup_steps)
+
+
+def reads_layers(method: Method | None) -> bool:
+  """Whether its scores depend on `config.mimic.layers`."""
+  if method is None or method.score in (None, RANDOM, OUTPUT_AGREEMENT):
+    return False
+  kind = gm.scores.get(method.score)
+  return kind.needs_descents or kind.needs_norms or kind.needs_gram

@@ -56,6 +56,7 @@ _FREE = (
   "study.references",
   "study.retrain",
   "study.keep_fractions",
+  "study.keep_methods",
   "checkpoint.",
 )
 # Methods whose fraction must be a number when jit traces.
@@ -317,6 +318,7 @@ class _Grid:
       seed=seed,
       class_names=train.class_names,
       ids=train.ids,
+      partial=config.partial,
       **{
         name: config[name]
         for name in ("mapping", "matrix", "path", "column", "id_column")

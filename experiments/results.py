@@ -361,7 +361,7 @@ def _tuned(config, folder):
         [
           path.name,
           method,
-          ", ".join(f"{k} {v:g}" for k, v in entry["set"].items()),
+          ", ".join(f"{k} {v}" for k, v in entry["set"].items()),
           tables.number(entry["accuracy"], 4),
           str(entry["settings"]),
         ]

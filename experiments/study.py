@@ -37,6 +37,7 @@ _FREE = (
   "study.methods",
   "study.retrain",
   "study.keep_fractions",
+  "study.keep_methods",
   "study.binarizers",
   "study.references",
   "study.tuned",
@@ -163,8 +164,11 @@ def runs_of(config: Any) -> list[Run]:
     plain = {"method": "sgd", **tuned.get("sgd", {})}
     for name in scored if study.retrain else ():
       runs.append(Run(seed, f"retrained_{name}", plain, (name,), name))
+    choosing = [
+      name for name in scored if name in (study.keep_methods or scored)
+    ]
     for keep in study.keep_fractions:
-      for name in (*scored, None):
+      for name in (*choosing, None):
         title = f"keep_{keep:g}_{name or methods.RANDOM}"
         needs = (name,) if name else ()
         runs.append(Run(seed, title, plain, needs, name, keep))
@@ -175,7 +179,7 @@ def _attempt(config, folder, run):
   """The run's result, unless another process is at it."""
   there = folder / f"seed{run.seed}" / run.name
   if not (there / train.RESULT_FILE).exists():
-    claim = claims.take(there.with_suffix(".claim"))
+    claim = claims.take(_beside(there, ".claim"))
     if claim is None:
       return None
     try:
@@ -211,7 +215,7 @@ def _shared_reference(config, there, run):
   )
   shared = pathlib.Path(config.study.references) / name
   shared.parent.mkdir(parents=True, exist_ok=True)
-  with claims.hold(shared.with_suffix(".claim")):
+  with claims.hold(_beside(shared, ".claim")):
     result = train.train_and_evaluate(run_config, shared)
   if not there.exists():
     there.symlink_to(shared.resolve(), target_is_directory=True)
@@ -222,7 +226,7 @@ def _filter(config, there, run):
   """The file of the samples that a run on a part of the data keeps."""
   if run.keep is None:
     return study_report.select(config, there.with_name(run.chosen_by))
-  path = there.with_suffix(".npy")
+  path = _beside(there, ".npy")
   if path.exists():
     return path
   if run.chosen_by:
@@ -236,6 +240,11 @@ def _filter(config, there, run):
     )
   gm.export.write_npy(path, kept)
   return path
+
+
+def _beside(there, ending):
+  """A file beside a folder, whose name may have dots in it."""
+  return there.with_name(there.name + ending)
 
 
 def _check_method(name, config):

@@ -32,6 +32,7 @@ JOBS = (
   "results",
 )
 _CELL = re.compile(r"([\w.-]+): *(\w+) +(.+)", re.DOTALL)
+_SWEEP = "sweep"  # in braces: the sweep's own folder
 _MENTIONED = re.compile(r"\{([\w.-]+)\}")
 
 
@@ -85,7 +86,8 @@ def parse(lines: Any) -> list[Cell]:
   """Cells from lines such as `name: job --config=... --config.x={other}`.
 
   Args:
-    lines: of `config.cells`; `{other}` stands for the folder of another cell.
+    lines: of `config.cells`; `{other}` stands for the folder of another cell,
+      `{sweep}` for that of the sweep.
 
   Returns:
     The cells, each after those that it needs.
@@ -102,7 +104,11 @@ def parse(lines: Any) -> list[Cell]:
         f"config.cells has {line!r}; expected 'name: job --config=...'."
       )
     name, job, arguments = match.groups()
-    needs = tuple(dict.fromkeys(_MENTIONED.findall(arguments)))
+    needs = tuple(
+      other
+      for other in dict.fromkeys(_MENTIONED.findall(arguments))
+      if other != _SWEEP
+    )
     if job not in JOBS:
       raise ValueError(
         f"cell {name!r} is of job {job!r}; expected one of {', '.join(JOBS)}."
@@ -125,7 +131,7 @@ def command(cell: Cell, folder: pathlib.Path) -> str:
 
 def _arguments(cell, folder):
   def path(match):
-    return str(folder / match[1])
+    return str(folder if match[1] == _SWEEP else folder / match[1])
 
   return [
     "-m",

@@ -5,11 +5,12 @@ python -m experiments.tune --workdir=runs/tuning \
   --config.data.train_split='train[:40000]' \
   --config.data.test_split='train[40000:]'
 
-Each method is run with every learning rate of `config.study.tune`, and where it
-has a weighting whose strength is set (a temperature or a fraction) with every
-value of that too. What does best on `config.data.test_split`, which must not be
-the split that results are reported on, is written to `tuned.json`: give it to a
-study as `config.study.tuned`.
+Each method is run with every learning rate of `config.study.tune`; where it has
+a weighting whose strength is set (a temperature or a fraction) with every value
+of that too, and where it looks at gradients with every choice of layers. What
+does best on `config.data.test_split`, which must not be the split that results
+are reported on, is written to `tuned.json`: give it to a study as
+`config.study.tuned`.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from configs import common, label_noise
 from experiments import (
   cli,
   heads,
+  methods,
   probe,
   study,
   tables,
@@ -54,6 +56,11 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
   if not config.study.tune.learning_rates:
     raise ValueError(
       "config.study.tune.learning_rates is empty; expected at least one."
+    )
+  if "probe" in config and config.study.tune.layers:
+    raise ValueError(
+      "config.study.tune.layers is for whole networks; a grid of heads has just"
+      " one layer. Leave it empty."
     )
   tried = _heads if "probe" in config else _runs
   folder = workdir_lib.claim(workdir, config, fields, free=_FREE)
@@ -88,17 +95,22 @@ def _runs(config, folder):
     ]
   needs = tuple(run.name for run in runs[:1])
   for method in config.study.methods:
-    values = (None,)
+    values, layers = (None,), (None,)
     if heads.reads_value(method, config.mimic):
       values = tuple(config.study.tune.weighting_values) or values
-    for rate, value in itertools.product(
-      config.study.tune.learning_rates, values
+    if methods.reads_layers(methods.create(method, config.mimic)):
+      layers += tuple(config.study.tune.layers)
+    for rate, value, chosen in itertools.product(
+      config.study.tune.learning_rates, values, layers
     ):
       setting = {"optimizer.learning_rate": rate}
       name = f"{method}_rate{rate:g}"
       if value is not None:
         setting[_value_field(config)] = value
         name += f"_value{value:g}"
+      if chosen is not None:
+        setting["mimic.layers"] = chosen
+        name += f"_layers{workdir_lib.fingerprint(chosen)[:4]}"
       settings[name] = {"method": method, **setting}
       runs += [
         study.Run(seed, name, {"method": method, **setting}, needs)
@@ -148,7 +160,7 @@ def _mean(entries, field):
 def main(config: Any, workdir: str) -> None:
   """Tunes, then prints the best settings and where they are."""
   for name, entry in tune(config, workdir).items():
-    shown = ", ".join(f"{key}={value:g}" for key, value in entry["set"].items())
+    shown = ", ".join(f"{key}={value}" for key, value in entry["set"].items())
     print(
       f"{name:<26} {entry['accuracy']:.4f}  {shown}"
       f"  (best of {entry['settings']})"

@@ -40,6 +40,7 @@ def apply_noise(
   path: str | os.PathLike | None = None,
   column: str | None = None,
   id_column: str | None = None,
+  partial: bool = False,
 ) -> NoisyLabels:
   """Replaces a share of the labels by wrong ones.
 
@@ -69,15 +70,16 @@ def apply_noise(
     column: For "file": its column of labels, numbers or class names; may be
       left out where there is just one besides the ids.
     id_column: For "file": its column of ids; "id" if left out.
+    partial: For "file": samples that the file has no label for keep their own,
+      and count in `missing`.
 
   Returns:
-    The labels with and without noise. A sample that a file has no label for
-    keeps its own, and counts in `missing`.
+    The labels with and without noise.
 
   Raises:
     FileNotFoundError: If `path` or `matrix` names no file.
-    ValueError: If the kind is unknown, a value is out of range, or an option
-      is missing or has no effect.
+    ValueError: If the kind is unknown, a value is out of range, an option is
+      missing or has no effect, or the file lacks samples.
     TypeError: If `labels` are not integers.
 
   Example:
@@ -126,6 +128,12 @@ def apply_noise(
     handed["rng"] = np.random.default_rng(seed)
   noisy = KINDS[kind].draw(clean, num_classes=num_classes, **handed)
   missing = noisy == NO_LABEL
+  if missing.any() and not partial:
+    raise ValueError(
+      f"{path} has no label for {missing.sum()} of {len(clean)} samples, such"
+      f" as {str(ids[np.argmax(missing)])!r}; complete it, or let these keep"
+      " their labels with config.noise.partial=true"
+    )
   noisy = np.where(missing, clean, noisy)
   return _compare(noisy, clean, int(missing.sum()))
 

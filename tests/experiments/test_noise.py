@@ -328,7 +328,12 @@ class TestFile:
   names = ("ant", "bee", "cow")
 
   def apply(self, path, **options):
-    options = {"ids": self.ids, "class_names": self.names, **options}
+    options = {
+      "ids": self.ids,
+      "class_names": self.names,
+      "partial": True,
+      **options,
+    }
     return noise.apply_noise(
       self.labels, kind="file", path=path, num_classes=3, seed=0, **options
     )
@@ -401,6 +406,11 @@ class TestFile:
       ),
       ("id,a\ntrain_00000", {}, r"labels.csv can't be read as csv"),
       ("id,a\ntrain_00000,1", {"ids": None}, "'file' needs ids"),
+      (
+        "id,a\ntrain_00000,1",
+        {"partial": False},
+        "no label for 5 of 6 samples, such as 'train_00001'; complete it",
+      ),
       ("id,a\ntrain_00000,1", {"rate": 0.4}, "rate is 0.4, but .* leave it"),
       ("id,a\ntrain_00000,1", {"matrix": np.eye(3)}, "take kind 'confusion'"),
       ("id,a\ntrain_00000,1", {"ids": np.array(["a", "b"])}, r"but \(2,\) ids"),

@@ -132,7 +132,7 @@ def test_tuning_tries_all_and_a_study_takes_the_best(make_study, tmp_path):
 
 
 def test_tuned_settings_that_are_none(make_study, tmp_path):
-  with pytest.raises(FileNotFoundError, match="of experiments.tune"):
+  with pytest.raises(FileNotFoundError, match=r"tuned\.json of"):
     tuning.read(str(tmp_path / "tuned.json"))
   (tmp_path / "tuned.json").write_text('{"sgdd": {"set": {}}}')
   with pytest.raises(ValueError, match="no method of that name"):
