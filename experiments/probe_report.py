@@ -184,7 +184,7 @@ def _label(method, value):
 
 
 def _draw(config, folder, results):
-  """Learning curves, a file for each rate and field."""
+  """Learning curves, a file for each rate and field; histograms of scores."""
   curves: dict[Any, dict[str, list[Any]]] = {}
   for result in results:
     for run in result["runs"]:
@@ -207,4 +207,28 @@ def _draw(config, folder, results):
           ylabel=field.replace("_", " "),
         )
       )
-  return paths
+  return paths + _draw_scores(config, folder, results)
+
+
+def _draw_scores(config, folder, results):
+  """Of the first seed's first mimic method and value, a file for each rate."""
+  first = config.study.seeds[0]
+  drawn: dict[float, pathlib.Path] = {}
+  for result in results:
+    for run in result["runs"]:
+      if not result["method"].startswith("grad_mimic") or run["seed"] != first:
+        continue
+      if run["rate"] in drawn:
+        continue
+      with np.load(folder / "samples" / run["samples"]) as arrays:
+        scores = arrays["score"]
+        wrong = arrays["labels"] != arrays["clean_labels"]
+      seen = ~np.isnan(scores).all(axis=1)
+      drawn[run["rate"]] = figures.score_histograms(
+        scores[seen],
+        wrong[seen],
+        folder / f"scores_{run['rate']:g}.png",
+        title=f"{config.data.name}, {config.noise.kind} noise {run['rate']:g}:"
+        f" scores of {_label(result['method'], run['value'])}, seed {first}",
+      )
+  return list(drawn.values())

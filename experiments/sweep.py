@@ -58,7 +58,7 @@ def run_sweep(config: Any, workdir: Any) -> list[str]:
 
   Raises:
     ValueError: a cell that can't be read, or that needs one which is not there.
-    RuntimeError: a job failed; its last words are in the message.
+    ChildProcessError: a job failed; its last words are in the message.
   """
   folder = pathlib.Path(workdir)
   cells = parse(config.cells)
@@ -166,7 +166,7 @@ def _attempt(cell, folder) -> bool:
       ).returncode
     if code:
       last = log.read_text().strip().splitlines()[-1:]
-      raise RuntimeError(
+      raise ChildProcessError(
         f"{cell.name} failed: {''.join(last)} ({log} has all of its output;"
         " the same command goes on from there)."
       )

@@ -13,13 +13,14 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-  assert len(blocks) == 5
+  assert len(blocks) == 7
   monkeypatch.chdir(tmp_path)
   params = {"w": jnp.zeros((4, 3))}
   optimizer = optax.adam(1e-3)
   rng = np.random.default_rng(0)
   names = {
     "jax": jax,
+    "np": np,
     "optax": optax,
     "model": lambda params, images: images @ params["w"],
     "params": params,
