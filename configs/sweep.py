@@ -7,9 +7,9 @@ CIFAR-10: a small residual network is trained on the clean first half of the
 training set. On the second half, under symmetric noise and the labels that
 people gave (CIFAR-10N), heads on its frozen features (`probe_*`) and all of its
 weights (`finetune_*`) are trained by every method, with settings tuned alike on
-held-out samples; then subsets, ablations, costs, and `results`. Without
-`labels=<a table with the columns id, worst, random1 and aggre>` there is no
-human noise.
+held-out samples under symmetric noise; then subsets, ablations, costs, and
+`results`. Human noise comes with `labels=<a table with the columns id, worst,
+random1 and aggre>`.
 
 `study=digits` is the same in minutes, on scikit-learn's handwritten digits.
 """
@@ -115,32 +115,29 @@ def _cifar10(values):
     "mimic.weighting": "ess_softmax",
     "mimic.fraction": 0.3,
     "optimizer.learning_rate": 1e-3,
+    "probe.features": "{sweep}/features",
     "study.methods": _ALL,
   }
   tuned_on = {
     "data.train_split": "train[25000:45000]",
     "data.test_split": "train[45000:]",
-    "study.seeds": (10,),
-    "study.tune.learning_rates": (3e-4, 1e-3, 3e-3, 1e-2),
-    "study.tune.weighting_values": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    "probe.rates": (0.4, 0.5, 0.6),
+    "study.seeds": (10, 11, 12),
+    "study.tune.learning_rates": (1e-3, 3e-3, 1e-2),
+    "study.tune.weighting_values": (0.1, 0.3, 0.5, 0.7),
   }
   probe = "configs/label_noise.py:dataset=cifar10,protocol=probe"
   cells = [_line("backbone", "train", "configs/common.py", backbone)]
+  cells.append(
+    _line("probe_tuning", "tune", probe, heads | noises["symmetric"] | tuned_on)
+  )
   for name, noise in noises.items():
-    rates = {"probe.rates": (0.4, 0.5, 0.6) if name == "symmetric" else (0,)}
-    more = {"study.seeds": tuple(range(seeds))}
-    more["study.tuned"] = f"{{probe_tuning_{name}}}/tuned.json"
-    if name == "symmetric":
-      more["probe.rates"] = (0.3, 0.4, 0.5, 0.6, 0.7)
-    cells += [
-      _line(
-        f"probe_tuning_{name}",
-        "tune",
-        probe,
-        heads | noise | rates | tuned_on,
-      ),
-      _line(f"probe_{name}", "probe", probe, heads | noise | rates | more),
-    ]
+    more = {
+      "probe.rates": (0.3, 0.4, 0.5, 0.6, 0.7) if name == "symmetric" else (0,),
+      "study.seeds": tuple(range(seeds)),
+      "study.tuned": "{probe_tuning}/tuned.json",
+    }
+    cells.append(_line(f"probe_{name}", "probe", probe, heads | noise | more))
   cells += _probe_ablations(probe, heads | noises["symmetric"], seeds)
 
   # Fine-tuning, on a fifth of the second half.

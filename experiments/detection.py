@@ -62,10 +62,11 @@ def measure(
       **options,
     )
     found = gm.metrics.detection(mean, selection.keep, wrong)
+    probability = selection.keep_probability
     about[name] = {
       "f1": plain(found.f1),
       "kept": float(selection.keep.mean()),
-      "estimate": float(np.nanmean(selection.keep_probability)),
+      "estimate": _mean(probability[~np.isnan(probability)]),
     }
   return about
 
@@ -100,7 +101,7 @@ def mean(config: Any, found: list[dict[str, Any]]) -> dict[str, float | None]:
 
 def _mean(values):
   values = [value for value in values if value is not None]
-  return float(np.mean(values)) if values else None
+  return float(np.mean(values)) if len(values) else None
 
 
 def plain(value: float) -> float | None:

@@ -277,17 +277,18 @@ def _quality(rows, method, path, title):
     tables.number(_pearson(noise, [row[f"kept_{name}"] for row in scored]))
     for name in names
   ]
-  figures.scatter(
+  order = np.argsort(noise)
+  shares = {name: [row[f"kept_{name}"] for row in scored] for name in names} | {
+    "truth": [1 - rate for rate in noise]
+  }
+  figures.learning_curves(
     {
-      name: (
-        [row["noise_rate"] for row in scored],
-        [row[f"kept_{name}"] for row in scored],
-      )
-      for name in names
+      name: [(np.take(noise, order), np.take(share, order))]
+      for name, share in shares.items()
     },
     path,
     title=f"{title}: share kept by the scores of {method}",
-    xlabel="noise rate",
+    xlabel="share of labels that are wrong",
     ylabel="share of samples kept",
   )
   return [

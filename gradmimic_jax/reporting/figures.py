@@ -23,6 +23,8 @@ _COLORS = (
   "#56B4E9",
   "#000000",
 )
+_LINES = ("solid", "dashed", "dotted", "dashdot")
+_FEW = 7  # curves that a legend fits beside, and whose runs can be told apart
 _CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
 _STYLE: Any = {
   "figure.dpi": 150,
@@ -45,6 +47,8 @@ def learning_curves(
   ylabel: str,
 ) -> pathlib.Path:
   """Draws a line for each method, its mean over runs, and the runs behind it.
+
+  More than seven lines come without the runs, and with the legend beside them.
 
   Args:
     curves: for each name a list of runs, each `(x [K], y [K])`, all at the same
@@ -71,7 +75,12 @@ def learning_curves(
   """
   if not curves:
     raise ValueError("no curves came; expected at least one name.")
-  with _figure(path, figsize=(6, 3.6)) as (figure, file):
+  crowded = len(curves) > _FEW
+  counts = {len(runs) for runs in curves.values()}
+  with _figure(path, figsize=(8, 4.2) if crowded else (6, 3.6)) as (
+    figure,
+    file,
+  ):
     axes = figure.subplots()
     for i, (name, runs) in enumerate(curves.items()):
       xs = [np.asarray(x, float) for x, _ in runs]
@@ -79,12 +88,24 @@ def learning_curves(
         raise ValueError(f"the runs of {name!r} were recorded at different x.")
       ys = np.asarray([y for _, y in runs], float)
       color = _COLORS[i % len(_COLORS)]
-      for y in ys:
-        axes.plot(xs[0], y, color=color, alpha=0.25, linewidth=0.8)
-      label = name if len(ys) == 1 else f"{name} (mean of {len(ys)})"
-      axes.plot(xs[0], ys.mean(axis=0), color=color, linewidth=1.8, label=label)
+      if not crowded:
+        for y in ys:
+          axes.plot(xs[0], y, color=color, alpha=0.25, linewidth=0.8)
+      one = len(ys) == 1 or len(counts) == 1
+      axes.plot(
+        xs[0],
+        ys.mean(axis=0),
+        color=color,
+        linestyle=_LINES[i // len(_COLORS) % len(_LINES)],
+        linewidth=1.4 if crowded else 1.8,
+        label=name if one else f"{name} (mean of {len(ys)})",
+      )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
+    about = f"mean of {max(counts)}" if counts != {1} and one else None
+    if crowded:
+      figure.legend(loc="outside right upper", title=about, fontsize=8)
+    else:
+      axes.legend(title=about)
   return file
 
 
