@@ -23,7 +23,7 @@ from experiments import (
 )
 from gradmimic_jax.reporting import figures
 
-PAGE_FILE = "README.md"
+PAGE_FILE = "tables.md"
 _REFERENCE = "reference"
 
 
@@ -32,7 +32,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
 
   Args:
     config: as `configs/results.py` describes it.
-    workdir: gets `README.md` with the tables, each also as CSV, and figures.
+    workdir: gets `tables.md`, each also as CSV, and figures.
 
   Returns:
     The path of the page.
