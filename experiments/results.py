@@ -5,6 +5,7 @@ python -m experiments.results --config=configs/results.py \
   --config.finetune="('runs/finetune_0.4','runs/finetune_0.6')"
 """
 
+import functools
 import pathlib
 import shutil
 from typing import Any
@@ -24,6 +25,7 @@ from experiments import (
 from gradmimic_jax.reporting import figures
 
 PAGE_FILE = "tables.md"
+_PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
 
 
@@ -45,8 +47,8 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   groups = {
     title: _load(folders)
     for title, folders in (
-      ("Linear probing", config.probe),
-      ("Fine-tuning", config.finetune),
+      (_PROBING, config.probe),
+      (_FINETUNING, config.finetune),
     )
     if folders
   }
@@ -71,9 +73,15 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
     rows = _rows(summaries)
     slug = title.lower().replace(" ", "_").replace("-", "_")
     _write_csv(folder / f"{slug}.csv", rows)
-    lines += ["", f"## {title}", "", *_accuracies(rows, costs, summaries)]
+    theirs = functools.partial(
+      published.accuracy,
+      summaries[0]["dataset"],
+      finetuned=title == _FINETUNING,
+    )
+    lines += ["", f"## {title}", "", *_accuracies(rows, costs, theirs)]
     lines += _subsets(rows)
-    lines += _detections(rows, config.method, summaries)
+    dataset = summaries[0]["dataset"] if title == _PROBING else ""
+    lines += _detections(rows, config.method, dataset)
     lines += _quality(
       rows, config.method, folder / f"quality_{slug}.png", title
     )
@@ -155,14 +163,13 @@ def _is_whole(row):
   return row.get("keep") is None and row.get("chosen_by") is None
 
 
-def _accuracies(rows, costs, summaries):
+def _accuracies(rows, costs, theirs):
   whole = [row for row in rows if _is_whole(row)]
   noises = list(dict.fromkeys(row["noise"] for row in whole))
-  dataset = summaries[0]["dataset"]
   header = ["method", *noises]
   measured = costs["methods"] if costs else {}
   beside = any(
-    published.accuracy(dataset, row["method"], rate) is not None
+    theirs(row["method"], rate) is not None
     for row in whole
     for rate in published.RATES
   )
@@ -179,13 +186,11 @@ def _accuracies(rows, costs, summaries):
       entry = measured.get(name, {})
       cells += [tables.number(entry.get(k), 2) for k in ("time", "memory")]
     if beside:
-      theirs = [
-        published.accuracy(dataset, name, rate) for rate in published.RATES
-      ]
+      values = [theirs(name, rate) for rate in published.RATES]
       cells.append(
         "-"
-        if not any(theirs)
-        else " / ".join(tables.number(value, 4) for value in theirs)
+        if not any(values)
+        else " / ".join(tables.number(value, 4) for value in values)
       )
     lines.append([label, *cells])
   return ["Test accuracy:", "", *tables.markdown(header, lines)]
@@ -234,16 +239,17 @@ def _of_method(rows, method):
   ]
 
 
-def _detections(rows, method, summaries):
+def _detections(rows, method, dataset):
   scored, names = _of_method(rows, method), _binarizers(rows)
   if not scored or not names:
     return []
-  dataset = summaries[0]["dataset"]
   lines = []
   for row in scored:
     cells = []
     for name in names:
-      theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
+      theirs = None
+      if row["noise"].startswith("symmetric"):
+        theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
       text = tables.number(row[f"f1_{name}"])
       cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
     lines.append([row["noise"], tables.number(row["auroc"]), *cells])

@@ -78,7 +78,7 @@ def test_a_failed_cell_is_told_and_run_again(tmp_path, digits_dir):
     f"a: train --config=configs/digits.py --config.data.data_dir={digits_dir}"
   )
   short = f"{line} --config.num_epochs=1 --config.batch_size=512"
-  with pytest.raises(ChildProcessError, match="a failed: error: .*'sgdd'"):
+  with pytest.raises(ChildProcessError, match=r"a failed: error: .*'sgdd'"):
     sweep.run_sweep(sweep_of(f"{short} --config.method=sgdd"), folder)
   assert not (folder / "a.json").exists()
   sweep.run_sweep(sweep_of(short), folder)
@@ -202,6 +202,9 @@ def test_published_numbers():
   assert published.accuracy("cifar10", "reference", 0.5) == 0.9418
   assert published.accuracy("cifar10", "rho", 0.5) is None
   assert published.accuracy("digits", "sgd", 0.5) is None
+  finetuned = published.accuracy("cifar100", "grad_mimic", 0.6, finetuned=True)
+  assert finetuned == 0.2402
+  assert published.accuracy("cifar10", "sgd", 0.6, finetuned=True) is None
   assert published.f1("dtd", "gmm", 0.6) == 0.96
   assert published.f1("dtd", "gmm", 0.55) is None
 
