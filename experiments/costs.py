@@ -11,14 +11,21 @@ step holds besides its arguments and results. The reference's outputs are found
 once, before training, and don't count.
 """
 
-import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import cli, study, tables, train, workdir as workdir_lib
+from experiments import (
+  cli,
+  study,
+  tables,
+  train,
+  tuning,
+  workdir as workdir_lib,
+)
 
 COSTS_FILE = "costs.json"
 _ROUNDS = 15
@@ -42,44 +49,40 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """
   folder = workdir_lib.claim(workdir, config, free=("study.",))
   names = list(dict.fromkeys(("sgd", *config.study.methods)))
-  steps = {name: _Step(config, folder, name) for name in names}
-  calls = {
-    name: max(1, round(_SHORTEST / step.seconds(3)))
-    for name, step in steps.items()
-  }
-  rounds = [
-    {name: step.seconds(calls[name]) for name, step in steps.items()}
-    for _ in range(_ROUNDS)
-  ]
-  plain = steps["sgd"].memory
   found = {
     "machine": workdir_lib.machine(),
     "batch_size": config.batch_size,
-    "methods": {
-      name: {
-        "time": float(np.median([r[name] / r["sgd"] for r in rounds])),
-        "milliseconds": 1000 * float(np.median([r[name] for r in rounds])),
-        "memory": step.memory / plain if step.memory and plain else None,
-      }
-      for name, step in steps.items()
-    },
+    "methods": compare({name: _step(config, folder, name) for name in names}),
   }
   workdir_lib.write_json(folder / COSTS_FILE, found)
   return found
 
 
-class _Step:
+def _step(config, folder, name):
+  tuned = tuning.read(config.study.tuned).get(name, {})
+  copy = study.derived(config, seed=config.seed, method=name, **tuned)
+  run = train.Run(copy, folder, train.load_data(copy))
+  batch = next(run.train_batches)
+  index, flipped = batch.pop("index"), batch.pop("flipped", None)
+  reference = run.reference and run.reference.for_batch(index, flipped)
+  return TimedStep(run.train_step, run.state, reference, batch)
+
+
+class TimedStep:
   """A method's compiled step on one batch."""
 
-  def __init__(self, config: Any, folder: pathlib.Path, name: str):
-    copy = study.derived(config, seed=config.seed, method=name)
-    run = train.Run(copy, folder, train.load_data(copy))
-    batch = next(run.train_batches)
-    index, flipped = batch.pop("index"), batch.pop("flipped", None)
-    reference = run.reference and run.reference.for_batch(index, flipped)
+  def __init__(self, train_step: Any, state: Any, reference: Any, batch: Any):
+    """Compiles it.
+
+    Args:
+      train_step: what `steps.make_train_step` gives.
+      state: a state of the run, which is used up.
+      reference: what the step goes by.
+      batch: to take the step on, again and again.
+    """
     self._others = reference, jax.device_put(batch)
-    self._state = run.state
-    self._step = run.train_step.lower(self._state, *self._others).compile()
+    self._state = state
+    self._step = train_step.lower(state, *self._others).compile()
     analysis = self._step.memory_analysis()
     self.memory = analysis and analysis.temp_size_in_bytes
     self.seconds(1)  # warm
@@ -91,6 +94,38 @@ class _Step:
       self._state, output = self._step(self._state, *self._others)
     jax.block_until_ready((self._state, output))
     return (time.perf_counter() - start) / calls
+
+
+def compare(
+  steps: Mapping[str, TimedStep], plain: str = "sgd"
+) -> dict[str, dict[str, float | None]]:
+  """Times steps in turn, round by round.
+
+  Args:
+    steps: by name.
+    plain: the one that the others are relative to.
+
+  Returns:
+    For each `time` and `memory` relative to the plain one's (`memory` None
+    where the compiler doesn't tell), and `milliseconds`.
+  """
+  calls = {
+    name: max(1, round(_SHORTEST / step.seconds(3)))
+    for name, step in steps.items()
+  }
+  rounds = [
+    {name: step.seconds(calls[name]) for name, step in steps.items()}
+    for _ in range(_ROUNDS)
+  ]
+  memory = steps[plain].memory
+  return {
+    name: {
+      "time": float(np.median([r[name] / r[plain] for r in rounds])),
+      "milliseconds": 1000 * float(np.median([r[name] for r in rounds])),
+      "memory": step.memory / memory if step.memory and memory else None,
+    }
+    for name, step in steps.items()
+  }
 
 
 def main(config: Any, workdir: str) -> None:

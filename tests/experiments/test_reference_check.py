@@ -83,7 +83,7 @@ def test_another_reference_in_the_same_workdir_is_checked(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(train._Run, "to_the_end", stopped)
+    patch.setattr(train.Run, "to_the_end", stopped)
     with pytest.raises(KeyboardInterrupt):
       train.train_and_evaluate(own, tmp_path / "run")
   assert (tmp_path / "run" / reference_check.FILE).exists()
