@@ -21,7 +21,9 @@ def check(
   losses_fn: Callable[..., Any],
   params: Any,
   reference: reference_lib.Reference | None,
-  data: Any,
+  draw: Callable[[], Any],
+  *,
+  instead: str = "grad_mimic_outputs or output_agreement",
 ) -> dict[str, Any] | None:
   """Checks the reference's weights; stops a run that they would harm.
 
@@ -31,7 +33,8 @@ def check(
     losses_fn: `(params, batch) -> (losses [B], aux)`.
     params: the learner's parameters before the first step.
     reference: the run's, or None.
-    data: what `train.load_data` returns.
+    draw: gives the batch to check on; `batch_of` has one.
+    instead: the methods to recommend where the weights would harm.
 
   Returns:
     What `save` writes, or None if there was nothing to check.
@@ -49,12 +52,11 @@ def check(
       known = None
   if known and (known["verdict"] != "foreign basin" or config.mimic.force):
     return known
-  batch = batch_of(data, samples=config.mimic.check_samples, seed=config.seed)
   report = gm.check_reference(
     losses_fn,
     params,
     reference.params,
-    batch,
+    draw(),
     layers=config.mimic.layers,
     has_aux=True,
   )
@@ -66,11 +68,11 @@ def check(
     f"the reference {config.mimic.reference} lies in a foreign basin (cosine"
     f" with the learner's weights {report.weight_cosine:.3f}, barrier"
     f" {report.barrier:.3g}): scores toward its weights would be worthless or"
-    " inverted. Use the method grad_mimic_outputs or output_agreement, which"
-    " need only its outputs (in a study, by --config.study.methods); or start"
-    " from its initialisation (its --config.seed; in a study, another workdir"
-    " with --config.study.reference.seed_offset=0); or give"
-    " --config.mimic.force to train all the same."
+    f" inverted. Use the method {instead}, which needs only its outputs (in a"
+    " study, by --config.study.methods); or start from its initialisation (its"
+    " --config.seed; in a study, another workdir with"
+    " --config.study.reference.seed_offset=0); or give --config.mimic.force to"
+    " train all the same."
   )
 
 

@@ -29,6 +29,13 @@ class StepOutput(NamedTuple):
   samples: dict[str, jax.Array]  # score, weight, loss: each [B]; {} if plain
 
 
+class Outputs(NamedTuple):
+  """What a task makes of a reference's outputs for a batch."""
+
+  direction: gm.Direction  # toward them
+  losses_of: Callable[[Any, Any], jax.Array]  # (outputs, batch) -> losses [B]
+
+
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   """The state before the first step."""
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
@@ -40,6 +47,8 @@ def make_train_step(
   method: Method | None,
   config: Any,
   outputs_fn: Callable[..., jax.Array] | None = None,
+  *,
+  outputs: Outputs | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
   """A jitted step of one method.
 
@@ -50,6 +59,8 @@ def make_train_step(
     config: `config.mimic`: `layers`, `scope`, `engine`.
     outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
       reference's outputs; losses_fn's are then the cross-entropies of these.
+    outputs: of tasks other than classification, in place of outputs_fn: for
+      methods with the direction or the score that they give.
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
@@ -68,7 +79,7 @@ def make_train_step(
   elif not method.detached:
     gradient = _attached_gradient(losses_fn, method)
   else:
-    gradient = _mimic_gradient(losses_fn, method, config, outputs_fn)
+    gradient = _mimic_gradient(losses_fn, method, config, outputs_fn, outputs)
 
   def train_step(state, reference, batch):
     grads, output = gradient(state, reference, batch)
@@ -352,11 +363,17 @@ def _random_score(step):
   return gm.scores.Score(RANDOM, fn)
 
 
-def _mimic_gradient(losses_fn, method, config, outputs_fn):
+def _mimic_gradient(losses_fn, method, config, outputs_fn, outputs):
+  if outputs is not None and method.direction == "outputs":
+    direction, losses_of = outputs
+  else:
+    direction = direction_of(method.direction, losses_fn, outputs_fn)
+    losses_of = classification.losses_of
+
   def value_and_grad_by(score):
     return gm.mimic_value_and_grad(
       losses_fn,
-      direction=direction_of(method.direction, losses_fn, outputs_fn),
+      direction=direction,
       layers=config.layers,
       score=score,
       weighting=method.weighting,
@@ -371,7 +388,7 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn):
 
   def gradient(state, reference, batch):
     if method.score == "excess_loss":
-      reference = classification.losses_of(reference, batch)
+      reference = losses_of(reference, batch)
     by = value_and_grad or value_and_grad_by(_random_score(state.step))
     (loss, info), grads = by(
       state.params, reference, batch, mask=batch["mask"], step=state.step

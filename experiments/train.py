@@ -112,6 +112,7 @@ def load_data(config: Any) -> Data:
     seed=config.noise.seed,
     class_names=train.class_names,
     ids=train.ids,
+    partial=config.noise.partial,
     **{name: config.noise[name] for name in NOISE_OPTIONS},
   )
   if labels.missing:
@@ -138,6 +139,13 @@ def load_data(config: Any) -> Data:
     indices = indices[~np.isin(indices, clean)]
   if config.model.pretrained is not None:
     mean, std = initial.scaling(config.model.pretrained)
+    if len(mean) not in (1, train.images.shape[-1]):
+      raise ValueError(
+        f"config.model.pretrained is {config.model.pretrained!r}, which was"
+        f" trained on images of {len(mean)} channels; those of"
+        f" {config.data.name} have {train.images.shape[-1]}. Take weights for"
+        " such images."
+      )
   else:
     pixels = train.images.reshape(-1, train.images.shape[-1])
     # Standard deviations of a constant channel would divide by zero.
@@ -218,7 +226,11 @@ class Run:
       self.losses_fn,
       self.state.params,
       self.reference,
-      self.data,
+      lambda: reference_check.batch_of(
+        self.data,
+        samples=self.config.mimic.check_samples,
+        seed=self.config.seed,
+      ),
     )
 
   def to_the_end(self) -> dict[str, Any]:
