@@ -10,6 +10,7 @@ and any number of processes may be given the same command: they share the runs.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,10 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
 
 
 def run_all(
-  config: Any, folder: pathlib.Path, runs: list[Run]
+  config: Any,
+  folder: pathlib.Path,
+  runs: list[Any],
+  train_run: Callable[[Any, pathlib.Path, Any], dict[str, Any]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
   """Makes the runs, with all other processes that are at it.
 
@@ -98,6 +102,7 @@ def run_all(
     config: the study's.
     folder: to make the runs' folders in.
     runs: each after those that it needs.
+    train_run: `(config, folder of the run, run) -> result`; None: `train`'s.
 
   Returns:
     `{name: results}`, those of a name in the order of the runs.
@@ -109,7 +114,7 @@ def run_all(
   def attempt(run):
     if any((run.seed, name) not in finished for name in run.needs):
       return None
-    result = _attempt(config, folder, run)
+    result = _attempt(config, folder, run, train_run or _train)
     if result is not None:
       finished.add((run.seed, run.name))
     return result
@@ -175,7 +180,7 @@ def runs_of(config: Any) -> list[Run]:
   return runs
 
 
-def _attempt(config, folder, run):
+def _attempt(config, folder, run, train_run):
   """The run's result, unless another process is at it."""
   there = folder / f"seed{run.seed}" / run.name
   if not (there / train.RESULT_FILE).exists():
@@ -184,11 +189,11 @@ def _attempt(config, folder, run):
       return None
     try:
       print(f"seed {run.seed}: {run.name}", flush=True)
-      return _train(config, there, run)
+      return train_run(config, there, run)
     finally:
       claim.release()
   print(f"seed {run.seed}: {run.name} (already there)", flush=True)
-  return _train(config, there, run)
+  return train_run(config, there, run)
 
 
 def _train(config, there, run):
