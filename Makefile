@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. Both make their own virtual
+# The two commands: `make demo` and `make test`. All make their own virtual
 # environment on first use; only python3 (>= 3.11, with venv) is needed.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 INSTALLED_SLOW = $(VENV)/.installed_slow
 
-.PHONY: demo study-small test test-slow test-browser lint format clean
+.PHONY: demo clip-demo study-small test test-slow test-browser lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,12 +21,18 @@ $(INSTALLED_SLOW): $(INSTALLED)
 demo: $(INSTALLED)
 	$(RUN) -m experiments.study --config=configs/digits.py --workdir=runs/digits
 
+# CLIP on rendered shapes with wrong captions: the steps that Grad-Mimic saves,
+# the pairs that it finds, and a page with the worst of them.
+clip-demo: $(INSTALLED)
+	$(RUN) -m experiments.clip_study --config=configs/clip_shapes.py \
+	  --workdir=runs/clip_shapes
+
 # The whole label-noise study of the paper on those digits: every method, heads
 # and all weights, with settings tuned alike.
 study-small: $(INSTALLED)
 	$(RUN) -m experiments.sweep --config=configs/sweep.py:study=digits \
 	  --workdir=runs/study_small
-	@cat runs/study_small/results/README.md
+	@cat runs/study_small/results/tables.md
 
 # One process a core; a file's tests share what they have compiled.
 test: $(INSTALLED)

@@ -43,7 +43,7 @@ class Devices:
         f"config.batch_size is {batch_size} on {self.count} devices; expected"
         " a multiple of their number: change it, or --config.devices."
       )
-    self.rows = self._all = self._own_rows = None
+    self.rows = self._all = self._own_rows = self._own_all = None
     if self.count > 1:
       mesh = self._mesh(found[: self.count])
       self.rows = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -61,10 +61,16 @@ class Devices:
       lambda x: jax.make_array_from_process_local_data(self.rows, x), batch
     )
 
+  def put_features(self, features: Any) -> Any:
+    """As `put`, of a tree with scalars, which every process has alike."""
+    return jax.tree.map(
+      lambda x: self.put(x) if np.ndim(x) else self.replicate(x), features
+    )
+
   def replicate(self, tree: Any) -> Any:
     """A tree that every process has alike, whole on every device."""
     if self._all is None:
-      return tree
+      return jax.device_put(tree)
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(
         self._all, np.asarray(x)
@@ -99,7 +105,15 @@ def start(asked: bool) -> None:
 
 
 def own_rows(tree: Any) -> Any:
-  """As `jax.device_get`, of sharded arrays this process's rows."""
+  """Numbers, and of what has a row a sample this process's rows.
+
+  Args:
+    tree: of scalars and arrays `[B, ...]`, B the rows of all processes. Where
+      the compiler left the latter whole on every device, they are divided here.
+
+  Returns:
+    The tree as NumPy arrays.
+  """
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return jax.tree.map(_own_rows, tree)
@@ -114,7 +128,10 @@ def from_first(tree: Any) -> Any:
 
 def _own_rows(array):
   if array.is_fully_replicated:
-    return np.asarray(array)
+    whole = np.asarray(array)
+    if not whole.ndim:
+      return whole
+    return np.split(whole, jax.process_count())[jax.process_index()]
   parts = {
     shard.index[0].start or 0: shard.data for shard in array.addressable_shards
   }

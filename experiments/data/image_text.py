@@ -179,6 +179,11 @@ class PairsIterator(grain.DatasetIterator):
     self._step += 1
     return batch
 
+  @property
+  def epoch(self) -> int:
+    """The pass over the data that the last batch was of."""
+    return max(self._step - 1, 0) // self._pairs.steps_per_epoch
+
   def get_state(self) -> dict[str, Any]:
     """The fingerprint and the number of the next step."""
     return {"fingerprint": self._pairs.fingerprint, "step": self._step}

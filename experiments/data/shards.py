@@ -215,6 +215,11 @@ class ShardIterator(grain.DatasetIterator):
     self._reader: Iterator[Sample | None] | None = None
     self._reader_place = place
 
+  @property
+  def epoch(self) -> int:
+    """The pass over the shards that the last batch was of."""
+    return self._place.epoch
+
   def get_state(self) -> dict[str, Any]:
     """Where the stream is, for `set_state`."""
     return {

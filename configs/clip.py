@@ -1,0 +1,163 @@
+"""Every field of CLIP's jobs, with its default. Their configs start from here.
+
+`configs/common.py` is the same for classification. A field that is not here is
+refused, on the command line and in code.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+# Fields of `experiments.models.clip.CLIP` that a size may be given others of.
+_SIZES = (
+  "embed_width",
+  "patch_size",
+  "image_width",
+  "image_depth",
+  "image_heads",
+  "image_mlp_width",
+  "context_length",
+  "vocab_size",
+  "text_width",
+  "text_depth",
+  "text_heads",
+  "text_mlp_width",
+)
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """The defaults, locked."""
+  common.parse_arg(arg)
+  config = config_dict.ConfigDict()
+
+  # Initialisation and order. Runs of one seed start from the same parameters:
+  # that puts a reference into the learner's own basin.
+  config.seed = 0
+  config.batch_size = 192  # pairs of all devices together; negatives, that is
+  config.samples_seen = 57_600  # the budget; repeats count
+  config.eval_every = 10  # steps
+  # Pairs at a time; the held-out loss tells a pair from so many.
+  config.eval_batch_size = 192
+  config.loss = "clip"  # or "sigmoid" (with model.clip.logit_bias)
+  config.devices = 0  # how many to take; 0: all there are
+  config.distributed = False  # whether to meet other processes, as on a pod
+
+  config.data = config_dict.ConfigDict()
+  config.data.name = "shapes"  # drawn in memory, or "shards"
+  config.data.image_size = 32  # pixels, both sides
+  # Per channel, of pixels scaled to [0, 1].
+  config.data.mean = (0.5, 0.5, 0.5)
+  config.data.std = (0.25, 0.25, 0.25)
+  # "shapes", or what CLIP's published tokenizers come as: a tokenizer.json,
+  # bpe_simple_vocab_16e6.txt.gz, their folder, or "hf://owner/name".
+  config.data.tokenizer = "shapes"
+  # A DataComp subset file of the uids to train on; None: all.
+  config.data.filter = config_dict.placeholder(str)
+  # Of shapes: what is drawn, and how many pairs.
+  config.data.seed = 0
+  config.data.train_size = 12_000
+  config.data.held_out_size = 960  # clean pairs for loss and retrieval
+  config.data.zero_shot_size = 960
+  # Of shards: paths, folders or patterns such as "small/{00000000..00001287}".
+  # Evaluation takes held_out_size pairs from the beginning of held_out_shards,
+  # and zero_shot_size images of a prepared TFDS set; without them there is no
+  # such evaluation.
+  config.data.shards = ()
+  config.data.held_out_shards = ()
+  config.data.zero_shot = config_dict.placeholder(str)  # such as "cifar10"
+  config.data.zero_shot_split = "test"
+  config.data.data_dir = config_dict.placeholder(str)
+  config.data.window = 4096  # samples that are shuffled at once
+  config.data.uid_source = "json"  # or "name"
+  config.data.max_broken_share = 0.1
+  config.data.num_threads = 8
+
+  # Of shapes: the share of pairs with a wrong caption, and how it is wrong.
+  config.noise = config_dict.ConfigDict()
+  config.noise.rate = 0.0
+  config.noise.kinds = ("swapped", "truncated", "padded")
+
+  config.model = config_dict.ConfigDict()
+  config.model.size = "tiny"  # or "B/32", "B/16", "L/14"
+  # Published weights to start from: a .safetensors file, its folder or
+  # "hf://owner/name".
+  config.model.pretrained = config_dict.placeholder(str)
+  # What shall be other than the size has it.
+  config.model.clip = config_dict.ConfigDict()
+  for name in _SIZES:
+    config.model.clip[name] = config_dict.placeholder(int)
+  config.model.clip.activation = config_dict.placeholder(str)
+  config.model.clip.dtype = config_dict.placeholder(str)  # of activations
+  config.model.clip.remat = config_dict.placeholder(bool)
+  config.model.clip.logit_scale = config_dict.placeholder(float)
+  config.model.clip.logit_bias = config_dict.placeholder(float)
+
+  config.optimizer = config_dict.ConfigDict()
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
+  config.optimizer.warmup_steps = 20
+  config.optimizer.weight_decay = 0.2  # none on gains and biases
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.98
+  config.optimizer.epsilon = 1e-6
+
+  # "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs", "rho",
+  # "rho_topk" or "random"; experiments/methods.py has a table.
+  config.method = "sgd"
+  config.mimic = config_dict.ConfigDict()
+  # Of grad_mimic: toward the reference's "weights", or its "outputs": the
+  # similarities that it finds within the batch.
+  config.mimic.direction = "weights"
+  # The workdir of a finished run, or published weights as in model.pretrained.
+  config.mimic.reference = config_dict.placeholder(str)
+  # What published weights are of, where it isn't the learner's own model.
+  config.mimic.reference_size = config_dict.placeholder(str)
+  config.mimic.reference_activation = config_dict.placeholder(str)
+  # Pairs on which weights are checked before the first step; at most a batch.
+  config.mimic.check_samples = 256
+  config.mimic.force = False  # goes on all the same
+  # "image_last_mlp", "text_last_mlp", "both_last_mlp", "all", or a regular
+  # expression on "/"-joined parameter paths.
+  config.mimic.layers = "all"
+  config.mimic.score = "projection"
+  config.mimic.weighting = "ess_softmax"  # "softmax", "top_fraction", ...
+  config.mimic.temperature = 0.05  # of softmax
+  config.mimic.fraction = 0.5  # of ess_softmax, top_fraction and random
+  config.mimic.warmup_steps = 0  # with uniform weights, before these
+  config.mimic.scope = "all"  # or "layers"
+  # The losses of a batch depend on each other: no other engine can do it.
+  config.mimic.engine = "forward"
+
+  config.checkpoint = config_dict.ConfigDict()
+  config.checkpoint.every_steps = 100
+  config.checkpoint.keep = 2
+
+  config.select = config_dict.ConfigDict()  # for the report
+  config.select.binarize = "gmm"
+  config.select.aggregate = "majority"
+  config.select.threshold = 0.0
+  config.select.fraction = 0.7
+
+  config.study = config_dict.ConfigDict()
+  config.study.seeds = (0,)
+  config.study.methods = ("sgd", "grad_mimic_weights")
+  # Every method with scores at all of these: layers, and weightings such as
+  # "ess0.5" (an effective sample size of half the batch), "temperature0.05" or
+  # "top0.7".
+  config.study.layers = ("all",)
+  config.study.weightings = ("ess0.5",)
+  # Filters to retrain on: "mimic_top30", "clip_top30", "mimic_bottom15" and
+  # "random30", percents of the pool, combined with - & | and parentheses.
+  config.study.filters = ()
+  # The run whose mimic scores filters go by; "": the first one with scores.
+  config.study.filter_by = ""
+  # Batches at which `experiments.clip_costs` compares steps.
+  config.study.cost_batch_sizes = (256, 1024)
+  # How the reference differs from the learner; 0: not at all, but for its
+  # clean captions.
+  config.study.reference = config_dict.ConfigDict()
+  config.study.reference.seed_offset = 0  # another initialisation and order
+  config.study.reference.width = 0  # of both towers
+  config.study.reference.depth = 0  # of both towers
+  config.study.reference.samples_seen = 0
+  return config.lock()

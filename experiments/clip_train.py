@@ -1,0 +1,282 @@
+"""Trains one CLIP with one method.
+
+python -m experiments.clip_train --config=configs/clip_shapes.py \
+  --workdir=runs/clip
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import gradmimic_jax as gm
+from configs import clip as clip_config
+from experiments import (
+  checkpoint,
+  cli,
+  clip_data,
+  clip_features,
+  clip_reference,
+  distributed,
+  loop,
+  methods,
+  optimizer,
+  reference_check,
+  steps,
+  workdir as workdir_lib,
+)
+from experiments.models import clip, clip_pretrained
+from experiments.tasks import contrastive
+
+RESULT_FILE = workdir_lib.RESULT_FILE
+LEDGER_FOLDER = "ledger"
+METHODS = (
+  "sgd",
+  "grad_mimic",
+  "grad_mimic_weights",
+  "grad_mimic_outputs",
+  "rho",
+  "rho_topk",
+  "random",
+)
+
+# What a run doesn't depend on, or depends on by its contents, which its
+# fingerprint has: these fields may change when it is continued.
+FREE = (
+  "select.",
+  "study.",
+  "checkpoint.",
+  "mimic.force",
+  "devices",
+  "distributed",
+  "data.shards",
+  "data.held_out_shards",
+  "data.data_dir",
+  "data.num_threads",
+  "data.max_broken_share",
+)
+
+
+def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
+  """Trains and evaluates; goes on where an interrupted run stopped.
+
+  Args:
+    config: as `configs/clip.py` describes it.
+    workdir: the run's folder. Gets `config.json`, checkpoints,
+      `metrics.jsonl` with TensorBoard events beside it, the ledger of a method
+      with scores, by uid (of several processes, one in a folder each), and at
+      the end `result.json`.
+
+  Returns:
+    What is in `result.json`: the last evaluation, counts, and the seconds since
+    the run was last started.
+
+  Raises:
+    ValueError: an unknown field or name, a workdir of another config, a
+      tokenizer that doesn't fit the model, a batch that the devices don't
+      divide, or shards that are broken.
+    FileNotFoundError: shards or a reference that are not there.
+  """
+  folder = workdir_lib.check(workdir, config, clip_config, free=FREE)
+  loop.check_counts(
+    config,
+    "batch_size",
+    "samples_seen",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+  )
+  distributed.start(config.distributed)
+  started = time.monotonic()
+  run = Run(config, folder, clip_data.load(config))
+  checked = run.check_reference()
+  workdir_lib.claim(workdir, config, clip_config, free=FREE)
+  reference_check.save(folder, checked)
+  result_file = folder / RESULT_FILE
+  if result_file.exists():
+    result = workdir_lib.read_json(result_file)
+    if result["fingerprint"] != run.fingerprint:
+      raise ValueError(
+        f"{result_file} stems from other data, another reference, filter or"
+        " start. Choose another --workdir, or delete that one to start over."
+      )
+    return result
+  result = run.to_the_end()
+  result["seconds"] = round(time.monotonic() - started, 2)
+  if jax.process_index() == 0:
+    workdir_lib.write_json(result_file, result)
+  return result
+
+
+class Run:
+  """One run's parts, put together, and its loop."""
+
+  def __init__(self, config: Any, folder: pathlib.Path, data: clip_data.Data):
+    self.folder, self.data = folder, data
+    self.config = config = config.copy_and_resolve_references().unlock()
+    self.total_steps = config.samples_seen // config.batch_size
+    if not self.total_steps:
+      raise ValueError(
+        f"config.samples_seen is {config.samples_seen}, less than one batch of"
+        f" {config.batch_size}; expected that many at least."
+      )
+    self.method = _method(config)
+    self.devices = distributed.Devices(
+      config.devices, batch_size=config.batch_size
+    )
+    self.fingerprints = {
+      "config": workdir_lib.fingerprint(
+        workdir_lib.without(config, (*FREE, *workdir_lib.PATHS))
+      ),
+      "data": data.fingerprint,
+    }
+    size = config.data.image_size
+    apply, params = clip_pretrained.create(
+      config.model, input_shape=(size, size, 3), seed=config.seed
+    )
+    if config.model.pretrained is not None:
+      self.fingerprints["initial"] = checkpoint.fingerprint(params)
+    self.apply = apply = clip_features.scaled(
+      apply, config.data.mean, config.data.std
+    )
+    self.reference = clip_reference.load(
+      config, self.method, params, data, self.devices
+    )
+    if self.reference is not None:
+      self.fingerprints["reference"] = self.reference.fingerprint
+    self.fingerprint = workdir_lib.fingerprint(self.fingerprints)
+    config.mimic.layers = clip.mimic_layers(config.mimic.layers, params)
+    self.losses_fn = contrastive.make_losses_fn(
+      apply, config.loss, sharding=self.devices.rows
+    )
+    tx = optimizer.for_contrastive(
+      config.optimizer, total_steps=self.total_steps
+    )
+    self.train_step = steps.make_train_step(
+      self.losses_fn,
+      tx,
+      self.method,
+      config.mimic,
+      outputs=steps.Outputs(
+        contrastive.toward_similarities(apply, sharding=self.devices.rows),
+        clip_features.losses_of(config.loss),
+      ),
+    )
+    self.state = self.devices.replicate(steps.init_state(params, tx))
+    self.evaluate = clip_features.Evaluation(
+      apply,
+      data,
+      self.devices,
+      loss=config.loss,
+      batch_size=config.eval_batch_size,
+    )
+
+  def check_reference(self) -> dict[str, Any] | None:
+    """What the check found out, if any; raises if the reference would harm."""
+    reference = self.reference
+    if reference is not None:
+      own = self.devices.own_copy(reference.params)
+      reference = reference._replace(params=own)
+    return reference_check.check(
+      self.config,
+      self.folder,
+      contrastive.make_losses_fn(self.apply, self.config.loss),
+      self.devices.own_copy(self.state.params),
+      reference,
+      self._first_pairs,
+      instead="grad_mimic_outputs",
+    )
+
+  def _first_pairs(self):
+    """Pairs of the first batch, the same in all processes."""
+    iterator = iter(self.data.batches)
+    batch = next(iterator)
+    iterator.close()
+    rows = batch["mask"].nonzero()[0][: self.config.mimic.check_samples]
+    return distributed.from_first(
+      {key: batch[key][rows] for key in ("image", "text")}
+    )
+
+  def to_the_end(self) -> dict[str, Any]:
+    """Restores, goes through the steps that are left, and sums up."""
+    batches = iter(self.data.batches)
+    evaluation = loop.run(
+      self.folder,
+      self.state,
+      batches,
+      schedule=loop.Schedule(
+        total_steps=self.total_steps,
+        eval_every=self.config.eval_every,
+        save_every=self.config.checkpoint.every_steps,
+        keep=self.config.checkpoint.keep,
+      ),
+      fingerprint=self.fingerprint,
+      train_step=self.train_step,
+      take=lambda _, batch: self.take(batch, batches.epoch),
+      evaluate=self.evaluate,
+      ledger=self._ledger(),
+    )
+    batches.close()
+    statistics = getattr(batches, "statistics", None)
+    return {
+      "fingerprint": self.fingerprint,
+      **evaluation,
+      "steps": self.total_steps,
+      "samples_seen": self.total_steps * self.config.batch_size,
+      "train_pairs": self.data.train_pairs,
+      "nonfinite_samples": loop.nonfinite_samples(self.folder),
+      # What was found in the shards, broken samples and all.
+      "shards": None if statistics is None else statistics.as_dict(),
+    }
+
+  def take(self, batch: dict[str, np.ndarray], epoch: int = 0) -> loop.Taken:
+    """A batch as the train step takes it."""
+    seen = {key: batch[key] for key in ("image", "text", "mask")}
+    return loop.Taken(
+      ids=batch["uid"],
+      real=batch["mask"],
+      epoch=epoch,
+      reference=self.reference and self.reference.for_batch(batch),
+      batch=self.devices.put(seen),
+    )
+
+  def _ledger(self):
+    if self.method is None or self.method.score is None:
+      return None
+    folder = self.folder / LEDGER_FOLDER
+    if jax.process_count() > 1:
+      folder = folder / f"process{jax.process_index()}"
+    return gm.ScoreLedger(folder, fingerprints=self.fingerprints)
+
+
+def _method(config):
+  if config.method not in METHODS:
+    raise ValueError(
+      f"config.method is {config.method!r}; expected one of"
+      f" {', '.join(METHODS)} (losses that depend on batch mates leave no"
+      " others)."
+    )
+  method = methods.create(config.method, config.mimic)
+  if method is not None and method.direction not in (
+    None,
+    "weights",
+    "outputs",
+  ):
+    raise ValueError(
+      f"config.mimic.direction is {config.mimic.direction!r}; expected"
+      " 'weights' or 'outputs'."
+    )
+  return method
+
+
+def main(config: Any, workdir: str) -> None:
+  """Trains, then prints the result."""
+  print(json.dumps(train_and_evaluate(config, workdir), indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)
