@@ -236,7 +236,11 @@ def _filter(config, there, run):
     return path
   if run.chosen_by:
     ledger = select_lib.ledger_of(there.with_name(run.chosen_by))
-    kept = gm.subset(ledger, run.keep)
+    selection = gm.select(ledger)
+    if np.isnan(selection.keep_probability).all():
+      # "auto" abstains where scores tell nothing; ranks there are all the same.
+      selection = gm.select(ledger, binarize="top_fraction", fraction=run.keep)
+    kept = gm.subset(selection, run.keep)
   else:
     split = sources.of_config(config.data, config.data.train_split)
     size = len(split.labels)
