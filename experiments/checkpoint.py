@@ -8,6 +8,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 FOLDER = "checkpoints"
 
@@ -145,11 +146,20 @@ def load_params(
         f"no checkpoint of step {step} in {folder}; there are those of steps"
         f" {sorted(steps)}."
       )
-    state = manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-    ).state
-  params = state["params"]
-  return _as_tree_of(like, params, workdir)
+  return jax.device_put(_as_tree_of(like, _read(folder, step), workdir))
+
+
+def _read(folder, step):
+  """A checkpoint's parameters as NumPy arrays.
+
+  The devices that they were saved from need not be here.
+  """
+  handler = ocp.PyTreeCheckpointHandler()
+  path = epath.Path(folder / str(step) / "state")
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  wanted = jax.tree.map(lambda _: as_numpy, handler.metadata(path).tree)
+  args = ocp.args.PyTreeRestore(restore_args=wanted)
+  return handler.restore(path, args=args)["params"]
 
 
 def _as_tree_of(like, stored, workdir):
