@@ -194,6 +194,7 @@ class ShardIterator(grain.DatasetIterator):
 
   Attributes:
     statistics: What was found so far; restored with the state.
+    epoch: The pass over the shards in which the last batch began.
   """
 
   def __init__(self, stream: ShardStream):
@@ -211,14 +212,10 @@ class ShardIterator(grain.DatasetIterator):
     self._window: list[Sample] | None = None  # None: not read yet.
     self._taken = 0  # Of the window.
     self._place = place  # Where the window begins.
+    self.epoch = place.epoch
     self._next = place  # Where the next one does.
     self._reader: Iterator[Sample | None] | None = None
     self._reader_place = place
-
-  @property
-  def epoch(self) -> int:
-    """The pass over the shards that the last batch was of."""
-    return self._place.epoch
 
   def get_state(self) -> dict[str, Any]:
     """Where the stream is, for `set_state`."""
@@ -266,6 +263,8 @@ class ShardIterator(grain.DatasetIterator):
       samples = self._take(size - len(rows))
       if not samples:
         break
+      if not seen:
+        self.epoch = self._place.epoch
       fresh = []
       for sample in samples:
         if sample.uid in seen:

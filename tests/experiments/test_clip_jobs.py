@@ -116,9 +116,7 @@ def teacher(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
   """A finished study, its config and its folder."""
-  config = on_shapes(
-    **{"study.filters": ("mimic_top90 - random30", "clip_top40")}
-  )
+  config = on_shapes(**{"study.filters": ("clip_top90 - mimic_bottom20",)})
   folder = tmp_path_factory.mktemp("study") / "study"
   with (
     jax.numpy_dtype_promotion("standard"),
@@ -134,8 +132,7 @@ class TestStudy:
       "reference",
       "sgd",
       "grad_mimic_weights_all_ess0.5",
-      "kept_mimic_top90_less_random30",
-      "kept_clip_top40",
+      "kept_clip_top90_less_mimic_bottom20",
     ]
     rows = {row["run"]: row for row in summary["rows"]}
     assert rows["sgd"]["gain"] == 0
@@ -145,8 +142,8 @@ class TestStudy:
     for kind in ("", "_swapped", "_truncated", "_padded"):
       assert 0 <= scored[f"auroc{kind}"] <= 1
     assert rows["sgd"]["auroc"] is None
-    kept = rows["kept_clip_top40"]
-    assert kept["train_pairs"] >= 20  # int(.4 * 48) + 1
+    kept = rows["kept_clip_top90_less_mimic_bottom20"]
+    assert 34 <= kept["train_pairs"] <= 44  # of 48: 44 but for up to 9 or 10
     assert 0.5 < kept["clean_share"] <= 1
     verdicts = summary["reference_checks"]
     assert list(verdicts) == ["grad_mimic_weights_all_ess0.5"]
@@ -164,13 +161,13 @@ class TestStudy:
     _, config, folder = study
     pool = parse_uids(clip_study_report._truth(config, 0).uids)
     there = folder / "seed0" / "filters"
-    kept = gm.export.read_datacomp_subset(there / "clip_top40.npy")
+    (expression,) = config.study.filters
+    file = clip_filters.file_of(expression)
+    kept = gm.export.read_datacomp_subset(there / file)
     assert np.isin(kept, pool).all()
     manifest = json.loads((there / "manifest.json").read_text())
     assert manifest["pool"] == 48
-    assert manifest["filters"]["clip_top40"]["kept"] == len(kept)
-    (overlap,) = manifest["overlaps"]
-    assert {overlap["first"], overlap["second"]} == set(config.study.filters)
+    assert manifest["filters"][expression] == {"kept": len(kept), "file": file}
 
   def test_is_not_repeated(self, study, monkeypatch):
     summary, config, folder = study
@@ -193,39 +190,52 @@ class TestStudy:
     )
 
 
+@pytest.fixture(scope="module")
+def scored(folder, teacher, tmp_path_factory):
+  """A finished run with scores on every other pair: config, folder, result."""
+  where = tmp_path_factory.mktemp("scored")
+  uids = shapes.load("train", size=96, seed=0, image_size=16).uids
+  kept = gm.export.write_datacomp_subset(where / "kept.npy", uids[::2])
+  config = on_shards(
+    folder,
+    **{
+      "mimic.reference": str(teacher),
+      "data.filter": str(kept),
+      "samples_seen": 64,
+    },
+  )
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    result = clip_train.train_and_evaluate(config, where / "run")
+  return config, where / "run", result
+
+
 class TestShards:
-  def test_datacomps_config_runs(self, folder, teacher, tmp_path):
-    config = on_shards(folder, **{"mimic.reference": str(teacher)})
-    result = clip_train.train_and_evaluate(config, tmp_path / "run")
-    assert result["steps"] == 2
+  def test_datacomps_config_runs(self, scored, tmp_path):
+    _, run, result = scored
+    assert result["steps"] == 4
     assert math.isfinite(result["held_out_loss"])
-    ids, scores = gm.ScoreLedger(tmp_path / "run" / "ledger").matrix()
+    assert result["shards"]["filtered"] > 0
+    ids, scores = gm.ScoreLedger(run / "ledger").matrix()
     uids = shapes.load("train", size=96, seed=0, image_size=16).uids
-    assert len(ids) == 32
-    assert np.isin(ids, uids).all()
-    assert np.isfinite(scores).all()
-    job = filters_config.get_config(f"run={tmp_path}/run").unlock()
+    assert np.isin(ids, uids[::2]).all()
+    # All sound pairs in the first pass; the batch at the turn counts for it.
+    np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
+    job = filters_config.get_config(f"run={run}").unlock()
     job.filters = ("mimic_top30 - mimic_bottom15", "random30")
     manifest = clip_filters.run_filters(job.lock(), tmp_path / "filters")
-    assert manifest["pool"] == manifest["scored"] == 32
-    assert manifest["filters"]["random30"]["kept"] == 10
+    assert manifest["pool"] == manifest["scored"] == len(ids)
+    assert manifest["filters"]["random30"]["kept"] == 15
+    (overlap,) = manifest["overlaps"]
+    assert {overlap["first"], overlap["second"]} == set(job.filters)
 
-  def test_a_filter_and_an_interruption(
-    self, folder, teacher, tmp_path, monkeypatch
+  def test_an_interrupted_run_goes_on_bit_for_bit(
+    self, scored, tmp_path, monkeypatch
   ):
-    """Bit for bit the same, with the place in the shards restored."""
-    uids = shapes.load("train", size=96, seed=0, image_size=16).uids
-    kept = gm.export.write_datacomp_subset(tmp_path / "kept.npy", uids[::2])
-    config = on_shards(
-      folder,
-      **{
-        "mimic.reference": str(teacher),
-        "data.filter": str(kept),
-        "samples_seen": 64,
-      },
-    )
-    whole = clip_train.train_and_evaluate(config, tmp_path / "whole")
-    assert whole["shards"]["filtered"] > 0
+    """With the place in the shards restored."""
+    config, whole, result = scored
     make_step = steps.make_train_step
 
     def make_interrupted(*args, **options):
@@ -245,24 +255,35 @@ class TestShards:
         clip_train.train_and_evaluate(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [2]
     again = clip_train.train_and_evaluate(config, tmp_path / "run")
-    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
     one, other = (
-      gm.ScoreLedger(tmp_path / name / "ledger").table()
-      for name in ("whole", "run")
+      gm.ScoreLedger(run / "ledger").table()
+      for run in (whole, tmp_path / "run")
     )
     assert one.equals(other)
-    assert set(one["id"].to_pylist()) <= set(uids[::2])
     rows = [
-      writers.read_metrics(tmp_path / name / writers.METRICS_FILE)
-      for name in ("whole", "run")
+      writers.read_metrics(run / writers.METRICS_FILE)
+      for run in (whole, tmp_path / "run")
     ]
     assert rows[0] == rows[1]
 
-  def test_broken_samples_are_counted(self, teacher):
-    result = json.loads((teacher / "result.json").read_text())
-    # The second pass, at the latest, comes by the broken image.
-    assert result["shards"]["samples"] == 32
-    assert sum(result["shards"]["broken"].values()) <= 1
+  def test_broken_samples_are_counted(self, folder, tmp_path):
+    config = on_shards(folder, **{"data.max_broken_share": 0.0})
+    with pytest.raises(ValueError, match=r"samples that were looked at are"):
+      # The held-out pairs are read whole, and there one is broken.
+      clip_train.train_and_evaluate(
+        make(
+          config,
+          **{
+            "method": "sgd",
+            "data.shards": (str(folder),),
+            "data.held_out_shards": (str(folder / "00000000.tar"),),
+            "data.held_out_size": 24,
+            "data.max_broken_share": 0.0,
+          },
+        ),
+        tmp_path / "run",
+      )
 
 
 @pytest.mark.parametrize(
