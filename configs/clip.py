@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.loss = "clip"  # or "sigmoid" (with model.clip.logit_bias)
   config.devices = 0  # how many to take; 0: all there are
   config.distributed = False  # whether to meet other processes, as on a pod
+  common.add_running(config)
 
   config.data = config_dict.ConfigDict()
   config.data.name = "shapes"  # drawn in memory, or "shards"
@@ -130,7 +131,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every_steps = 100
-  config.checkpoint.keep = 2
+  config.checkpoint.keep = 2  # the newest
+  config.checkpoint.keep_every = 0  # and each that many steps, for ever
 
   config.select = config_dict.ConfigDict()  # for the report
   config.select.binarize = "gmm"

@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.batch_size = 128
   config.eval_batch_size = 512
   config.num_epochs = 50
+  add_running(config)
 
   config.data = config_dict.ConfigDict()
   # Any prepared TFDS image-classification set; "digits" prepares itself.
@@ -115,7 +116,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every_epochs = 1
-  config.checkpoint.keep = 2
+  config.checkpoint.keep = 2  # the newest
+  config.checkpoint.keep_every = 0  # and each that many epochs, for ever
 
   config.study = config_dict.ConfigDict()
   config.study.seeds = (0, 1, 2)
@@ -153,6 +155,26 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # a reference would be worth, never to report an accuracy.
   config.study.reference.test_leak = False
   return config.lock()
+
+
+def add_running(config: config_dict.ConfigDict) -> None:
+  """Adds how a run is carried out, which may change when it is continued."""
+  # Over how many devices a batch's rows are divided, and over how many the
+  # parameters too: a batch takes data * fsdp devices. -1: all that are left.
+  config.mesh = config_dict.ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+
+  config.faults = config_dict.ConfigDict()
+  # A process that has not moved for so long ends itself; 0: never.
+  config.faults.stall_seconds = 1800
+  # So many steps in a row whose gradient is not finite end the run; 0: none.
+  config.faults.nonfinite_stop = 10
+
+  config.log_every = 50  # steps between writes of metrics and scores
+  # The first step and the one after the last that are traced for a profiler;
+  # empty: none.
+  config.profile_steps = ()
 
 
 def vit() -> config_dict.ConfigDict:
