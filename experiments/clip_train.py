@@ -130,7 +130,7 @@ class Run:
     )
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*FREE, *workdir_lib.PATHS))
+        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "data": data.fingerprint,
     }

@@ -242,7 +242,7 @@ class _Grid:
           continue
         self._labels(seed, rate)
     self.base = workdir_lib.fingerprint(
-      workdir_lib.without(config, (*_FREE, *workdir_lib.PATHS)),
+      workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE)),
       data.train.fingerprint,
       data.test.fingerprint,
     )

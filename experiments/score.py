@@ -157,7 +157,7 @@ class _Pass:
     )
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*_FREE, *workdir_lib.PATHS))
+        workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "learner": learner,
       **filters.fingerprints(run, data.train, data.labels),

@@ -49,6 +49,7 @@ def make_train_step(
   outputs_fn: Callable[..., jax.Array] | None = None,
   *,
   outputs: Outputs | None = None,
+  out_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
   """A jitted step of one method.
 
@@ -61,6 +62,8 @@ def make_train_step(
       reference's outputs; losses_fn's are then the cross-entropies of these.
     outputs: of tasks other than classification, in place of outputs_fn: for
       methods with the direction or the score that they give.
+    out_shardings: of `(TrainState, StepOutput)`, or what a tree of them begins
+      with; None leaves it to the compiler.
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
@@ -88,7 +91,7 @@ def make_train_step(
     output.metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, opt_state), output
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def make_score_step(
@@ -96,6 +99,8 @@ def make_score_step(
   method: Method | None,
   config: Any,
   outputs_fn: Callable[..., jax.Array] | None = None,
+  *,
+  out_shardings: Any = None,
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
   """A jitted step that scores a batch and changes nothing.
 
@@ -104,6 +109,7 @@ def make_score_step(
     method: whose scores.
     config: `config.mimic`: `layers`, `engine`.
     outputs_fn: `(params, batch) -> logits [B, C]`.
+    out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
     `score_step(params, reference, batch) -> {"score", "loss"}`, each `[B]`; NaN
@@ -118,7 +124,7 @@ def make_score_step(
       " expected one that has, such as grad_mimic."
     )
   if method.score == OUTPUT_AGREEMENT:
-    return jax.jit(_agreement_scores(outputs_fn))
+    return jax.jit(_agreement_scores(outputs_fn), out_shardings=out_shardings)
   scores_fn = gm.mimic_scores(
     lambda params, batch: losses_fn(params, batch)[0],
     direction=direction_of(method.direction, losses_fn, outputs_fn),
@@ -133,7 +139,7 @@ def make_score_step(
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
-  return jax.jit(score_step)
+  return jax.jit(score_step, out_shardings=out_shardings)
 
 
 def make_eval_step(

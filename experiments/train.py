@@ -177,7 +177,7 @@ class Run:
     }
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*_FREE, *workdir_lib.PATHS))
+        workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "data": pipeline.fingerprint(
         data.train.fingerprint, data.labels.labels, **shuffled

@@ -18,8 +18,13 @@ from configs import common
 CONFIG_FILE = "config.json"
 INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
 RESULT_FILE = "result.json"  # is there once a run has finished
-# Fields that point elsewhere.
-PATHS = (
+# Fields that any run may be continued with others of: they point elsewhere, or
+# say how a run is carried out.
+ALWAYS_FREE = (
+  "mesh.",
+  "faults.",
+  "log_every",
+  "profile_steps",
   "mimic.reference",
   "mimic.outputs",
   "data.filter",
@@ -114,9 +119,9 @@ def check(
     config: what is going to run in it.
     fields: the module of `configs` whose `get_config()` has every field there
       is for this kind of job.
-    free: beginnings of the fields that may differ from an earlier run's. Paths
-      to other inputs (`PATHS`) always may: it is their contents that count, and
-      the run's fingerprint has those.
+    free: beginnings of the fields that may differ from an earlier run's. Those
+      in `ALWAYS_FREE` may in any case: of paths to other inputs it is the
+      contents that count, and the run's fingerprint has those.
 
   Returns:
     The folder's path.
@@ -130,7 +135,7 @@ def check(
   file = folder / CONFIG_FILE
   if file.exists():
     for field, theirs, ours in _differences(read_json(file), as_dict(config)):
-      if not field.startswith((*PATHS, *free)):
+      if not field.startswith((*ALWAYS_FREE, *free)):
         raise ValueError(
           f"workdir {folder} belongs to another config: {field} is {theirs!r}"
           f" there and {ours!r} here. Choose another --workdir, or delete that"
