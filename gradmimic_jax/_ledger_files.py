@@ -21,9 +21,12 @@ VERSION = 1
 FIELDS = ("score", "weight", "loss")
 
 MANIFEST = "manifest.json"
-# first step, last step, order of writing, CRC-32 of the file's bytes. The
-# checksum sits in the name because a Parquet footer can't hold its own.
-_ROWS_NAME = re.compile(r"rows-\d{9,}-\d{9,}-(\d{6,})-([0-9a-f]{8})\.parquet")
+# first step, last step, order of writing, writer, CRC-32 of the file's bytes.
+# The checksum sits in the name because a Parquet footer can't hold its own.
+# Ledgers of earlier releases had one writer, and named none.
+_ROWS_NAME = re.compile(
+  r"rows-\d{9,}-\d{9,}-(\d{6,})(?:-w(\d{5,}))?-([0-9a-f]{8})\.parquet"
+)
 ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
 
 
@@ -32,6 +35,7 @@ class RowFile(NamedTuple):
 
   path: Path
   sequence: int  # order of writing: the later of two rows for an (id, step)
+  writer: int
   checksum: str
   first_step: int
   last_step: int
@@ -46,7 +50,8 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
   if named is None:
     raise ValueError(
       f"{path} is not a file that this ledger wrote: expected a name like"
-      f" rows-<first step>-<last step>-<number>-<checksum>.parquet. {remedy}"
+      " rows-<first step>-<last step>-<number>-w<writer>-<checksum>.parquet."
+      f" {remedy}"
     )
   try:
     footer = pq.read_metadata(path)
@@ -59,7 +64,8 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
     file = RowFile(
       path,
       int(named[1]),
-      named[2],
+      int(named[2] or 0),
+      named[3],
       int(about["first_step"]),
       int(about["last_step"]),
       footer.num_rows,
@@ -82,6 +88,22 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
       f" version) is {theirs}, this ledger's is {ours}. {remedy}"
     )
   return file
+
+
+def rows_name(
+  first_step: int, last_step: int, sequence: int, writer: int, content: Any
+) -> str:
+  """The name of a file with these bytes, as `inspect` reads it."""
+  return (
+    f"rows-{first_step:09d}-{last_step:09d}-{sequence:06d}-w{writer:05d}"
+    f"-{zlib.crc32(content):08x}.parquet"
+  )
+
+
+def last_sequence(folder: Path) -> int:
+  """The highest sequence number of all writers' files, by their names; 0."""
+  named = (_ROWS_NAME.fullmatch(path.name) for path in folder.iterdir())
+  return max((int(name[1]) for name in named if name), default=0)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -124,7 +146,16 @@ def group_by_steps(files: Sequence[RowFile]) -> list[list[RowFile]]:
       found.append([])
     found[-1].append(file)
     end = max(end, file.last_step)
-  return [sorted(group, key=lambda file: file.sequence) for group in found]
+  return [sorted(group, key=order_of_writing) for group in found]
+
+
+def order_of_writing(file: RowFile) -> tuple[int, int]:
+  """Sorts files so that the last of two rows for an (id, step) counts.
+
+  Writers that are open at the same time may use the same numbers: they have no
+  row in common.
+  """
+  return file.sequence, file.writer
 
 
 def latest_rows(table: pa.Table) -> pa.Table:
@@ -188,22 +219,65 @@ def schema(id_kind: str) -> pa.Schema:
 def write_atomically(path: Path, content: Any) -> None:
   """Writes a file so that it is there whole or not at all."""
   temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
+  _write(temporary, content)
   os.replace(temporary, path)
-  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
-    folder = os.open(path.parent, os.O_RDONLY)
+  _sync(path.parent)
+
+
+def write_once(path: Path, content: Any, *, writer: int) -> bool:
+  """Writes a file unless it is there; of several writers, one does.
+
+  Args:
+    path: the file.
+    content: its bytes.
+    writer: whose temporary file it is before.
+
+  Returns:
+    Whether it was written. The file is there, and whole, in either case.
+  """
+  temporary = path.with_name(f".{path.name}.w{writer:05d}.tmp")
+  _write(temporary, content)
+  try:
+    os.link(temporary, path)  # fails where there is a file, as a rename doesn't
+    _sync(path.parent)
+  except FileExistsError:
+    return False
+  except OSError:
+    # A file system without hard links. What a kill cuts off here is refused by
+    # name when it is read.
     try:
-      os.fsync(folder)
+      _write(path, content, mode="xb")
+    except FileExistsError:
+      return False
+  finally:
+    temporary.unlink(missing_ok=True)
+  return True
+
+
+def _write(path, content, mode="wb"):
+  with open(path, mode) as file:
+    try:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    except OSError:  # such as a full disk, which a part of a file keeps full
+      path.unlink(missing_ok=True)
+      raise
+
+
+def _sync(folder):
+  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+      os.fsync(opened)
     finally:
-      os.close(folder)
+      os.close(opened)
 
 
-def remove_temporary_files(folder: Path) -> None:
-  """Removes what a killed write left behind."""
-  for pattern in (".rows-*.parquet.tmp", f".{MANIFEST}.tmp"):
+def remove_temporary_files(folder: Path, *, writer: int) -> None:
+  """Removes what a killed write of this writer left behind."""
+  mine = f"w{writer:05d}"
+  for pattern in (f".rows-*-{mine}-*.parquet.tmp", f".{MANIFEST}.{mine}.tmp"):
     for path in folder.glob(pattern):
       path.unlink(missing_ok=True)
 

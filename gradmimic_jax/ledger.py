@@ -3,7 +3,7 @@
 A ledger is a folder of Parquet files, one a flush, beside a small JSON
 manifest. Files are only ever added: each is written under a temporary name and
 renamed once its bytes are on the disk, so a killed run leaves either a whole
-file or none.
+file or none. Several processes write one ledger, each its own files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import operator
 import os
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,10 +44,13 @@ class ScoreLedger:
   memory and `flush` writes them as one file; every reading method flushes
   first, so that it sees what was appended. A row is identified by (id, step):
   appending it again, as a resumed run does, leaves one row, the one written
-  last. One process writes a ledger at a time; any number may read it.
+  last. Any number of processes may read a ledger, and several may write it at
+  a time: each as another writer, with rows of its own.
 
   Guarantees:
     * A kill at any moment loses at most the rows that were not flushed.
+    * What is read back does not depend on which writer wrote which rows: a run
+      may go on with another number of writers.
     * A file that is damaged, or that another ledger wrote, is refused by name.
       Nothing is skipped in silence.
     * What is read back does not depend on how the appends were cut into files.
@@ -61,19 +63,26 @@ class ScoreLedger:
   | no ids in an append (all were padding)   | nothing is recorded           |
   | a sample seen twice in an epoch          | `matrix` has the latest step  |
   | a sample not seen in an epoch            | `matrix` has NaN              |
-  | temporary files of a killed flush        | ignored; removed by the next  |
-  |                                          | flush                         |
+  | temporary files of a killed flush        | ignored; removed by that      |
+  |                                          | writer's next flush           |
+  | two writers open at a time write the     | one row, of either            |
+  | same (id, step)                          |                               |
 
   Args:
     path: the ledger's folder; made by the first flush when it isn't there.
     fingerprints: what the scores belong to, as names and values (config, data,
       reference, ...). Stored with a new ledger and compared with an existing
       one; None takes an existing ledger's.
+    writer: which of the processes this is that write the ledger at a time, >=
+      0. When a run goes on, its writers open the ledger after all earlier ones
+      have ended.
 
   Raises:
-    TypeError: fingerprints that aren't strings by name.
-    ValueError: a ledger with other fingerprints, a damaged or foreign file, a
-      manifest that is missing, damaged or of another version.
+    TypeError: fingerprints that aren't strings by name; a writer that isn't an
+      integer.
+    ValueError: a negative writer, a ledger with other fingerprints, a damaged
+      or foreign file, a manifest that is missing, damaged or of another
+      version.
 
   Example:
     >>> import tempfile
@@ -99,8 +108,10 @@ class ScoreLedger:
     path: str | os.PathLike[str],
     *,
     fingerprints: Mapping[str, str] | None = None,
+    writer: int = 0,
   ):
     self.path = Path(path)
+    self.writer = _count("writer", writer, 2**31 - 1)
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(
         f"{self.path} is a file; a ledger is a folder. Give the folder's path."
@@ -113,7 +124,12 @@ class ScoreLedger:
       str, row_files.RowFile
     ] = {}  # files whose footer was checked
     self._cleaned = False
-    self._files()  # refuse a bad ledger now, not after hours of training
+    # Refuse a bad ledger now, not after hours of training. One process reading
+    # all files is enough.
+    if self.writer:
+      self._read_manifest()
+    else:
+      self._files()
 
   @property
   def fingerprints(self) -> dict[str, str]:
@@ -198,21 +214,19 @@ class ScoreLedger:
       return None
     self.path.mkdir(parents=True, exist_ok=True)
     if not self._cleaned:
-      row_files.remove_temporary_files(self.path)
+      row_files.remove_temporary_files(self.path, writer=self.writer)
       self._cleaned = True
-    files = self._files()  # also reads a manifest that has appeared since
     if self._manifest is None:
-      self._write_manifest()
+      self._begin()
     assert self._manifest is not None
     if self._manifest["id_kind"] != self._id_kind:
       raise TypeError(
         f"the rows in memory have {self._id_kind} ids, but the ledger at"
         f" {self.path} was begun meanwhile with {self._manifest['id_kind']}"
-        " ids. Use one kind of id, and one writer, for a ledger."
+        " ids. Use one kind of id for a ledger."
       )
     table = self._buffered_table()
     steps = [rows.step for rows in self._buffer]
-    sequence = 1 + max((file.sequence for file in files), default=0)
     about = {
       "format": row_files.FORMAT,
       "version": row_files.VERSION,
@@ -231,9 +245,12 @@ class ScoreLedger:
       use_dictionary=["step", "epoch"],  # scores and ids hardly repeat
     )
     content = sink.getvalue()
-    path = self.path / (
-      f"rows-{min(steps):09d}-{max(steps):09d}-{sequence:06d}"
-      f"-{zlib.crc32(content):08x}.parquet"
+    path = self.path / row_files.rows_name(
+      min(steps),
+      max(steps),
+      1 + row_files.last_sequence(self.path),
+      self.writer,
+      content,
     )
     row_files.write_atomically(path, content)
     self._buffer = []  # only now: a failed write can be tried again
@@ -371,6 +388,8 @@ class ScoreLedger:
       self._read_manifest()
     paths = sorted(self.path.glob("*.parquet"))
     if paths and self._manifest is None:
+      self._read_manifest()  # another writer may have begun right now
+    if paths and self._manifest is None:
       raise ValueError(
         f"{self.path} holds Parquet files (the first is {paths[0].name}) but no"
         f" {row_files.MANIFEST}, so they can't be told to be a ledger's."
@@ -380,7 +399,7 @@ class ScoreLedger:
       if path.name not in self._known:
         self._known[path.name] = row_files.inspect(path, self._manifest or {})
     files = [self._known[path.name] for path in paths]
-    return sorted(files, key=lambda file: file.sequence)
+    return sorted(files, key=row_files.order_of_writing)
 
   def _read_manifest(self) -> None:
     """Takes the manifest's word for kind and fingerprints, if there is one."""
@@ -392,8 +411,12 @@ class ScoreLedger:
     self._manifest = manifest
     self._id_kind = self._id_kind or manifest["id_kind"]
 
-  def _write_manifest(self) -> None:
-    """Begins the ledger on disk, before its first file of rows."""
+  def _begin(self) -> None:
+    """Takes the manifest that another writer made meanwhile, or makes it."""
+    self._read_manifest()
+    if self._manifest is not None:
+      return
+    self._files()  # refuses what lies there without a manifest
     manifest = {
       "format": row_files.FORMAT,
       "version": row_files.VERSION,
@@ -402,8 +425,11 @@ class ScoreLedger:
       "fingerprints": self.fingerprints,
     }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    row_files.write_atomically(self.path / row_files.MANIFEST, text.encode())
-    self._manifest = manifest  # only now: a failed write can be tried again
+    path = self.path / row_files.MANIFEST
+    if row_files.write_once(path, text.encode(), writer=self.writer):
+      self._manifest = manifest
+    else:
+      self._read_manifest()
 
 
 def _checked_fingerprints(

@@ -1,8 +1,10 @@
 """The ledger keeps every row, once, and reads nothing that isn't its own."""
 
+import concurrent.futures
 import json
 import os
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -275,6 +277,131 @@ def test_a_flush_at_exit_after_an_error(tmp_path):
   with pytest.raises(RuntimeError):
     fail(ScoreLedger(tmp_path))
   assert len(ScoreLedger(tmp_path)) == 1
+
+
+# Several writers.
+
+
+def write_shares(path, appends, rng, *, writers):
+  """One life of a run: each writer has its share of every step's rows.
+
+  Writers open, flush and stop in any order. What is appended after a writer's
+  last flush is lost with it.
+  """
+  ledgers = [
+    ScoreLedger(path, fingerprints={"data": "made up"}, writer=w)
+    for w in rng.permutation(writers)
+  ]
+  for rows in appends:
+    parts = np.array_split(np.arange(len(rows["ids"])), writers)
+    for ledger in [ledgers[i] for i in rng.permutation(writers)]:
+      share = parts[ledger.writer]
+      ledger.append(
+        **{
+          name: value[share] if np.ndim(value) else value
+          for name, value in rows.items()
+        }
+      )
+      if rng.random() < 0.2:
+        ledger.flush()
+  return ledgers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_writers_and_restarts_leave_no_trace(tmp_path, seed):
+  """Any number of writers, killed anywhere, going on as any other number."""
+  rng = np.random.default_rng(seed)
+  appends = random_appends(seed, batch=9)
+  whole = write(tmp_path / "whole", appends)
+  done = 0  # steps that a checkpoint counts on
+  while done < len(appends):
+    killed_at = int(rng.integers(done, len(appends) + 4))
+    saved_at = int(rng.integers(done, min(killed_at, len(appends)) + 1))
+    ledgers = write_shares(
+      tmp_path / "run", appends[done:saved_at], rng, writers=rng.integers(1, 5)
+    )
+    for ledger in ledgers:
+      ledger.flush()
+    if killed_at > saved_at:  # goes on, and is killed: some of it is on disk
+      lost = [
+        rows | {"scores": rows["scores"] + 100}  # to be written again
+        for rows in appends[saved_at:killed_at]
+      ]
+      write_shares(tmp_path / "run", lost, rng, writers=len(ledgers))
+    if killed_at >= len(appends):
+      # The last life is a whole one.
+      for ledger in write_shares(
+        tmp_path / "run", appends[saved_at:], rng, writers=rng.integers(1, 5)
+      ):
+        ledger.flush()
+      saved_at = len(appends)
+    done = saved_at
+  run = ScoreLedger(tmp_path / "run")
+  assert run.table().equals(whole.table())
+  assert len(run) == len(whole)
+  for field in ("score", "weight", "loss"):
+    for got, want in zip(run.matrix(field), whole.matrix(field), strict=True):
+      np.testing.assert_array_equal(got, want)
+
+
+def test_writers_begin_a_ledger_at_the_same_time(tmp_path):
+  count = 16
+  barrier = threading.Barrier(count)
+
+  def begin(writer):
+    ledger = ScoreLedger(tmp_path, fingerprints={"a": "b"}, writer=writer)
+    ledger.append([writer], [writer / 2], step=0, epoch=0)
+    barrier.wait()
+    for step in range(1, 4):
+      ledger.flush()
+      ledger.append([writer], [writer / 2], step=step, epoch=0)
+    ledger.flush()
+
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    list(pool.map(begin, range(count)))
+  ids, values = ScoreLedger(tmp_path, fingerprints={"a": "b"}).matrix()
+  np.testing.assert_array_equal(ids, np.arange(count))
+  np.testing.assert_array_equal(values[:, 0], np.arange(count) / 2)
+  assert len(ScoreLedger(tmp_path)) == 4 * count
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_ledger_begins_without_hard_links(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise PermissionError("no links here")
+
+  monkeypatch.setattr(os, "link", refuse)
+  for writer in (1, 0):
+    write(tmp_path, random_appends(16), writer=writer)
+  assert len(ScoreLedger(tmp_path)) == 3 * 6 * 8
+
+
+def test_a_writer_removes_its_own_leftovers_only(tmp_path):
+  write(tmp_path, random_appends(17))
+  name = ".rows-000000000-000000001-000001-w{:05d}-00000000.parquet.tmp"
+  for writer in (1, 2):
+    (tmp_path / name.format(writer)).write_bytes(b"PAR1")
+  write(tmp_path, random_appends(17), writer=2)
+  assert [p.name for p in tmp_path.glob(".*")] == [name.format(1)]
+
+
+def test_a_writer_is_a_number(tmp_path):
+  with pytest.raises(ValueError, match="writer is -1"):
+    ScoreLedger(tmp_path, writer=-1)
+  with pytest.raises(TypeError, match="writer is '1'; expected an integer"):
+    ScoreLedger(tmp_path, writer="1")
+
+
+def test_a_ledger_of_an_earlier_release_goes_on(tmp_path):
+  appends = random_appends(18)
+  write(tmp_path, appends[:10])
+  for path in row_files(tmp_path):
+    os.rename(path, path.with_name(path.name.replace("-w00000", "")))
+  ledger = write(tmp_path, [a | {"scores": -a["scores"]} for a in appends[5:]])
+  want = appends[:5] + [a | {"scores": -a["scores"]} for a in appends[5:]]
+  np.testing.assert_array_equal(
+    ledger.matrix()[1], brute_force_matrix(want, "scores")[1]
+  )
 
 
 # Files that are damaged, or not the ledger's.
