@@ -57,7 +57,8 @@ def make_train_step(
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     tx: the optimizer, over averaged gradients.
     method: what weights the samples; None is the plain mean.
-    config: `config.mimic`: `layers`, `scope`, `engine`.
+    config: `config.mimic`: `layers`, `scope`, `engine`, and `microbatch_size`
+      if there is such a field.
     outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
       reference's outputs; losses_fn's are then the cross-entropies of these.
     outputs: of tasks other than classification, in place of outputs_fn: for
@@ -71,7 +72,9 @@ def make_train_step(
     tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
     steps without a direction ignore it. Samples whose loss (or score, or
     divergence, by the method) is not finite get no weight and are counted in
-    `metrics["nonfinite"]`; what they reach of the gradient is 0.
+    `metrics["nonfinite"]`; what they reach of the gradient is 0. Where no
+    sample is left, or the gradient is not finite all the same, parameters and
+    optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts on.
   """
   if method is None:
     gradient = _plain_gradient(losses_fn)
@@ -88,7 +91,14 @@ def make_train_step(
     grads, output = gradient(state, reference, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    sound = _is_sound(grads, output.metrics["nonfinite"], batch["mask"])
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(sound, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
     output.metrics["grad_norm"] = optax.tree.norm(grads)
+    output.metrics["skipped"] = (~sound).astype(jnp.int32)
     return TrainState(state.step + 1, params, opt_state), output
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
@@ -195,6 +205,12 @@ def direction_of(
       lambda params, batch: losses_fn(params, batch)[0]
     )
   return gm.toward_weights()
+
+
+def _is_sound(grads, nonfinite, mask):
+  """Whether there is a finite sample, and a finite gradient of those."""
+  finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
+  return jnp.all(jnp.stack(finite)) & (nonfinite < jnp.sum(mask))
 
 
 def _plain_gradient(losses_fn):
@@ -385,6 +401,7 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn, outputs):
       weighting=method.weighting,
       scope=config.scope,
       engine=config.engine,
+      microbatch_size=getattr(config, "microbatch_size", None),
       has_aux=True,
     )
 
