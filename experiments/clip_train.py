@@ -208,15 +208,16 @@ class Run:
       self.folder,
       self.state,
       batches,
-      schedule=loop.Schedule(
+      schedule=loop.schedule(
+        self.config,
         total_steps=self.total_steps,
         eval_every=self.config.eval_every,
         save_every=self.config.checkpoint.every_steps,
-        keep=self.config.checkpoint.keep,
+        keep_every=self.config.checkpoint.keep_every,
       ),
       fingerprint=self.fingerprint,
       train_step=self.train_step,
-      take=lambda _, batch: self.take(batch, batches.epoch),
+      take=lambda _, read: self.take(read.batch, read.epoch),
       evaluate=self.evaluate,
       ledger=self._ledger(),
     )

@@ -8,10 +8,21 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments import checkpoint, distributed, writers
+from experiments import (
+  ahead,
+  checkpoint,
+  preemption,
+  step_log,
+  watchdog,
+  workdir as workdir_lib,
+  writers,
+)
+
+PROFILE_FOLDER = "profile"
 
 
 class Schedule(NamedTuple):
@@ -21,6 +32,54 @@ class Schedule(NamedTuple):
   eval_every: int  # the end is evaluated in any case
   save_every: int  # and so is it saved
   keep: int  # checkpoints
+  keep_every: int = 0  # and each that many steps, for ever; 0: none of these
+  log_every: int = 50  # writes of metrics and scores
+  profile_steps: tuple[int, ...] = ()  # first and end of what is traced
+  nonfinite_stop: int = 10  # skipped steps in a row that end the run; 0: none
+  stall_seconds: float = 1800  # without a step, until the process ends; 0: none
+
+
+def schedule(
+  config: Any,
+  *,
+  total_steps: int,
+  eval_every: int,
+  save_every: int,
+  keep_every: int = 0,
+) -> Schedule:
+  """A schedule with what all jobs' configs have in common.
+
+  Args:
+    config: with `checkpoint.keep` and the fields of `common.add_running`.
+    total_steps: as in Schedule, and so are all that follow.
+    eval_every: in steps.
+    save_every: in steps.
+    keep_every: in steps.
+
+  Returns:
+    The Schedule.
+
+  Raises:
+    ValueError: fields that make no sense.
+  """
+  check_counts(config, "log_every", "checkpoint.keep")
+  profile = tuple(config.profile_steps)
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+    raise ValueError(
+      f"config.profile_steps is {profile}; expected the first step to trace and"
+      " the one after the last, such as (100, 105), or ()."
+    )
+  return Schedule(
+    total_steps=total_steps,
+    eval_every=eval_every,
+    save_every=save_every,
+    keep=config.checkpoint.keep,
+    keep_every=keep_every,
+    log_every=config.log_every,
+    profile_steps=profile,
+    nonfinite_stop=config.faults.nonfinite_stop,
+    stall_seconds=config.faults.stall_seconds,
+  )
 
 
 class Taken(NamedTuple):
@@ -41,14 +100,16 @@ def run(
   schedule: Schedule,
   fingerprint: str,
   train_step: Callable[..., Any],
-  take: Callable[[int, Any], Taken],
+  take: Callable[[int, ahead.Read], Taken],
   evaluate: Callable[[Any], dict[str, float]],
   ledger: gm.ScoreLedger | None = None,
 ) -> dict[str, float]:
   """Goes on from the newest checkpoint, or the beginning, to the end.
 
   Killed at any point and started again, it ends with the same parameters, bit
-  for bit, and the same ledger.
+  for bit, and the same ledger. Batches are read in a thread; while a step runs,
+  the next one's batch is put on the devices and earlier ones' outputs are
+  written.
 
   Args:
     folder: the run's; gets checkpoints and metrics.
@@ -57,84 +118,128 @@ def run(
     schedule: how long, and what how often.
     fingerprint: of all that the run depends on.
     train_step: `(state, reference, batch) -> (state, StepOutput)`.
-    take: `(step, batch) -> Taken`, called right after a batch was read.
+    take: `(step, ahead.Read) -> Taken`, called while the step before runs: puts
+      the batch on the devices.
     evaluate: `params -> {name: number}`, to be written as they are named.
     ledger: for the scores; None where the method has none.
 
   Returns:
     The last evaluation.
+
+  Raises:
+    step_log.NonFiniteError: too many steps in a row were skipped.
+    preemption.PreemptedError: after a SIGTERM; the run is saved.
+    OSError: the folder can't be written to, or the disk is full.
   """
+  total = schedule.total_steps
   with contextlib.ExitStack() as stack:
 
     def closing(thing):
       return stack.enter_context(contextlib.closing(thing))
 
+    stack.enter_context(workdir_lib.full_disk_named(folder))
+    stack.enter_context(
+      watchdog.watching(schedule.stall_seconds, what=f"the run in {folder}")
+    )
+    _check_room(folder, state, schedule)
+    asked = closing(preemption.Preemption())
     checkpoints = closing(
       checkpoint.Checkpointer(
-        folder, keep=schedule.keep, fingerprint=fingerprint
+        folder,
+        keep=schedule.keep,
+        keep_every=schedule.keep_every,
+        fingerprint=fingerprint,
       )
     )
     state = checkpoints.restore(state, batches)
     step = int(state.step)
     metrics = closing(writers.metrics(folder, first_step=step))
-    bar = closing(writers.progress(schedule.total_steps, step, folder.name))
-    log = _Log(metrics, ledger)
+    bar = closing(writers.progress(total, step, folder.name))
+    trace = closing(_Trace(folder, *schedule.profile_steps))
+    log = step_log.StepLog(
+      folder,
+      metrics,
+      ledger,
+      every=schedule.log_every,
+      nonfinite_stop=schedule.nonfinite_stop,
+    )
+    position = batches.get_state()
+    reader = closing(ahead.Reader(batches, count=total - step))
+    upcoming = None
     while True:
-      finished = step == schedule.total_steps
-      saving = finished or (step and step % schedule.save_every == 0)
+      finished = step == total
+      leaving = asked.reached()
+      saving = leaving or finished or (step and step % schedule.save_every == 0)
       evaluating = finished or step % schedule.eval_every == 0
       if evaluating or saving:
         # Rows reach the disk before the checkpoint that counts on them.
-        log.flush()
-      if evaluating:
+        log.flush(reader.waited)
+      if evaluating and (finished or not leaving):
+        watchdog.sign()
         evaluation = evaluate(state.params)
         metrics.write(step, evaluation)
         metrics.flush()
       if saving:
-        checkpoints.save(step, state, batches)
+        watchdog.sign()
+        checkpoints.save(step, state, ahead.Position(position))
       if finished:
         return evaluation
-      taken = take(step, next(batches))
+      if leaving:
+        checkpoints.wait()
+        asked.leave(step, folder)
+      if evaluating or saving:
+        log.restart(reader.waited)
+      read, taken = upcoming or _next(step, reader, log, take)
+      trace.before(step)
       state, output = train_step(state, taken.reference, taken.batch)
-      log.add(step, taken, output)
+      log.add(step, taken, output, reader.waited)
+      position = read.position
       step += 1
+      trace.after(step, output)
+      upcoming = _next(step, reader, log, take) if step < total else None
+      watchdog.sign()
       bar.update()
 
 
-class _Log:
-  """Keeps step outputs on the device until they are asked for.
+def _next(step, reader, log, take):
+  read = reader.next(log.until_idle)
+  return read, take(step, read)
 
-  Fetching them step by step would make every step wait for the one before.
-  """
 
-  def __init__(self, metrics, ledger):
-    self._metrics, self._ledger = metrics, ledger
-    self._pending = []
+def _check_room(folder, state, schedule):
+  """Raises before training where checkpoints would fill the disk."""
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  # The oldest goes once the newest is there.
+  count = schedule.keep + 1
+  if schedule.keep_every:
+    count += schedule.total_steps // schedule.keep_every
+  workdir_lib.check_room(
+    folder, size * count, beside=checkpoint.FOLDER, what=f"{count} checkpoints"
+  )
 
-  def add(self, step, taken, output):
-    rows = taken.ids, taken.real, taken.epoch
-    self._pending.append((step, rows, output))
 
-  def flush(self):
-    fetched = distributed.own_rows([output for *_, output in self._pending])
-    for (step, rows, _), output in zip(self._pending, fetched, strict=True):
-      self._metrics.write(
-        step, {f"train_{k}": float(v) for k, v in output.metrics.items()}
-      )
-      if self._ledger is not None:
-        ids, real, epoch = rows
-        self._ledger.append(
-          ids[real],
-          output.samples["score"][real],
-          weights=output.samples["weight"][real],
-          losses=output.samples["loss"][real],
-          step=step,
-          epoch=epoch,
-        )
-    self._metrics.flush()
-    if self._ledger is not None and self._pending:
-      self._ledger.flush()
-    self._pending.clear()
+class _Trace:
+  """A profile of some steps; of several processes, of the first one."""
+
+  def __init__(self, folder, first=-1, end=-1):
+    self._folder = folder / PROFILE_FOLDER
+    self._first, self._end = first, end
+    self._running = False
+
+  def before(self, step):
+    if step == self._first and jax.process_index() == 0:
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+      self._running = True
+
+  def after(self, step, output):
+    if self._running and step == self._end:
+      jax.block_until_ready(output)
+      self.close()
+
+  def close(self):
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
 
 
 def nonfinite_samples(folder: pathlib.Path) -> int:

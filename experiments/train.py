@@ -239,11 +239,12 @@ class Run:
       self.folder,
       self.state,
       self.train_batches,
-      schedule=loop.Schedule(
+      schedule=loop.schedule(
+        self.config,
         total_steps=self.total_steps,
         eval_every=self.steps_per_epoch,
         save_every=self.config.checkpoint.every_epochs * self.steps_per_epoch,
-        keep=self.config.checkpoint.keep,
+        keep_every=self.config.checkpoint.keep_every * self.steps_per_epoch,
       ),
       fingerprint=self.fingerprint,
       train_step=self.train_step,
@@ -263,7 +264,8 @@ class Run:
       "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
 
-  def _take(self, step, batch):
+  def _take(self, step, read):
+    batch = read.batch
     index, flipped = batch.pop("index"), batch.pop("flipped", None)
     return loop.Taken(
       ids=index,

@@ -1,12 +1,16 @@
 """A run's folder: which config it belongs to, what is finished in it."""
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
+import shutil
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,6 +36,8 @@ ALWAYS_FREE = (
   "noise.matrix",
   "noise.path",
 )
+# How C++ libraries say that a disk is full.
+_FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -129,9 +135,11 @@ def check(
   Raises:
     ValueError: the config has a field that doesn't exist or lacks one, or the
       folder belongs to another config; the field that differs is named.
+    PermissionError: the folder can't be written to, or made.
   """
   check_fields(config, fields)
   folder = pathlib.Path(path)
+  _check_writable(folder)
   file = folder / CONFIG_FILE
   if file.exists():
     for field, theirs, ours in _differences(read_json(file), as_dict(config)):
@@ -149,6 +157,88 @@ def check(
       " folder or one that an earlier run of this config made."
     )
   return folder
+
+
+def _check_writable(folder):
+  there = folder
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  # Also tells of a file system that is mounted read-only.
+  if not os.access(there, os.W_OK):
+    raise PermissionError(
+      f"workdir {folder} can't be written to: {there} is read-only, or belongs"
+      " to somebody else. Choose another --workdir."
+    )
+
+
+def check_room(
+  folder: pathlib.Path, size: int, *, beside: str, what: str
+) -> None:
+  """Raises unless there is room for what a job is going to write.
+
+  Args:
+    folder: the run's.
+    size: bytes of it.
+    beside: the name of its folder; what an earlier run left there counts as
+      room, as it will be replaced.
+    what: it is, for the message.
+
+  Raises:
+    OSError: the disk is too full.
+  """
+  found = folder / beside
+  there = sum(
+    path.stat().st_size for path in found.rglob("*") if path.is_file()
+  )
+  free = shutil.disk_usage(folder).free
+  if free < size - there:
+    raise OSError(
+      f"{what} in {folder} may take {_megabytes(size - there)}, and the disk"
+      f" has {_megabytes(free)} left. Make room, lower config.checkpoint.keep,"
+      " or choose another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what libraries raise on a full disk into one line that says so.
+
+  Args:
+    folder: the run's.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    OSError: the block failed for want of room.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not _is_full_disk(error):
+      raise
+    free = _megabytes(shutil.disk_usage(folder).free)
+    raise OSError(
+      f"the disk of {folder} is full ({free} left). The last checkpoint is"
+      " whole: make room, and the same command goes on from there."
+    ) from error
+
+
+def _is_full_disk(error):
+  """Whether the error, or one that led to it, is for want of room."""
+  seen = []
+  while error is not None and error not in seen:
+    seen.append(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if any(text in str(error) for text in _FULL_DISK):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _megabytes(size):
+  return f"{size / 1e6:,.1f} MB"
 
 
 def claim(

@@ -12,6 +12,8 @@ import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+# What differs from run to run of the same: in lines of their own.
+TIMINGS = ("steps_per_second", "data_wait")
 
 
 class MetricsWriter:
@@ -26,7 +28,8 @@ class MetricsWriter:
         an interrupted run; they are dropped and will be written again.
     """
     path = workdir / METRICS_FILE
-    kept = [row for row in read_metrics(path) if row["step"] < first_step]
+    rows = read_metrics(path, timings=True)
+    kept = [row for row in rows if row["step"] < first_step]
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
       file.writelines(json.dumps(row) + "\n" for row in kept)
@@ -76,10 +79,21 @@ def metrics(
   return MetricsWriter(workdir, first_step=first_step)
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(
+  path: pathlib.Path, *, timings: bool = False
+) -> list[dict[str, Any]]:
   """The whole lines of a metrics file; none if there is no file.
 
   A line that a killed run left unfinished is the last one, and is left out.
+
+  Args:
+    path: the file.
+    timings: whether to have the lines of `TIMINGS` as well: `steps_per_second`,
+      and `data_wait`, the share of the time that steps had to wait for data.
+      All other lines are the same in every run of a config.
+
+  Returns:
+    The lines.
   """
   if not path.exists():
     return []
@@ -87,7 +101,9 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   for line in path.read_text().splitlines(keepends=True):
     if not line.endswith("\n"):
       break
-    rows.append(json.loads(line))
+    row = json.loads(line)
+    if timings or not any(name in row for name in TIMINGS):
+      rows.append(row)
   return rows
 
 
