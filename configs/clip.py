@@ -39,8 +39,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # Pairs at a time; the held-out loss tells a pair from so many.
   config.eval_batch_size = 192
   config.loss = "clip"  # or "sigmoid" (with model.clip.logit_bias)
-  config.devices = 0  # how many to take; 0: all there are
-  config.distributed = False  # whether to meet other processes, as on a pod
   common.add_running(config)
 
   config.data = config_dict.ConfigDict()

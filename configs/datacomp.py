@@ -4,7 +4,7 @@ python -m experiments.clip_train --config=configs/datacomp.py:scale=small \
   --config.data.shards="('shards/{00000000..00001287}.tar',)" \
   --config.data.tokenizer=hf://openai/clip-vit-base-patch32 \
   --config.mimic.reference=hf://openai/clip-vit-base-patch32 \
-  --config.model.clip.activation=quick_gelu --config.distributed=true \
+  --config.model.clip.activation=quick_gelu --distributed \
   --workdir=runs/datacomp_small
 
 ViT-B/32 at 224 pixels and the hyper-parameters of DataComp's own code. As

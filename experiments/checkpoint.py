@@ -1,14 +1,23 @@
-"""Checkpoints with orbax: state, data iterator and fingerprint in one."""
+"""Checkpoints with orbax: state, data iterator and fingerprint in one.
+
+Arrays are written by the processes that hold them, each its own part, and are
+read into whatever shardings they are asked for: the devices and processes that
+they were saved from need not be here.
+"""
 
 import hashlib
+import json
 import pathlib
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from experiments import distributed
 
 FOLDER = "checkpoints"
 
@@ -16,20 +25,31 @@ FOLDER = "checkpoints"
 class Checkpointer:
   """Saves and restores a run; a save that was cut off is never seen again."""
 
-  def __init__(self, workdir: pathlib.Path, *, keep: int, fingerprint: str):
-    """Opens `workdir/checkpoints`.
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    keep: int,
+    fingerprint: str,
+    keep_every: int = 0,
+  ):
+    """Opens `workdir/checkpoints`, in all processes at once.
 
     Args:
       workdir: the run's folder.
-      keep: how many checkpoints to keep.
-      fingerprint: of config and data. grain's iterator state is only an index,
+      keep: how many of the newest checkpoints to keep.
+      fingerprint: of config and data. An iterator's state may be only an index,
         so a checkpoint of other data would be taken without an error.
+      keep_every: steps; checkpoints of their multiples are kept for ever. 0:
+        none are.
     """
     self._fingerprint = fingerprint
     self._manager = ocp.CheckpointManager(
       pathlib.Path(workdir).absolute() / FOLDER,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        cleanup_tmp_directories=True,
       ),
       item_names=("state", "data", "run"),
     )
@@ -38,62 +58,137 @@ class Checkpointer:
     """Starts saving; goes on in the background."""
     if step in self._manager.all_steps():
       return
+    places = distributed.texts_of_all(json.dumps(iterator.get_state()))
+    if len(set(places)) == 1:
+      places = places[:1]
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        data=grain.checkpoint.CheckpointSave(iterator),
-        run=ocp.args.JsonSave({"fingerprint": self._fingerprint}),
+        data=ocp.args.JsonSave({"places": places}),
+        run=ocp.args.JsonSave(
+          {
+            "fingerprint": self._fingerprint,
+            "processes": jax.process_count(),
+            "devices": jax.device_count(),
+          }
+        ),
       ),
     )
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk; raises what went wrong."""
+    self._manager.wait_until_finished()
 
   def restore(self, state: Any, iterator: grain.DatasetIterator) -> Any:
     """The newest state, with the iterator set to it; `state` if there is none.
 
     Args:
-      state: a state of the right structure and shapes.
+      state: a state of the right structure, shapes and shardings.
       iterator: is set to the checkpoint's position.
 
     Returns:
-      The state.
+      The state, in the shardings of `state`.
 
     Raises:
-      ValueError: the newest checkpoint belongs to other data or another config.
+      ValueError: the newest checkpoint belongs to other data or another config,
+        or its position in the data is one of another number of processes.
     """
-    step = self._manager.latest_step()
-    if step is None:
+    # What one process sees in the folder another may not see yet.
+    newest = self._manager.latest_step()
+    step = int(
+      distributed.from_first(np.int32(-1 if newest is None else newest))
+    )
+    if step < 0:
       return state
-    run = self._manager.restore(
-      step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-    ).run
-    if run["fingerprint"] != self._fingerprint:
+    found = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
+      ),
+    )
+    if found.run["fingerprint"] != self._fingerprint:
       raise ValueError(
         f"checkpoint {step} in {self._manager.directory} was made with other"
-        f" data or another config (fingerprint {run['fingerprint']}, expected"
-        f" {self._fingerprint}). Choose another --workdir."
+        f" data or another config (fingerprint {found.run['fingerprint']},"
+        f" expected {self._fingerprint}). Choose another --workdir."
       )
-    restored = self._manager.restore(
+    iterator.set_state(json.loads(self._place(step, found.data["places"])))
+    return self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(
           jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        ),
-        data=grain.checkpoint.CheckpointRestore(iterator),
+        )
       ),
-    )
-    return restored.state
+    ).state
 
   def close(self) -> None:
     """Waits for saves that are under way."""
     self._manager.close()
 
+  def _place(self, step, places):
+    """This process's position in the data."""
+    if len(places) == 1:
+      return places[0]
+    if len(places) != jax.process_count():
+      raise ValueError(
+        f"checkpoint {step} in {self._manager.directory} was made by"
+        f" {len(places)} processes, each with shards of its own, and there are"
+        f" {jax.process_count()}; expected as many: only data in memory can be"
+        " gone on with by another number."
+      )
+    return places[jax.process_index()]
+
 
 def fingerprint(params: Any) -> str:
-  """Sixteen hex digits of the leaves' bytes."""
+  """Sixteen hex digits of the leaves' paths, shapes, dtypes and bytes.
+
+  Found on the devices, each of which looks at its own part only: sums of
+  integers that depend on every value and its position, which come out alike
+  however the arrays are divided.
+  """
   digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.asarray(leaf).tobytes())
+  sums = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    digest.update(
+      f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode()
+    )
+    sums.append(_sums(array))
+  digest.update(np.array(jax.device_get(sums), "<u4").tobytes())
   return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _sums(leaf):
+  """Four sums of 32 bits, with wrap-around."""
+  words = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+  size = min(words.dtype.itemsize, 4)
+  words = jax.lax.bitcast_convert_type(words, f"uint{8 * size}")
+  words = jnp.atleast_1d(words).astype(jnp.uint32)
+  position = jnp.zeros(words.shape, jnp.uint32)
+  stride = 1
+  for axis in reversed(range(words.ndim)):
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    position += along * np.uint32(stride % 2**32)
+    stride *= words.shape[axis]
+  return tuple(
+    jnp.sum(_stirred(words ^ _stirred(position + np.uint32(salt))))
+    for salt in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)  # of pi
+  )
+
+
+def _stirred(words):
+  """A bijection of 32 bits in which every bit depends on every other.
+
+  The last mix of MurmurHash3, by A. Appleby.
+  """
+  words ^= words >> 16
+  words *= np.uint32(0x85EBCA6B)
+  words ^= words >> 13
+  words *= np.uint32(0xC2B2AE35)
+  return words ^ (words >> 16)
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
@@ -108,8 +203,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
   folder = pathlib.Path(workdir).absolute() / FOLDER
   if not folder.is_dir():
     return []
-  with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
-    return sorted(manager.all_steps())
+  return sorted(ocp.utils.checkpoint_steps(folder))
 
 
 def load_params(
@@ -119,7 +213,8 @@ def load_params(
 
   Args:
     workdir: the run's folder.
-    like: a parameter tree of the structure and shapes that are expected.
+    like: a parameter tree of the structure, shapes and shardings that are
+      expected. Every device reads its own part only.
     step: whose checkpoint; None is the newest.
 
   Returns:
@@ -136,57 +231,77 @@ def load_params(
       f"no {FOLDER} in {workdir}: the reference must be the workdir of a"
       " finished run (python -m experiments.train)."
     )
-  with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
-    steps = manager.all_steps()
-    if not steps:
-      raise FileNotFoundError(f"no finished checkpoint in {folder}.")
-    step = max(steps) if step is None else step
-    if step not in steps:
-      raise FileNotFoundError(
-        f"no checkpoint of step {step} in {folder}; there are those of steps"
-        f" {sorted(steps)}."
-      )
-  return jax.device_put(_as_tree_of(like, _read(folder, step), workdir))
+  there = steps(workdir)
+  if not there:
+    raise FileNotFoundError(f"no finished checkpoint in {folder}.")
+  step = there[-1] if step is None else step
+  if step not in there:
+    raise FileNotFoundError(
+      f"no checkpoint of step {step} in {folder}; there are those of steps"
+      f" {there}."
+    )
+  return _read(epath.Path(folder / str(step) / "state"), like, workdir)
 
 
-def _read(folder, step):
-  """A checkpoint's parameters as NumPy arrays.
+def _read(path, like, workdir):
+  """A checkpoint's parameters, in the containers and shardings of `like`.
 
-  The devices that they were saved from need not be here.
+  orbax turns integer keys to text.
   """
   handler = ocp.PyTreeCheckpointHandler()
-  path = epath.Path(folder / str(step) / "state")
-  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  wanted = jax.tree.map(lambda _: as_numpy, handler.metadata(path).tree)
-  args = ocp.args.PyTreeRestore(restore_args=wanted)
-  return handler.restore(path, args=args)["params"]
-
-
-def _as_tree_of(like, stored, workdir):
-  """`stored` in the containers of `like`: orbax turns integer keys to text."""
-  flat = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
-  }
-  paths, structure = jax.tree_util.tree_flatten_with_path(like)
-  names = [
-    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
-  ]
-  odd = sorted(set(names) ^ set(flat))
+  stored = handler.metadata(path).tree["params"]
+  flat, structure = jax.tree_util.tree_flatten_with_path(like)
+  wanted = {_name(place): leaf for place, leaf in flat}
+  theirs, their_structure = jax.tree_util.tree_flatten_with_path(stored)
+  names = [_name(place) for place, _ in theirs]
+  odd = sorted(wanted.keys() ^ set(names))
   if odd:
     raise ValueError(
       f"the checkpoint in {workdir} is of another architecture: parameters"
       f" {', '.join(odd[:8])} are in one of the two only."
     )
-  for name, (_, leaf) in zip(names, paths, strict=True):
-    if np.shape(flat[name]) != np.shape(leaf):
+  for name, (_, leaf) in zip(names, theirs, strict=True):
+    if tuple(leaf.shape) != np.shape(wanted[name]):
       raise ValueError(
         f"the checkpoint in {workdir} is of another architecture: {name} has"
-        f" shape {np.shape(flat[name])} there, expected {np.shape(leaf)}."
+        f" shape {tuple(leaf.shape)} there, expected"
+        f" {np.shape(wanted[name])}."
       )
-  for name in names:
-    if not np.all(np.isfinite(flat[name])):
+  hows = their_structure.unflatten([_how(wanted[name]) for name in names])
+  found = handler.restore(
+    path,
+    args=ocp.args.PyTreeRestore(
+      item={"params": stored},
+      restore_args={"params": hows},
+      partial_restore=True,
+    ),
+  )["params"]
+  leaves = dict(
+    zip(names, map(jnp.asarray, jax.tree.leaves(found)), strict=True)
+  )
+  sound = jax.device_get({name: _is_finite(x) for name, x in leaves.items()})
+  for place, _ in flat:
+    if not sound[_name(place)]:
       raise ValueError(
-        f"parameter {name} in {workdir} is not finite: that run has diverged."
+        f"parameter {_name(place)} in {workdir} is not finite: that run has"
+        " diverged."
       )
-  return structure.unflatten([flat[name] for name in names])
+  return structure.unflatten([leaves[_name(place)] for place, _ in flat])
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _how(leaf):
+  """How orbax is to read an array that goes where this one is."""
+  to = getattr(leaf, "sharding", None)
+  if to is None or len(to.device_set) == 1:
+    # To the default device, and free to go to others.
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+  return ocp.ArrayRestoreArgs(sharding=to, global_shape=leaf.shape)
+
+
+@jax.jit
+def _is_finite(leaf):
+  return jnp.all(jnp.isfinite(leaf))

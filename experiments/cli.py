@@ -1,11 +1,16 @@
 """What every job's command line shares: flags, log lines, one-line errors."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from experiments import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -13,10 +18,26 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of this run; made if missing, continued if not."
 )
+# Where a run runs is no part of what it is: no fields of a config.
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Meet the other processes of this TPU pod, Slurm job..."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "Meet the other processes: host:port of the first."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Meet the other processes: how many there are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Meet the other processes: which this is, from 0."
+)
 
 
 def run(job: Callable[[Any, str], Any]) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
+
+  Of several processes only the first one's standard output is shown, and one
+  that fails ends at once: JAX ends the others, which would wait for it.
 
   Args:
     job: `train_and_evaluate`, `run_study` or another of their kind.
@@ -30,6 +51,14 @@ def run(job: Callable[[Any, str], Any]) -> None:
     if not debug:
       logging.set_verbosity(logging.WARNING)
     try:
+      distributed.start(
+        detect=_DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+      )
+      if jax.distributed.is_initialized():
+        return _run_together(job, debug)
       job(_CONFIG.value, _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
@@ -40,6 +69,35 @@ def run(job: Callable[[Any, str], Any]) -> None:
       sys.exit("interrupted; the same command goes on from the last checkpoint")
 
   app.run(main, flags_parser=_parse_flags)
+
+
+def _run_together(job, debug):
+  """As one of several processes, which all end if one of them fails."""
+  with contextlib.ExitStack() as stack:
+    if not distributed.is_first():
+      nowhere = stack.enter_context(open(os.devnull, "w"))
+      stack.enter_context(contextlib.redirect_stdout(nowhere))
+    try:
+      return job(_CONFIG.value, _WORKDIR.value)
+    except Exception as error:
+      if debug:
+        logging.exception("process %d", jax.process_index())
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      print(
+        f"error in process {jax.process_index()}: {lines[0]} (--v=1 shows where"
+        " this comes from)",
+        file=sys.stderr,
+        flush=True,
+      )
+    except KeyboardInterrupt:
+      print(
+        f"process {jax.process_index()} was interrupted; the same command goes"
+        " on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
+  # Leaving in order means to meet the others, which may wait elsewhere.
+  os._exit(1)
 
 
 def _parse_flags(argv):

@@ -49,8 +49,8 @@ class Extractor:
   def __init__(
     self, apply: Apply, devices: distributed.Devices, *, batch_size: int
   ):
-    self._apply = jax.jit(apply)
-    self._devices, self._size = devices, batch_size
+    self._apply = jax.jit(apply, out_shardings=devices.whole)
+    self._devices, self._size = devices, devices.divided(batch_size)
 
   def images(self, params: Any, images: np.ndarray) -> np.ndarray:
     """Images [N, H, W, C] to features [N, D]."""
@@ -67,7 +67,7 @@ class Extractor:
     for start in range(0, len(rows), self._size):
       # Filled up with real rows: one shape, one program.
       at = np.arange(start, start + self._size) % len(rows)
-      parts.append(features_of(self._devices.put_own(rows[at])))
+      parts.append(features_of(self._devices.place_rows(rows[at])))
     # Fetched at once: fetching one by one would make each wait.
     return np.concatenate(jax.device_get(parts))[: len(rows)]
 
@@ -96,7 +96,7 @@ class Evaluation:
     Raises:
       ValueError: fewer held-out pairs than that.
     """
-    self._data, self._devices = data, devices
+    self._data = data
     self._extract = Extractor(apply, devices, batch_size=batch_size)
     self._size = batch_size
     self._losses = jax.jit(losses_of(loss))
@@ -117,15 +117,13 @@ class Evaluation:
       `held_out_loss` and recalls such as `image_to_text@1`, and
       `zero_shot_accuracy@1` and `@5`, as far as there is data for them.
     """
-    params = self._devices.own_copy(params)
     found: dict[str, float] = {}
     if self._data.held_out is not None:
       images, tokens = self._data.held_out
       features = Features(
         self._extract.images(params, images),
         self._extract.texts(params, tokens),
-        params["logit_scale"],
-        params.get("logit_bias"),
+        *jax.device_get((params["logit_scale"], params.get("logit_bias"))),
       )
       found["held_out_loss"] = self._loss(features)
       found |= _or_nan(

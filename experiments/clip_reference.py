@@ -1,6 +1,7 @@
 """The reference of a CLIP run: a finished run, or published weights."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,38 +66,44 @@ def load(
   if method is None or method.direction is None:
     return None
   if method.direction == "weights":
-    model = model_of(config, like=params)
-    weights = devices.replicate(model.params)
+    model = model_of(config, like=params, place=devices.place)
     return reference_lib.Reference(
-      model.fingerprint, weights, lambda _: weights
+      model.fingerprint, model.params, lambda _: model.params
     )
-  model = model_of(config)
+  model = model_of(config, place=devices.place)
   if data.memory is not None:
     found = features_of_pool(config, model, data.memory, devices)
+    scales = devices.place_whole((found.logit_scale, found.logit_bias))
 
     def stored(batch):
       rows = np.maximum(batch["index"], 0)  # padding gets a real row
-      return devices.put_features(
-        found._replace(image=found.image[rows], text=found.text[rows])
+      return Features(
+        *devices.put((found.image[rows], found.text[rows])), *scales
       )
 
     return reference_lib.Reference(model.fingerprint, None, stored)
   apply = jax.jit(model.apply)
-  weights = devices.replicate(model.params)
 
   def computed(batch):
     seen = devices.put({key: batch[key] for key in ("image", "text")})
-    return apply(weights, seen["image"], seen["text"])
+    return apply(model.params, seen["image"], seen["text"])
 
   return reference_lib.Reference(model.fingerprint, None, computed)
 
 
-def model_of(config: Any, *, like: Any = None) -> Model:
+def model_of(
+  config: Any,
+  *,
+  like: Any = None,
+  place: Callable[[Any], Any] = lambda params: params,
+) -> Model:
   """The model that `config.mimic.reference` names.
 
   Args:
     config: as `configs/clip.py` describes it.
     like: parameters whose structure and shapes it must have; None: its own.
+    place: puts its own parameters where they are to be; weights are loaded
+      straight to there.
 
   Returns:
     The Model.
@@ -112,8 +119,8 @@ def model_of(config: Any, *, like: Any = None) -> Model:
       " published weights, or use experiments.clip_study, which trains one."
     )
   if initial.is_run(source) or not _is_published(source):
-    return _of_run(pathlib.Path(source), config, like)
-  return _published(source, config, like)
+    return _of_run(pathlib.Path(source), config, like, place)
+  return _published(source, config, like, place)
 
 
 def features_of_pool(
@@ -141,21 +148,20 @@ def features_of_pool(
     )
     file = model.folder / f"features_{digest}.npy"
     stored = arrays.read(file, shape)
-  if stored is None:
+  if not distributed.agree(stored is not None):  # all compute, or none
     extract = clip_features.Extractor(
       model.apply, devices, batch_size=config.eval_batch_size
     )
-    params = jax.tree.map(jax.numpy.asarray, model.params)
     stored = np.stack(
       [
-        extract.images(params, memory.images),
-        extract.texts(params, memory.text),
+        extract.images(model.params, memory.images),
+        extract.texts(model.params, memory.text),
       ]
     )
-    if file is not None:
+    if file is not None and distributed.is_first():
       arrays.write(file, stored)
-  scale, bias = model.params["logit_scale"], model.params.get("logit_bias")
-  return Features(stored[0], stored[1], np.asarray(scale), bias)
+  scales = (model.params["logit_scale"], model.params.get("logit_bias"))
+  return Features(stored[0], stored[1], *jax.device_get(scales))
 
 
 def _is_published(source):
@@ -167,7 +173,7 @@ def _is_published(source):
   )
 
 
-def _of_run(where, config, like):
+def _of_run(where, config, like, place):
   if not (where / workdir_lib.RESULT_FILE).exists():
     raise FileNotFoundError(
       f"there is no finished run in {where}, which config.mimic.reference"
@@ -186,7 +192,7 @@ def _of_run(where, config, like):
       )
   size = config.data.image_size
   apply, own = clip.create(theirs.model, input_shape=(size, size, 3), seed=0)
-  params = checkpoint.load_params(where, own if like is None else like)
+  params = checkpoint.load_params(where, place(own) if like is None else like)
   return Model(
     clip_features.scaled(apply, theirs.data.mean, theirs.data.std),
     params,
@@ -195,7 +201,7 @@ def _of_run(where, config, like):
   )
 
 
-def _published(source, config, like):
+def _published(source, config, like, place):
   section = config.model.copy_and_resolve_references().unlock()
   if config.mimic.reference_size is not None:
     section.size = config.mimic.reference_size
@@ -204,7 +210,7 @@ def _published(source, config, like):
   section.pretrained = source
   size = config.data.image_size
   apply, params = clip_pretrained.create(
-    section, input_shape=(size, size, 3), seed=0
+    section, input_shape=(size, size, 3), seed=0, place=place
   )
   if like is not None and clip.options(section) != clip.options(config.model):
     raise ValueError(

@@ -4,12 +4,12 @@ python -m experiments.clip_train --config=configs/clip_shapes.py \
   --workdir=runs/clip
 """
 
+import functools
 import json
 import pathlib
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 import gradmimic_jax as gm
@@ -25,6 +25,7 @@ from experiments import (
   methods,
   optimizer,
   reference_check,
+  sharding,
   steps,
   workdir as workdir_lib,
 )
@@ -50,8 +51,6 @@ FREE = (
   "study.",
   "checkpoint.",
   "mimic.force",
-  "devices",
-  "distributed",
   "data.shards",
   "data.held_out_shards",
   "data.data_dir",
@@ -63,12 +62,13 @@ FREE = (
 def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
+  Called by all processes of a job at once; they share every batch.
+
   Args:
     config: as `configs/clip.py` describes it.
-    workdir: the run's folder. Gets `config.json`, checkpoints,
-      `metrics.jsonl` with TensorBoard events beside it, the ledger of a method
-      with scores, by uid (of several processes, one in a folder each), and at
-      the end `result.json`.
+    workdir: the run's folder, which all processes see. Gets `config.json`,
+      checkpoints, `metrics.jsonl` with TensorBoard events beside it, the ledger
+      of a method with scores, by uid, and at the end `result.json`.
 
   Returns:
     What is in `result.json`: the last evaluation, counts, and the seconds since
@@ -90,14 +90,16 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     "checkpoint.every_steps",
     "checkpoint.keep",
   )
-  distributed.start(config.distributed)
   started = time.monotonic()
   run = Run(config, folder, clip_data.load(config))
   checked = run.check_reference()
-  workdir_lib.claim(workdir, config, clip_config, free=FREE)
-  reference_check.save(folder, checked)
   result_file = folder / RESULT_FILE
-  if result_file.exists():
+  finished = distributed.agree(result_file.exists())
+  if distributed.is_first():
+    workdir_lib.claim(workdir, config, clip_config, free=FREE)
+    reference_check.save(folder, checked)
+  distributed.meet()
+  if finished:
     result = workdir_lib.read_json(result_file)
     if result["fingerprint"] != run.fingerprint:
       raise ValueError(
@@ -107,7 +109,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     return result
   result = run.to_the_end()
   result["seconds"] = round(time.monotonic() - started, 2)
-  if jax.process_index() == 0:
+  if distributed.is_first():
     workdir_lib.write_json(result_file, result)
   return result
 
@@ -126,7 +128,7 @@ class Run:
       )
     self.method = _method(config)
     self.devices = distributed.Devices(
-      config.devices, batch_size=config.batch_size
+      config.mesh, batch_size=config.batch_size
     )
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
@@ -136,7 +138,10 @@ class Run:
     }
     size = config.data.image_size
     apply, params = clip_pretrained.create(
-      config.model, input_shape=(size, size, 3), seed=config.seed
+      config.model,
+      input_shape=(size, size, 3),
+      seed=config.seed,
+      place=self.devices.place,
     )
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(params)
@@ -156,6 +161,9 @@ class Run:
     tx = optimizer.for_contrastive(
       config.optimizer, total_steps=self.total_steps
     )
+    self.state = self.devices.compute(
+      functools.partial(steps.init_state, tx=tx), params
+    )
     self.train_step = steps.make_train_step(
       self.losses_fn,
       tx,
@@ -165,8 +173,8 @@ class Run:
         contrastive.toward_similarities(apply, sharding=self.devices.rows),
         clip_features.losses_of(config.loss),
       ),
+      out_shardings=sharding.of_step(self.state, self.devices.mesh),
     )
-    self.state = self.devices.replicate(steps.init_state(params, tx))
     self.evaluate = clip_features.Evaluation(
       apply,
       data,
@@ -177,16 +185,12 @@ class Run:
 
   def check_reference(self) -> dict[str, Any] | None:
     """What the check found out, if any; raises if the reference would harm."""
-    reference = self.reference
-    if reference is not None:
-      own = self.devices.own_copy(reference.params)
-      reference = reference._replace(params=own)
     return reference_check.check(
       self.config,
       self.folder,
       contrastive.make_losses_fn(self.apply, self.config.loss),
-      self.devices.own_copy(self.state.params),
-      reference,
+      self.state.params,
+      self.reference,
       self._first_pairs,
       instead="grad_mimic_outputs",
     )
@@ -197,8 +201,10 @@ class Run:
     batch = next(iterator)
     iterator.close()
     rows = batch["mask"].nonzero()[0][: self.config.mimic.check_samples]
-    return distributed.from_first(
-      {key: batch[key][rows] for key in ("image", "text")}
+    return self.devices.place_whole(
+      distributed.from_first(
+        {key: batch[key][rows] for key in ("image", "text")}
+      )
     )
 
   def to_the_end(self) -> dict[str, Any]:
@@ -248,10 +254,11 @@ class Run:
   def _ledger(self):
     if self.method is None or self.method.score is None:
       return None
-    folder = self.folder / LEDGER_FOLDER
-    if jax.process_count() > 1:
-      folder = folder / f"process{jax.process_index()}"
-    return gm.ScoreLedger(folder, fingerprints=self.fingerprints)
+    return gm.ScoreLedger(
+      self.folder / LEDGER_FOLDER,
+      fingerprints=self.fingerprints,
+      writer=self.devices.process[0],
+    )
 
 
 def _method(config):

@@ -1,115 +1,197 @@
-"""Batches over all devices of all processes, and what comes back to each."""
+"""Several processes and devices: meeting, dividing, agreeing.
 
-from typing import Any
+Every process runs the same program. What only one may do (print, write a
+result, claim a run) the first one does, and the others learn what came of it.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from orbax.checkpoint import multihost
 
-AXIS = "data"
+from experiments import sharding
+
+# Seconds without a sign of life after which a process counts as lost.
+HEARTBEAT_TIMEOUT = 40
+# Seconds that processes which have finished wait for the last one.
+_SHUTDOWN_TIMEOUT = 120
+_LONG = 7 * 24 * 3600  # seconds: longer than the first process is ever alone
+
+_meetings = itertools.count()
+Result = TypeVar("Result")
+
+
+def start(
+  *,
+  detect: bool = False,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Meets the other processes of the job, if there are to be any.
+
+  Args:
+    detect: whether JAX is to find out by itself, as on Cloud TPU, Slurm or Open
+      MPI.
+    coordinator: "host:port" of the first process. Any of these three makes
+      processes meet; what is None, JAX finds out.
+    num_processes: how many there are.
+    process_id: which one this is.
+
+  Raises:
+    ValueError: what is missing can't be found out, or a number is out of range.
+  """
+  asked = any(x is not None for x in (coordinator, num_processes, process_id))
+  if not (detect or asked) or jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+      shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(
+      f"the job's processes can't meet: {error} Expected --distributed on a"
+      " cluster that JAX knows, or all of --coordinator=host:port,"
+      " --num_processes=N and --process_id=0 .. N-1."
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this is the process that prints and writes for all."""
+  return jax.process_index() == 0
 
 
 class Devices:
-  """A mesh of one axis, over which a batch's rows are divided.
+  """The mesh of a run, and how its arrays get there.
+
+  On a single device there is no mesh: everything stays as it is.
 
   Attributes:
+    mesh: with the axes "data" and "fsdp"; None for a single device.
     rows: sharding of what has a row a sample; None for a single device.
+    whole: sharding of what every device has whole; None for a single device.
     count: how many devices there are.
+    process: which process this is, and of how many.
   """
 
-  def __init__(self, count: int, *, batch_size: int):
+  def __init__(self, sizes: Mapping[str, int], *, batch_size: int):
     """Takes devices.
 
     Args:
-      count: how many; 0 takes all. Several processes must take all.
+      sizes: `config.mesh`: how many along "data" and "fsdp"; one of them may be
+        -1, for all that are left. Several processes must take all.
       batch_size: rows in a batch of all processes.
 
     Raises:
       ValueError: there are not as many, or they don't divide a batch.
     """
-    found = jax.devices()
-    self.count = count or len(found)
-    if self.count > len(found) or (
-      jax.process_count() > 1 and self.count < len(found)
-    ):
-      raise ValueError(
-        f"config.devices is {count}, and there are {len(found)} of"
-        f" {jax.process_count()} process(es); expected at most as many, or 0"
-        " for all."
-      )
+    data, fsdp = _sizes(sizes["data"], sizes["fsdp"])
+    self.count = data * fsdp
     if batch_size % self.count:
       raise ValueError(
         f"config.batch_size is {batch_size} on {self.count} devices; expected"
-        " a multiple of their number: change it, or --config.devices."
+        " a multiple of their number: change it, or --config.mesh.data."
       )
-    self.rows = self._all = self._own_rows = self._own_all = None
+    self.process = (jax.process_index(), jax.process_count())
+    self.mesh = self.rows = self.whole = None
     if self.count > 1:
-      mesh = self._mesh(found[: self.count])
-      self.rows = NamedSharding(mesh, PartitionSpec(AXIS))
-      self._all = NamedSharding(mesh, PartitionSpec())
-      own = [d for d in found[: self.count] if d in jax.local_devices()]
-      mesh = self._mesh(own)
-      self._own_rows = NamedSharding(mesh, PartitionSpec(AXIS))
-      self._own_all = NamedSharding(mesh, PartitionSpec())
+      self.mesh = jax.make_mesh(
+        (data, fsdp),
+        (sharding.DATA, sharding.FSDP),
+        (AxisType.Auto, AxisType.Auto),
+        devices=jax.devices()[: self.count],
+      )
+      self.rows = NamedSharding(self.mesh, sharding.ROWS)
+      self.whole = NamedSharding(self.mesh, sharding.WHOLE)
+
+  def divided(self, size: int) -> int:
+    """The smallest number of rows from `size` on that all devices can share."""
+    return -(-size // self.count) * self.count
+
+  def shardings(self, tree: Any) -> Any:
+    """Of a tree of parameters and their like; None for a single device."""
+    if self.mesh is None:
+      return None
+    return sharding.of_tree(tree, self.mesh)
+
+  def place(self, tree: Any) -> Any:
+    """Parameters that every process has alike, by the rule for parameters."""
+    return self._spread(tree, self.shardings)
+
+  def place_whole(self, tree: Any) -> Any:
+    """What every process has alike, whole on every device."""
+    return self._spread(
+      tree, lambda tree: jax.tree.map(lambda _: self.whole, tree)
+    )
+
+  def place_rows(self, tree: Any) -> Any:
+    """What every process has alike: rows divided where their number allows it.
+
+    What has no rows, or a number of them that the devices don't divide, is
+    whole on every device.
+    """
+
+    def sharding_of(leaf):
+      shape = np.shape(leaf)
+      return self.rows if shape and shape[0] % self.count == 0 else self.whole
+
+    return self._spread(tree, lambda tree: jax.tree.map(sharding_of, tree))
+
+  def compute(self, make: Callable[..., Any], *args: Any) -> Any:
+    """What `make(*args)` gives, by the rule for parameters from the start."""
+    if self.mesh is None:
+      return make(*args)
+    shardings = self.shardings(jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=shardings)(*args)
 
   def put(self, batch: Any) -> Any:
     """This process's rows of a batch, on the devices."""
     if self.rows is None:
       return jax.device_put(batch)
+    if jax.process_count() == 1:
+      return jax.device_put(batch, self.rows)
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(self.rows, x), batch
     )
 
-  def put_features(self, features: Any) -> Any:
-    """As `put`, of a tree with scalars, which every process has alike."""
-    return jax.tree.map(
-      lambda x: self.put(x) if np.ndim(x) else self.replicate(x), features
-    )
-
-  def replicate(self, tree: Any) -> Any:
-    """A tree that every process has alike, whole on every device."""
-    if self._all is None:
+  def _spread(self, tree, shardings_of):
+    if self.mesh is None:
       return jax.device_put(tree)
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(
-        self._all, np.asarray(x)
-      ),
-      tree,
-    )
-
-  def put_own(self, batch: Any) -> Any:
-    """Rows that concern no other process, on this one's devices."""
-    if self._own_rows is None:
-      return jax.device_put(batch)
-    sizes = {len(x) for x in jax.tree.leaves(batch)}
-    divided = all(size % self._own_rows.mesh.size == 0 for size in sizes)
-    return jax.device_put(batch, self._own_rows if divided else self._own_all)
-
-  def own_copy(self, params: Any) -> Any:
-    """Replicated parameters for a program of this process alone."""
     if jax.process_count() == 1:
-      return params
-    return jax.device_put(jax.device_get(params), self._own_all)
-
-  def _mesh(self, devices):
-    return jax.make_mesh(
-      (len(devices),), (AXIS,), (AxisType.Auto,), devices=devices
-    )
+      return jax.device_put(tree, shardings_of(tree))
+    return jax.tree.map(spread, tree, shardings_of(tree))
 
 
-def start(asked: bool) -> None:
-  """Meets the other processes of the job, if that is asked for."""
-  if asked and not jax.distributed.is_initialized():
-    jax.distributed.initialize()
+def spread(array: Any, to: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process has whole, of which each device takes its part.
+
+  Args:
+    array: anything like an array.
+    to: sharding, over the devices of all processes.
+
+  Returns:
+    The global array.
+  """
+  host = np.asarray(array)
+  return jax.make_array_from_callback(host.shape, to, lambda at: host[at])
 
 
 def own_rows(tree: Any) -> Any:
   """Numbers, and of what has a row a sample this process's rows.
 
   Args:
-    tree: of scalars and arrays `[B, ...]`, B the rows of all processes. Where
-      the compiler left the latter whole on every device, they are divided here.
+    tree: of scalars and of arrays `[B, ...]` whose rows are divided as
+      `Devices.rows` has it, B the rows of all processes.
 
   Returns:
     The tree as NumPy arrays.
@@ -119,20 +201,108 @@ def own_rows(tree: Any) -> Any:
   return jax.tree.map(_own_rows, tree)
 
 
+def _own_rows(array):
+  if array.is_fully_replicated:
+    return np.asarray(array)
+  parts = {
+    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
+  }
+  return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+
+
 def from_first(tree: Any) -> Any:
-  """What the first process has, in every process."""
+  """What the first process has, in every process: arrays of the same shapes."""
   if jax.process_count() == 1:
     return tree
   return multihost_utils.broadcast_one_to_all(tree)
 
 
-def _own_rows(array):
-  if array.is_fully_replicated:
-    whole = np.asarray(array)
-    if not whole.ndim:
-      return whole
-    return np.split(whole, jax.process_count())[jax.process_index()]
-  parts = {
-    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
-  }
-  return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+def agree(here: bool) -> bool:
+  """Whether it is so in every process."""
+  if jax.process_count() == 1:
+    return bool(here)
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
+
+
+def texts_of_all(text: str) -> list[str]:
+  """What each process has to say, in their order, in every process."""
+  if jax.process_count() == 1:
+    return [text]
+  mine = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(mine)] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    row[:size].tobytes().decode()
+    for row, size in zip(np.asarray(rows), sizes, strict=True)
+  ]
+
+
+def meet() -> None:
+  """Waits until all processes are here, however long they take.
+
+  Unlike a collective this keeps no device waiting, and the end of a process
+  that is waited for ends it.
+  """
+  if jax.process_count() > 1:
+    multihost.sync_global_processes(
+      f"meeting {next(_meetings)}",
+      timeout=_LONG,
+      processes=set(range(jax.process_count())),
+    )
+
+
+def by_first(work: Callable[[], Result]) -> Result:
+  """Lets the first process do something, while the others wait for it.
+
+  Args:
+    work: gives what JSON can hold.
+
+  Returns:
+    The result, in every process.
+
+  Raises:
+    RuntimeError: in the others, where the first one raised something.
+  """
+  if jax.process_count() == 1:
+    return work()
+  told, failure = "", None
+  if is_first():
+    try:
+      told = json.dumps({"result": work()})
+    except Exception as error:
+      failure, told = error, json.dumps({"error": str(error)})
+  meet()
+  found = json.loads(texts_of_all(told)[0])
+  if failure is not None:
+    raise failure
+  if "error" in found:
+    raise RuntimeError(f"the first process has failed: {found['error']}")
+  return found["result"]
+
+
+def _sizes(data, fsdp):
+  """The mesh's sides, as numbers."""
+  found = jax.device_count()
+  named = f"config.mesh is data={data}, fsdp={fsdp}"
+  if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:
+    raise ValueError(
+      f"{named}; expected numbers of devices, of which one may be -1, for all"
+      " that are left."
+    )
+  if -1 in (data, fsdp):
+    given = max(data, fsdp)
+    if found % given:
+      raise ValueError(
+        f"{named}, and there are {found} devices; expected a number that"
+        " divides them."
+      )
+    data, fsdp = (found // given if x == -1 else x for x in (data, fsdp))
+  count, processes = data * fsdp, jax.process_count()
+  if count > found or (processes > 1 and count < found):
+    raise ValueError(
+      f"{named}, and there are {found} devices of {processes} process(es);"
+      " expected at most as many, or -1 for all. Several processes take all."
+    )
+  return data, fsdp

@@ -13,7 +13,12 @@ from experiments.models import pretrained, weight_files
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+  config: Any,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
+  place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
   """As `models.create`, with the weights that `config.pretrained` names.
 
@@ -24,6 +29,8 @@ def create(
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the head.
     seed: of what is initialised.
+    place: puts parameters where they are to be; weights are loaded straight to
+      there.
 
   Returns:
     `apply(params, images [B, H, W, C]) -> logits [B, num_classes]`, and params.
@@ -36,11 +43,12 @@ def create(
   apply, params = models.create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
+  params = place(params)
   source = config.get("pretrained")
   if source is None:
     return apply, params
   if is_run(source):
-    loaded = _of_run(pathlib.Path(source), config, tuple(input_shape))
+    loaded = _of_run(pathlib.Path(source), config, tuple(input_shape), place)
   elif config.name != "vit":
     raise ValueError(
       f"config.model.pretrained is {source!r} and config.model.name"
@@ -55,7 +63,11 @@ def create(
 
 
 def for_data(
-  config: Any, data: Any, *, seed: int
+  config: Any,
+  data: Any,
+  *,
+  seed: int,
+  place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
   """`create`, for the images and classes of what `train.load_data` returns."""
   return create(
@@ -63,6 +75,7 @@ def for_data(
     input_shape=data.train.images.shape[1:],
     num_classes=data.train.num_classes,
     seed=seed,
+    place=place,
   )
 
 
@@ -113,7 +126,7 @@ def shown_to(folder: pathlib.Path) -> dict[str, Any]:
   return workdir_lib.read_json(folder / workdir_lib.INPUT_FILE)
 
 
-def _of_run(folder, config, input_shape):
+def _of_run(folder, config, input_shape, place):
   shown = shown_to(folder)
   section = workdir_lib.read_json(folder / workdir_lib.CONFIG_FILE)["model"]
   theirs = config_dict.ConfigDict(section)
@@ -131,4 +144,4 @@ def _of_run(folder, config, input_shape):
     num_classes=shown["num_classes"],
     seed=0,
   )
-  return checkpoint.load_params(folder, like)
+  return checkpoint.load_params(folder, place(like))

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
 from experiments import (
   arrays,
   checkpoint,
+  distributed,
   grand,
   models,
   workdir as workdir_lib,
@@ -33,8 +35,9 @@ class Reference(NamedTuple):
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
   # `(index [B], flipped [B] or None) -> what the train step takes`; an index of
-  # -1 is padding.
-  for_batch: Callable[[np.ndarray, np.ndarray | None], Any]
+  # -1 is padding. Of several processes each gives its own rows, and as a third
+  # argument the index of the whole batch.
+  for_batch: Callable[..., Any]
 
 
 def load(
@@ -43,6 +46,7 @@ def load(
   params: Any,
   data: Any,
   folder: pathlib.Path | None = None,
+  devices: distributed.Devices | None = None,
 ) -> Reference | None:
   """The reference that the method asks for.
 
@@ -53,6 +57,8 @@ def load(
     data: what `train.load_data` returns.
     folder: the run's, which keeps what takes long to compute; None keeps
       nothing.
+    devices: the run's; None: this process computes for itself alone, on its
+      default device.
 
   Returns:
     A Reference, or None for a method that needs none. Outputs are `[B, C]`
@@ -68,7 +74,7 @@ def load(
     return None
   if method.direction == "clean_gradient":
     labels = data.labels.clean_labels
-    return _one_batch(data.train.images, labels, data.clean, data)
+    return _one_batch(data.train.images, labels, data.clean, data, devices)
   if method.direction == "test_gradient":
     rows = clean_positions(
       data.test.labels,
@@ -77,16 +83,17 @@ def load(
       seed=config.seed,
       split="test",
     )
-    return _one_batch(data.test.images, data.test.labels, rows, data)
+    return _one_batch(data.test.images, data.test.labels, rows, data, devices)
   if method.direction == "noisy_gradient":
-    return _independent_batches(config, data)
+    return _independent_batches(config, data, devices)
   if method.direction == "offline_norms":
-    return _offline_norms(config, data, folder)
+    return _offline_norms(config, data, folder, devices)
   if method.direction == "outputs":
     if config.mimic.outputs is not None:
-      return _from_outputs(*_logged_outputs(config.mimic.outputs, data))
-    where = _finished_run(config)
-    return _from_outputs(*_outputs_of_run(where, config, data))
+      found = _logged_outputs(config.mimic.outputs, data)
+    else:
+      found = _outputs_of_run(_finished_run(config), config, data, devices)
+    return _from_outputs(*found, devices)
   reference = checkpoint.load_params(_finished_run(config), params)
   return Reference(
     checkpoint.fingerprint(reference), reference, lambda *_: reference
@@ -162,12 +169,26 @@ def _gather(images, labels, rows, data):
   return {key: batch[key] for key in ("image", "label")}
 
 
-def _one_batch(images, labels, rows, data):
-  batch = jax.device_put(_gather(images, labels, rows, data))
-  return Reference(checkpoint.fingerprint(batch), None, lambda *_: batch)
+def _own(devices):
+  """What takes this process's rows to the devices that share a batch."""
+  shared = devices is not None and devices.mesh is not None
+  return devices.put if shared else lambda rows: rows
 
 
-def _independent_batches(config, data):
+def _everyones(devices):
+  """The like for rows that all processes have alike."""
+  shared = devices is not None and devices.mesh is not None
+  return devices.place_rows if shared else lambda rows: rows
+
+
+def _one_batch(images, labels, rows, data, devices):
+  batch = _gather(images, labels, rows, data)
+  fingerprint = checkpoint.fingerprint(batch)
+  batch = jax.tree.map(jnp.asarray, _everyones(devices)(batch))
+  return Reference(fingerprint, None, lambda *_: batch)
+
+
+def _independent_batches(config, data, devices):
   """With each batch comes another, drawn from all that is trained on.
 
   Which one depends on the seed and on what is in the batch: there is no state
@@ -176,8 +197,11 @@ def _independent_batches(config, data):
   labels = data.labels.labels
   rows = np.arange(len(labels)) if data.indices is None else data.indices
   size = min(config.batch_size, len(rows))
+  place = _everyones(devices)
 
-  def for_batch(index, flipped):
+  def for_batch(index, flipped, batch_index=None):
+    if batch_index is not None:
+      index = batch_index
     digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
     entropy = int.from_bytes(digest, "little")
     rng = np.random.default_rng((config.seed, streams.INDEPENDENT, entropy))
@@ -186,7 +210,7 @@ def _independent_batches(config, data):
     if flipped is not None:  # mirrored at random, as the batch is
       mirrored = rng.random(size) < 0.5
       batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
-    return batch
+    return place(batch)
 
   fingerprint = workdir_lib.fingerprint(
     "independent batches",
@@ -199,8 +223,11 @@ def _independent_batches(config, data):
   return Reference(fingerprint, None, for_batch)
 
 
-def _offline_norms(config, data, folder):
-  """Computed when the first step asks for them: a finished run never does."""
+def _offline_norms(config, data, folder, devices):
+  """Computed when the first step asks for them: a finished run never does.
+
+  Each process does so for itself.
+  """
   fingerprint = grand.fingerprint(config, data)
 
   @functools.cache
@@ -211,11 +238,13 @@ def _offline_norms(config, data, folder):
     found = arrays.read(file, (len(data.labels.labels),))
     if found is None:
       found = grand.offline_norms(config, data)
-      arrays.write(file, found)
+      if distributed.is_first():
+        arrays.write(file, found)
     return found
 
+  put = _own(devices)
   return Reference(
-    fingerprint, None, lambda index, _: norms()[np.maximum(index, 0)]
+    fingerprint, None, lambda index, *_: put(norms()[np.maximum(index, 0)])
   )
 
 
@@ -235,14 +264,16 @@ def _finished_run(config):
   return pathlib.Path(where)
 
 
-def _from_outputs(fingerprint, outputs):
-  def for_batch(index, flipped):
+def _from_outputs(fingerprint, outputs, devices):
+  put = _own(devices)
+
+  def for_batch(index, flipped, _=None):
     rows = np.maximum(index, 0)  # padding gets a real row, as its image does
     if outputs.ndim == 2:
-      return outputs[rows]
+      return put(outputs[rows])
     if flipped is None:
-      return outputs[0, rows]
-    return outputs[flipped.astype(int), rows]
+      return put(outputs[0, rows])
+    return put(outputs[flipped.astype(int), rows])
 
   return Reference(fingerprint, None, for_batch)
 
@@ -278,7 +309,7 @@ def _logged_outputs(path, data):
   return _digest(outputs), outputs
 
 
-def _outputs_of_run(where, config, data):
+def _outputs_of_run(where, config, data, devices):
   """The fingerprint and the outputs of a finished run's model."""
   shown = _read_input(where, data)
   section = workdir_lib.read_json(where / workdir_lib.CONFIG_FILE)["model"]
@@ -290,6 +321,8 @@ def _outputs_of_run(where, config, data):
     num_classes=shown["num_classes"],
     seed=0,
   )
+  if devices is not None:
+    like = devices.place(like)
   params = checkpoint.load_params(where, like)
   flip = bool(config.data.flip)
   fingerprint = workdir_lib.fingerprint(
@@ -298,16 +331,22 @@ def _outputs_of_run(where, config, data):
   shape = (len(data.train.images), shown["num_classes"])
   file = where / f"outputs_{fingerprint}.npy"
   outputs = arrays.read(file, (2, *shape) if flip else shape)
-  if outputs is None:
-    apply = jax.jit(apply)
+  there = outputs is not None
+  if devices is not None:  # all processes compute, or none
+    there = distributed.agree(there)
+  if not there:
+    whole = None if devices is None else devices.whole
+    apply = jax.jit(apply, out_shardings=whole)
     images = data.train.images
     # The reference sees images scaled as they were when it was trained.
     scaling = {"mean": shown["mean"], "std": shown["std"]}
-    outputs = _outputs(apply, params, images, config, scaling)
+    outputs = _outputs(apply, params, images, config, scaling, devices)
     if flip:
-      mirrored = _outputs(apply, params, images[:, :, ::-1], config, scaling)
+      mirrored = images[:, :, ::-1]
+      mirrored = _outputs(apply, params, mirrored, config, scaling, devices)
       outputs = np.stack([outputs, mirrored])
-    arrays.write(file, outputs)
+    if devices is None or distributed.is_first():
+      arrays.write(file, outputs)
   return fingerprint, outputs
 
 
@@ -332,15 +371,18 @@ def _read_input(where, data):
   return shown
 
 
-def _outputs(apply, params, images, config, scaling):
+def _outputs(apply, params, images, config, scaling, devices):
+  size = config.eval_batch_size
   batches = pipeline.eval_batches(
     images,
     np.zeros(len(images), np.int32),
-    batch_size=config.eval_batch_size,
+    batch_size=size if devices is None else devices.divided(size),
+    process=(0, 1) if devices is None else devices.process,
     **scaling,
   )
+  put = _own(devices)
   # Fetched at once: fetching batch by batch would make each wait.
-  parts = [apply(params, batch["image"]) for batch in batches]
+  parts = [apply(params, put(batch["image"])) for batch in batches]
   return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
 
 

@@ -9,7 +9,11 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments import reference as reference_lib, workdir as workdir_lib
+from experiments import (
+  distributed,
+  reference as reference_lib,
+  workdir as workdir_lib,
+)
 from experiments.data import pipeline, streams
 
 FILE = "reference_check.json"
@@ -50,7 +54,10 @@ def check(
     known = workdir_lib.read_json(folder / FILE)
     if known["reference"] != reference.fingerprint:
       known = None
-  if known and (known["verdict"] != "foreign basin" or config.mimic.force):
+  # All processes check, or none.
+  if distributed.agree(known is not None) and (
+    known["verdict"] != "foreign basin" or config.mimic.force
+  ):
     return known
   report = gm.check_reference(
     losses_fn,

@@ -3,6 +3,7 @@
 python -m experiments.train --config=configs/digits.py --workdir=runs/one
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -13,8 +14,10 @@ from absl import logging
 
 import gradmimic_jax as gm
 from experiments import (
+  ahead,
   checkpoint,
   cli,
+  distributed,
   filters,
   initial,
   loop,
@@ -22,6 +25,7 @@ from experiments import (
   optimizer,
   reference as reference_lib,
   reference_check,
+  sharding,
   steps,
   workdir as workdir_lib,
 )
@@ -54,18 +58,22 @@ class Data(NamedTuple):
 def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
+  Called by all processes of a job at once; they share every batch.
+
   Args:
     config: as `configs/common.py` describes it.
-    workdir: the run's folder. Gets `config.json`, `input.json`, `labels.npz`,
-      checkpoints, `metrics.jsonl` with TensorBoard events beside it, the ledger
-      of a method with scores, and at the end `result.json`.
+    workdir: the run's folder, which all processes see. Gets `config.json`,
+      `input.json`, `labels.npz`, checkpoints, `metrics.jsonl` with TensorBoard
+      events beside it, the ledger of a method with scores, and at the end
+      `result.json`.
 
   Returns:
     What is in `result.json`: test accuracy and loss, counts, and the seconds
     since the run was last started.
 
   Raises:
-    ValueError: an unknown field or name, or a workdir of another config.
+    ValueError: an unknown field or name, a workdir of another config, or a
+      batch that the devices don't divide.
     FileNotFoundError: a data set or a reference that is not there.
   """
   folder = workdir_lib.check(workdir, config, free=_FREE)
@@ -81,11 +89,16 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   data = load_data(config)
   run = Run(config, folder, data)
   checked = run.check_reference()
-  workdir_lib.claim(workdir, config, free=_FREE)
-  reference_check.save(folder, checked)
-  reference_lib.write_input(folder, data)
   result_file = folder / RESULT_FILE
-  if result_file.exists():
+  finished = distributed.agree(result_file.exists())
+  if distributed.is_first():
+    workdir_lib.claim(workdir, config, free=_FREE)
+    reference_check.save(folder, checked)
+    reference_lib.write_input(folder, data)
+    if not finished:
+      noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
+  distributed.meet()
+  if finished:
     result = workdir_lib.read_json(result_file)
     if result["fingerprint"] != run.fingerprint:
       raise ValueError(
@@ -93,10 +106,10 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
         " backbone. Choose another --workdir, or delete that one to start over."
       )
     return result
-  noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
   result = run.to_the_end()
   result["seconds"] = round(time.monotonic() - started, 2)
-  workdir_lib.write_json(result_file, result)
+  if distributed.is_first():
+    workdir_lib.write_json(result_file, result)
   return result
 
 
@@ -167,6 +180,9 @@ class Run:
 
   def __init__(self, config: Any, folder: pathlib.Path, data: Data):
     self.config, self.folder, self.data = config, folder, data
+    self.devices = devices = distributed.Devices(
+      config.mesh, batch_size=config.batch_size
+    )
     scaling = {"mean": data.mean, "std": data.std}
     shuffled = {
       "batch_size": config.batch_size,
@@ -187,36 +203,45 @@ class Run:
     self.steps_per_epoch = pipeline.steps_per_epoch(samples, config.batch_size)
     self.total_steps = config.num_epochs * self.steps_per_epoch
     self.train_batches = pipeline.train_batches(
-      data.train.images, data.labels.labels, **shuffled
+      data.train.images,
+      data.labels.labels,
+      process=devices.process,
+      **shuffled,
     )
     self.test_batches = pipeline.eval_batches(
       data.test.images,
       data.test.labels,
-      batch_size=config.eval_batch_size,
+      batch_size=devices.divided(config.eval_batch_size),
+      process=devices.process,
       **scaling,
     )
     self.test_start = self.test_batches.get_state()
-    apply, params = initial.for_data(config.model, data, seed=config.seed)
+    apply, params = initial.for_data(
+      config.model, data, seed=config.seed, place=devices.place
+    )
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(params)
     self.losses_fn = classification.make_losses_fn(apply)
     tx = optimizer.create(config.optimizer, total_steps=self.total_steps)
     self.method = methods.create(config.method, config.mimic)
     self.reference = reference_lib.load(
-      config, self.method, params, data, folder
+      config, self.method, params, data, folder, devices
     )
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
     self.fingerprint = workdir_lib.fingerprint(self.fingerprints)
+    self.state = devices.compute(
+      functools.partial(steps.init_state, tx=tx), params
+    )
     self.train_step = steps.make_train_step(
       self.losses_fn,
       tx,
       self.method,
       config.mimic,
       classification.make_outputs_fn(apply),
+      out_shardings=sharding.of_step(self.state, devices.mesh),
     )
     self.eval_step = steps.make_eval_step(self.losses_fn)
-    self.state = steps.init_state(params, tx)
 
   def check_reference(self) -> dict[str, Any] | None:
     """What the check found out, if any; raises if the reference would harm."""
@@ -226,10 +251,12 @@ class Run:
       self.losses_fn,
       self.state.params,
       self.reference,
-      lambda: reference_check.batch_of(
-        self.data,
-        samples=self.config.mimic.check_samples,
-        seed=self.config.seed,
+      lambda: self.devices.place_rows(
+        reference_check.batch_of(
+          self.data,
+          samples=self.config.mimic.check_samples,
+          seed=self.config.seed,
+        )
       ),
     )
 
@@ -248,9 +275,9 @@ class Run:
       ),
       fingerprint=self.fingerprint,
       train_step=self.train_step,
-      take=self._take,
+      take=self.take,
       evaluate=self._evaluate,
-      ledger=self._ledger(),
+      ledger=self.ledger(),
     )
     indices = self.data.indices
     return {
@@ -264,22 +291,28 @@ class Run:
       "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
 
-  def _take(self, step, read):
-    batch = read.batch
+  def take(self, step: int, read: ahead.Read) -> loop.Taken:
+    """A batch as the train step takes it."""
+    batch = dict(read.batch)
     index, flipped = batch.pop("index"), batch.pop("flipped", None)
+    whole = batch.pop("batch_index", None)
     return loop.Taken(
       ids=index,
       real=index >= 0,
       epoch=step // self.steps_per_epoch,
-      reference=self.reference and self.reference.for_batch(index, flipped),
-      batch=batch,
+      reference=self.reference
+      and self.reference.for_batch(index, flipped, whole),
+      batch=self.devices.put(batch),
     )
 
-  def _ledger(self):
+  def ledger(self) -> gm.ScoreLedger | None:
+    """The run's ledger; None for a method without scores."""
     if self.method is None or self.method.score is None:
       return None
     return gm.ScoreLedger(
-      self.folder / LEDGER_FOLDER, fingerprints=self._ledger_fingerprints()
+      self.folder / LEDGER_FOLDER,
+      fingerprints=self._ledger_fingerprints(),
+      writer=self.devices.process[0],
     )
 
   def _ledger_fingerprints(self):
@@ -291,7 +324,11 @@ class Run:
 
   def _evaluate(self, params):
     self.test_batches.set_state(self.test_start)
-    found = steps.evaluate(self.eval_step, params, self.test_batches)
+    batches = (
+      self.devices.put({key: batch[key] for key in ("image", "label", "mask")})
+      for batch in self.test_batches
+    )
+    found = steps.evaluate(self.eval_step, params, batches)
     return {f"test_{name}": value for name, value in found.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gradmimic_jax import (
   _problem,
@@ -198,7 +199,7 @@ def check_reference(
   batch, candidates = _problem.mend_rows(
     jax.tree.map(jnp.asarray, batch), _validate.padding_mask(mask, size)
   )
-  scores, valid, geometry = jax.device_get(
+  scores, valid, geometry = _fetch(
     _at_params(
       (losses_of, flags, engine), arrays, params, reference, batch, candidates
     )
@@ -210,7 +211,7 @@ def check_reference(
     )
   path = np.linspace(0, 1, num_points)
   losses = np.stack(
-    jax.device_get(
+    _fetch(
       [
         _losses_at(losses_of, arrays, np.float32(a), params, gap, batch)
         for a in path
@@ -242,6 +243,13 @@ def check_reference(
   }
   verdict = _verdict(**facts)
   return ReferenceReport(verdict=verdict, advice=ADVICE[verdict], **facts)
+
+
+def _fetch(tree):
+  """The tree as NumPy arrays, whole in each process that holds a part."""
+  if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Pairs(grain.IterDataset):
       )
     if len(np.unique(rows)) < len(rows):
       raise ValueError("indices must differ; an epoch takes each pair once")
-    everywhere = batch_size * process_count
+    self.batch_rows = everywhere = batch_size * process_count
     self.steps_per_epoch = pipeline.steps_per_epoch(len(rows), everywhere)
     if drop_last:
       self.steps_per_epoch = len(rows) // everywhere
@@ -147,11 +147,10 @@ class Pairs(grain.IterDataset):
 
   def _fingerprint(self, drop_last: bool) -> str:
     settings = {
-      "batch_size": self.batch_size,
+      "batch_size": self.batch_rows,  # by any number of processes
       "seed": self.seed,
       "num_epochs": self.num_epochs,
       "drop_last": bool(drop_last),
-      "process": [self.process_index, self.process_count],
       "images": list(self.images.shape),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

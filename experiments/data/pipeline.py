@@ -11,6 +11,11 @@ and, in batches whose images are mirrored at random:
 
   flipped  bool [B], True where the image is mirrored
 
+Of several processes each makes its own rows of every batch: the p-th of P takes
+the p-th of P equal parts. Their batches have besides
+
+  batch_index  int32 [P * B], the index of the whole batch
+
 Iterators are grain's: `get_state` and `set_state` take them to any step, and
 their state is nothing but that step's number. Whoever restores one compares
 `fingerprint` first, as grain accepts the state of any other pipeline.
@@ -54,6 +59,7 @@ def train_batches(
   flip: bool = False,
   mean: float | Sequence[float] = 0.0,
   std: float | Sequence[float] = 1.0,
+  process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Batches of epochs, each a fresh permutation of all the samples.
 
@@ -64,7 +70,7 @@ def train_batches(
   Args:
     images: uint8 [N, H, W, C].
     labels: Integers [N].
-    batch_size: Rows in a batch, B.
+    batch_size: Rows in a batch, of all processes.
     seed: Not negative; orders the samples and draws the flips.
     num_epochs: When to stop; None goes on for ever.
     indices: Positions [M] of the samples to train on, each once; None takes
@@ -72,6 +78,8 @@ def train_batches(
     flip: Whether to mirror each image left to right with probability 1/2.
     mean: Subtracted from pixels scaled to [0, 1], one or one per channel.
     std: What they are then divided by, one or one per channel.
+    process: Which process this is, and of how many; their number divides the
+      batch.
 
   Returns:
     A grain iterator over batches.
@@ -81,7 +89,7 @@ def train_batches(
     TypeError: If an array has the wrong dtype.
   """
   rows = _rows(images, labels, indices)
-  gather = _gatherer(images, labels, batch_size, mean, std)
+  gather = _gatherer(images, labels, batch_size, mean, std, process)
   if seed < 0:
     raise ValueError(f"seed must not be negative, got {seed}")
   if num_epochs is not None and num_epochs < 1:
@@ -101,8 +109,7 @@ def train_batches(
     if flip:
       rng = np.random.default_rng((seed, streams.FLIP, step))
       flipped = rng.random(batch_size) < 0.5
-    taken = gather(order(epoch)[start : start + batch_size], flipped)
-    return taken if flipped is None else {**taken, "flipped": flipped}
+    return gather(order(epoch)[start : start + batch_size], flipped)
 
   return _iterate(batch, steps, num_epochs)
 
@@ -115,17 +122,21 @@ def eval_batches(
   indices: np.ndarray | None = None,
   mean: float | Sequence[float] = 0.0,
   std: float | Sequence[float] = 1.0,
+  process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Batches of all samples once, in order.
 
   Args:
     images: uint8 [N, H, W, C].
     labels: Integers [N].
-    batch_size: Rows in a batch, B; the last batch is padded and masked.
+    batch_size: Rows in a batch, of all processes; the last batch is padded
+      and masked.
     indices: Positions [M] of the samples to go over, in this order; None
       takes all.
     mean: Subtracted from pixels scaled to [0, 1], one or one per channel.
     std: What they are then divided by, one or one per channel.
+    process: Which process this is, and of how many; their number divides the
+      batch.
 
   Returns:
     A grain iterator over batches.
@@ -135,7 +146,7 @@ def eval_batches(
     TypeError: If an array has the wrong dtype.
   """
   rows = _rows(images, labels, indices)
-  gather = _gatherer(images, labels, batch_size, mean, std)
+  gather = _gatherer(images, labels, batch_size, mean, std, process)
 
   def batch(step: int, _) -> dict[str, np.ndarray]:
     return gather(rows[step * batch_size : (step + 1) * batch_size])
@@ -239,8 +250,9 @@ def _gatherer(
   batch_size: int,
   mean: float | Sequence[float],
   std: float | Sequence[float],
+  process: tuple[int, int],
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """A function that makes a padded batch of up to B positions."""
+  """A function that makes a process's part of a padded batch of positions."""
   if images.dtype != np.uint8:
     raise TypeError(f"images must be uint8, got {images.dtype}")
   if images.ndim != 4:
@@ -249,6 +261,14 @@ def _gatherer(
     raise TypeError(f"labels must be integers, got {np.asarray(labels).dtype}")
   if batch_size < 1:
     raise ValueError(f"batch_size must be positive, got {batch_size}")
+  number, count = process
+  if not 0 <= number < count or batch_size % count:
+    raise ValueError(
+      f"process is {number} of {count} for batches of {batch_size}; expected a"
+      " number from 0 on, below a count that divides the batch"
+    )
+  part = batch_size // count
+  own = slice(number * part, (number + 1) * part)
   channels = images.shape[-1]
   mean, std = np.atleast_1d(mean), np.atleast_1d(std)
   for name, values in (("mean", mean), ("std", std)):
@@ -274,16 +294,18 @@ def _gatherer(
     if len(rows) < batch_size:
       # A real row, so that a model's statistics and finiteness don't suffer.
       rows = np.append(rows, np.full(batch_size - len(rows), rows[0]))
+    index = np.where(mask, rows, -1).astype(np.int32)
+    batch = {"index": index, "mask": mask}
+    if count > 1:
+      rows = rows[own]
+      flipped = None if flipped is None else flipped[own]
+      batch = {"index": index[own], "mask": mask[own], "batch_index": index}
     picked = images[rows]
     if flipped is not None:
+      batch["flipped"] = flipped
       picked[flipped] = np.take(picked[flipped], mirrored, axis=2)
     image = picked * scale
     image += shift
-    return {
-      "image": image,
-      "label": labels[rows],
-      "index": np.where(mask, rows, -1).astype(np.int32),
-      "mask": mask,
-    }
+    return {"image": image, "label": labels[rows], **batch}
 
   return gather

@@ -114,7 +114,11 @@ LAYOUTS = {
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], seed: int
+  config: Any,
+  *,
+  input_shape: tuple[int, ...],
+  seed: int,
+  place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[..., clip.Features], dict[str, Any]]:
   """As `clip.create`, with the weights that `config.pretrained` names.
 
@@ -123,6 +127,8 @@ def create(
       it.
     input_shape: of one image, `(H, W, C)`.
     seed: of what is initialised.
+    place: puts parameters where they are to be; weights are loaded straight to
+      there.
 
   Returns:
     `apply(params, images or None, tokens or None) -> Features`, and params.
@@ -134,6 +140,7 @@ def create(
     OSError: as `load`.
   """
   apply, params = clip.create(config, input_shape=input_shape, seed=seed)
+  params = place(params)
   source = config.get("pretrained")
   if source is not None:
     options = clip.options(config)

@@ -43,7 +43,7 @@ def load(
       compared.
 
   Returns:
-    A tree like `like`, with its dtypes.
+    A tree like `like`, with its dtypes and shardings.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -130,7 +130,7 @@ def _keep_head(arrays, expected):
   theirs = "no head"
   if "head/bias" in arrays:
     theirs = f"a head for {len(arrays['head/bias'])} classes"
-  arrays.update({name: np.asarray(leaf) for name, leaf in head.items()})
+  arrays.update(head)
   return (
     f"has {theirs}: the head for {len(head['head/bias'])} classes stays at its"
     " initialisation."

@@ -134,21 +134,34 @@ def leaves_of(like: Any) -> dict[str, Any]:
 
 
 def fill(
-  like: Any, arrays: Mapping[str, np.ndarray], file: pathlib.Path
+  like: Any, arrays: Mapping[str, np.ndarray | jax.Array], file: pathlib.Path
 ) -> Any:
-  """A tree like `like`, with its dtypes, of arrays by path.
+  """A tree like `like`, with its dtypes and shardings, of arrays by path.
 
-  Raises ValueError where an array is not finite.
+  A leaf of `like` itself stays as it is. Raises ValueError where an array is
+  not finite.
   """
   for name, array in arrays.items():
+    if isinstance(array, jax.Array):
+      continue
     if not np.isfinite(array.astype(np.float32)).all():
       raise ValueError(f"{name} in {file} is not finite: the file is damaged.")
   return jax.tree.unflatten(
     jax.tree.structure(like),
-    [
-      jnp.asarray(arrays[name], leaf.dtype)
-      for name, leaf in leaves_of(like).items()
-    ],
+    [_placed(arrays[name], leaf) for name, leaf in leaves_of(like).items()],
+  )
+
+
+def _placed(array, leaf):
+  """The array on the devices of `leaf`, each of which gets its own part."""
+  if array is leaf:
+    return leaf
+  if len(leaf.sharding.device_set) == 1:
+    return jnp.asarray(array, leaf.dtype)
+  return jax.make_array_from_callback(
+    leaf.shape,
+    leaf.sharding,
+    lambda at: np.asarray(array[at], leaf.dtype),
   )
 
 

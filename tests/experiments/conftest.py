@@ -31,6 +31,7 @@ def make_config(digits_dir):
     config.update_from_flattened_dict(
       {
         "data.data_dir": digits_dir,
+        "mesh.data": 1,  # of the eight virtual devices
         "num_epochs": 3,
         "batch_size": 256,
         "model.widths": (16, 16),

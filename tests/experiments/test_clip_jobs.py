@@ -36,7 +36,7 @@ TINY = {
   "samples_seen": 64,
   "eval_every": 2,
   "eval_batch_size": 16,
-  "devices": 1,
+  "mesh.data": 1,
   "model.size": "tiny",
   "model.clip.image_width": 16,
   "model.clip.text_width": 16,
@@ -291,8 +291,8 @@ class TestShards:
   [
     ({"method": "agra"}, r"config\.method is 'agra'; expected one of sgd"),
     ({"samples_seen": 15}, "less than one batch"),
-    ({"devices": 9}, r"config\.devices is 9, and there are 8"),
-    ({"devices": 3}, "batch_size is 16 on 3 devices"),
+    ({"mesh.data": 9}, r"config\.mesh is data=9, fsdp=1, and there are 8"),
+    ({"mesh.data": 3}, "batch_size is 16 on 3 devices"),
     ({"data.name": "laion"}, "expected one of shapes, shards"),
     ({"data.name": "shards"}, r"config\.data\.shards is empty"),
     ({"model.clip.vocab_size": 40}, "set config.model.clip.vocab_size="),
@@ -411,7 +411,7 @@ def test_devices_share_a_batch(tmp_path):
   for count in (1, 8):
     config = on_shapes(
       **{
-        "devices": count,
+        "mesh.data": count,
         "method": "grad_mimic_outputs",
         "mimic.reference": str(tmp_path / "reference"),
       }
@@ -449,7 +449,7 @@ def test_processes_share_a_batch(tmp_path):
   clip_train.train_and_evaluate(reference, tmp_path / "reference")
   config = on_shapes(
     **{
-      "devices": 0,
+      "mesh.data": -1,
       "method": "grad_mimic_weights",
       "mimic.force": True,
       "mimic.reference": str(tmp_path / "reference"),
@@ -471,7 +471,7 @@ def test_processes_share_a_batch(tmp_path):
   ]
   assert [process.wait() for process in processes] == [0, 0]
   alone = clip_train.train_and_evaluate(
-    make(config, devices=1), tmp_path / "alone"
+    make(config, **{"mesh.data": 1}), tmp_path / "alone"
   )
   together = json.loads((tmp_path / "run" / "result.json").read_text())
   for name in ("held_out_loss", "zero_shot_accuracy@1"):

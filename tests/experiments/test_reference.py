@@ -408,8 +408,8 @@ class TestRuns:
     train.train_and_evaluate(config, tmp_path / "whole")
     make = steps.make_train_step
 
-    def make_interrupted(*args):
-      step, done = make(*args), []
+    def make_interrupted(*args, **options):
+      step, done = make(*args, **options), []
 
       def stopping(*args):
         done.append(None)

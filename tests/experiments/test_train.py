@@ -122,8 +122,8 @@ def test_an_interrupted_run_continues_bit_for_bit(
 
   make = steps.make_train_step
 
-  def make_interrupted(*args):
-    step, done = make(*args), []
+  def make_interrupted(*args, **options):
+    step, done = make(*args, **options), []
 
     def stopping(*args):
       if len(done) == stop_at:
