@@ -30,5 +30,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.method = "grad_mimic"
   config.mimic = common.get_config().unlock().mimic
   config.batch_size = 512
+  config.mesh = common.get_config().mesh
   config.flush_every = 64  # batches; so many at most are scored twice
   return config.lock()

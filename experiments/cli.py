@@ -33,7 +33,13 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def run(job: Callable[[Any, str], Any]) -> None:
+# What a job does with several processes.
+SHARED = "shared"  # they do it together
+FIRST = "first"  # the first one does it; the others wait
+ALONE = "alone"  # there must not be several
+
+
+def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
 
   Of several processes only the first one's standard output is shown, and one
@@ -41,6 +47,7 @@ def run(job: Callable[[Any, str], Any]) -> None:
 
   Args:
     job: `train_and_evaluate`, `run_study` or another of their kind.
+    processes: what it does with several processes, one of the names above.
   """
   flags.mark_flags_as_required(["config", "workdir"])
 
@@ -58,7 +65,7 @@ def run(job: Callable[[Any, str], Any]) -> None:
         process_id=_PROCESS_ID.value,
       )
       if jax.distributed.is_initialized():
-        return _run_together(job, debug)
+        return _run_together(job, processes, debug)
       job(_CONFIG.value, _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
@@ -71,13 +78,20 @@ def run(job: Callable[[Any, str], Any]) -> None:
   app.run(main, flags_parser=_parse_flags)
 
 
-def _run_together(job, debug):
+def _run_together(job, processes, debug):
   """As one of several processes, which all end if one of them fails."""
   with contextlib.ExitStack() as stack:
     if not distributed.is_first():
       nowhere = stack.enter_context(open(os.devnull, "w"))
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
+      if processes == ALONE and jax.process_count() > 1:
+        raise ValueError(
+          "this job is one for a single process; expected no --distributed and"
+          " no --coordinator"
+        )
+      if processes == FIRST:
+        return distributed.by_first(lambda: job(_CONFIG.value, _WORKDIR.value))
       return job(_CONFIG.value, _WORKDIR.value)
     except Exception as error:
       if debug:

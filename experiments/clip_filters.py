@@ -127,7 +127,7 @@ def of_study(config: Any, scored: pathlib.Path | None) -> Pool:
     config,
     clip_reference.model_of(config),
     memory,
-    distributed.Devices({"data": 1, "fsdp": 1}, batch_size=1),
+    distributed.Devices.alone(),
   )
   similarity = np.sum(found.image * found.text, axis=1)
   return Pool(

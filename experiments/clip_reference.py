@@ -148,7 +148,7 @@ def features_of_pool(
     )
     file = model.folder / f"features_{digest}.npy"
     stored = arrays.read(file, shape)
-  if not distributed.agree(stored is not None):  # all compute, or none
+  if not devices.agree(stored is not None):  # all processes compute, or none
     extract = clip_features.Extractor(
       model.apply, devices, batch_size=config.eval_batch_size
     )
@@ -158,7 +158,7 @@ def features_of_pool(
         extract.texts(model.params, memory.text),
       ]
     )
-    if file is not None and distributed.is_first():
+    if file is not None and devices.process[0] == 0:
       arrays.write(file, stored)
   scales = (model.params["logit_scale"], model.params.get("logit_bias"))
   return Features(stored[0], stored[1], *jax.device_get(scales))

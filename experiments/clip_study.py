@@ -21,6 +21,7 @@ from experiments import (
   clip_filters,
   clip_study_report,
   clip_train,
+  distributed,
   study,
   workdir as workdir_lib,
 )
@@ -53,20 +54,28 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
   """
-  workdir_lib.check(workdir, config, clip_config, free=_FREE)
   runs = runs_of(config)
-  folder = workdir_lib.claim(workdir, config, clip_config, free=_FREE)
+  folder = workdir_lib.check(workdir, config, clip_config, free=_FREE)
+  if distributed.is_first():
+    workdir_lib.claim(workdir, config, clip_config, free=_FREE)
+  distributed.meet()
   results = study.run_all(
     config, folder, runs, functools.partial(_train, runs=runs)
   )
-  with claims.hold(folder / "report.claim"):
-    return clip_study_report.write(config, folder, runs, results)
+
+  def report():
+    with claims.hold(folder / "report.claim"):
+      return clip_study_report.write(config, folder, runs, results)
+
+  return distributed.by_first(report)
 
 
 def _train(config, there, run, *, runs):
   overrides = dict(run.overrides)
   if run.filter:
-    overrides["data.filter"] = str(_subset(config, there, run, runs))
+    overrides["data.filter"] = distributed.by_first(
+      lambda: str(_subset(config, there, run, runs))
+    )
   elif REFERENCE in run.needs:
     overrides["mimic.reference"] = str(there.with_name(REFERENCE))
   return clip_train.train_and_evaluate(
@@ -104,4 +113,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, processes=cli.SHARED)

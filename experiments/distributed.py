@@ -114,6 +114,18 @@ class Devices:
       self.rows = NamedSharding(self.mesh, sharding.ROWS)
       self.whole = NamedSharding(self.mesh, sharding.WHOLE)
 
+  @classmethod
+  def alone(cls) -> "Devices":
+    """This process's default device, whatever other processes do."""
+    devices = cls.__new__(cls)
+    devices.count, devices.process = 1, (0, 1)
+    devices.mesh = devices.rows = devices.whole = None
+    return devices
+
+  def agree(self, here: bool) -> bool:
+    """Whether it is so in every process that takes part."""
+    return here if self.process[1] == 1 else agree(here)
+
   def divided(self, size: int) -> int:
     """The smallest number of rows from `size` on that all devices can share."""
     return -(-size // self.count) * self.count

@@ -57,8 +57,7 @@ def load(
     data: what `train.load_data` returns.
     folder: the run's, which keeps what takes long to compute; None keeps
       nothing.
-    devices: the run's; None: this process computes for itself alone, on its
-      default device.
+    devices: the run's; None: `Devices.alone()`.
 
   Returns:
     A Reference, or None for a method that needs none. Outputs are `[B, C]`
@@ -72,6 +71,7 @@ def load(
   """
   if method is None or method.direction is None:
     return None
+  devices = devices or distributed.Devices.alone()
   if method.direction == "clean_gradient":
     labels = data.labels.clean_labels
     return _one_batch(data.train.images, labels, data.clean, data, devices)
@@ -171,14 +171,12 @@ def _gather(images, labels, rows, data):
 
 def _own(devices):
   """What takes this process's rows to the devices that share a batch."""
-  shared = devices is not None and devices.mesh is not None
-  return devices.put if shared else lambda rows: rows
+  return (lambda rows: rows) if devices.mesh is None else devices.put
 
 
 def _everyones(devices):
   """The like for rows that all processes have alike."""
-  shared = devices is not None and devices.mesh is not None
-  return devices.place_rows if shared else lambda rows: rows
+  return (lambda rows: rows) if devices.mesh is None else devices.place_rows
 
 
 def _one_batch(images, labels, rows, data, devices):
@@ -238,7 +236,7 @@ def _offline_norms(config, data, folder, devices):
     found = arrays.read(file, (len(data.labels.labels),))
     if found is None:
       found = grand.offline_norms(config, data)
-      if distributed.is_first():
+      if devices.process[0] == 0:
         arrays.write(file, found)
     return found
 
@@ -321,9 +319,7 @@ def _outputs_of_run(where, config, data, devices):
     num_classes=shown["num_classes"],
     seed=0,
   )
-  if devices is not None:
-    like = devices.place(like)
-  params = checkpoint.load_params(where, like)
+  params = checkpoint.load_params(where, devices.place(like))
   flip = bool(config.data.flip)
   fingerprint = workdir_lib.fingerprint(
     checkpoint.fingerprint(params), section, shown, data.train.fingerprint, flip
@@ -331,12 +327,8 @@ def _outputs_of_run(where, config, data, devices):
   shape = (len(data.train.images), shown["num_classes"])
   file = where / f"outputs_{fingerprint}.npy"
   outputs = arrays.read(file, (2, *shape) if flip else shape)
-  there = outputs is not None
-  if devices is not None:  # all processes compute, or none
-    there = distributed.agree(there)
-  if not there:
-    whole = None if devices is None else devices.whole
-    apply = jax.jit(apply, out_shardings=whole)
+  if not devices.agree(outputs is not None):  # all processes compute, or none
+    apply = jax.jit(apply, out_shardings=devices.whole)
     images = data.train.images
     # The reference sees images scaled as they were when it was trained.
     scaling = {"mean": shown["mean"], "std": shown["std"]}
@@ -345,7 +337,7 @@ def _outputs_of_run(where, config, data, devices):
       mirrored = images[:, :, ::-1]
       mirrored = _outputs(apply, params, mirrored, config, scaling, devices)
       outputs = np.stack([outputs, mirrored])
-    if devices is None or distributed.is_first():
+    if devices.process[0] == 0:
       arrays.write(file, outputs)
   return fingerprint, outputs
 
@@ -372,12 +364,11 @@ def _read_input(where, data):
 
 
 def _outputs(apply, params, images, config, scaling, devices):
-  size = config.eval_batch_size
   batches = pipeline.eval_batches(
     images,
     np.zeros(len(images), np.int32),
-    batch_size=size if devices is None else devices.divided(size),
-    process=(0, 1) if devices is None else devices.process,
+    batch_size=devices.divided(config.eval_batch_size),
+    process=devices.process,
     **scaling,
   )
   put = _own(devices)

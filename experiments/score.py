@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-import jax
+import numpy as np
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
@@ -17,6 +17,7 @@ from configs import common, score as score_config
 from experiments import (
   checkpoint,
   cli,
+  distributed,
   filters,
   methods,
   models,
@@ -40,6 +41,8 @@ _FREE = ("learner", "data_dir", "flush_every", "mimic.force")
 def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
   """Scores every sample once for each checkpoint; goes on where it stopped.
 
+  Called by all processes of a job at once; they share every batch.
+
   Args:
     config: as `configs/score.py` describes it.
     workdir: gets `config.json`, `run.json`, `labels.npz`, the ledger (an epoch
@@ -61,18 +64,22 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
       )
   run_config = learners_config(config)
   scoring = _Pass(config, run_config, pathlib.Path(workdir))
-  folder = workdir_lib.claim(workdir, config, score_config, free=_FREE)
-  workdir_lib.write_json(folder / RUN_FILE, workdir_lib.as_dict(run_config))
-  noise.save(
-    folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
-  )
+  folder = pathlib.Path(workdir)
+  if distributed.is_first():
+    workdir_lib.claim(workdir, config, score_config, free=_FREE)
+    workdir_lib.write_json(folder / RUN_FILE, workdir_lib.as_dict(run_config))
+    noise.save(
+      folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
+    )
+  distributed.meet()
   scoring.to_the_end(folder)
   result = {
     "checkpoints": scoring.checkpoints,
     "samples": len(scoring.data.train.labels),
     "fingerprints": scoring.fingerprints,
   }
-  workdir_lib.write_json(folder / RESULT_FILE, result)
+  if distributed.is_first():
+    workdir_lib.write_json(folder / RESULT_FILE, result)
   return result
 
 
@@ -126,6 +133,9 @@ class _Pass:
 
   def __init__(self, config: Any, run: Any, folder: pathlib.Path):
     self.config, self.run = config, run
+    self.devices = distributed.Devices(
+      config.mesh, batch_size=config.batch_size
+    )
     self.learner = pathlib.Path(config.learner)
     data = train.load_data(run)
     shown = self.learner / reference_lib.INPUT_FILE
@@ -133,27 +143,34 @@ class _Pass:
       scaling = workdir_lib.read_json(shown)
       data = data._replace(mean=scaling["mean"], std=scaling["std"])
     self.data = data
-    apply, self.params = models.create(
+    apply, params = models.create(
       run.model,
       input_shape=data.train.images.shape[1:],
       num_classes=data.train.num_classes,
       seed=run.seed,
     )
+    self.params = self.devices.place(params)
     method = methods.create(config.method, config.mimic)
     self.score_step = steps.make_score_step(
       classification.make_losses_fn(apply),
       method,
       config.mimic,
       classification.make_outputs_fn(apply),
+      out_shardings=self.devices.rows,
     )
-    self.reference = reference_lib.load(run, method, self.params, data, folder)
+    self.reference = reference_lib.load(
+      run, method, self.params, data, folder, self.devices
+    )
     self.checkpoints = list(config.steps or checkpoint.steps(self.learner))
     if not self.checkpoints:
       raise FileNotFoundError(
         f"there is no checkpoint in {self.learner}, which config.learner names."
       )
-    learner = checkpoint.fingerprint(
-      [self._params_of(step) for step in self.checkpoints]
+    learner = workdir_lib.fingerprint(
+      [
+        checkpoint.fingerprint(self._params_of(step))
+        for step in self.checkpoints
+      ]
     )
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
@@ -181,12 +198,15 @@ class _Pass:
       indices=rows,
       mean=self.data.mean,
       std=self.data.std,
+      process=self.devices.process,
     )
 
   def to_the_end(self, folder: pathlib.Path) -> None:
     """Scores what is left to score."""
     ledger = gm.ScoreLedger(
-      folder / LEDGER_FOLDER, fingerprints=self.fingerprints
+      folder / LEDGER_FOLDER,
+      fingerprints=self.fingerprints,
+      writer=self.devices.process[0],
     )
     progress = folder / PROGRESS_FILE
     done = 0
@@ -194,11 +214,12 @@ class _Pass:
     # between is scored again, and a ledger has one row for it all the same.
     if progress.exists() and ledger.epochs:
       done = workdir_lib.read_json(progress)["batches"]
+    done = int(distributed.from_first(np.int32(done)))
     total = self.batches_a_pass * len(self.checkpoints)
     pending: list[Any] = []
 
     def flush(position):
-      fetched = jax.device_get([output for *_, output in pending])
+      fetched = distributed.own_rows([output for *_, output in pending])
       for (at, index, _), output in zip(pending, fetched, strict=True):
         real = index >= 0
         ledger.append(
@@ -210,7 +231,9 @@ class _Pass:
         )
       pending.clear()
       ledger.flush()
-      workdir_lib.write_json(progress, {"batches": position, "of": total})
+      distributed.meet()
+      if distributed.is_first():
+        workdir_lib.write_json(progress, {"batches": position, "of": total})
 
     with contextlib.closing(writers.progress(total, done, "score")) as bar:
       for epoch in range(done // self.batches_a_pass, len(self.checkpoints)):
@@ -218,9 +241,11 @@ class _Pass:
         start = epoch * self.batches_a_pass
         first = max(done - start, 0)
         for at, batch in enumerate(self._batches(first), start + first):
-          index = batch.pop("index")
-          reference = self.reference and self.reference.for_batch(index, None)
-          output = self.score_step(params, reference, batch)
+          index, whole = batch.pop("index"), batch.pop("batch_index", None)
+          reference = self.reference and self.reference.for_batch(
+            index, None, whole
+          )
+          output = self.score_step(params, reference, self.devices.put(batch))
           pending.append((at, index, output))
           if len(pending) >= self.config.flush_every:
             flush(at + 1)
@@ -235,4 +260,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, processes=cli.SHARED)

@@ -6,9 +6,11 @@ For each seed: a reference trained on clean labels, from the learner's own
 initialisation unless `config.study.reference` has it otherwise; every method on
 the same noisy labels; and from the scores of those that have any, a selection
 and models retrained on what it keeps. A run that is finished is not repeated,
-and any number of processes may be given the same command: they share the runs.
+and any number of jobs may be given the same command: they share the runs. The
+processes of one job share every run.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from experiments import (
   claims,
   cli,
   detection,
+  distributed,
   methods,
   select as select_lib,
   study_report,
@@ -79,15 +82,22 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set that is not there.
   """
   runs = runs_of(config)
-  folder = workdir_lib.claim(workdir, config, free=_FREE)
+  folder = workdir_lib.check(workdir, config, free=_FREE)
+  if distributed.is_first():
+    workdir_lib.claim(workdir, config, free=_FREE)
+  distributed.meet()
   results = run_all(config, folder, runs)
-  with claims.hold(folder / "report.claim"):
-    return study_report.write(
-      config,
-      folder,
-      results,
-      {run.name: (run.chosen_by, run.keep) for run in runs},
-    )
+
+  def report():
+    with claims.hold(folder / "report.claim"):
+      return study_report.write(
+        config,
+        folder,
+        results,
+        {run.name: (run.chosen_by, run.keep) for run in runs},
+      )
+
+  return distributed.by_first(report)
 
 
 def run_all(
@@ -96,7 +106,7 @@ def run_all(
   runs: list[Any],
   train_run: Callable[[Any, pathlib.Path, Any], dict[str, Any]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-  """Makes the runs, with all other processes that are at it.
+  """Makes the runs, with all other jobs that are at it.
 
   Args:
     config: the study's.
@@ -181,19 +191,25 @@ def runs_of(config: Any) -> list[Run]:
 
 
 def _attempt(config, folder, run, train_run):
-  """The run's result, unless another process is at it."""
+  """The run's result, unless another job is at it."""
   there = folder / f"seed{run.seed}" / run.name
-  if not (there / train.RESULT_FILE).exists():
-    claim = claims.take(_beside(there, ".claim"))
-    if claim is None:
-      return None
-    try:
-      print(f"seed {run.seed}: {run.name}", flush=True)
-      return train_run(config, there, run)
-    finally:
+  finished, claim = False, None
+  if distributed.is_first():
+    finished = (there / train.RESULT_FILE).exists()
+    claim = None if finished else claims.take(_beside(there, ".claim"))
+  # The first process claims the run for all of its job.
+  finished, claimed = distributed.from_first(
+    np.array([finished, claim is not None])
+  )
+  if not finished and not claimed:
+    return None
+  try:
+    note = " (already there)" if finished else ""
+    print(f"seed {run.seed}: {run.name}{note}", flush=True)
+    return train_run(config, there, run)
+  finally:
+    if claim is not None:
       claim.release()
-  print(f"seed {run.seed}: {run.name} (already there)", flush=True)
-  return train_run(config, there, run)
 
 
 def _train(config, there, run):
@@ -201,7 +217,9 @@ def _train(config, there, run):
   if REFERENCE in run.needs:
     overrides["mimic.reference"] = str(there.with_name(REFERENCE))
   if run.chosen_by or run.keep:
-    overrides["data.filter"] = str(_filter(config, there, run))
+    overrides["data.filter"] = distributed.by_first(
+      lambda: str(_filter(config, there, run))
+    )
   if run.name == REFERENCE and config.study.references is not None:
     return _shared_reference(config, there, run)
   # Its seed is the run's, unless it says otherwise.
@@ -216,14 +234,21 @@ def _shared_reference(config, there, run):
   run_config.mimic = common.get_config().mimic
   run_config.lock()
   name = workdir_lib.fingerprint(
-    workdir_lib.without(run_config, ("select.", "study.", "checkpoint."))
+    workdir_lib.without(
+      run_config,
+      ("select.", "study.", "checkpoint.", *workdir_lib.RUNNING),
+    )
   )
   shared = pathlib.Path(config.study.references) / name
   shared.parent.mkdir(parents=True, exist_ok=True)
-  with claims.hold(_beside(shared, ".claim")):
+  with contextlib.ExitStack() as stack:
+    if distributed.is_first():
+      stack.enter_context(claims.hold(_beside(shared, ".claim")))
+    distributed.meet()
     result = train.train_and_evaluate(run_config, shared)
-  if not there.exists():
+  if distributed.is_first() and not there.exists():
     there.symlink_to(shared.resolve(), target_is_directory=True)
+  distributed.meet()
   return result
 
 
@@ -326,4 +351,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, processes=cli.SHARED)

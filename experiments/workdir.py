@@ -22,13 +22,12 @@ from configs import common
 CONFIG_FILE = "config.json"
 INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
 RESULT_FILE = "result.json"  # is there once a run has finished
-# Fields that any run may be continued with others of: they point elsewhere, or
-# say how a run is carried out.
+# Fields that say how a run is carried out, not what it is.
+RUNNING = ("mesh.", "faults.", "log_every", "profile_steps")
+# Fields that any run may be continued with others of: those, and what points
+# elsewhere.
 ALWAYS_FREE = (
-  "mesh.",
-  "faults.",
-  "log_every",
-  "profile_steps",
+  *RUNNING,
   "mimic.reference",
   "mimic.outputs",
   "data.filter",
