@@ -128,8 +128,9 @@ class Pairs(grain.IterDataset):
     order = self._order(epoch)
     rows = order[start : start + size]
     mask = np.arange(size) < len(rows)
-    # A real row, so that a model's statistics and finiteness don't suffer.
-    padding = rows[0] if len(rows) else order[0]
+    # A real row, so that a model's statistics and finiteness don't suffer: the
+    # first one of the batch of all processes.
+    padding = order[step * self.batch_rows]
     rows = np.append(rows, np.full(size - len(rows), padding))
     return {
       "image": self.images[rows],

@@ -10,7 +10,16 @@ import pytest
 import safetensors.numpy
 
 from configs import common
-from experiments import checkpoint, grand, initial, models, study, train
+from experiments import (
+  checkpoint,
+  distributed,
+  grand,
+  initial,
+  models,
+  sharding,
+  study,
+  train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +155,15 @@ def test_published_weights(request, tmp_path):
   apply, params = initial.create(config, seed=3, **make)
   _, fresh = models.create(config, seed=3, **make)
   jax.tree.map(np.testing.assert_array_equal, params["head"], fresh["head"])
+  # Straight to where they are to be, on each device its own part.
+  mesh = distributed.Devices({"data": 1, "fsdp": 8}, batch_size=8).mesh
+  shardings = sharding.of_tree(params, mesh, least_size=8)
+  _, divided = initial.create(
+    config, seed=3, place=lambda tree: jax.device_put(tree, shardings), **make
+  )
+  assert jax.tree.map(lambda leaf: leaf.sharding, divided) == shardings
+  assert any(spec.spec for spec in jax.tree.leaves(shardings))
+  jax.tree.map(np.testing.assert_array_equal, divided, params)
   # The rest is the public model: under its head, its logits.
   head = {
     "kernel": jnp.asarray(weights["classifier.weight"].T),

@@ -1,0 +1,241 @@
+"""One update of a model, by however many processes this is one of.
+
+A program for tests: every case's update, scores and shardings are written by
+the first process, for comparison with those of other processes and devices.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from ml_collections import config_dict
+
+from configs import clip as clip_config, common
+from experiments import (
+  checkpoint,
+  clip_features,
+  distributed,
+  methods,
+  models,
+  sharding,
+  steps,
+)
+from experiments.models import clip
+from experiments.tasks import classification, contrastive
+
+BATCH = 16
+CLASSES = 5
+
+
+def classifier():
+  """A small transformer with arrays that are large enough to divide."""
+  config = common.get_config().unlock()
+  config.model.name = "vit"
+  config.model.vit.update(width=128, depth=1, heads=2, mlp_width=512)
+  if jax.config.jax_enable_x64:  # JAX's attention is float32 at most
+    config.model.name, config.model.widths = "mlp", (512, 256)
+  config.mimic.weighting = "softmax"
+  config.mimic.temperature = 0.05
+  apply, params = models.create(
+    config.model, input_shape=(8, 8, 3), num_classes=CLASSES, seed=0
+  )
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(BATCH, 8, 8, 3)).astype(np.float32),
+    "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+    "mask": np.arange(BATCH) < BATCH - 3,
+  }
+  losses_fn = classification.make_losses_fn(apply)
+  outputs_fn = classification.make_outputs_fn(apply)
+  return config, params, batch, losses_fn, {"outputs_fn": outputs_fn}
+
+
+def pairs(rows):
+  """A small CLIP."""
+  config = clip_config.get_config().unlock()
+  config.model.clip.update(
+    image_width=128, image_depth=1, image_mlp_width=512, text_depth=1
+  )
+  config.mimic.layers = None
+  config.mimic.weighting = "softmax"
+  apply, params = clip.create(config.model, input_shape=(32, 32, 3), seed=0)
+  options = clip.options(config.model)
+  rng = np.random.default_rng(0)
+  length, words = options["context_length"], options["vocab_size"]
+  batch = {
+    "image": rng.integers(0, 255, (BATCH, 32, 32, 3)).astype(np.uint8),
+    "text": rng.integers(1, words, (BATCH, length)).astype(np.int32),
+    "mask": np.arange(BATCH) < BATCH - 3,
+  }
+  if jax.config.jax_enable_x64:  # JAX's attention is float32 at most
+    apply, params = towers(batch)
+  apply = clip_features.scaled(apply, config.data.mean, config.data.std)
+  losses_fn = contrastive.make_losses_fn(apply, "clip", sharding=rows)
+  outputs = steps.Outputs(
+    contrastive.toward_similarities(apply, sharding=rows),
+    clip_features.losses_of("clip"),
+  )
+  return config, params, batch, losses_fn, {"outputs": outputs}
+
+
+def towers(batch):
+  """A pair of linear maps."""
+  sizes = {"image": batch["image"][0].size, "text": batch["text"].shape[1]}
+  params = {
+    name: 0.01 * jax.random.normal(jax.random.key(size), (size, 32))
+    for name, size in sizes.items()
+  }
+
+  def apply(params, images, tokens):
+    sides = (
+      x.reshape(len(x), -1).astype(jnp.float64) @ params[name]
+      for name, x in (("image", images), ("text", tokens))
+    )
+    return clip.Features(
+      *(x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in sides),
+      params["logit_scale"],
+      None,
+    )
+
+  return apply, {**params, "logit_scale": jnp.asarray(2.0, jnp.float32)}
+
+
+def update(task, method, engine, devices, folder):
+  """One step of plain SGD toward a reference that is read from a checkpoint.
+
+  At a rate so high that the update is not lost in the parameters' rounding.
+  """
+  made = classifier() if task == "classes" else pairs(devices.rows)
+  config, params, batch, losses_fn, outputs = made
+  config.mimic.engine = engine
+  if jax.config.jax_enable_x64:
+    params, batch = (
+      jax.tree.map(
+        lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, tree
+      )
+      for tree in (params, batch)
+    )
+  params = devices.place(params)
+  tx = optax.sgd(1e3)
+  state = devices.compute(functools.partial(steps.init_state, tx=tx), params)
+  before = jax.tree.map(jnp.copy, state.params)
+  chosen = methods.create(method, config.mimic)
+  reference = None
+  if chosen is not None:
+    reference = read_reference(params, folder / f"reference_{task}")
+  step = steps.make_train_step(
+    losses_fn,
+    tx,
+    chosen,
+    config.mimic,
+    out_shardings=sharding.of_step(state, devices.mesh),
+    **outputs,
+  )
+  number, count = devices.process
+  part = BATCH // count
+  own = slice(number * part, (number + 1) * part)
+  batch = devices.put({key: rows[own] for key, rows in batch.items()})
+  wanted = jax.tree.map(lambda leaf: leaf.sharding, state)
+  state, output = step(state, reference, batch)
+  for leaf, to in zip(
+    jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
+  change = jax.tree.map(lambda a, b: a - b, state.params, before)
+  found = {"update": change, "metrics": output.metrics, **output.samples}
+  return flat(whole(found)), held(state.params), held(reference)
+
+
+def read_reference(params, workdir):
+  """What `make_reference` left, read into the shardings of params."""
+  found = checkpoint.load_params(workdir, params)
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), found, params)
+
+
+def make_reference(task, folder):
+  """Parameters some way off, in a checkpoint as runs leave them."""
+  if (folder / f"reference_{task}").exists():
+    return
+  _, params, *_ = classifier() if task == "classes" else pairs(None)
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  moved = structure.unflatten(
+    [
+      leaf + 0.02 * jax.random.normal(key, leaf.shape)
+      for key, leaf in zip(keys, leaves, strict=True)
+    ]
+  )
+  state = steps.init_state(moved, optax.sgd(1.0))
+  saver = checkpoint.Checkpointer(
+    folder / f"reference_{task}", keep=1, fingerprint=""
+  )
+  saver.save(1, state, Nowhere())
+  saver.close()
+
+
+class Nowhere:
+  """An iterator of no data."""
+
+  def get_state(self):
+    """Nothing."""
+    return {}
+
+
+def held(tree):
+  """Bytes of large arrays that this process holds, and that there are."""
+  large = [
+    leaf for leaf in jax.tree.leaves(tree) if leaf.size >= sharding.LEAST_SIZE
+  ]
+  here = sum(
+    shard.data.nbytes for leaf in large for shard in leaf.addressable_shards
+  )
+  return [here, sum(leaf.nbytes for leaf in large)]
+
+
+def whole(tree):
+  """NumPy arrays, in every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def flat(tree):
+  """Arrays by their paths."""
+  return {
+    re.sub(r"\W+", "/", jax.tree_util.keystr(path)): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def main(arguments):
+  """`{"cases": [[task, method, engine, fsdp], ...], "folder": ...}`, flags."""
+  wanted = json.loads(arguments[0])
+  flags = dict(text.lstrip("-").split("=") for text in arguments[1:])
+  numbers = {name: int(flags[name]) for name in flags if name != "coordinator"}
+  distributed.start(coordinator=flags.get("coordinator"), **numbers)
+  folder = pathlib.Path(wanted["folder"])
+  results, bytes_held = {}, {}
+  for task, method, engine, fsdp in wanted["cases"]:
+    if jax.device_count() == 1:
+      make_reference(task, folder)
+    devices = distributed.Devices(
+      config_dict.ConfigDict({"data": -1, "fsdp": fsdp}), batch_size=BATCH
+    )
+    name = f"{task} {method} {engine} {fsdp}"
+    arrays, learner, reference = update(task, method, engine, devices, folder)
+    results |= {f"{name}|{key}": value for key, value in arrays.items()}
+    bytes_held[name] = {"learner": learner, "reference": reference}
+  if distributed.is_first():
+    np.savez(folder / f"{wanted['name']}.npz", **results)
+  print(json.dumps(bytes_held))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
