@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import (
+  ahead,
   cli,
   study,
   tables,
@@ -62,10 +63,8 @@ def _step(config, folder, name):
   tuned = tuning.read(config.study.tuned).get(name, {})
   copy = study.derived(config, seed=config.seed, method=name, **tuned)
   run = train.Run(copy, folder, train.load_data(copy))
-  batch = next(run.train_batches)
-  index, flipped = batch.pop("index"), batch.pop("flipped", None)
-  reference = run.reference and run.reference.for_batch(index, flipped)
-  return TimedStep(run.train_step, run.state, reference, batch)
+  taken = run.take(0, ahead.Read(next(run.train_batches), None, None))
+  return TimedStep(run.train_step, run.state, taken.reference, taken.batch)
 
 
 class TimedStep:
