@@ -3,8 +3,6 @@
 import json
 import math
 import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
@@ -25,12 +23,15 @@ from experiments import (
   clip_train,
   optimizer,
   steps,
+  workdir as workdir_lib,
   writers,
 )
 from experiments.data import shapes, shard_files
 from gradmimic_jax.selection.uids import parse_uids
 
-ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import processes
+
 TINY = {
   "batch_size": 16,
   "samples_seen": 64,
@@ -427,53 +428,44 @@ def test_devices_share_a_batch(tmp_path):
   np.testing.assert_allclose(one, eight, rtol=1e-2, atol=1e-4)
 
 
-_PROCESS = """
-import json
-import sys
-import jax
-import ml_collections
-address, number, config, workdir = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-from experiments import clip_train
-with open(config) as file:
-  fields = ml_collections.ConfigDict(json.load(file))
-clip_train.train_and_evaluate(fields.lock(), workdir)
-"""
-
-
 @pytest.mark.slow
-def test_processes_share_a_batch(tmp_path):
+@pytest.mark.parametrize(
+  ("method", "fsdp"), [("grad_mimic_weights", 4), ("grad_mimic_outputs", 1)]
+)
+def test_processes_share_a_batch(tmp_path, method, fsdp):
   """Two processes of two devices each do what one process does."""
-  reference = on_shapes(**{"noise.rate": 0.0})
+  wide = {"model.clip.image_mlp_width": 4096}  # enough to be divided
+  reference = on_shapes(**{"noise.rate": 0.0, **wide})
   clip_train.train_and_evaluate(reference, tmp_path / "reference")
   config = on_shapes(
     **{
       "mesh.data": -1,
-      "method": "grad_mimic_weights",
+      "mesh.fsdp": fsdp,
+      "method": method,
       "mimic.force": True,
       "mimic.reference": str(tmp_path / "reference"),
+      **wide,
     }
   )
-  (tmp_path / "config.json").write_text(config.to_json())
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  processes = [
-    subprocess.Popen(
-      [
-        *(sys.executable, "-c", _PROCESS, address, str(number)),
-        *(str(tmp_path / "config.json"), str(tmp_path / "run")),
-      ],
-      cwd=ROOT,
-    )
-    for number in range(2)
+  flags = [
+    f"--config.{name}={value}"
+    for name, value in workdir_lib.without(config, ()).items()
+    if value is not None
   ]
-  assert [process.wait() for process in processes] == [0, 0]
+  started = processes.start(
+    [
+      *("-m", "experiments.clip_train", "--config=configs/clip.py"),
+      *(f"--workdir={tmp_path / 'run'}", *flags),
+    ],
+    count=2,
+    devices=2,
+  )
+  processes.finish(started)
   alone = clip_train.train_and_evaluate(
-    make(config, **{"mesh.data": 1}), tmp_path / "alone"
+    make(config, **{"mesh.data": 1, "mesh.fsdp": 1}), tmp_path / "alone"
   )
   together = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert together["fingerprint"] == alone["fingerprint"]
   for name in ("held_out_loss", "zero_shot_accuracy@1"):
     assert together[name] == pytest.approx(alone[name], rel=1e-3)
   found = [

@@ -358,8 +358,9 @@ def test_two_processes_train_as_one_does(make_config, tmp_path):
   )
   alone = train.train_and_evaluate(config, tmp_path / "one")
   first, second = processes.finish(started)
-  together = json.loads(first)
-  assert not second.strip()  # the first one speaks for both
+  together = json.loads((tmp_path / "two" / "result.json").read_text())
+  assert together["fingerprint"] in first  # which speaks for both
+  assert together["fingerprint"] not in second
   assert together["fingerprint"] == alone["fingerprint"]
   assert together["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)
   assert_close(
@@ -391,8 +392,11 @@ def run_cases(folder, fsdps, **layout):
   name = "_".join(map(str, layout.values()))
   cases = [[*method, fsdp] for method in METHODS for fsdp in fsdps]
   spec = json.dumps({"cases": cases, "folder": str(folder), "name": name})
-  started = processes.start([CASE, spec], **layout)
-  held = [json.loads(text) for text in processes.finish(started, timeout=500)]
+  processes.finish(processes.start([CASE, spec], **layout), timeout=500)
+  held = [
+    json.loads((folder / f"{name}_{number}.json").read_text())
+    for number in range(layout["count"])
+  ]
   found: dict[str, dict[str, np.ndarray]] = {}
   with np.load(folder / f"{name}.npz") as stored:
     for key in stored.files:
@@ -421,13 +425,13 @@ def on_one_device(tmp_path_factory):
   ("count", "devices", "bits"),
   [
     *((1, 2, 64), (1, 8, 64), (2, 1, 64), (2, 4, 64), (4, 1, 64), (4, 2, 64)),
-    *((1, 8, 32), (2, 4, 32), (4, 2, 32)),
+    *((1, 8, 32), (2, 4, 32)),
   ],
 )
 def test_an_update_is_the_single_devices(on_one_device, count, devices, bits):
   """Whole or divided parameters, engines, tasks; weights are of the batch."""
   folder, alone = on_one_device(bits)
-  fsdps = sorted({1, 2, count * devices})
+  fsdps = sorted({1, count * devices})
   found, held = run_cases(
     folder, fsdps, count=count, devices=devices, bits=bits
   )
@@ -550,15 +554,16 @@ def test_a_data_set_is_scored_together(digits_dir, reference, tmp_path):
     "batch_size": 64,
     "flush_every": 5,
   }
-  results = [
+  for count, layout in (
+    (1, {}),
+    (2, {"devices": 2, "mesh.fsdp": 4}),
+    (4, {}),
+  ):
     run_job(*job, tmp_path / str(count), count=count, **fields, **layout)
-    for count, layout in (
-      (1, {}),
-      (2, {"devices": 2, "mesh.fsdp": 4}),
-      (4, {}),
-    )
-  ]
-  assert len(set(results)) == 1
+  results = {
+    (tmp_path / str(count) / "result.json").read_text() for count in (1, 2, 4)
+  }
+  assert len(results) == 1
   one, *others = (
     gm.ScoreLedger(tmp_path / str(count) / "ledger").matrix()
     for count in (1, 2, 4)

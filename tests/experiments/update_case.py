@@ -234,7 +234,8 @@ def main(arguments):
     bytes_held[name] = {"learner": learner, "reference": reference}
   if distributed.is_first():
     np.savez(folder / f"{wanted['name']}.npz", **results)
-  print(json.dumps(bytes_held))
+  file = folder / f"{wanted['name']}_{jax.process_index()}.json"
+  file.write_text(json.dumps(bytes_held))
 
 
 if __name__ == "__main__":
