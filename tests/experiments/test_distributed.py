@@ -502,7 +502,7 @@ def test_a_run_goes_on_with_other_processes_and_devices(
 ):
   fields = settings(
     digits_dir,
-    **{"method": "grad_mimic", "mimic.reference": reference},
+    **{"method": "grad_mimic", "mimic.reference": str(reference)},
   )
 
   def start(workdir, count, devices, fsdp):
