@@ -8,6 +8,7 @@ one seed, in seconds, and the truth about wrong captions stays beside them.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -52,15 +53,6 @@ _TEMPLATES = (
   "a photo of {objects} {where}, {background} background",
   "{objects} {where} of a {background} picture",
   "{background} background with {objects} {where}",
-)
-_PROMPTS = (
-  "{a} {name}",
-  "a photo of {a} {name}",
-  "a picture of {a} {name}",
-  "two {name_s}",
-  "three {name_s}",
-  "a photo of two {name_s}",
-  "a photo of three {name_s}",
 )
 
 
@@ -206,17 +198,31 @@ def class_names() -> tuple[str, ...]:
 def class_prompts() -> tuple[tuple[str, ...], ...]:
   """The texts that stand for each class [C][T], to average over T templates.
 
+  They say all that a caption says, each something else of place, number and
+  background: a text without these would be like none that was trained on.
+
   Example:
     >>> class_prompts()[0][:2]
-    ('a red circle', 'a photo of a red circle')
+    ('a red circle on the left on a black background',
+     'two red circles on the right on a gray background')
   """
-  return tuple(
-    tuple(
-      prompt.format(a=_article(name), name=name, name_s=_plural(name))
-      for prompt in _PROMPTS
+  return tuple(_prompts(name) for name in class_names())
+
+
+def _prompts(name: str) -> tuple[str, ...]:
+  positions, backgrounds = tuple(POSITIONS), tuple(BACKGROUNDS)
+  prompts = []
+  for number, (template, count) in enumerate(
+    itertools.product(_TEMPLATES, range(len(COUNTS)))
+  ):
+    prompts.append(
+      template.format(
+        objects=_objects(name, count),
+        where=positions[number % len(positions)],
+        background=backgrounds[number % len(backgrounds)],
+      )
     )
-    for name in class_names()
-  )
+  return tuple(prompts)
 
 
 def _draw(
@@ -262,18 +268,20 @@ def _captions(attributes: Attributes, rng: np.random.Generator) -> list[str]:
     rows, templates, says_one, strict=True
   ):
     name = f"{colours[colour]} {SHAPES[shape]}"
-    if count:
-      objects = f"{COUNTS[count]} {_plural(name)}"
-    else:
-      objects = f"{COUNTS[0] if one else _article(name)} {name}"
     captions.append(
       _TEMPLATES[template].format(
-        objects=objects,
+        objects=_objects(name, count, says_one=one),
         where=positions[position],
         background=backgrounds[background],
       )
     )
   return captions
+
+
+def _objects(name: str, count: int, *, says_one: bool = False) -> str:
+  if count:
+    return f"{COUNTS[count]} {_plural(name)}"
+  return f"{COUNTS[0] if says_one else _article(name)} {name}"
 
 
 def _article(name: str) -> str:

@@ -165,8 +165,21 @@ class TestPairs:
     assert len(prompts) == len(names) == 64
     for texts, name in zip(prompts, names, strict=True):
       assert all(name in text for text in texts)
-    assert "an orange star" in prompts[names.index("orange star")]
-    assert "two red crosses" in prompts[names.index("red cross")]
+      assert len(set(texts)) == len(texts)
+    starts = [texts[0].partition(" on the ")[0] for texts in prompts]
+    assert starts[names.index("orange star")] == "an orange star"
+    assert any(
+      text.startswith("two red crosses ")
+      for text in prompts[names.index("red cross")]
+    )
+
+  def test_prompts_say_all_that_captions_say(self):
+    """A text without a place or a background is like none to train on."""
+    for texts in shapes.class_prompts():
+      for words in (shapes.POSITIONS, shapes.BACKGROUNDS):
+        said = [[word for word in words if word in text] for text in texts]
+        assert all(len(found) == 1 for found in said)
+        assert {found[0] for found in said} == set(words)
 
   @pytest.mark.parametrize(
     ("options", "message"),
