@@ -156,11 +156,13 @@ def _placed(array, leaf):
   """The array on the devices of `leaf`, each of which gets its own part."""
   if array is leaf:
     return leaf
-  if len(leaf.sharding.device_set) == 1:
+  to = getattr(leaf, "sharding", None)
+  if to is None or len(to.device_set) == 1:
+    # To the default device, and free to go to others.
     return jnp.asarray(array, leaf.dtype)
   return jax.make_array_from_callback(
     leaf.shape,
-    leaf.sharding,
+    to,
     lambda at: np.asarray(array[at], leaf.dtype),
   )
 
