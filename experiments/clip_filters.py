@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 import gradmimic_jax as gm
@@ -22,7 +21,6 @@ from experiments import (
   cli,
   clip_data,
   clip_reference,
-  clip_train,
   distributed,
   select as select_lib,
   tables,
@@ -99,13 +97,7 @@ def mean_scores(run: pathlib.Path) -> Scores:
   Raises:
     FileNotFoundError: there is no ledger in that folder.
   """
-  folder = run / clip_train.LEDGER_FOLDER
-  parts = sorted(folder.glob("process*")) or [folder]
-  if not folder.is_dir():
-    select_lib.ledger_of(run)  # says what is missing
-  rows = pa.concat_tables(
-    gm.ScoreLedger(part).table().select(["id", "score"]) for part in parts
-  )
+  rows = select_lib.ledger_of(run).table().select(["id", "score"])
   rows = rows.filter(pc.is_finite(rows["score"]))
   means = rows.group_by("id").aggregate([("score", "mean")]).sort_by("id")
   return Scores(parse_uids(means["id"]), means["score_mean"].to_numpy())
