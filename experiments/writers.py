@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 METRICS_FILE = "metrics.jsonl"
 # What differs from run to run of the same: in lines of their own.
@@ -35,9 +37,7 @@ class MetricsWriter:
       file.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(temporary, path)
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=first_step
-    )
+    self._events = _Events(workdir / "tensorboard", first_step=first_step)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line, `{"step": step, **scalars}`."""
@@ -51,10 +51,35 @@ class MetricsWriter:
     self._events.flush()
 
   def close(self) -> None:
-    """Flushes and closes."""
-    self.flush()
-    self._file.close()
-    self._events.close()
+    """Flushes and closes, what can't be flushed too."""
+    try:
+      self._file.close()
+    finally:
+      self._events.close()
+
+
+class _Events:
+  """A TensorBoard event file that is written where it is called.
+
+  tensorboardX's own SummaryWriter hands over to a thread. A full disk ends that
+  without a word, and then whoever writes waits for ever.
+  """
+
+  def __init__(self, folder, *, first_step):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._file = event_file_writer.EventsWriter(str(folder / "events"))
+    # TensorBoard hides what earlier files have from this step on.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(first_step, session_log=start)
+    self.flush = self._file.flush
+    self.close = self._file.close
+
+  def add_scalar(self, name, value, step):
+    self._write(step, summary=summary.scalar(name, value))
+
+  def _write(self, step, **what):
+    event = event_pb2.Event(step=step, wall_time=time.time(), **what)
+    self._file.write_event(event)
 
 
 class Silence:
