@@ -174,7 +174,7 @@ def run(
       if evaluating or saving:
         # Rows reach the disk before the checkpoint that counts on them.
         log.flush(reader.waited)
-      if evaluating and (finished or not leaving):
+      if evaluating and not leaving:
         watchdog.sign()
         evaluation = evaluate(state.params)
         metrics.write(step, evaluation)
@@ -182,11 +182,11 @@ def run(
       if saving:
         watchdog.sign()
         checkpoints.save(step, state, ahead.Position(position))
-      if finished:
-        return evaluation
       if leaving:
         checkpoints.wait()
         asked.leave(step, folder)
+      if finished:
+        return evaluation
       if evaluating or saving:
         log.restart(reader.waited)
       read, taken = upcoming or _next(step, reader, log, take)

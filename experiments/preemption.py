@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 # Processes agree on a call to stop at, not on a step: a job may have several
 # runs, all of whose steps begin at 0.
 _calls = itertools.count(1)
+# For the job's next run, where one came to its end before it could stop.
+_asked = threading.Event()
 
 
 class PreemptedError(SystemExit):
@@ -31,7 +33,6 @@ class Preemption:
   """
 
   def __init__(self) -> None:
-    self._asked = False
     self._previous: object = None
     self._listens = (
       jax.process_count() == 1
@@ -41,7 +42,7 @@ class Preemption:
       self._previous = signal.signal(signal.SIGTERM, self._note)
 
   def _note(self, *_):
-    self._asked = True
+    _asked.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it now
 
   def reached(self) -> bool:
@@ -51,10 +52,11 @@ class Preemption:
       if asked and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
       return asked
-    return self._asked
+    return _asked.is_set()
 
   def leave(self, step: int, folder: object) -> None:
     """Says what happened, and raises PreemptedError."""
+    _asked.clear()
     message = (
       f"SIGTERM: saved {folder} at step {step}; the same command goes on there"
     )
@@ -64,5 +66,5 @@ class Preemption:
 
   def close(self) -> None:
     """Gives the signal back."""
-    if self._listens and not self._asked:
+    if self._listens and not _asked.is_set():
       signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
