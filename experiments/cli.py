@@ -31,6 +31,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Meet the other processes: which this is, from 0."
 )
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  "heartbeat_timeout",
+  distributed.HEARTBEAT_TIMEOUT,
+  "Seconds without a sign of life after which a process counts as lost.",
+  lower_bound=1,
+)
 
 
 # What a job does with several processes.
@@ -57,12 +63,14 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
     debug = logging.level_debug()
     if not debug:
       logging.set_verbosity(logging.WARNING)
+      logging.get_absl_handler().addFilter(_is_news)
     try:
       distributed.start(
         detect=_DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
       )
       if jax.distributed.is_initialized():
         return _run_together(job, processes, debug)
@@ -112,6 +120,13 @@ def _run_together(job, processes, debug):
       )
   # Leaving in order means to meet the others, which may wait elsewhere.
   os._exit(1)
+
+
+def _is_news(record):
+  """Not so orbax's errors, with stacks, which it raises in the end."""
+  return record.levelname != "ERROR" or not (
+    "orbax" in record.pathname or record.name == "asyncio"
+  )
 
 
 def _parse_flags(argv):

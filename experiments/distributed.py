@@ -17,7 +17,7 @@ from orbax.checkpoint import multihost
 
 from experiments import sharding
 
-# Seconds without a sign of life after which a process counts as lost.
+# Seconds; as `start` takes it, if it isn't told otherwise.
 HEARTBEAT_TIMEOUT = 40
 # Seconds that processes which have finished wait for the last one.
 _SHUTDOWN_TIMEOUT = 120
@@ -33,6 +33,7 @@ def start(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
   """Meets the other processes of the job, if there are to be any.
 
@@ -43,6 +44,8 @@ def start(
       processes meet; what is None, JAX finds out.
     num_processes: how many there are.
     process_id: which one this is.
+    heartbeat_timeout: seconds without a sign of life after which a process
+      counts as lost, which ends the others; the same in all of them.
 
   Raises:
     ValueError: what is missing can't be found out, or a number is out of range.
@@ -55,7 +58,7 @@ def start(
       coordinator,
       num_processes,
       process_id,
-      heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+      heartbeat_timeout_seconds=heartbeat_timeout,
       shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
     )
   except (ValueError, RuntimeError) as error:
