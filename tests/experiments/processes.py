@@ -10,6 +10,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 _CACHE = ROOT / ".pytest_cache" / "jax"
 
 
+def flags_of(config_file: str, workdir: object, **fields) -> list[str]:
+  """A job's command line."""
+  return [
+    f"--config={config_file}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+  ]
+
+
 def start(
   command: list[str],
   *,

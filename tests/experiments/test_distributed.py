@@ -289,15 +289,6 @@ class TestCheckpoints:
     saver.close()
 
 
-def flags_of(config_file, workdir, **fields):
-  """A job's command line."""
-  return [
-    f"--config={config_file}",
-    f"--workdir={workdir}",
-    *(f"--config.{name}={value}" for name, value in fields.items()),
-  ]
-
-
 def fields_of(config, *names):
   """The config's fields, for a command line."""
   return {
@@ -352,7 +343,9 @@ def test_two_processes_train_as_one_does(make_config, tmp_path):
   started = processes.start(
     [
       *("-m", "experiments.train"),
-      *flags_of("configs/digits.py:seeds=1", tmp_path / "two", **fields),
+      *processes.flags_of(
+        "configs/digits.py:seeds=1", tmp_path / "two", **fields
+      ),
     ],
     count=2,
   )
@@ -477,7 +470,7 @@ def settings(digits_dir, **more):
 def run_job(job, config_file, workdir, *, count=1, devices=1, **fields):
   """What the first process has printed."""
   command = ["-m", f"experiments.{job}"]
-  command += flags_of(config_file, workdir, **fields)
+  command += processes.flags_of(config_file, workdir, **fields)
   return processes.finish(
     processes.start(command, count=count, devices=devices)
   )[0]
@@ -614,7 +607,7 @@ def test_a_study_is_made_together(digits_dir, tmp_path):
 def test_jobs_of_one_process_refuse_several(digits_dir, tmp_path):
   command = [
     *("-m", "experiments.tune"),
-    *flags_of("configs/digits.py", tmp_path / "run"),
+    *processes.flags_of("configs/digits.py", tmp_path / "run"),
   ]
   started = processes.start(command, count=2)
   for number, process in enumerate(started):
