@@ -5,10 +5,15 @@ highest score so far, `peak`, the sums `sum exp((m_i - peak) / tau) g_i` and
 `sum exp((m_i - peak) / tau)` are carried over the microbatches and rescaled
 whenever the peak rises; their quotient is the reweighted gradient. Weightings
 of another kind take two passes: all scores, then the weighted gradient.
+
+Where a mesh is set (`jax.set_mesh`), each of its devices carries sums of its
+own, over its own rows of every microbatch, and all meet once, at the end:
+gradients are then summed over devices once a step, not once a microbatch.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from gradmimic_jax import _per_sample, _tree
 from gradmimic_jax._problem import (
@@ -46,52 +51,60 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
   leaves = jax.tree.leaves(problem.params)
   dtype = _tree.common_dtype(leaves)
   temperature = in_range(weigh.temperature, dtype)
-  zero = jnp.zeros([], dtype)
+  groups, grouped = _groups(stacked["candidates"].shape[1])
+
+  def relative(peak, base):
+    # Before the first valid sample the peak is -inf and there is nothing to
+    # rescale; -inf - -inf would be NaN.
+    some = jnp.isfinite(peak)
+    return jnp.where(some, jnp.exp((peak - base) / temperature), 0)
 
   def step(carry, part):
     peak, total, count, sums = carry
     found, rows = _per_sample.dense(_part(problem, part))
-    scores = jnp.where(found.valid, found.scores.astype(dtype), -jnp.inf)
-    new_peak = jnp.maximum(peak, jnp.max(scores))
-    # Before the first valid sample the peak is -inf and there is nothing to
-    # rescale; -inf - -inf would be NaN.
-    some = jnp.isfinite(new_peak)
-    base = jnp.where(some, new_peak, 0)
-    rescale = jnp.where(
-      jnp.isfinite(peak), jnp.exp((peak - base) / temperature), 0
-    )
-    parts = jnp.where(found.valid, jnp.exp((scores - base) / temperature), 0)
-    plain = found.valid.astype(dtype)
+    valid = grouped(found.valid)
+    scores = jnp.where(valid, grouped(found.scores.astype(dtype)), -jnp.inf)
+    new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+    base = jnp.where(jnp.isfinite(new_peak), new_peak, 0)
+    rescale = relative(peak, base)
+    parts = jnp.where(valid, relative(scores, base[:, None]), 0)
+    plain = valid.astype(dtype)
     new_sums = []
     for total_so_far, row, weighted in zip(sums, rows, in_scope, strict=True):
-      row = _tree.where_rows(found.valid, row)
+      row = grouped(_tree.where_rows(found.valid, row))
       if weighted:
-        total_so_far = total_so_far * rescale.astype(total_so_far.dtype)
+        factor = rescale.astype(total_so_far.dtype)
+        total_so_far *= _tree.expand_rows(factor, total_so_far.ndim)
       new_sums.append(
-        total_so_far + _tree.weighted_sum(parts if weighted else plain, row)
+        total_so_far
+        + jax.vmap(_tree.weighted_sum)(parts if weighted else plain, row)
       )
     carry = (
       new_peak,
-      total * rescale + jnp.sum(parts),
-      count + jnp.sum(plain),
+      total * rescale + jnp.sum(parts, axis=1),
+      count + jnp.sum(plain, axis=1),
       new_sums,
     )
     return carry, found
 
   start = (
-    jnp.full([], -jnp.inf, dtype),
-    zero,
-    zero,
-    [jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)) for x in leaves],
+    jnp.full([groups], -jnp.inf, dtype),
+    jnp.zeros([groups], dtype),
+    jnp.zeros([groups], dtype),
+    _no_sums(leaves, groups),
   )
-  (_, total, count, sums), found = jax.lax.scan(step, start, stacked)
+  (peak, total, count, sums), found = jax.lax.scan(step, start, stacked)
   found = restore(found)
+  highest = jnp.max(peak)
+  shares = relative(peak, jnp.where(jnp.isfinite(highest), highest, 0))
+  total = jnp.sum(shares * total)
   total = jnp.where(total > 0, total, 1)
-  count = jnp.maximum(count, 1)
-  grads = [
-    (x / (total if weighted else count).astype(x.dtype)).astype(leaf.dtype)
-    for x, weighted, leaf in zip(sums, in_scope, leaves, strict=True)
-  ]
+  count = jnp.maximum(jnp.sum(count), 1)
+  grads = []
+  for x, weighted, leaf in zip(sums, in_scope, leaves, strict=True):
+    x = _tree.weighted_sum(shares if weighted else jnp.ones_like(shares), x)
+    x /= (total if weighted else count).astype(x.dtype)
+    grads.append(x.astype(leaf.dtype))
   return found, weigh(found.scores, found.valid), grads
 
 
@@ -111,9 +124,9 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
     split_rows(plain, fill=0),
   )
   leaves = jax.tree.leaves(problem.params)
+  groups, grouped = _groups(stacked[1].shape[1])
 
-  def step(sums, part):
-    batch, weights, plain = part
+  def gradient(batch, weights, plain):
     losses, pullback = jax.vjp(
       lambda params: problem.losses_fn(params, batch)[0], problem.params
     )
@@ -124,15 +137,20 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
       chosen, _ = split(added, problem.flags)
       _, others = split(jax.tree.leaves(means), problem.flags)
       added = merge(chosen, others, problem.flags)
+    return added
+
+  def step(sums, part):
+    if groups > 1:
+      added = jax.vmap(gradient)(*jax.tree.map(grouped, part))
+    else:
+      added = [x[None] for x in gradient(*part)]
     return [
       total + x.astype(total.dtype)
       for total, x in zip(sums, added, strict=True)
     ], None
 
-  start = [
-    jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)) for x in leaves
-  ]
-  sums, _ = jax.lax.scan(step, start, stacked)
+  sums, _ = jax.lax.scan(step, _no_sums(leaves, groups), stacked)
+  sums = [jnp.sum(x, axis=0) for x in sums]
   # Without a valid sample there was no sound copy either.
   some = jnp.any(found.valid)
   grads = [
@@ -140,6 +158,29 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
     for x, leaf in zip(sums, leaves, strict=True)
   ]
   return found, weights, grads
+
+
+def _groups(microbatch_size):
+  """How many devices carry sums of their own, and rows by these.
+
+  The devices of the mesh that is set, if they can share a microbatch. 1 if none
+  is set, as under jit it can't be seen which devices a batch is divided over;
+  and 1 inside `jax.shard_map`, where each device has its own microbatches.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+  count = 1
+  if not mesh.empty and automatic and microbatch_size % mesh.size == 0:
+    count = mesh.size
+  return count, lambda rows: rows.reshape(count, -1, *rows.shape[1:])
+
+
+def _no_sums(leaves, groups):
+  """Zeros `[groups, *p]` to begin with."""
+  return [
+    jnp.zeros([groups, *x.shape], _tree.accumulation_dtype(x.dtype))
+    for x in leaves
+  ]
 
 
 def _stack(problem, microbatch_size):

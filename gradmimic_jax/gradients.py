@@ -126,8 +126,9 @@ def mimic_value_and_grad(
       `top_fraction`, `positive`, `proportional`) take two, scores first. Scores
       of all samples' inner products can't be had this way. A batch that is
       sharded stays so if the microbatch size is a multiple of the number of
-      devices and divides the batch; otherwise rows move between them. None: all
-      at once.
+      devices and divides the batch; otherwise rows move between them. Call the
+      step within `jax.set_mesh(mesh)` then: devices sum up their gradients once
+      a step, where they would do so in every microbatch. None: all at once.
     has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
       calls losses_fn with batches of one and stacks their aux over samples, so
       that aux leaves `[B, ...]` are the same in both engines.

@@ -95,25 +95,36 @@ class _EssSoftmax:
   def __call__(self, scores, mask=None, step=None):
     del step
     mask = _validate.padding_mask(mask, scores.shape[0])
-    low = jnp.min(jnp.where(mask, scores, jnp.inf))
-    high = jnp.max(jnp.where(mask, scores, -jnp.inf))
+    # The search needs no order, but sorting scores that are divided over
+    # devices brings all of them to each device: one exchange, where every sum
+    # of the search would be another.
+    ordered = jnp.sort(jnp.where(mask, scores, -jnp.inf))
+    count = jnp.sum(mask, dtype=jnp.int32)
+    there = jnp.arange(ordered.size) >= ordered.size - count
+    low = jnp.min(jnp.where(there, ordered, jnp.inf))
+    high = jnp.max(jnp.where(there, ordered, -jnp.inf))
     # Equal scores (or none at all) have no spread; any temperature does.
     spread = jnp.where(high > low, high - low, 1)
-    unit = jnp.where(mask, (scores - high) / spread, 0)
-    unit = jnp.where(jnp.isfinite(unit), unit, 0)
-    target = jnp.asarray(self.fraction, unit.dtype) * _count(mask, unit.dtype)
+
+    def unit(scores, mask):
+      scaled = jnp.where(mask, (scores - high) / spread, 0)
+      return jnp.where(jnp.isfinite(scaled), scaled, 0)
+
+    units = unit(ordered, there)
+    fraction = jnp.asarray(self.fraction, units.dtype)
+    target = fraction * count.astype(units.dtype)
 
     def halve(_, bracket):
       cold, hot = bracket
       middle = (cold + hot) / 2
-      size = effective_sample_size(_softmax(unit, mask, jnp.exp(middle)))
+      size = effective_sample_size(_softmax(units, there, jnp.exp(middle)))
       # The effective sample size grows with the temperature.
       too_hot = size > target
       return jnp.where(too_hot, cold, middle), jnp.where(too_hot, middle, hot)
 
-    bracket = tuple(jnp.asarray(x, unit.dtype) for x in _LOG_TEMPERATURES)
+    bracket = tuple(jnp.asarray(x, units.dtype) for x in _LOG_TEMPERATURES)
     _, hot = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
-    return _softmax(unit, mask, jnp.exp(hot))
+    return _softmax(unit(scores, mask), mask, jnp.exp(hot))
 
 
 def ess_softmax(fraction: float) -> Weighting:
