@@ -121,7 +121,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.mimic.score = "projection"
   config.mimic.weighting = "ess_softmax"  # "softmax", "top_fraction", ...
   config.mimic.temperature = 0.05  # of softmax
-  config.mimic.fraction = 0.5  # of ess_softmax, top_fraction and random
+  config.mimic.fraction = 0.7  # of ess_softmax, top_fraction and random
   config.mimic.warmup_steps = 0  # with uniform weights, before these
   config.mimic.scope = "all"  # or "layers"
   # The losses of a batch depend on each other: no other engine can do it.
@@ -142,10 +142,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.seeds = (0,)
   config.study.methods = ("sgd", "grad_mimic_weights")
   # Every method with scores at all of these: layers, and weightings such as
-  # "ess0.5" (an effective sample size of half the batch), "temperature0.05" or
-  # "top0.7".
+  # "ess0.7" (an effective sample size of 70 % of the batch), "temperature0.05"
+  # or "top0.7".
   config.study.layers = ("all",)
-  config.study.weightings = ("ess0.5",)
+  config.study.weightings = ("ess0.7",)
   # Filters to retrain on: "mimic_top30", "clip_top30", "mimic_bottom15" and
   # "random30", percents of the pool, combined with - & | and parentheses.
   config.study.filters = ()

@@ -3,12 +3,12 @@
 python -m experiments.clip_study --config=configs/clip_shapes.py \
   --workdir=runs/clip_shapes
 
-A tiny CLIP sees 300 batches of 192 out of 12,000 pairs. With three seeds, all
-mimic layers, weightings and filters:
+A tiny CLIP sees 300 batches of 192 out of 12,000 pairs. With three seeds, other
+mimic layers, weightings and filters (experiments/results/clip_shapes):
 
 python -m experiments.clip_study --workdir=runs/clip_shapes_full \
-  --config=configs/clip_shapes.py:seeds=3,layers=all+image_last_mlp+\
-text_last_mlp+both_last_mlp,ess=0.3+0.5+0.7,temperature=0.05+0.5,filters=true
+  --config=configs/clip_shapes.py:seeds=3,layers=all+image_last_mlp,\
+ess=0.5+0.7+0.9,filters=true
 
 References, by the argument: `own` starts as the learner does and sees the same
 pictures with their true captions; `foreign` starts from another seed, `larger`
@@ -24,6 +24,7 @@ _REFERENCES = {
   "foreign": {"seed_offset": 1000},
   "larger": {"seed_offset": 1000, "width": 128, "depth": 4},
 }
+# Those that were published, and the share that is truly right.
 _FILTERS = (
   "mimic_top30",
   "mimic_top35",
@@ -32,7 +33,9 @@ _FILTERS = (
   "clip_top30 - mimic_bottom15",
   "clip_top30 - mimic_bottom20",
   "random30",
-  "random40",
+  "mimic_top70",
+  "clip_top70",
+  "random70",
 )
 
 
@@ -55,7 +58,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     arg,
     layers="all",
     direction="weights",
-    ess="0.5",
+    ess="0.7",
     temperature="",
     seeds=1,
     reference="own",

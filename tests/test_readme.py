@@ -1,12 +1,17 @@
 """The README's code runs as printed."""
 
+import json
 import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -38,3 +43,35 @@ def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
       exec(block, names)
   assert names["selection"].keep.shape == (20,)
   assert names["updates"]["w"].shape == (4, 3)
+
+
+@pytest.mark.slow
+def test_several_processes_run_as_written(tmp_path):
+  """On this machine; with its Python, a free port and folders of the test's."""
+  blocks = re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)
+  (block,) = [text for text in blocks if "localhost:12321" in text]
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  for written, here in (
+    (".venv/bin/python", sys.executable),
+    ("localhost:12321", f"localhost:{port}"),
+    ("runs/two_processes", str(tmp_path / "run")),
+    ("--config.method", f"--config.data.data_dir={tmp_path} --config.method"),
+  ):
+    assert written in block
+    block = block.replace(written, here)
+  done = subprocess.run(
+    ["bash", "-c", block],
+    cwd=README.parent,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  results = sorted((tmp_path / "run").glob("result.json"))
+  assert results, done.stderr[-3000:]
+  steps = json.loads(results[0].read_text())["steps"]
+  saved = tmp_path / "run" / "checkpoints" / str(steps) / "run" / "metadata"
+  about = json.loads(saved.read_text())
+  assert (about["processes"], about["devices"]) == (2, 4)

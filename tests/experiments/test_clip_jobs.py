@@ -132,14 +132,14 @@ class TestStudy:
     assert list(summary["runs"]) == [
       "reference",
       "sgd",
-      "grad_mimic_weights_all_ess0.5",
+      "grad_mimic_weights_all_ess0.7",
       "kept_clip_top90_less_mimic_bottom20",
     ]
     rows = {row["run"]: row for row in summary["rows"]}
     assert rows["sgd"]["gain"] == 0
     # The last of what was measured is where the baseline ends.
     assert 0 <= rows["sgd"]["saved_loss"] < 1
-    scored = rows["grad_mimic_weights_all_ess0.5"]
+    scored = rows["grad_mimic_weights_all_ess0.7"]
     for kind in ("", "_swapped", "_truncated", "_padded"):
       assert 0 <= scored[f"auroc{kind}"] <= 1
     assert rows["sgd"]["auroc"] is None
@@ -147,7 +147,7 @@ class TestStudy:
     assert 34 <= kept["train_pairs"] <= 44  # of 48: 44 but for up to 9 or 10
     assert 0.5 < kept["clean_share"] <= 1
     verdicts = summary["reference_checks"]
-    assert list(verdicts) == ["grad_mimic_weights_all_ess0.5"]
+    assert list(verdicts) == ["grad_mimic_weights_all_ess0.7"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert "grad_mimic_weights_all" in clip_study_report.text(summary)
     for path in summary["figures"]:
@@ -178,7 +178,7 @@ class TestStudy:
 
   def test_mean_scores_are_the_ledgers(self, study):
     _, _, folder = study
-    run = folder / "seed0" / "grad_mimic_weights_all_ess0.5"
+    run = folder / "seed0" / "grad_mimic_weights_all_ess0.7"
     found = clip_filters.mean_scores(run)
     table = gm.ScoreLedger(run / "ledger").table().to_pylist()
     by_uid = {}
@@ -514,4 +514,4 @@ def test_costs_are_of_all_settings(study, tmp_path, monkeypatch):
   assert list(found["batches"]) == ["16", "32"]
   for entries in found["batches"].values():
     assert entries["sgd"]["time"] == 1
-    assert entries["grad_mimic_weights_all_ess0.5"]["memory"] > 0.5
+    assert entries["grad_mimic_weights_all_ess0.7"]["memory"] > 0.5
