@@ -100,8 +100,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.optimizer.b2 = 0.98
   config.optimizer.epsilon = 1e-6
 
-  # "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs", "rho",
-  # "rho_topk" or "random"; experiments/methods.py has a table.
+  # "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs",
+  # "output_agreement", "rho", "rho_topk" or "random": see the table in
+  # experiments/methods.py.
   config.method = "sgd"
   config.mimic = config_dict.ConfigDict()
   # Of grad_mimic: toward the reference's "weights", or its "outputs": the

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     arg: `layers`, `direction` ("weights", "outputs"), effective sample sizes
       `ess` and `temperature`s, each one or several with + between; number of
       `seeds`; `reference`, as above; `filters`: whether to retrain on what
-      filters keep; `rho`: whether to compare with excess losses.
+      filters keep; `others`: further methods, such as output_agreement+rho.
 
   Returns:
     The config, locked.
@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     seeds=1,
     reference="own",
     filters=False,
-    rho=False,
+    others="",
   )
   if values["reference"] not in _REFERENCES:
     raise ValueError(
@@ -77,18 +77,19 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   )
   if not weightings:
     raise ValueError("config arguments ess and temperature are both empty.")
+  directions = values["direction"].split("+")
   config = clip.get_config().unlock()
   config.noise.rate = 0.3
   # A run takes a minute: no need to save it ten times.
   config.checkpoint.every_steps = 150
-  config.mimic.direction = values["direction"].split("+")[0]
+  config.mimic.direction = directions[0]
   # What a foreign reference does is one of the questions.
   config.mimic.force = values["reference"] == "foreign"
   config.study.seeds = tuple(range(values["seeds"]))
   config.study.methods = (
     "sgd",
-    *(f"grad_mimic_{name}" for name in values["direction"].split("+")),
-    *(["rho"] if values["rho"] else []),
+    *(f"grad_mimic_{name}" for name in directions),
+    *filter(None, values["others"].split("+")),
   )
   config.study.layers = tuple(values["layers"].split("+"))
   config.study.weightings = weightings

@@ -164,10 +164,9 @@ class Evaluation:
 
 def losses_of(kind: str) -> Callable[[Features, Any], jax.Array]:
   """`(features of a batch, batch) -> losses [B]`: a model's losses."""
-  losses_fn = contrastive.make_losses_fn(lambda found, *_: found, kind)
 
   def losses(features, batch):
-    return losses_fn(features, batch)[0]
+    return contrastive.losses_and_hits(features, batch, kind)[0]
 
   return losses
 

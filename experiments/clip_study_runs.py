@@ -100,7 +100,7 @@ def settings_of(config: Any) -> dict[str, dict[str, Any]]:
     values: tuple[str | None, ...] = (None,)
     if made is not None and method not in ("random", "rho_topk"):
       values = tuple(weightings)
-    if made is not None and made.direction is not None and method[:3] != "rho":
+    if methods.reads_layers(made):
       layers = tuple(config.study.layers)
     if made is not None and made.direction == "weights":
       _check_architecture(config, method)
@@ -144,7 +144,8 @@ def _check_architecture(config, method):
       f"config.study.methods has {method!r}, which goes toward the reference's"
       " weights, and config.study.reference makes it another model (width"
       f" {wanted.width}, depth {wanted.depth}); expected the same architecture,"
-      " or methods that look at outputs only: grad_mimic_outputs, rho."
+      " or methods that look at outputs only: grad_mimic_outputs,"
+      " output_agreement, rho."
     )
 
 

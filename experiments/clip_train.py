@@ -39,6 +39,7 @@ METHODS = (
   "grad_mimic",
   "grad_mimic_weights",
   "grad_mimic_outputs",
+  "output_agreement",
   "rho",
   "rho_topk",
   "random",
@@ -169,9 +170,8 @@ class Run:
       tx,
       self.method,
       config.mimic,
-      outputs=steps.Outputs(
-        contrastive.toward_similarities(apply, sharding=self.devices.rows),
-        clip_features.losses_of(config.loss),
+      outputs=contrastive.outputs_of(
+        apply, config.loss, sharding=self.devices.rows
       ),
       out_shardings=sharding.of_step(self.state, self.devices.mesh),
     )
@@ -192,7 +192,7 @@ class Run:
       self.state.params,
       self.reference,
       self._first_pairs,
-      instead="grad_mimic_outputs",
+      instead="output_agreement or grad_mimic_outputs",
     )
 
   def _first_pairs(self):

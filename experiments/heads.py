@@ -267,7 +267,9 @@ def _make_step(losses_fn, tx, method, config, outputs_fn):
 
 def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
   """For scores that look at all samples' gradients, which are never made."""
-  direction_fn = steps.direction_of(method.direction, losses_fn, outputs_fn)
+  direction_fn = steps.direction_of(
+    method.direction, losses_fn, classification.outputs_of(outputs_fn)
+  )
 
   def step(state, reference, batch):
     params, mask = state.params, batch["mask"]

@@ -278,15 +278,11 @@ def _contrastive(case, section, config, apply, rows):
     "text": jax.ShapeDtypeStruct((n, tokens), jnp.int32),
     "mask": jax.ShapeDtypeStruct((n,), bool),
   }
-  outputs = steps.Outputs(
-    contrastive.toward_similarities(apply, sharding=rows),
-    clip_features.losses_of(config.loss),
-  )
   return (
     contrastive.make_losses_fn(apply, config.loss, sharding=rows),
     optimizer.for_contrastive(config.optimizer, total_steps=_TOTAL_STEPS),
     batch,
-    {"outputs": outputs},
+    {"outputs": contrastive.outputs_of(apply, config.loss, sharding=rows)},
   )
 
 

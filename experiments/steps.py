@@ -10,6 +10,7 @@ import optax
 import gradmimic_jax as gm
 from experiments.methods import OUTPUT_AGREEMENT, RANDOM, Method
 from experiments.tasks import classification
+from experiments.tasks.outputs import Outputs
 from gradmimic_jax import layers
 from gradmimic_jax.weighting import guarded
 
@@ -27,13 +28,6 @@ class StepOutput(NamedTuple):
 
   metrics: dict[str, jax.Array]  # each [], means over the valid samples
   samples: dict[str, jax.Array]  # score, weight, loss: each [B]; {} if plain
-
-
-class Outputs(NamedTuple):
-  """What a task makes of a reference's outputs for a batch."""
-
-  direction: gm.Direction  # toward them
-  losses_of: Callable[[Any, Any], jax.Array]  # (outputs, batch) -> losses [B]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -76,16 +70,18 @@ def make_train_step(
     sample is left, or the gradient is not finite all the same, parameters and
     optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts on.
   """
+  if outputs is None and outputs_fn is not None:
+    outputs = classification.outputs_of(outputs_fn)
   if method is None:
     gradient = _plain_gradient(losses_fn)
   elif method.score is None:
     gradient = _distillation_gradient(outputs_fn)
   elif method.score == OUTPUT_AGREEMENT:
-    gradient = _agreement_gradient(outputs_fn, method, config)
+    gradient = _agreement_gradient(outputs, method, config)
   elif not method.detached:
     gradient = _attached_gradient(losses_fn, method)
   else:
-    gradient = _mimic_gradient(losses_fn, method, config, outputs_fn, outputs)
+    gradient = _mimic_gradient(losses_fn, method, config, outputs)
 
   def train_step(state, reference, batch):
     grads, output = gradient(state, reference, batch)
@@ -133,11 +129,14 @@ def make_score_step(
       "config.method gives no scores that say anything about the samples;"
       " expected one that has, such as grad_mimic."
     )
+  outputs = None
+  if outputs_fn is not None:
+    outputs = classification.outputs_of(outputs_fn)
   if method.score == OUTPUT_AGREEMENT:
-    return jax.jit(_agreement_scores(outputs_fn), out_shardings=out_shardings)
+    return jax.jit(_agreement_scores(outputs), out_shardings=out_shardings)
   scores_fn = gm.mimic_scores(
     lambda params, batch: losses_fn(params, batch)[0],
-    direction=direction_of(method.direction, losses_fn, outputs_fn),
+    direction=direction_of(method.direction, losses_fn, outputs),
     layers=config.layers,
     score=method.score,
     engine=config.engine,
@@ -186,20 +185,21 @@ def evaluate(
 def direction_of(
   name: str,
   losses_fn: Callable[..., Any],
-  outputs_fn: Callable[..., jax.Array] | None,
+  outputs: Outputs | None,
 ) -> gm.Direction:
   """The library's direction of that name; see `methods.DIRECTIONS`.
 
   Args:
     name: a method's `direction`.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
-    outputs_fn: `(params, batch) -> logits [B, C]`, for the direction "outputs".
+    outputs: the task's, for the direction "outputs".
 
   Returns:
     The direction; some valid one for methods that don't look at it.
   """
   if name == "outputs":
-    return gm.toward_outputs(outputs_fn)
+    assert outputs is not None
+    return outputs.direction
   if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
     return gm.toward_clean_gradient(
       lambda params, batch: losses_fn(params, batch)[0]
@@ -248,27 +248,17 @@ def _distillation_gradient(outputs_fn):
   return gradient
 
 
-def _agreement(logits, reference, batch):
-  """Scores in the space of outputs; which samples are finite."""
-
-  def losses_of(logits):
-    return classification.losses_of(logits, batch)
-
-  scores = gm.scores.output_agreement(losses_of, logits, reference)
-  finite = jnp.isfinite(losses_of(logits)) & jnp.isfinite(scores)
-  return scores, batch["mask"] & finite
-
-
 def _presentable(values, valid, mask):
   """NaN for samples that are not finite and 0 for padding."""
   return jnp.where(valid, values, jnp.where(mask, jnp.nan, 0))
 
 
-def _agreement_scores(outputs_fn):
+def _agreement_scores(outputs):
   def score_step(params, reference, batch):
-    logits = outputs_fn(params, batch)
-    scores, valid = _agreement(logits, reference, batch)
-    losses = classification.losses_of(logits, batch)
+    found = outputs.of(params, batch)
+    losses, _ = outputs.losses_and_hits(found, batch)
+    scores = outputs.agreement(found, reference, batch)
+    valid = batch["mask"] & jnp.isfinite(losses) & jnp.isfinite(scores)
     return {
       "score": _presentable(scores, valid, batch["mask"]),
       "loss": _presentable(losses, valid, batch["mask"]),
@@ -277,20 +267,21 @@ def _agreement_scores(outputs_fn):
   return score_step
 
 
-def _agreement_gradient(outputs_fn, method, config):
-  """Scores and gradient from one forward pass, which gives the logits too."""
+def _agreement_gradient(outputs, method, config):
+  """Scores and gradient from one forward pass, which gives the outputs too."""
 
   def gradient(state, reference, batch):
     def losses_of(params):
-      logits = outputs_fn(params, batch)
-      losses, hits = classification.losses_and_hits(logits, batch)
-      return losses, (logits, hits)
+      found = outputs.of(params, batch)
+      losses, hits = outputs.losses_and_hits(found, batch)
+      return losses, (found, hits)
 
-    losses, pullback, (logits, hits) = jax.vjp(
+    losses, pullback, (found, hits) = jax.vjp(
       losses_of, state.params, has_aux=True
     )
     mask = batch["mask"]
-    scores, valid = _agreement(logits, reference, batch)
+    scores = outputs.agreement(found, reference, batch)
+    valid = mask & jnp.isfinite(losses) & jnp.isfinite(scores)
     weights = guarded(method.weighting, scores, valid, state.step)
     grads = _pulled(pullback, weights.astype(losses.dtype), losses)
     plain = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
@@ -385,12 +376,8 @@ def _random_score(step):
   return gm.scores.Score(RANDOM, fn)
 
 
-def _mimic_gradient(losses_fn, method, config, outputs_fn, outputs):
-  if outputs is not None and method.direction == "outputs":
-    direction, losses_of = outputs
-  else:
-    direction = direction_of(method.direction, losses_fn, outputs_fn)
-    losses_of = classification.losses_of
+def _mimic_gradient(losses_fn, method, config, outputs):
+  direction = direction_of(method.direction, losses_fn, outputs)
 
   def value_and_grad_by(score):
     return gm.mimic_value_and_grad(
@@ -411,7 +398,7 @@ def _mimic_gradient(losses_fn, method, config, outputs_fn, outputs):
 
   def gradient(state, reference, batch):
     if method.score == "excess_loss":
-      reference = losses_of(reference, batch)
+      reference, _ = outputs.losses_and_hits(reference, batch)
     by = value_and_grad or value_and_grad_by(_random_score(state.step))
     (loss, info), grads = by(
       state.params, reference, batch, mask=batch["mask"], step=state.step

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import gradmimic_jax as gm
+from experiments.tasks.outputs import Outputs
+
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 
@@ -36,6 +39,13 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   return outputs_fn
 
 
+def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
+  """What classification makes of logits `outputs_fn(params, batch)`."""
+  return Outputs(
+    outputs_fn, losses_and_hits, gm.toward_outputs(outputs_fn), agreement
+  )
+
+
 def losses_of(logits: jax.Array, batch: Any) -> jax.Array:
   """Cross-entropy `[B]` of logits `[B, C]` with the batch's `label`."""
   return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -47,6 +57,13 @@ def losses_and_hits(
   """`losses_of`, and bool `[B]`: whether the likeliest class is the label."""
   hits = jnp.argmax(logits, axis=-1) == batch["label"]
   return losses_of(logits, batch), hits
+
+
+def agreement(logits: jax.Array, reference: jax.Array, batch: Any) -> jax.Array:
+  """Mimic scores `[B]` in the space of logits `[B, C]`, by the labels."""
+  return gm.scores.output_agreement(
+    lambda logits: losses_of(logits, batch), logits, reference
+  )
 
 
 def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:

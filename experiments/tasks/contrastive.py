@@ -7,9 +7,10 @@ devices, each holds its own B / n rows of the logits `[B, B]`, and the columns'
 sums are the only numbers `[B]` that meet.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import optax
 
 import gradmimic_jax as gm
 from experiments.models.clip import Features
+from experiments.tasks.outputs import Outputs
 from gradmimic_jax import Direction
 
 Apply = Callable[..., Features]
@@ -89,42 +91,82 @@ def make_losses_fn(
     )
 
   def losses_fn(params, batch):
-    features = _features(apply, params, batch)
-    if kind == "sigmoid" and features.logit_bias is None:
-      raise ValueError(
-        "the model has no logit_bias, which the sigmoid loss learns; set"
-        " config.model.clip.logit_bias (SigLIP starts it at -10, and"
-        f" logit_scale at {math.log(10):.4g})."
-      )
-    pairs = _pairs(features, batch.get("mask"), sharding)
-    logits = _held(_similarities(pairs.image, pairs.text, pairs), sharding)
-    own = jnp.eye(len(logits), dtype=bool)
-    seen = (pairs.counted[:, None] & pairs.counted[None]) | own
-    matches = jnp.sum(jnp.where(own, logits, 0), axis=1)
-    others = jnp.where(seen & ~own, logits, _NEVER)
-    hits = matches > jnp.max(others, axis=1)
-    if kind == "clip":
-      logits = jnp.where(seen, logits, _NEVER)
-      rows, columns = (jax.nn.logsumexp(logits, axis=x) for x in (1, 0))
-      losses = (rows + columns) / 2 - matches
-    else:
-      # softplus has a gradient of exactly 0 at _NEVER.
-      losses = jax.nn.softplus(-matches) + jnp.sum(
-        jax.nn.softplus(others), axis=1
-      )
-    losses = jnp.where(pairs.counted, losses, 0)
-    return jnp.where(pairs.broken, jnp.nan, losses), hits & pairs.counted
+    return losses_and_hits(
+      _features(apply, params, batch), batch, kind, sharding=sharding
+    )
 
   return losses_fn
 
 
-def make_features_fn(apply: Apply) -> Callable[..., Features]:
-  """`features_fn(params, batch) -> Features`, what a reference is asked for."""
+def losses_and_hits(
+  features: Features,
+  batch: Any,
+  kind: str = "clip",
+  *,
+  sharding: jax.sharding.NamedSharding | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Losses and hits of a batch's features, as `make_losses_fn` has them.
 
-  def features_fn(params, batch):
-    return _features(apply, params, batch)
+  Args:
+    features: of the batch.
+    batch: with `mask` where there is padding.
+    kind: as in `make_losses_fn`.
+    sharding: as in `make_losses_fn`.
 
-  return features_fn
+  Returns:
+    Losses `[B]` and hits `[B]`.
+
+  Raises:
+    ValueError: the sigmoid loss of a model without logit_bias.
+  """
+  if kind == "sigmoid" and features.logit_bias is None:
+    raise ValueError(
+      "the model has no logit_bias, which the sigmoid loss learns; set"
+      " config.model.clip.logit_bias (SigLIP starts it at -10, and"
+      f" logit_scale at {math.log(10):.4g})."
+    )
+  pairs = _pairs(features, batch.get("mask"), sharding)
+  logits = _held(_similarities(pairs.image, pairs.text, pairs), sharding)
+  own = jnp.eye(len(logits), dtype=bool)
+  seen = (pairs.counted[:, None] & pairs.counted[None]) | own
+  matches = jnp.sum(jnp.where(own, logits, 0), axis=1)
+  others = jnp.where(seen & ~own, logits, _NEVER)
+  hits = matches > jnp.max(others, axis=1)
+  if kind == "clip":
+    logits = jnp.where(seen, logits, _NEVER)
+    rows, columns = (jax.nn.logsumexp(logits, axis=x) for x in (1, 0))
+    losses = (rows + columns) / 2 - matches
+  else:
+    # softplus has a gradient of exactly 0 at _NEVER.
+    losses = jax.nn.softplus(-matches) + jnp.sum(
+      jax.nn.softplus(others), axis=1
+    )
+  losses = jnp.where(pairs.counted, losses, 0)
+  return jnp.where(pairs.broken, jnp.nan, losses), hits & pairs.counted
+
+
+def outputs_of(
+  apply: Apply,
+  kind: str = "clip",
+  *,
+  sharding: jax.sharding.NamedSharding | None = None,
+) -> Outputs:
+  """What contrastive learning makes of `Features`.
+
+  Args:
+    apply: the learner's, `(params, images, tokens) -> Features`.
+    kind: as in `make_losses_fn`.
+    sharding: as in `make_losses_fn`.
+
+  Returns:
+    The Outputs.
+  """
+  return Outputs(
+    functools.partial(_features, apply),
+    functools.partial(losses_and_hits, kind=kind, sharding=sharding),
+    toward_similarities(apply, sharding=sharding),
+    functools.partial(agreement, kind=kind, sharding=sharding),
+  )
 
 
 def toward_similarities(
@@ -153,21 +195,7 @@ def toward_similarities(
 
   def direction(params, reference, batch, *, mask=None, **kwargs):
     del kwargs
-    if not isinstance(reference, Features):
-      raise TypeError(
-        f"the reference is a {type(reference).__name__}; expected the"
-        " reference model's Features for this batch, as make_features_fn gives"
-        " them."
-      )
-    size = len(batch["image"])
-    for name in ("image", "text"):
-      there = getattr(reference, name)
-      if there is None or there.ndim != 2 or len(there) != size:
-        found = "none" if there is None else f"of shape {there.shape}"
-        raise ValueError(
-          f"the reference's {name} features are {found}; expected [{size}, D],"
-          " those of this batch."
-        )
+    _check_reference(reference, len(batch["image"]))
     mask = batch.get("mask") if mask is None else mask
     theirs = _pairs(reference, mask, sharding)
 
@@ -185,6 +213,61 @@ def toward_similarities(
 
   direction.repeats_forward = True  # type: ignore[attr-defined]
   return direction
+
+
+def agreement(
+  features: Features,
+  reference: Features,
+  batch: Any,
+  kind: str = "clip",
+  *,
+  sharding: jax.sharding.NamedSharding | None = None,
+) -> jax.Array:
+  """Mimic scores in the space of similarities, each pair's on its own.
+
+  `m_i = (<-dl_i:/df_i:, softmax(r_i:) - softmax(f_i:)> + the same of :i) / 2`
+
+  with f_i: the learner's logits of image i over the texts of the batch, f_:i
+  those of text i over its images, r the reference's, and l_i: and l_:i the two
+  cross-entropies that pair i's loss is the mean of. The sigmoid loss has images
+  over texts only. What `toward_similarities` adds up over the batch before it
+  looks at a pair is here looked at pair by pair.
+
+  Args:
+    features: the learner's, of the batch.
+    reference: the reference's, of any architecture.
+    batch: with `mask` where there is padding.
+    kind: as in `make_losses_fn`.
+    sharding: as in `make_losses_fn`.
+
+  Returns:
+    Scores `[B]`, constants; NaN where one's features are not finite.
+
+  Raises:
+    TypeError: the reference is no Features.
+    ValueError: the reference's features are not of this batch.
+  """
+  _check_reference(reference, len(features.image))
+  mask = batch.get("mask")
+  ours, theirs = (_pairs(x, mask, sharding) for x in (features, reference))
+  counted = ours.counted & theirs.counted
+  own = jnp.repeat(jnp.arange(len(counted)), 2)
+
+  def losses_of(logits):
+    if kind == "sigmoid":
+      is_own = own[:, None] == jnp.arange(len(counted))
+      return jnp.sum(
+        jax.nn.softplus(jnp.where(is_own, -logits, logits)), axis=1
+      )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, own)
+
+  found = gm.scores.output_agreement(
+    losses_of,
+    _both_ways(ours, counted, sharding),
+    _both_ways(theirs, counted, sharding),
+  ).reshape(-1, 2)
+  scores = found[:, 0] if kind == "sigmoid" else jnp.mean(found, axis=1)
+  return jnp.where(ours.broken | theirs.broken, jnp.nan, scores)
 
 
 def keep_logit_scale(
@@ -220,6 +303,22 @@ def _features(apply, params, batch):
       " but their losses depend on batch mates: use engine='forward'."
     )
   return apply(params, batch["image"], batch["text"])
+
+
+def _check_reference(reference, size):
+  if not isinstance(reference, Features):
+    raise TypeError(
+      f"the reference is a {type(reference).__name__}; expected the reference"
+      " model's Features for this batch."
+    )
+  for name in ("image", "text"):
+    there = getattr(reference, name)
+    if there is None or there.ndim != 2 or len(there) != size:
+      found = "none" if there is None else f"of shape {there.shape}"
+      raise ValueError(
+        f"the reference's {name} features are {found}; expected [{size}, D],"
+        " those of this batch."
+      )
 
 
 def _pairs(features, mask, sharding):

@@ -331,12 +331,16 @@ def test_what_a_study_refuses(overrides, message):
 def test_a_studys_settings():
   config = on_shapes(
     "layers=all+image_last_mlp,direction=weights+outputs,ess=0.3,"
-    "temperature=0.05,rho=true"
+    "temperature=0.05,others=output_agreement+rho"
   )
   names = list(clip_study_runs.settings_of(config))
   assert len(names) == 1 + 2 * 2 * 2 + 2
   assert "grad_mimic_outputs_image_last_mlp_temperature0.05" in names
-  assert names[-1] == "rho_temperature0.05"
+  # Neither looks at layers.
+  assert names[-2:] == [
+    "output_agreement_temperature0.05",
+    "rho_temperature0.05",
+  ]
   larger = on_shapes("reference=larger,direction=outputs")
   reference, *_ = clip_study_runs.runs_of(larger)
   assert reference.overrides["model.clip.image_width"] == 128

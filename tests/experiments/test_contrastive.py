@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import gradmimic_jax as gm
+from experiments import methods, steps
 from experiments.models import clip
 from experiments.models.clip import Features
 from experiments.tasks import contrastive
@@ -342,6 +343,96 @@ def test_scores_toward_similarities_on_eight_devices():
   slopes = np.asarray(slopes)
   np.testing.assert_allclose(info.scores, -slopes / length, atol=1e-5)
   np.testing.assert_allclose(info.distance, length, rtol=1e-4)
+
+
+def agreement_by_definition(kind, mask):
+  """Differences of the losses of logits on the way to the reference's."""
+  rows = np.flatnonzero(mask)
+
+  def logits_of(features):
+    image, text = (np.float64(x)[rows] for x in features[:2])
+    scale, bias = (np.float64(x) for x in features[2:])
+    return np.exp(scale) * image @ text.T + bias
+
+  def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+  ours = logits_of(apply(PARAMS, BATCH["image"], BATCH["text"]))
+  theirs = logits_of(reference_features())
+  own = np.eye(len(rows))
+  found = []
+  for f, r in ((ours, theirs), (ours.T, theirs.T)):
+    slope = softmax(f) - own if kind == "clip" else 1 / (1 + np.exp(-f)) - own
+    found.append(-(slope * (softmax(r) - softmax(f))).sum(axis=1))
+  scores = np.zeros(len(mask))
+  scores[rows] = np.mean(found, axis=0) if kind == "clip" else found[0]
+  return scores
+
+
+@pytest.mark.parametrize("kind", contrastive.KINDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_agreement_is_each_pairs_slope_toward_the_reference(kind, masked):
+  mask = MASK if masked else MASK | True
+  outputs = contrastive.outputs_of(apply, kind)
+  batch = BATCH | {"mask": mask}
+  found = jax.jit(outputs.agreement)(
+    outputs.of(PARAMS, batch), reference_features(), batch
+  )
+  expected = agreement_by_definition(kind, mask)
+  assert np.ptp(expected[mask]) > 0.1
+  np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
+
+
+def test_a_pair_without_finite_features_has_no_agreement_and_costs_none():
+  mask = np.arange(SIZE) != 2
+  features = jax.jit(apply)(PARAMS, BATCH["image"], BATCH["text"])
+  reference = reference_features()
+  reference = reference._replace(text=reference.text.at[2].set(jnp.nan))
+  found = jax.jit(contrastive.agreement)(features, reference, BATCH)
+  assert np.isnan(found[2])
+  np.testing.assert_allclose(
+    found[mask], agreement_by_definition("clip", mask)[mask], atol=1e-5
+  )
+
+
+def test_a_step_by_agreement_weighs_the_dense_gradient():
+  config = ConfigDict(
+    {
+      "weighting": "softmax",
+      "temperature": TEMPERATURE,
+      "warmup_steps": 0,
+      "scope": "all",
+      "layers": None,
+      "engine": "forward",
+    }
+  )
+  train_step = steps.make_train_step(
+    contrastive.make_losses_fn(apply),
+    (tx := optax.sgd(1.0)),
+    methods.create("output_agreement", config),
+    config,
+    outputs=contrastive.outputs_of(apply),
+  )
+  batch = BATCH | {"mask": MASK}
+  state = steps.init_state(jax.tree.map(jnp.array, PARAMS), tx)
+  state, output = train_step(state, reference_features(), batch)
+  scores = agreement_by_definition("clip", MASK)
+  weights = np.where(MASK, np.exp(scores / TEMPERATURE), 0)
+  weights /= weights.sum()
+  np.testing.assert_allclose(output.samples["score"], scores, atol=1e-5)
+  np.testing.assert_allclose(output.samples["weight"], weights, atol=1e-5)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(
+      lambda x: x.astype(np.float64) if x.dtype == np.float32 else x,
+      (PARAMS, BATCH),
+    )
+    grads = jax.jit(
+      jax.grad(lambda p: weights @ dense_losses(p, wide[1], MASK, "clip"))
+    )(wide[0])
+  for name, grad in jax.tree.map(np.asarray, grads).items():
+    np.testing.assert_allclose(
+      state.params[name], PARAMS[name] - grad, atol=1e-5, err_msg=name
+    )
 
 
 def test_a_reference_that_is_no_features_of_this_batch_is_refused():

@@ -78,10 +78,7 @@ def pairs(rows):
     apply, params = towers(batch)
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   losses_fn = contrastive.make_losses_fn(apply, "clip", sharding=rows)
-  outputs = steps.Outputs(
-    contrastive.toward_similarities(apply, sharding=rows),
-    clip_features.losses_of("clip"),
-  )
+  outputs = contrastive.outputs_of(apply, sharding=rows)
   return config, params, batch, losses_fn, {"outputs": outputs}
 
 
