@@ -334,10 +334,10 @@ def test_a_studys_settings():
     "temperature=0.05,others=output_agreement+rho"
   )
   names = list(clip_study_runs.settings_of(config))
-  assert len(names) == 1 + 2 * 2 * 2 + 2
+  assert len(names) == 1 + 2 * 2 * 2 + 2 * 2
   assert "grad_mimic_outputs_image_last_mlp_temperature0.05" in names
   # Neither looks at layers.
-  assert names[-2:] == [
+  assert names[-3::2] == [
     "output_agreement_temperature0.05",
     "rho_temperature0.05",
   ]
