@@ -12,8 +12,8 @@ published, the learner goes toward the weights of public CLIP, with the last MLP
 of the image encoder as its mimic layer, at temperature .05 (they tried .03 to
 .5). A learner from scratch is not in the basin of those weights: the check
 before the first step says so and stops the run. `--config.mimic.force=true`
-does as published all the same; `direction=outputs` goes toward the
-similarities that the reference finds, which need no common basin.
+does as published all the same; `method=output_agreement` goes by the
+similarities that the reference finds, pair by pair, which need no common basin.
 
 `method=sgd` is the plain run to compare with, `--config.data.filter=subset.npy`
 trains on a subset file, and `experiments.clip_filters` makes such files of a
