@@ -48,7 +48,7 @@ def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_several_processes_run_as_written(tmp_path):
   """On this machine; with its Python, a free port and folders of the test's."""
-  blocks = re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)
+  blocks = re.findall(r"```\w*\n(.*?)```", README.read_text(), re.DOTALL)
   (block,) = [text for text in blocks if "localhost:12321" in text]
   with socket.socket() as free:
     free.bind(("localhost", 0))
