@@ -44,22 +44,26 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   settings = settings_of(config)
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes:
+    sized = config.copy_and_resolve_references().unlock()
+    sized.batch_size = size
+    # The step alone is looked at.
+    sized.samples_seen = 100 * size
+    sized.data.train_size = max(sized.data.train_size, size)
+    data = clip_data.load(sized)
     steps = {
-      name: _step(config, folder, {"batch_size": size, **settings[name]})
+      name: _step(sized, folder, data, settings[name])
       for name in dict.fromkeys((BASELINE, *settings))
     }
     found["batches"][str(size)] = costs.compare(steps, BASELINE)
-  workdir_lib.write_json(folder / COSTS_FILE, found)
+    # After each size: the next may be too large for the machine.
+    workdir_lib.write_json(folder / COSTS_FILE, found)
   return found
 
 
-def _step(config, folder, overrides):
+def _step(config, folder, data, overrides):
   copy = config.copy_and_resolve_references().unlock()
   copy.update_from_flattened_dict(overrides)
-  # The step alone is looked at.
-  copy.samples_seen = 100 * copy.batch_size
-  copy.data.train_size = max(copy.data.train_size, copy.batch_size)
-  run = clip_train.Run(copy.lock(), folder, clip_data.load(copy))
+  run = clip_train.Run(copy.lock(), folder, data)
   taken = run.take(run.data.batches.batch(0))
   return costs.TimedStep(
     run.train_step, run.state, taken.reference, taken.batch

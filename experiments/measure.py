@@ -10,6 +10,7 @@ vmap(grad) gives in float64.
 import concurrent.futures
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -97,8 +98,9 @@ class Setup:
     """
     # XLA leaves cores idle when it compiles one program. All is compiled before
     # anything is timed. "auto" is another engine by the same name.
+    workers = max(2, (os.cpu_count() or 1) // 2)
     programs: dict[tuple[str, str], tuple[_Candidate, Any]] = {}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
       for case in cases:
         if self._program(case) not in programs:
           candidate = self._candidate(case)
