@@ -5,8 +5,8 @@
 Arguments after a colon: `:model=mlp` measures the digits' MLP as the study has
 it; the default is the small residual convnet at batch 256, on digits of 32
 pixels. Fields of another data set may follow, such as
-`--config.data.name=cifar10`. On 2 CPU cores it takes eight minutes, the MLP one;
-they should have nothing else to do.
+`--config.data.name=cifar10`. On 2 CPU cores it takes eight minutes, the MLP
+one; they should have nothing else to do.
 """
 
 from ml_collections import config_dict
