@@ -8,6 +8,7 @@ they were saved from need not be here.
 import hashlib
 import json
 import pathlib
+import sys
 from typing import Any
 
 import grain
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import multihost
 
 from experiments import distributed
 
@@ -23,7 +25,12 @@ FOLDER = "checkpoints"
 
 
 class Checkpointer:
-  """Saves and restores a run; a save that was cut off is never seen again."""
+  """Saves and restores a run; a save that was cut off is never seen again.
+
+  A context manager: waits for saves that are under way. Not so if one of
+  several processes leaves with an error: the others may be where they never
+  come to its aid, and such a save is given up.
+  """
 
   def __init__(
     self,
@@ -50,6 +57,7 @@ class Checkpointer:
         max_to_keep=keep,
         keep_period=keep_every or None,
         cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_make_barrier()),
       ),
       item_names=("state", "data", "run"),
     )
@@ -127,6 +135,13 @@ class Checkpointer:
     """Waits for saves that are under way."""
     self._manager.close()
 
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, error: object, *_: object) -> None:
+    if error is None or jax.process_count() == 1:
+      self.close()
+
   def _place(self, step, places):
     """This process's position in the data."""
     if len(places) == 1:
@@ -139,6 +154,23 @@ class Checkpointer:
         " gone on with by another number."
       )
     return places[jax.process_index()]
+
+
+def _make_barrier():
+  """The usual one, which a process whose save has failed does not wait at.
+
+  Orbax has even that one wait for the others, which wait for it to write, for
+  twenty minutes.
+  """
+  wait = multihost.get_barrier_sync_fn()
+
+  def barrier(*, key, timeout_ms):
+    failed = sys.exception()
+    if failed is not None:
+      raise failed
+    wait(key=key, timeout_ms=timeout_ms)
+
+  return barrier
 
 
 def fingerprint(params: Any) -> str:

@@ -73,6 +73,12 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
       )
       if jax.distributed.is_initialized():
+        if processes == ALONE and jax.process_count() > 1:
+          # All come here, so they can leave in order.
+          raise ValueError(
+            "this job is one for a single process; expected no --distributed"
+            " and no --coordinator"
+          )
         return _run_together(job, processes, debug)
       job(_CONFIG.value, _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -93,11 +99,6 @@ def _run_together(job, processes, debug):
       nowhere = stack.enter_context(open(os.devnull, "w"))
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
-      if processes == ALONE and jax.process_count() > 1:
-        raise ValueError(
-          "this job is one for a single process; expected no --distributed and"
-          " no --coordinator"
-        )
       if processes == FIRST:
         return distributed.by_first(lambda: job(_CONFIG.value, _WORKDIR.value))
       return job(_CONFIG.value, _WORKDIR.value)

@@ -93,21 +93,14 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   )
   started = time.monotonic()
   run = Run(config, folder, clip_data.load(config))
-  checked = run.check_reference()
   result_file = folder / RESULT_FILE
-  finished = distributed.agree(result_file.exists())
+  if distributed.agree(result_file.exists()):
+    return workdir_lib.read_result(result_file, run.fingerprint)
+  checked = run.check_reference()
   if distributed.is_first():
     workdir_lib.claim(workdir, config, clip_config, free=FREE)
     reference_check.save(folder, checked)
   distributed.meet()
-  if finished:
-    result = workdir_lib.read_json(result_file)
-    if result["fingerprint"] != run.fingerprint:
-      raise ValueError(
-        f"{result_file} stems from other data, another reference, filter or"
-        " start. Choose another --workdir, or delete that one to start over."
-      )
-    return result
   result = run.to_the_end()
   result["seconds"] = round(time.monotonic() - started, 2)
   if distributed.is_first():

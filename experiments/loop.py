@@ -143,7 +143,7 @@ def run(
     )
     _check_room(folder, state, schedule)
     asked = closing(preemption.Preemption())
-    checkpoints = closing(
+    checkpoints = stack.enter_context(
       checkpoint.Checkpointer(
         folder,
         keep=schedule.keep,

@@ -88,24 +88,16 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   started = time.monotonic()
   data = load_data(config)
   run = Run(config, folder, data)
-  checked = run.check_reference()
   result_file = folder / RESULT_FILE
-  finished = distributed.agree(result_file.exists())
+  if distributed.agree(result_file.exists()):
+    return workdir_lib.read_result(result_file, run.fingerprint)
+  checked = run.check_reference()
   if distributed.is_first():
     workdir_lib.claim(workdir, config, free=_FREE)
     reference_check.save(folder, checked)
     reference_lib.write_input(folder, data)
-    if not finished:
-      noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
+    noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
   distributed.meet()
-  if finished:
-    result = workdir_lib.read_json(result_file)
-    if result["fingerprint"] != run.fingerprint:
-      raise ValueError(
-        f"{result_file} stems from other data, another reference, filter or"
-        " backbone. Choose another --workdir, or delete that one to start over."
-      )
-    return result
   result = run.to_the_end()
   result["seconds"] = round(time.monotonic() - started, 2)
   if distributed.is_first():

@@ -72,6 +72,28 @@ def read_json(path: pathlib.Path) -> Any:
     ) from error
 
 
+def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
+  """What a finished run left in its `result.json`.
+
+  Args:
+    file: that file.
+    expected: the fingerprint of the run that would be trained now.
+
+  Returns:
+    Its content.
+
+  Raises:
+    ValueError: it has another fingerprint.
+  """
+  result = read_json(file)
+  if result["fingerprint"] != expected:
+    raise ValueError(
+      f"{file} stems from other data, or another reference, filter, backbone or"
+      " start. Choose another --workdir, or delete that one to start over."
+    )
+  return result
+
+
 def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
   """Writes an `.npz` file, all or nothing."""
   content = io.BytesIO()

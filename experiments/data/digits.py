@@ -8,8 +8,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 NAME = "digits"
 _TEST_SIZE = 360
@@ -48,8 +46,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
+    from sklearn.datasets import load_digits  # slow to import
+    from sklearn.model_selection import train_test_split
+
     del dl_manager  # Nothing to download.
-    labels = load_digits().target
+    digits = load_digits()
+    labels = digits.target
     train, test = train_test_split(
       np.arange(len(labels)),
       test_size=_TEST_SIZE,
@@ -57,12 +59,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       random_state=_SPLIT_SEED,
     )
     return {
-      "train": self._generate_examples("train", train),
-      "test": self._generate_examples("test", test),
+      "train": self._generate_examples("train", digits, train),
+      "test": self._generate_examples("test", digits, test),
     }
 
-  def _generate_examples(self, split, rows):
-    digits = load_digits()
+  def _generate_examples(self, split, digits, rows):
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     for position, row in enumerate(rows):
       # An encoded file goes to disk as it is; TFDS would ask TensorFlow to

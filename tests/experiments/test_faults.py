@@ -49,7 +49,7 @@ def start(tmp_path_factory):
   fixed = {
     "data.data_dir": folder / "data",
     "num_epochs": EPOCHS,
-    "batch_size": 128,
+    "batch_size": 256,
     "model.widths": (16, 16),
     "optimizer.learning_rate": 1e-2,
     "checkpoint.every_epochs": 1,

@@ -89,7 +89,7 @@ def test_a_study_from_a_backbone(make_config, backbone, tmp_path):
   assert study.run_study(config, tmp_path / "study") == summary
   with config.unlocked():
     config.model.pretrained = None
-  with pytest.raises(ValueError, match="another reference, filter or backbone"):
+  with pytest.raises(ValueError, match="another reference, filter, backbone"):
     study.run_study(config, tmp_path / "study")
 
 

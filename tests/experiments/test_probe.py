@@ -201,7 +201,8 @@ ALL = tuple(
 @pytest.mark.parametrize(
   ("names", "overrides"),
   [
-    (ALL, {}),
+    # Where a pixel is nearly always black, Adam makes steps of rounding.
+    (ALL, {"optimizer.name": "sgd"}),
     # The bias is a mimic layer too.
     (("grad_mimic", "agra", "grand"), {"mimic.layers": None}),
     (("influence", "agra"), {"mimic.scope": "layers"}),

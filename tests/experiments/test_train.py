@@ -215,6 +215,7 @@ def test_another_reference_at_the_same_path_is_noticed(
     **{
       "method": "grad_mimic",
       "mimic.reference": str(tmp_path / "reference"),
+      "mimic.force": True,  # the other one's basin is foreign, too
       "num_epochs": 2,
     }
   )

@@ -65,7 +65,6 @@ def pairs(rows):
   )
   config.mimic.layers = None
   config.mimic.weighting = "softmax"
-  apply, params = clip.create(config.model, input_shape=(32, 32, 3), seed=0)
   options = clip.options(config.model)
   rng = np.random.default_rng(0)
   length, words = options["context_length"], options["vocab_size"]
@@ -76,6 +75,8 @@ def pairs(rows):
   }
   if jax.config.jax_enable_x64:  # JAX's attention is float32 at most
     apply, params = towers(batch)
+  else:
+    apply, params = clip.create(config.model, input_shape=(32, 32, 3), seed=0)
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   losses_fn = contrastive.make_losses_fn(apply, "clip", sharding=rows)
   outputs = contrastive.outputs_of(apply, sharding=rows)
