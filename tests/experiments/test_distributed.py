@@ -380,12 +380,14 @@ PLAIN = (("classes", "sgd", "auto"), ("pairs", "sgd", "forward"))
 METHODS = {32: MIMIC + PLAIN, 64: MIMIC}  # by the bits of the numbers
 
 
-def run_cases(folder, fsdps, **layout):
+def run_cases(folder, fsdps, *, simple, **layout):
   """The arrays of each case, and what each process held of large ones."""
   name = "_".join(map(str, layout.values()))
   methods = METHODS[layout["bits"]]
   cases = [[*method, fsdp] for method in methods for fsdp in fsdps]
-  spec = json.dumps({"cases": cases, "folder": str(folder), "name": name})
+  spec = json.dumps(
+    {"cases": cases, "folder": str(folder), "name": name, "simple": simple}
+  )
   processes.finish(processes.start([CASE, spec], **layout), timeout=500)
   held = [
     json.loads((folder / f"{name}_{number}.json").read_text())
@@ -407,9 +409,10 @@ def on_one_device(tmp_path_factory):
   """
 
   @functools.cache
-  def run(bits):
+  def run(bits, simple):
     folder = tmp_path_factory.mktemp(f"updates{bits}")
-    return folder, run_cases(folder, [1], count=1, devices=1, bits=bits)[0]
+    layout = {"count": 1, "devices": 1, "bits": bits}
+    return folder, run_cases(folder, [1], simple=simple, **layout)[0]
 
   return run
 
@@ -418,16 +421,19 @@ def on_one_device(tmp_path_factory):
 @pytest.mark.parametrize(
   ("count", "devices", "bits"),
   [
-    *((1, 2, 64), (1, 8, 64), (2, 4, 64), (4, 1, 64), (4, 2, 64)),
-    *((1, 8, 32), (2, 1, 32)),
+    *((1, 2, 64), (1, 8, 64), (2, 4, 64), (4, 2, 64)),
+    *((1, 8, 32), (2, 1, 32), (2, 4, 32)),
   ],
 )
 def test_an_update_is_the_single_devices(on_one_device, count, devices, bits):
   """Whole or divided parameters, engines, tasks; weights are of the batch."""
-  folder, alone = on_one_device(bits)
+  # JAX's attention is float32 at most. And how a program is divided doesn't
+  # depend on whose the devices are: several processes don't compile attention.
+  simple = bits == 64 or count > 1
+  folder, alone = on_one_device(bits, simple)
   fsdps = sorted({1, count * devices})
   found, held = run_cases(
-    folder, fsdps, count=count, devices=devices, bits=bits
+    folder, fsdps, simple=simple, count=count, devices=devices, bits=bits
   )
   of_update, of_scores = {32: (1e-6, 1e-5), 64: (1e-12, 1e-12)}[bits]
   assert len(found) == len(METHODS[bits]) * len(fsdps)

@@ -226,7 +226,7 @@ def test_another_reference_at_the_same_path_is_noticed(
     train.train_and_evaluate(config, tmp_path / "finished")
   # Nor does an unfinished run go on toward it.
   (tmp_path / "finished" / "result.json").unlink()
-  with pytest.raises(ValueError, match="was made with other data"):
+  with pytest.raises(ValueError, match="was made with other inputs"):
     train.train_and_evaluate(config, tmp_path / "finished")
 
 

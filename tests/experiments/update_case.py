@@ -34,12 +34,12 @@ BATCH = 16
 CLASSES = 5
 
 
-def classifier():
+def classifier(simple):
   """A small transformer with arrays that are large enough to divide."""
   config = common.get_config().unlock()
   config.model.name = "vit"
   config.model.vit.update(width=128, depth=1, heads=2, mlp_width=512)
-  if jax.config.jax_enable_x64:  # JAX's attention is float32 at most
+  if simple:
     config.model.name, config.model.widths = "mlp", (512, 256)
   config.mimic.weighting = "softmax"
   config.mimic.temperature = 0.05
@@ -57,7 +57,7 @@ def classifier():
   return config, params, batch, losses_fn, {"outputs_fn": outputs_fn}
 
 
-def pairs(rows):
+def pairs(simple, rows):
   """A small CLIP."""
   config = clip_config.get_config().unlock()
   config.model.clip.update(
@@ -73,7 +73,7 @@ def pairs(rows):
     "text": rng.integers(1, words, (BATCH, length)).astype(np.int32),
     "mask": np.arange(BATCH) < BATCH - 3,
   }
-  if jax.config.jax_enable_x64:  # JAX's attention is float32 at most
+  if simple:
     apply, params = towers(batch)
   else:
     apply, params = clip.create(config.model, input_shape=(32, 32, 3), seed=0)
@@ -93,7 +93,7 @@ def towers(batch):
 
   def apply(params, images, tokens):
     sides = (
-      x.reshape(len(x), -1).astype(jnp.float64) @ params[name]
+      x.reshape(len(x), -1).astype(params[name].dtype) @ params[name]
       for name, x in (("image", images), ("text", tokens))
     )
     return clip.Features(
@@ -105,12 +105,15 @@ def towers(batch):
   return apply, {**params, "logit_scale": jnp.asarray(2.0, jnp.float32)}
 
 
-def update(task, method, engine, devices, folder):
+def update(task, method, engine, devices, folder, simple):
   """One step of plain SGD toward a reference that is read from a checkpoint.
 
   At a rate so high that the update is not lost in the parameters' rounding.
   """
-  made = classifier() if task == "classes" else pairs(devices.rows)
+  if task == "classes":
+    made = classifier(simple)
+  else:
+    made = pairs(simple, devices.rows)
   config, params, batch, losses_fn, outputs = made
   config.mimic.engine = engine
   if jax.config.jax_enable_x64:
@@ -157,11 +160,12 @@ def read_reference(params, workdir):
   return jax.tree.map(lambda x, like: x.astype(like.dtype), found, params)
 
 
-def make_reference(task, folder):
+def make_reference(task, folder, simple):
   """Parameters some way off, in a checkpoint as runs leave them."""
   if (folder / f"reference_{task}").exists():
     return
-  _, params, *_ = classifier() if task == "classes" else pairs(None)
+  made = classifier(simple) if task == "classes" else pairs(simple, None)
+  params = made[1]
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   moved = structure.unflatten(
@@ -213,21 +217,27 @@ def flat(tree):
 
 
 def main(arguments):
-  """`{"cases": [[task, method, engine, fsdp], ...], "folder": ...}`, flags."""
+  """`{"cases": [[task, method, engine, fsdp], ...], ...}`, flags.
+
+  With `simple`, linear maps take the place of transformers.
+  """
   wanted = json.loads(arguments[0])
   flags = dict(text.lstrip("-").split("=") for text in arguments[1:])
   numbers = {name: int(flags[name]) for name in flags if name != "coordinator"}
   distributed.start(coordinator=flags.get("coordinator"), **numbers)
   folder = pathlib.Path(wanted["folder"])
+  simple = wanted["simple"]
   results, bytes_held = {}, {}
   for task, method, engine, fsdp in wanted["cases"]:
     if jax.device_count() == 1:
-      make_reference(task, folder)
+      make_reference(task, folder, simple)
     devices = distributed.Devices(
       config_dict.ConfigDict({"data": -1, "fsdp": fsdp}), batch_size=BATCH
     )
     name = f"{task} {method} {engine} {fsdp}"
-    arrays, learner, reference = update(task, method, engine, devices, folder)
+    arrays, learner, reference = update(
+      task, method, engine, devices, folder, simple
+    )
     results |= {f"{name}|{key}": value for key, value in arrays.items()}
     bytes_held[name] = {"learner": learner, "reference": reference}
   if distributed.is_first():
