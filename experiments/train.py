@@ -88,10 +88,10 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   started = time.monotonic()
   data = load_data(config)
   run = Run(config, folder, data)
+  checked = run.check_reference()
   result_file = folder / RESULT_FILE
   if distributed.agree(result_file.exists()):
     return workdir_lib.read_result(result_file, run.fingerprint)
-  checked = run.check_reference()
   if distributed.is_first():
     workdir_lib.claim(workdir, config, free=_FREE)
     reference_check.save(folder, checked)

@@ -112,6 +112,7 @@ def make_study(make_config, shared):
   return make
 
 
+@pytest.mark.slow
 def test_tuning_tries_all_and_a_study_takes_the_best(make_study, tmp_path):
   config = make_study(**{"data.train_split": "train[:1000]"})
   best = tune.tune(config, tmp_path / "tuning")
@@ -144,6 +145,7 @@ def test_tuned_settings_that_are_none(make_study, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_studies_share_a_reference_and_their_tables(
   make_study, shared, tmp_path
 ):
