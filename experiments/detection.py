@@ -55,6 +55,8 @@ def measure(
     elif name in ("threshold", "top_fraction"):
       field = {"top_fraction": "fraction"}.get(name, name)
       options[field] = config.select[field]
+    if name == "auto":
+      options["mark"] = 0.0  # of every method's score: no step either way
     selection = gm.select(
       weights if name == "weight" else scores,
       binarize="threshold" if name == "weight" else name,

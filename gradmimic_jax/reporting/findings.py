@@ -115,6 +115,7 @@ def gather(
       "dropped": int((~selection.keep).sum()),
       "ties": about.get("ties", 0),
       "abstentions": int((selection.votes < 0).sum()),
+      "joint": "probability_of_two" in about.get("label_model", {}),
       "binarize": text(about.get("binarize", "")),
       "aggregate": text(about.get("aggregate", "")),
       "population": text(about.get("population", "")),

@@ -1,7 +1,6 @@
 """Stage 2: from every sample's scores over the steps to a filter."""
 
 from gradmimic_jax.selection import export, filters
-from gradmimic_jax.selection.auto import auto
 from gradmimic_jax.selection.binarize import Binarizer, Cut
 from gradmimic_jax.selection.binarizers import BINARIZERS
 from gradmimic_jax.selection.issues import (
@@ -36,7 +35,6 @@ __all__ = [
   "Membership",
   "RemovalCurve",
   "Selection",
-  "auto",
   "class_table",
   "dataset_quality",
   "discover_members",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gradmimic_jax.selection.pooling import unit_of
+
 KEEP, DROP, ABSTAIN = 1, 0, -1
 
 # k-means and the mixture are fitted to at most this many scores of a column.
@@ -107,10 +109,11 @@ def kmeans() -> Binarizer:
   wide low group is cut in two, and its upper part kept, where `gmm` isn't
   misled.
 
-  Like every fit here it looks at scores shifted and scaled to median 0 and
-  median absolute deviation 1, with the outermost 1 % on each side pulled in,
-  so that neither the scores' unit nor a few extreme ones matter; and at a
-  seeded subsample of `FIT_SIZE` scores where there are more.
+  Like every fit here it looks at scores shifted and scaled by the median and
+  the median distance from it, without those that are off the scale and with
+  the outermost 1 % on each side pulled in, so that neither the scores' unit
+  nor a few extreme ones matter; and at a seeded subsample of `FIT_SIZE` scores
+  where there are more.
 
   Returns:
     A binariser.
@@ -136,9 +139,12 @@ def kmeans() -> Binarizer:
     # the cores they wait for each other a hundred times longer than they work.
     with threadpool_limits(1):
       model = KMeans(2, n_init=4, random_state=seed).fit(values[:, None])
-    low, high = np.sort(model.cluster_centers_[:, 0]) * scale + shift
-    fit = {"low_mean": float(low), "high_mean": float(high)}
-    return Cut(float((low + high) / 2), "", fit)
+    low, high = np.sort(model.cluster_centers_[:, 0])
+    fit = {
+      "low_mean": _unscaled(low, shift, scale),
+      "high_mean": _unscaled(high, shift, scale),
+    }
+    return Cut(_unscaled((low + high) / 2, shift, scale), "", fit)
 
   return cut
 
@@ -194,12 +200,14 @@ def gmm() -> Binarizer:
     variance = model.covariances_[[low, high], 0, 0]
     fit = {
       "low_share": float(share[0]),
-      "low_mean": float(mean[0] * scale + shift),
-      "low_std": float(np.sqrt(variance[0]) * scale),
-      "high_mean": float(mean[1] * scale + shift),
-      "high_std": float(np.sqrt(variance[1]) * scale),
+      "low_mean": _unscaled(mean[0], shift, scale),
+      "low_std": _unscaled(np.sqrt(variance[0]), 0.0, scale),
+      "high_mean": _unscaled(mean[1], shift, scale),
+      "high_std": _unscaled(np.sqrt(variance[1]), 0.0, scale),
     }
-    value = upward_crossing(share, mean, variance) * scale + shift
+    value = upward_crossing(share, mean, variance)
+    if not math.isnan(value):
+      value = _unscaled(value, shift, scale)
     if math.isnan(value) or (scores > value).all() or (scores <= value).all():
       note = "one population: no score separates the two components"
       return Cut(math.nan, note, fit)
@@ -228,51 +236,58 @@ def votes_of(
     array([[ 1, -1],
            [ 0,  1]], dtype=int8)
   """
-  votes = np.full(scores.shape, ABSTAIN, np.int8, order="F")
   cuts = []
   for step in range(scores.shape[1]):
     column = scores[:, step].astype(np.float64)
     seen = np.isfinite(column)
-    if not seen.any():
+    if seen.any():
+      cuts.append(binarizer(column[seen], seed))
+    else:
       cuts.append(Cut(math.nan, "no finite score"))
-      continue
-    cut = binarizer(column[seen], seed)
-    cuts.append(cut)
+  return cast(scores, cuts), cuts
+
+
+def cast(scores: np.ndarray, cuts: list[Cut]) -> np.ndarray:
+  """The votes [N, T] of scores by the cuts of their steps."""
+  votes = np.full(scores.shape, ABSTAIN, np.int8, order="F")
+  for step, cut in enumerate(cuts):
     if not math.isnan(cut.value):
+      column = scores[:, step].astype(np.float64)
+      seen = np.isfinite(column)
       votes[seen, step] = np.where(column[seen] > cut.value, KEEP, DROP)
-  return votes, cuts
-
-
-def subsample(scores: np.ndarray, seed: int) -> np.ndarray:
-  """At most `FIT_SIZE` of the scores [n], drawn by the seed."""
-  if len(scores) <= FIT_SIZE:
-    return scores
-  rng = np.random.default_rng(seed)
-  sample = scores[rng.integers(0, len(scores), FIT_SIZE)]
-  # Rare values may be missing from a sample, but not the only two there are.
-  return sample if np.ptp(sample) > 0 else scores
-
-
-def spread(scores: np.ndarray, center: float) -> float:
-  """The median distance from a center, of scores that aren't all the same."""
-  distances = np.abs(scores - center)
-  # More than half of the scores may be one value; they aren't all.
-  return float(np.median(distances)) or float(distances.mean())
+  return votes
 
 
 def _fit_scores(
   scores: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float, float] | None:
-  """The scores to fit, with shift and scale; None if they are all equal."""
-  if scores.min() == scores.max():
+  """The scores to fit, with shift and scale; None if they are all equal.
+
+  What is off the scale (`pooling.unit_of`) is left out: a spike in the loss
+  would be a group of its own.
+  """
+  unit = unit_of(scores, None)
+  if unit is None or unit.constant:
     return None
-  scores = subsample(scores, seed)
-  inner = np.clip(scores, *np.quantile(scores, [0.01, 0.99]))
+  z = unit.z(scores)
+  z = z[(z >= unit.low) & (z <= unit.high)]
+  if z.min() == z.max():
+    z = unit.z(scores)
+  if len(z) > FIT_SIZE:
+    sample = z[np.random.default_rng(seed).integers(0, len(z), FIT_SIZE)]
+    # Rare values may be missing from a sample, but not the only two there are.
+    z = sample if np.ptp(sample) > 0 else z
+  inner = np.clip(z, *np.quantile(z, [0.01, 0.99]))
   if np.ptp(inner) > 0:
-    scores = inner
-  shift = float(np.median(scores))
-  scale = spread(scores, shift)
-  return (scores - shift) / scale, shift, scale
+    z = inner
+  return z, unit.center, unit.scale
+
+
+def _unscaled(z: float, shift: float, scale: float) -> float:
+  """A score in its own unit, as large as a number can be at most."""
+  largest = np.finfo(np.float64).max
+  with np.errstate(over="ignore"):
+    return float(np.clip(np.float64(z) * scale + shift, -largest, largest))
 
 
 def upward_crossing(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gradmimic_jax.selection.auto import auto
 from gradmimic_jax.selection.binarize import (
   Binarizer,
   gmm,
@@ -15,8 +14,9 @@ from gradmimic_jax.selection.binarize import (
 )
 
 # name -> factory; `select` hands "threshold" and "top_fraction" their value.
-BINARIZERS: dict[str, Callable[..., Binarizer]] = {
-  "auto": auto,
+# "auto" has none: the joint model of all steps cuts them together.
+BINARIZERS: dict[str, Callable[..., Binarizer] | None] = {
+  "auto": None,
   "threshold": threshold,
   "kmeans": kmeans,
   "gmm": gmm,
@@ -24,7 +24,7 @@ BINARIZERS: dict[str, Callable[..., Binarizer]] = {
 }
 
 
-def make_binarizer(name: Any, **values: float | None) -> Binarizer:
+def make_binarizer(name: Any, **values: float | None) -> Binarizer | None:
   """The binariser of a name, or the given one.
 
   Args:
@@ -32,7 +32,7 @@ def make_binarizer(name: Any, **values: float | None) -> Binarizer:
     **values: `threshold` and `fraction`, each for the binariser that takes it.
 
   Returns:
-    A binariser.
+    A binariser; None for "auto", which isn't one of single columns.
 
   Raises:
     TypeError: neither a name nor a function.
@@ -67,4 +67,5 @@ def make_binarizer(name: Any, **values: float | None) -> Binarizer:
     raise ValueError(
       "binarize='top_fraction' needs fraction, the share to keep, in (0, 1]."
     )
-  return BINARIZERS[name](*given.values())
+  factory = BINARIZERS[name]
+  return factory(*given.values()) if factory else None

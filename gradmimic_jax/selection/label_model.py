@@ -238,6 +238,21 @@ def make_label_model(name: Any) -> LabelModel:
   return LABEL_MODELS[name]
 
 
+def agreeing(probability: np.ndarray, votes: np.ndarray) -> np.ndarray:
+  """Probabilities [N] that never contradict votes [N, T] that all agree.
+
+  A clean fraction near 0 or 1 can outweigh a few weak votes. The votes win: the
+  sample goes just to their side of 1/2.
+  """
+  share = majority(votes).probability
+  probability = np.where(
+    share == 1, np.maximum(probability, np.nextafter(0.5, 1)), probability
+  )
+  return np.where(
+    share == 0, np.minimum(probability, np.nextafter(0.5, 0)), probability
+  )
+
+
 def _dawid_skene(
   votes: np.ndarray, coins: int, temper: bool, smoothing: float
 ) -> KeepProbability:
@@ -284,14 +299,7 @@ def _decided(
   found = fit(ballots)
   free = np.full(len(votes), np.nan)
   free[voted] = (0.5 * (1 + np.tanh(0.5 * found.log_odds)))[ballots.row]
-  # A clean fraction near 0 or 1 can outweigh a few weak votes. The votes win:
-  # the sample goes just to their side of 1/2.
-  probability = np.where(
-    share == 1, np.maximum(free, np.nextafter(0.5, 1)), free
-  )
-  probability = np.where(
-    share == 0, np.minimum(probability, np.nextafter(0.5, 0)), probability
-  )
+  probability = agreeing(free, votes)
   note = (
     "" if found.converged else f"not settled after {found.iterations} rounds"
   )

@@ -1,77 +1,157 @@
-"""One number a sample: scores pooled over the steps, and its quality."""
+"""One number a sample: scores of all steps in comparable units, pooled."""
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
-from gradmimic_jax.selection.binarize import subsample
-
-# Points of the map from pooled score to quality. Quantiles lie close where the
-# scores do, so that a thousand are enough however many samples there are.
-_BINS = 1000
-# What of a quality only ranks, so that better scores have a higher one also
-# where the votes make no difference.
-_RANK_SHARE = 1e-3
+# Where a score is off the scale: further out, on its side, than this and than
+# three times all but the outermost 3 % (one sample at least).
+_OFF_SCALE = 60.0
+_OFF_SHARE = 0.03
+# The largest magnitude of a score in units of its step.
+_LARGEST = 1e15
 
 
-def pool(
-  scores: np.ndarray, *, center: float | None = 0.0, seed: int = 0
-) -> np.ndarray:
-  """The mean over the steps of scores in comparable units.
+class Unit(NamedTuple):
+  """A step's unit: z = (s - center) / scale, pulled in to [low, high]."""
 
-  pooled_i = mean_t (s_it - c_t) / scale_t, over the steps in which i has a
-  finite score, with scale_t the mean of |s_it - c_t| cut off at its 99 %
-  quantile (over at most `FIT_SIZE` samples): scores shrink by orders of
-  magnitude while a model learns, and a plain mean would be that of the first
-  steps. A step whose scores are all c_t adds zeros.
+  center: float  # the step's median, or the mark
+  scale: float  # the middle distance from it
+  low: float  # what lies further out is off the scale
+  high: float
+  constant: bool  # whether all scores are the same
+
+  def z(self, scores: np.ndarray) -> np.ndarray:
+    """Scores [n] in units of the step, float64; not finite: nan."""
+    # Halves, so that the difference of two finite numbers is one.
+    with np.errstate(over="ignore", invalid="ignore"):
+      half = 0.5 * scores.astype(np.float64) - 0.5 * self.center
+      z = half / self.scale * 2
+    z[~np.isfinite(scores)] = np.nan
+    return np.clip(z, -_LARGEST, _LARGEST, out=z)
+
+
+def unit_of(scores: np.ndarray, mark: float | None) -> Unit | None:
+  """The unit of a step's scores [n]; None if none is finite.
+
+  The center is the median, or the mark; the scale is the median distance from
+  it, of the scores that aren't there, times 1.4826 (a standard deviation of a
+  Gaussian) unless there is a mark.
 
   Args:
-    scores: real numbers [N, T].
-    center: c_t; None for every step's median.
-    seed: for subsamples.
-
-  Returns:
-    float64 [N]; nan where a sample has no finite score.
-
-  Example:
-    >>> scores = np.array([[100.0, 1.0], [-100.0, 1.0], [100.0, np.nan]])
-    >>> pool(scores)
-    array([1., 0., 1.])
+    scores: real numbers [n]; what isn't finite is missing.
+    mark: the score that parts good from bad; None if there is none.
   """
-  total = np.zeros(len(scores))
-  count = np.zeros(len(scores), np.int32)
-  for column in scores.T:  # one step at a time: N may be in the millions
-    column = column.astype(np.float64)
-    seen = np.isfinite(column)
-    if not seen.any():
-      continue
-    sample = subsample(column[seen], seed)
-    middle = float(np.median(sample)) if center is None else center
-    distances = np.abs(sample - middle)
-    scale = float(np.minimum(distances, np.quantile(distances, 0.99)).mean())
-    column -= middle
-    column /= scale or 1.0
-    np.add(total, column, out=total, where=seen)
-    count += seen
-  pooled = np.full(len(scores), np.nan)
-  return np.divide(total, count, out=pooled, where=count > 0)
+  seen = scores[np.isfinite(scores)].astype(np.float64)
+  if not len(seen):
+    return None
+  low, high = float(seen.min()), float(seen.max())
+  center = float(np.median(seen)) if mark is None else mark
+  if low == high:
+    return Unit(center, 1.0, -_LARGEST, _LARGEST, True)
+  halves = np.abs(0.5 * seen - 0.5 * center)
+  apart = halves[halves > 0]
+  scale = float(np.median(apart)) * 2 if len(apart) else 0.0
+  # Half of a float64's range is out of reach of a ratio; a ratio of
+  # subnormal numbers is no better.
+  scale = max(scale, np.finfo(np.float64).tiny)
+  if mark is None:
+    scale = min(scale * 1.4826, np.finfo(np.float64).max)
+  unit = Unit(center, scale, -_LARGEST, _LARGEST, False)
+  z = unit.z(seen)
+  out = max(1, int(_OFF_SHARE * len(z)))
+  if out >= len(z):
+    return unit
+  inner = np.partition(z, (out, len(z) - 1 - out))
+  return unit._replace(
+    low=min(-_OFF_SCALE, 3 * float(inner[out])),
+    high=max(_OFF_SCALE, 3 * float(inner[len(z) - 1 - out])),
+  )
+
+
+class Pool(NamedTuple):
+  """How steps are pooled: x = sum w (y - a) / sum w b, over a sample's steps.
+
+  y is z pulled in to the unit's ends, or asinh of that.
+  """
+
+  units: tuple[Unit | None, ...]  # T
+  curved: bool  # whether y = asinh(z)
+  weight: np.ndarray  # w [T], >= 0; 0 for a step that is left out
+  center: np.ndarray  # a [T]
+  signal: np.ndarray  # b [T]
+  covariance: np.ndarray  # [T, T], of y on samples of one kind
+
+  def y(self, scores: np.ndarray, step: int) -> np.ndarray:
+    """A step's column [n] of scores as y; nan where it is missing."""
+    unit = self.units[step]
+    if unit is None or unit.constant:
+      return np.full(len(scores), np.nan)
+    y = np.clip(unit.z(scores), unit.low, unit.high)
+    return np.arcsinh(y, out=y) if self.curved else y
+
+  def __call__(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pools scores [N, T].
+
+    Returns:
+      x [N], nan where no step is seen; and the noise [N]: the standard
+      deviation of x on samples of one kind, relative to a sample with all
+      steps.
+    """
+    n = len(scores)
+    total, signal = np.zeros(n), np.zeros(n)
+    used = np.flatnonzero(self.weight).tolist()
+    seen = np.zeros((n, len(used)), bool)
+    for place, step in enumerate(used):
+      y = self.y(scores[:, step], step)
+      seen[:, place] = here = ~np.isnan(y)
+      y -= self.center[step]
+      y *= self.weight[step]
+      np.add(total, y, out=total, where=here)
+      signal += here * (self.weight[step] * self.signal[step])
+    x = np.full(n, np.nan)
+    some = signal > 0
+    np.divide(total, signal, out=x, where=some)
+    noise = np.ones(n)
+    if len(used) and not seen[some].all():
+      w = self.weight[used]
+      c = self.covariance[np.ix_(used, used)] * np.outer(w, w)
+      whole = math.sqrt(max(c.sum(), 1e-300)) / (w @ self.signal[used])
+      variance = np.zeros(n)
+      for place in range(len(used)):
+        row = seen @ c[place]
+        np.add(variance, row, out=variance, where=seen[:, place])
+      deviation = np.sqrt(np.maximum(variance, 1e-300))
+      np.divide(deviation, signal * whole, out=noise, where=some)
+      noise = np.clip(noise, 1.0, 1e3)
+    return x, noise
+
+
+def even_pool(units: tuple[Unit | None, ...], *, curved: bool) -> Pool:
+  """The pool in which every step with different scores counts alike."""
+  usable = np.array(
+    [float(unit is not None and not unit.constant) for unit in units]
+  )
+  n = len(units)
+  return Pool(units, curved, usable, np.zeros(n), np.ones(n), np.eye(n))
 
 
 def quality_of(pooled: np.ndarray, probability: np.ndarray) -> np.ndarray:
   """Maps pooled scores to [0, 1]: monotone, and calibrated on probabilities.
 
   Isotonic regression of the keep probabilities on the pooled scores, by up to
-  1000 groups of samples of equal size and linear between them. A thousandth of
-  the quality only ranks: strictly higher scores have a strictly higher quality
-  even where the probability is 0 or 1 throughout.
+  1000 groups of samples of equal size and linear between them; then `ranked`.
 
   Args:
     pooled: float64 [N]; nan has no quality.
     probability: keep probabilities [N]; samples with nan are not fitted.
 
   Returns:
-    float64 [N] in [0, 1]; nan where there is no pooled score, and everywhere if
-    there is no probability to calibrate on.
+    float64 [N] in [0, 1]; nan where there is no pooled score, 1/2 everywhere
+    else if there is no probability to calibrate on.
 
   Example:
     >>> quality_of(np.array([-2.0, 1.0, 3.0]), np.array([0.0, 1.0, 0.9])).round(
@@ -79,38 +159,66 @@ def quality_of(pooled: np.ndarray, probability: np.ndarray) -> np.ndarray:
     ... )
     array([0.  , 0.95, 0.95])
   """
-  quality = np.full(len(pooled), np.nan)
-  fitted = ~np.isnan(pooled) & ~np.isnan(probability)
+  level = np.full(len(pooled), np.nan)
+  seen = ~np.isnan(pooled)
+  fitted = seen & ~np.isnan(probability)
   n = int(fitted.sum())
   if not n:
-    return quality
+    level[seen] = 0.5
+    return ranked(level, pooled)
   from sklearn.isotonic import IsotonicRegression  # slow to import
 
   x, y = pooled[fitted], probability[fitted]
   order = np.argsort(x, kind="stable")
   x, y = x[order], y[order]
   starts = np.unique(np.linspace(0, n, min(n, _BINS) + 1).astype(np.int64)[:-1])
+  # Ties belong to one group.
+  starts = np.unique(np.searchsorted(x, x[starts]))
   sizes = np.diff(np.r_[starts, n])
-  x_bins = np.add.reduceat(x, starts) / sizes
-  y_bins = np.add.reduceat(y, starts) / sizes
-  # Groups within ties have one place.
-  x_bins, place = np.unique(x_bins, return_inverse=True)
-  weight = np.bincount(place, sizes)
-  y_bins = np.bincount(place, y_bins * sizes) / weight
-  level = IsotonicRegression().fit(x_bins, y_bins, sample_weight=weight)
-  rank = (np.cumsum(weight) - 0.5 * weight) / n
-  curve = (1 - _RANK_SHARE) * level.predict(x_bins) + _RANK_SHARE * rank
-  seen = ~np.isnan(pooled)
-  low, high = pooled[seen].min(), pooled[seen].max()
-  # Up to the extremes there is the rank's share of the outermost groups left.
-  knots, values = [x_bins], [curve]
-  if low < x_bins[0]:
-    knots.insert(0, np.array([low]))
-    values.insert(0, curve[:1] - _RANK_SHARE * rank[0])
-  if high > x_bins[-1]:
-    knots.append(np.array([high]))
-    values.append(curve[-1:] + _RANK_SHARE * (1 - rank[-1]))
-  quality[seen] = np.interp(
-    pooled[seen], np.concatenate(knots), np.concatenate(values)
+  middle = np.add.reduceat(x, starts) / sizes
+  share = np.add.reduceat(y, starts) / sizes
+  # By place, not by score: scores may differ by rounding alone.
+  fit = IsotonicRegression().fit(
+    np.arange(len(starts)), share, sample_weight=sizes
   )
+  level[seen] = np.interp(
+    pooled[seen], middle, fit.predict(np.arange(len(starts)))
+  )
+  return ranked(level, pooled)
+
+
+# Points of the map from pooled score to quality. Quantiles lie close where the
+# scores do, so that a thousand are enough however many samples there are.
+_BINS = 1000
+# What of a quality only ranks, so that better scores have a higher one also
+# where the probability makes no difference.
+_RANK_SHARE = 1e-3
+
+
+def ranked(level: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+  """Makes a level that never falls with the pooled score one that rises.
+
+  q_i = (1 - e) level_i + e (share of samples with a lower pooled score, and
+  half of those with the same one), e = 0.001.
+
+  Args:
+    level: float64 [N] in [0, 1], nan where `pooled` is.
+    pooled: float64 [N].
+
+  Example:
+    >>> ranked(np.array([1.0, 1.0]), np.array([3.0, 4.0]))
+    array([0.99925, 0.99975])
+  """
+  quality = np.full(len(pooled), np.nan)
+  seen = ~np.isnan(pooled)
+  if not seen.any():
+    return quality
+  x = pooled[seen]
+  order = np.argsort(x, kind="stable")
+  ascending = x[order]
+  starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])
+  ends = np.r_[starts[1:], len(x)]
+  rank = np.empty(len(x))
+  rank[order] = np.repeat(0.5 * (starts + ends) / len(x), ends - starts)
+  quality[seen] = (1 - _RANK_SHARE) * level[seen] + _RANK_SHARE * rank
   return quality

@@ -30,6 +30,11 @@ class DatasetQuality(NamedTuple):
   unvoted: int  # samples without a vote, left out of the estimate
 
   def __str__(self) -> str:
+    if np.isnan(self.clean_fraction):
+      return (
+        f"How many of {self.n_samples:,} samples are clean is unknown: nothing"
+        f" was said of any; {self.kept_fraction:.1%} are kept."
+      )
     return (
       f"{self.clean_fraction:.1%} of {self.n_samples:,} samples look clean"
       f" ({self.level:.0%} interval {self.low:.1%} to {self.high:.1%});"
@@ -63,27 +68,24 @@ def dataset_quality(
 ) -> DatasetQuality:
   """Estimates the clean fraction of a data set, with an interval.
 
-  The estimate is the mean keep probability. The interval is that of a bootstrap
-  over steps and samples: each time, as many steps and samples are drawn with
-  replacement and the label model is fitted anew. It covers which steps and
-  samples there happen to be; what all steps get wrong alike it can't see. With
-  one step it only covers the samples. It is widened where needed to hold the
-  estimate and the share of samples kept, which is another one: where all votes
-  agree, no draw differs, but the keep probability still isn't 1. Where all that
-  "auto" saw was one population, it also holds the share of samples that score
-  above the mark.
-
-  It is as good as the votes are. Groups that overlap, in the scores of early
-  steps or of a model that learns little, put it off by more than the interval
-  says: for a small convnet on digits with 70 % noise, three seeds, it was 17
-  points too high where the quality's AUROC was .85, 10 at .90, right at .95.
+  The estimate is the mean keep probability. With the joint model ("auto") the
+  interval is that of a bootstrap over samples, made by `select`: the upper
+  population's share in fits to resampled scores, and 1 with the probability
+  that there is one population only. With votes it is a bootstrap over steps
+  and samples: each time, as many steps and samples are drawn with replacement
+  and the label model is fitted anew. It covers which steps and samples there
+  happen to be; what all steps get wrong alike it can't see. It is widened where
+  needed to hold the estimate and the share of samples kept, which is another
+  one: where all votes agree, no draw differs, but the keep probability still
+  isn't 1. Of one population it holds what as many samples can't exclude, and
+  the share of samples that score above the mark, if there is one.
 
   Args:
     selection: what `select` gave. Where a function aggregated the votes, the
       bootstrap takes the majority.
     level: of the interval.
-    n_bootstrap: number of draws, of up to `BOOTSTRAP_SIZE` samples.
-    seed: for the draws.
+    n_bootstrap: number of draws with votes, of up to `BOOTSTRAP_SIZE` samples.
+    seed: for those draws.
 
   Returns:
     DatasetQuality; nan where no sample has a vote.
@@ -105,7 +107,7 @@ def dataset_quality(
   if n_bootstrap < 2:
     raise ValueError(f"n_bootstrap is {n_bootstrap}; expected at least 2.")
   voted = np.flatnonzero(~np.isnan(selection.keep_probability))
-  n_samples, n_steps = selection.votes.shape
+  n_samples = len(selection)
   unvoted = n_samples - len(voted)
   if not len(voted):
     nan = float("nan")
@@ -114,11 +116,51 @@ def dataset_quality(
     )
   estimate = float(selection.keep_probability[voted].mean())
   kept = float(selection.keep[voted].mean())
-  name = selection.diagnostics.get("aggregate")
-  overruled = "taken by majority" in str(
-    selection.diagnostics.get("label_model", {}).get("note", "")
+  about = selection.diagnostics.get("label_model", {})
+  held = [estimate, kept]
+  if "clean_fraction_draws" in about:
+    low, high = _joint_interval(about, level)
+    if about["probability_of_two"] <= 0.5:
+      # Nobody in n samples is what a share of 1 - p shows with chance p^n.
+      held.append(estimate * (1 - level) ** (1 / len(voted)))
+      held += [share for share in (about["above_mark"],) if share is not None]
+  else:
+    low, high = _vote_interval(selection, voted, level, n_bootstrap, seed)
+  return DatasetQuality(
+    estimate,
+    min(low, *held),
+    max(high, *held),
+    level,
+    selection.kept_fraction,
+    n_samples,
+    unvoted,
   )
-  model = majority if overruled else LABEL_MODELS.get(str(name), majority)
+
+
+def _joint_interval(about: dict[str, Any], level: float) -> tuple[float, float]:
+  """Quantiles of the joint model's draws, and of 1 for one population."""
+  draws = np.asarray(about["clean_fraction_draws"], np.float64)
+  two = about["probability_of_two"]
+  share = np.r_[np.sort(draws), 1.0]
+  mass = np.r_[np.full(len(draws), two / len(draws)), 1 - two]
+  place = np.cumsum(mass) - 0.5 * mass
+  tail = (1 - level) / 2
+  low, high = np.interp([tail, 1 - tail], place, share)
+  return float(low), float(high)
+
+
+def _vote_interval(
+  selection: Selection,
+  voted: np.ndarray,
+  level: float,
+  n_bootstrap: int,
+  seed: int,
+) -> tuple[float, float]:
+  """Quantiles of the label model's estimate over drawn steps and samples."""
+  model = LABEL_MODELS.get(
+    str(selection.diagnostics.get("aggregate")), majority
+  )
+  n_steps = selection.votes.shape[1]
   rng = np.random.default_rng(seed)
   estimates = []
   for _ in range(n_bootstrap):
@@ -128,28 +170,11 @@ def dataset_quality(
     probability = model(drawn).probability
     if not np.isnan(probability).all():
       estimates.append(np.nanmean(probability))
+  if not estimates:
+    estimates = [float(selection.keep_probability[voted].mean())]
   tail = (1 - level) / 2
-  low, high = np.quantile(estimates or [estimate], [tail, 1 - tail])
-  held = [estimate, kept, *_above_mark(selection)]
-  return DatasetQuality(
-    estimate,
-    min(float(low), *held),
-    max(float(high), *held),
-    level,
-    selection.kept_fraction,
-    n_samples,
-    unvoted,
-  )
-
-
-def _above_mark(selection: Selection) -> list[float]:
-  """Shares above the mark, if that is all that the votes come from."""
-  about = selection.diagnostics
-  cuts, fits = (about.get(key, []) for key in ("cuts", "fits"))
-  voting = [fit for cut, fit in zip(cuts, fits, strict=True) if cut is not None]
-  if any(fit.get("groups") != 1 for fit in voting):
-    return []
-  return [fit["above_mark"] for fit in voting if "above_mark" in fit]
+  low, high = np.quantile(estimates, [tail, 1 - tail])
+  return float(low), float(high)
 
 
 def removal_curve(

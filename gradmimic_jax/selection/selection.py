@@ -14,17 +14,14 @@ from gradmimic_jax.selection import (
   _ids,
   binarize as binarize_lib,
   binarizers,
+  joint,
   label_model as label_model_lib,
   pooling,
 )
-from gradmimic_jax.selection.auto import MIN_SCORES, Auto
-from gradmimic_jax.selection.binarize import ABSTAIN, DROP, KEEP, Cut
+from gradmimic_jax.selection.binarize import KEEP, Cut
 
-_OVERRULED = (
-  "it went against the pooled scores of most samples; taken by majority"
-)
-
-_POOLED = "no step by itself tells two groups apart: the pooled scores vote"
+# `mark` when none is given: 0 for a ledger, none for an array.
+_OF_LEDGERS = "0 for a ledger, None for an array"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -38,14 +35,15 @@ class Selection:
     keep: the decision, booleans [N]. A sample is dropped where its keep
       probability is below 1/2, and only there: ties and samples without a vote
       are kept, because dropping needs evidence.
-    keep_probability: floats [N] in [0, 1]; nan where a sample has no vote.
+    keep_probability: floats [N] in [0, 1]; nan where nothing is known of a
+      sample: no finite score, or no step has a vote.
     votes: int8 [N, T]; 1 keep, 0 drop, -1 abstain.
     diagnostics: how it came about, in plain numbers and strings (it can be
       written as JSON); `select` lists the names.
-    quality: floats [N] in [0, 1], high = good: the scores pooled over the
-      steps, mapped so that a quality is about a keep probability and a higher
-      pooled score has a higher quality. nan without a finite score, or if
-      nothing has a vote; None in a selection made without.
+    quality: floats [N] in [0, 1], high = good: the keep probability, but for
+      a thousandth that ranks by the scores pooled over the steps, so that
+      better scores have a higher quality also where the probability makes no
+      difference. nan without a finite score; None in a selection made without.
   """
 
   ids: np.ndarray
@@ -107,26 +105,37 @@ def select(
   aggregate: str | label_model_lib.LabelModel = "label_model",
   threshold: float | None = None,
   fraction: float | None = None,
+  mark: float | str | None = _OF_LEDGERS,
   ids: Any = None,
   seed: int = 0,
 ) -> Selection:
   """Decides from every sample's scores over the steps which to keep.
 
-  Every step (column) is binarised by itself into keep and drop votes; a label
-  model turns each sample's votes into a keep probability; a sample is dropped
-  where that is below 1/2.
+  By default one model explains all scores: a sample is clean or not, each step
+  sees that in its own way, and whether there are two kinds at all is decided
+  once, on the scores of all steps together (`joint.fit` has the mathematics).
+  Its posterior is the keep probability; a sample is dropped where that is
+  below 1/2. The votes show how each step by itself would have it.
+
+  With another `binarize`, the paper's second stage: every step (column) is
+  binarised by itself into keep and drop votes, and `aggregate` turns each
+  sample's votes into the keep probability.
+
+  Guarantees of the default: the order of samples and of steps makes no
+  difference, nor a step's unit, nor, without a mark, a step's zero; of two
+  samples that were seen in the same steps, one with higher scores never has
+  the lower probability or quality; copies of a step are worth one; a few
+  samples with absurd scores change nothing for the others.
 
   | edge case                            | behaviour                          |
   |--------------------------------------|------------------------------------|
   | a score that is NaN or infinite      | abstains; in `abstentions`         |
-  | "auto": scores pooled over the steps | every step votes the same for all; |
-  | are one population                   | in `population`                    |
-  | "auto": the label model goes against | the majority decides; in           |
-  | most samples' pooled scores          | `label_model`'s `note`             |
-  | "auto": a step is one population     | all keep, all drop or abstain;     |
-  |                                      | in `notes`                         |
-  | "auto": every step is one, and the   | the pooled scores vote in place of |
-  | pooled scores are two                | each; in `notes`                   |
+  | "auto": the pooled scores are one    | all kept (with a mark: by the side |
+  | population                           | they lie on); in `population`      |
+  | "auto" with a mark: fewer than 20    | each by its own side; likewise     |
+  | samples that aren't clearly two      |                                    |
+  | "auto": a step tells the two         | it abstains; in `notes`            |
+  | populations no better than chance    |                                    |
   | "gmm", "kmeans", "auto": all equal   | the step abstains; in `notes`      |
   | "gmm": nothing separates the two     | the step abstains; in `notes`      |
   | as many keep as drop, by majority    | kept, probability 1/2; in `ties`   |
@@ -134,27 +143,30 @@ def select(
   | one step                             | its votes are the decision         |
 
   The names in `diagnostics`: `binarize`, `aggregate`, `threshold`, `fraction`,
-  `seed`, `fit_size` (the most scores of a step that are fitted), `n_samples`,
-  `n_steps`, `n_kept`, `ties`, `unvoted`, `abstentions` (votes not cast),
-  `population` ("" unless the pooled scores are one), `fingerprints` (a
-  ledger's);
-  lists over the steps: `steps` (a ledger's epochs, else 0 ... T-1), `cuts`
-  (None where there is none), `keep_shares` (keep votes among the votes; None
-  where there are none), `coverages` (votes among the samples), `notes`,
+  `mark`, `seed`, `fit_size` (the most scores of a step that are fitted),
+  `n_samples`, `n_steps`, `n_kept`, `ties`, `unvoted`, `abstentions` (votes not
+  cast), `population` ("" unless the pooled scores are one), `fingerprints` (a
+  ledger's); lists over the steps: `steps` (a ledger's epochs, else 0 ... T-1),
+  `cuts` (None where there is none), `keep_shares` (keep votes among the votes;
+  None where there are none), `coverages` (votes among the samples), `notes`,
   `fits`; and `label_model`, the label model's own.
 
   Args:
     scores: raw scores [N, T], high = good, or the ledger that holds them.
-    binarize: "auto" (two groups where there are two; the recommended one),
-      "gmm" (two Gaussians), "kmeans" (two clusters), "threshold" (score >
-      threshold), "top_fraction" (the highest scores), or a function (finite
-      scores [n], seed) -> Cut, such as `auto(mark=None)` for scores of which
-      zero is no mark.
-    aggregate: "label_model" (learns how good each step's votes are; the
-      recommended one, which is "two_coin"), "majority", "one_coin", "triplet",
-      or a function votes [N, T] -> KeepProbability.
+    binarize: "auto" (the joint model; the recommended one), "gmm" (two
+      Gaussians), "kmeans" (two clusters), "threshold" (score > threshold),
+      "top_fraction" (the highest scores), or a function (finite scores [n],
+      seed) -> Cut.
+    aggregate: "label_model" (the recommended one: the joint model's posterior
+      with "auto", "two_coin" otherwise), "two_coin", "one_coin", "triplet"
+      (learn how good each step's votes are), "majority", or a function votes
+      [N, T] -> KeepProbability.
     threshold: for "threshold", an absolute score; 0 when not given.
     fraction: for "top_fraction", the share to keep, in (0, 1].
+    mark: for "auto", the score that parts good from bad by nature, or None if
+      there is none. Zero is one for mimic scores: a step on a clean sample
+      moves the weights toward the reference. When not given: 0 for a ledger,
+      None for an array.
     ids: the samples' ids [N], none twice; 0 ... N-1 when not given. A ledger
       brings its own.
     seed: for the fits.
@@ -166,22 +178,19 @@ def select(
   Raises:
     TypeError: scores or ids of the wrong kind.
     ValueError: no samples, scores that aren't [N, T], ids that aren't N or
-      repeat, an unknown name, a threshold or fraction out of range or without
-      use.
+      repeat, an unknown name, a threshold, fraction or mark out of range or
+      without use.
 
   Example:
-    >>> scores = [[0.9, 1.1], [-1.2, -0.8], [1.0, np.nan], [-0.7, 0.4]]
-    >>> selection = select(scores, binarize="threshold")
-    >>> selection.keep
-    array([ True, False,  True,  True])
-    >>> selection.keep_probability
-    array([1. , 0. , 1. , 0.5])
+    >>> rng = np.random.default_rng(0)
+    >>> wrong = np.arange(200) < 60
+    >>> scores = rng.normal(np.where(wrong, -2, 2), 1.0, (3, 200)).T
+    >>> selection = select(scores)
+    >>> bool((selection.keep == ~wrong).all())
+    True
     >>> print(selection)
-    Selection: keeps 3 of 4 samples (75.0%), by label_model over 2 steps of
-    threshold votes.
-      1 ties, kept
-      label_model: 2 voters: it takes three to tell how good each is; taken by
-      majority
+    Selection: keeps 140 of 200 samples (70.0%), by label_model over 3 steps of
+    auto votes.
 
   References:
     Huang et al., arXiv 2501.06708, the offline stage.
@@ -190,6 +199,7 @@ def select(
     binarize, threshold=threshold, fraction=fraction
   )
   label_model = label_model_lib.make_label_model(aggregate)
+  mark = _checked_mark(mark, binarize, isinstance(scores, ScoreLedger))
   steps: Sequence[int]
   fingerprints: dict[str, str] = {}
   if isinstance(scores, ScoreLedger):
@@ -202,27 +212,28 @@ def select(
     steps = range(scores.shape[1])
     ids = _checked_ids(ids, len(scores))
 
-  center = binarizer.mark if isinstance(binarizer, Auto) else 0.0
-  pooled = pooling.pool(scores, center=center, seed=seed)
-  overall = _cut_of_pooled(pooled, binarizer, seed)
-  lone = overall.note if overall.fit.get("groups") == 1 else ""
-  if lone:
-    all_keep = bool(np.nanmin(pooled) > overall.value)
-    binarizer = _alike(all_keep, overall)
-  votes, cuts = binarize_lib.votes_of(scores, binarizer, seed=seed)
-  if overall.fit.get("groups") == 2 and not _any_splits(votes):
-    above = (pooled > overall.value)[:, None]
-    votes = np.where(np.isfinite(scores), above, ABSTAIN).astype(np.int8)
-    cuts = [Cut(math.nan, _POOLED, cut.fit) for cut in cuts]
-    if isinstance(aggregate, str):
-      label_model = _one_voter
-  probability, label_diagnostics = label_model(votes)
-  if isinstance(aggregate, str) and not lone and not math.isnan(overall.value):
-    above = pooled > overall.value
-    # A model of votes alone can't tell good from bad if most steps can't.
-    if ((probability < 0.5) == above)[~np.isnan(pooled)].mean() > 0.5:
-      probability, _ = label_model_lib.majority(votes)
-      label_diagnostics = dict(label_diagnostics, note=_OVERRULED)
+  population = ""
+  if binarizer is None:
+    found = joint.fit(scores, mark=mark, seed=seed)
+    cuts = [
+      Cut(float(cut), note, fit)
+      for cut, note, fit in zip(
+        found.cuts, found.notes, found.fits, strict=True
+      )
+    ]
+    votes = binarize_lib.cast(scores, cuts)
+    population = found.population
+    fit_size = joint.FIT_SIZE
+  else:
+    votes, cuts = binarize_lib.votes_of(scores, binarizer, seed=seed)
+    fit_size = binarize_lib.FIT_SIZE
+  if binarizer is None and aggregate == "label_model":
+    probability = label_model_lib.agreeing(found.probability, votes)
+    quality = found.quality
+    label_diagnostics = found.about | _agreement(probability, votes)
+  else:
+    probability, label_diagnostics = label_model(votes)
+    quality = pooling.quality_of(_pooled(scores), probability)
   keep = ~(probability < 0.5)  # so that nan, no vote, is kept
   n_votes = [int((column >= 0).sum()) for column in votes.T]
   n_keeps = [int((column == 1).sum()) for column in votes.T]
@@ -231,8 +242,9 @@ def select(
     "aggregate": _name(aggregate),
     "threshold": threshold,
     "fraction": fraction,
+    "mark": mark,
     "seed": seed,
-    "fit_size": binarize_lib.FIT_SIZE,
+    "fit_size": fit_size,
     "n_samples": len(votes),
     "n_steps": votes.shape[1],
     "n_kept": int(keep.sum()),
@@ -245,53 +257,54 @@ def select(
       k / n if n else None for k, n in zip(n_keeps, n_votes, strict=True)
     ],
     "coverages": [n / len(votes) for n in n_votes],
-    "population": lone,
+    "population": population,
     "fingerprints": fingerprints,
     "notes": [cut.note for cut in cuts],
     "fits": [dict(cut.fit) for cut in cuts],
     "label_model": label_diagnostics,
   }
-  quality = pooling.quality_of(pooled, probability)
   return Selection(ids, keep, probability, votes, diagnostics, quality)
 
 
-def _cut_of_pooled(
-  pooled: np.ndarray, binarizer: binarize_lib.Binarizer, seed: int
-) -> Cut:
-  """Where "auto" cuts the pooled scores; a cut at nan if it has no say.
-
-  Steps on their own may take what is one population for two, the first ones
-  above all, when the learner knows nothing; and label models only see votes.
-  """
-  seen = pooled[~np.isnan(pooled)]
-  if not isinstance(binarizer, Auto) or len(seen) < MIN_SCORES:
-    return Cut(math.nan)
-  # Pooled scores are relative to the mark.
-  cut = Auto(None if binarizer.mark is None else 0.0)(seen, seed)
-  return Cut(math.nan) if math.isnan(cut.value) else cut
-
-
-def _any_splits(votes: np.ndarray) -> bool:
-  """Whether a step keeps some samples and drops others."""
-  return any((c == KEEP).any() and (c == DROP).any() for c in votes.T)
+def _agreement(
+  probability: np.ndarray, votes: np.ndarray
+) -> dict[str, list[float | None]]:
+  """How often each step's votes are the decision, and are right."""
+  agreements: list[float | None] = []
+  accuracies: list[float | None] = []
+  known = ~np.isnan(probability)
+  for column in votes.T:
+    cast = known & (column >= 0)
+    p, keeps = probability[cast], column[cast] == KEEP
+    right = np.where(keeps, p, 1 - p)
+    agreements.append(float((right >= 0.5).mean()) if len(p) else None)
+    accuracies.append(float(right.mean()) if len(p) else None)
+  return {"agreements": agreements, "accuracies": accuracies}
 
 
-def _one_voter(votes: np.ndarray) -> label_model_lib.KeepProbability:
-  """The majority, with the reason why."""
-  probability, _ = label_model_lib.majority(votes)
-  note = "the pooled scores are one voter; taken by majority"
-  return label_model_lib.KeepProbability(probability, {"note": note})
+def _pooled(scores: np.ndarray) -> np.ndarray:
+  """All steps alike, each in its own unit."""
+  units = tuple(pooling.unit_of(column, None) for column in scores.T)
+  pooled, _ = pooling.even_pool(units, curved=False)(scores)
+  # Scores that are all the same are known, though they tell nothing.
+  known = np.isfinite(scores).any(axis=1)
+  return np.where(np.isnan(pooled) & known, 0.0, pooled)
 
 
-def _alike(keep: bool, overall: Cut) -> binarize_lib.Binarizer:
-  """The binariser that votes the same for all."""
-
-  def cut(scores: np.ndarray, seed: int) -> Cut:
-    low, high = float(scores.min()), float(scores.max())
-    value = float(np.nextafter(low, -math.inf)) if keep else high
-    return Cut(value, overall.note, overall.fit)
-
-  return cut
+def _checked_mark(
+  mark: float | str | None, binarize: Any, is_ledger: bool
+) -> float | None:
+  if mark is None or mark == _OF_LEDGERS:
+    zero = mark is not None and is_ledger and binarize == "auto"
+    return 0.0 if zero else None
+  if isinstance(mark, str) or not math.isfinite(mark):
+    raise ValueError(f"mark is {mark!r}; expected a finite number, or None.")
+  if binarize != "auto":
+    raise ValueError(
+      f"mark={mark} has no effect with binarize={_name(binarize)!r}; leave it"
+      " out, or use binarize='auto'."
+    )
+  return float(mark)
 
 
 def _name(method: Any) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 _STEPS_PER_WEIGHT = 5
+_LEAST_VOTERS = 3
 
 
 class Ballots(NamedTuple):
@@ -79,7 +80,8 @@ def fit_dawid_skene(
   starting at q_i = the share of keep votes. w_i = 1 is maximum likelihood;
   tempered, w_i = n_i / sum of the correlations among i's n_i votes, so that
   copies of a vote count once. The correlations are those of `correlation_of`
-  under the estimates; they are brought up to date until both have settled.
+  under the estimates of maximum likelihood; if they leave three voters or more,
+  both are brought up to date until they have settled.
 
   A tempered fit also ignores what would let a keep vote speak for drop.
 
@@ -99,24 +101,53 @@ def fit_dawid_skene(
     Using the EM Algorithm, 1979.
   """
   clean = ballots.keep.sum(axis=1) / (ballots.keep + ballots.drop).sum(axis=1)
-  weight = np.ones(len(clean))
-  a, b, c = _rates(ballots, clean, coins, smoothing)
+  even = np.ones(len(clean))
+  rates = _rates(ballots, clean, coins, smoothing)
   iterations, settled = 0, False
-  while not settled and iterations < max_iterations:
-    log_odds = _log_odds(ballots, a, b, c, weight, monotone=temper)
-    clean = _sigmoid(log_odds)
-    before, (a, b, c) = (a, b, c), _rates(ballots, clean, coins, smoothing)
-    settled = _distance(before, (a, b, c)) <= tolerance
-    iterations += 1
-    # Dependence is estimated now and then: it costs T times as much as a step.
-    if temper and (settled or iterations % _STEPS_PER_WEIGHT == 0):
-      new = _weights(ballots, correlation_of(ballots, clean, a, b))
-      settled = settled and float(np.abs(new - weight).max()) < 1e-4
-      weight = new
+
+  def climb(rates, weight, correlated):
+    """Rounds until settled; weights are brought up to date if `correlated`."""
+    nonlocal iterations
+    settled = False
+    while not settled and iterations < max_iterations:
+      log_odds = _log_odds(ballots, rates, weight, monotone=temper)
+      clean = _sigmoid(log_odds)
+      before, rates = rates, _rates(ballots, clean, coins, smoothing)
+      settled = _distance(before, rates) <= tolerance
+      iterations += 1
+      # Dependence is estimated now and then: it costs T times as much.
+      if correlated and (settled or iterations % _STEPS_PER_WEIGHT == 0):
+        correlation = correlation_of(ballots, clean, *rates[:2])
+        if _effective(correlation) < _LEAST_VOTERS:
+          return None
+        new = _weights(ballots, correlation)
+        settled = settled and float(np.abs(new - weight).max()) < 1e-4
+        weight = new
+    return rates, weight, settled
+
+  rates, weight, settled = climb(rates, even, False)
+  if temper:
+    clean = _sigmoid(_log_odds(ballots, rates, even, monotone=True))
+    correlation = correlation_of(ballots, clean, *rates[:2])
+    weight = _weights(ballots, correlation)
+    # Dependent votes look better than they are, so that weights belong into
+    # the rounds. But it takes three voters to tell how good each is: if no
+    # more are left, rounds of so weak votes would unlearn what is known.
+    if _effective(correlation) >= _LEAST_VOTERS:
+      found = climb(rates, weight, True)
+      if found is not None:
+        rates, weight, settled = found
   # Once more, so that probabilities and estimates belong together.
-  log_odds = _log_odds(ballots, a, b, c, weight, monotone=temper)
-  correlation = correlation_of(ballots, _sigmoid(log_odds), a, b)
+  log_odds = _log_odds(ballots, rates, weight, monotone=temper)
+  correlation = correlation_of(ballots, _sigmoid(log_odds), *rates[:2])
+  a, b, c = rates
   return Voters(a, b, float(c), correlation, log_odds, settled, iterations)
+
+
+def _effective(correlation: np.ndarray) -> float:
+  """How many independent voters these are worth."""
+  n = len(correlation)
+  return n * n / float(np.clip(correlation.sum(), n, n * n))
 
 
 def _distance(before, after) -> float:
@@ -182,7 +213,9 @@ def fit_triplet(
     new = _weights(ballots, correlation) if temper else weight
     settled = iterations > 0 and float(np.abs(new - weight).max()) < 1e-3
     weight = new
-    log_odds = _log_odds(ballots, accuracy, accuracy, c, weight, monotone=True)
+    log_odds = _log_odds(
+      ballots, (accuracy, accuracy, c), weight, monotone=True
+    )
     clean = _sigmoid(log_odds)
     iterations += 1
   return Voters(
@@ -275,7 +308,8 @@ def _share(right, wrong, smoothing):
   return np.clip(share, 1e-10, 1 - 1e-10)
 
 
-def _log_odds(ballots, a, b, c, weight, monotone):
+def _log_odds(ballots, rates, weight, monotone):
+  a, b, c = rates
   keep = np.log(a) - np.log1p(-b)
   drop = np.log1p(-a) - np.log(b)
   if monotone:

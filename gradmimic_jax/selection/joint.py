@@ -1,0 +1,440 @@
+"""One model of all scores: what kind each sample is, seen through all steps.
+
+A sample is clean or not. A step sees that through scores with a location and
+a width for either kind, of its own; what a sample's steps share beyond its
+kind is their covariance. So all steps together are one number a sample (the
+best linear combination of their scores), and whether there are two kinds at
+all is decided once, on that number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradmimic_jax.selection import pooling, populations
+
+# The model is fitted to no more samples than this.
+FIT_SIZE = 20_000
+ABOVE = 0.7  # share above the mark from which a lone population is kept
+BELOW = 0.95  # share below it from which a lone population is dropped
+_FEW = 20  # of fewer, with a mark, each is judged by its own side
+_NEAR_MARK = 0.25  # how far the upper group may lie below the mark, relative
+_ROUNDS = 2  # of weighing steps by how well they tell the two kinds apart
+_DRAWS = 100  # bootstrap samples of the clean fraction
+_SURE = 1e-6  # no probability of the model is closer to 0 or 1
+# Of a sample that is off the scale below in all steps, in one population.
+_OFF_SCALE_PROBABILITY = 0.01
+_EQUAL = "all scores are equal"
+
+
+class Joint(NamedTuple):
+  """What the joint model says."""
+
+  probability: np.ndarray  # of being clean [N]; nan where nothing can be said
+  quality: np.ndarray  # [N] in [0, 1]; nan without a finite score
+  pooled: np.ndarray  # [N], nan without a finite score
+  cuts: np.ndarray  # [T], a step votes keep above; nan: it abstains
+  notes: list[str]  # T
+  fits: list[dict[str, float]]  # T
+  population: str  # "" if there are two
+  about: dict[str, Any]  # the model's own diagnostics
+
+
+def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
+  """Fits the joint model of all steps.
+
+  With z_it a score in units of its step (`pooling.Unit`) and y_it = z_it or
+  asinh(z_it), whichever makes the pooled numbers likelier,
+
+    x_i = sum_t w_t (y_it - a_t) / sum_t w_t b_t     over the steps i has
+
+    P(clean_i) = 1 - P(two) P(lower_i | x_i, two)
+
+  x is one population or two, by `populations.compare`, with P(two) =
+  1 / (1 + exp(-(BIC_1 - BIC_2) / 2)). In turn with the two populations, a_t
+  is the middle of a step's two means, b_t their distance, and w >= 0 the
+  direction in which the two are furthest apart, C w = b, with C the steps'
+  covariance on samples of one kind (pooled over both, shrunk to one common
+  correlation). So a step that tells nothing gets no weight, and copies of a
+  step share the weight of one.
+
+  With a mark, y_it = asinh((s_it - mark) / median |s - mark|): scores spread
+  over orders of magnitude around it. Two populations are believed only if the
+  mark parts them, and one is judged by the side it lies on.
+
+  Args:
+    scores: real numbers [N, T]; what isn't finite is missing.
+    mark: the score that parts good from bad; None if there is none.
+    seed: for the bootstrap alone.
+
+  Returns:
+    What the model says of the samples and of the steps.
+  """
+  units = tuple(pooling.unit_of(column, mark) for column in scores.T)
+  notes = [
+    "no finite score" if unit is None else _EQUAL if unit.constant else ""
+    for unit in units
+  ]
+  if all(notes):
+    return _nothing(scores, notes)
+  rows = _fitted_rows(scores, units)
+  pool, evidence, fitted = _choose_pool(scores[rows], units, mark)
+  pair, gain = _believed(evidence, mark), evidence.gain
+  for _ in range(_ROUNDS if pair else 0):
+    better = _weighed(scores[rows], pool, pair, mark)
+    if better is None:
+      break
+    again, fit_again = _compared(scores[rows], better)
+    # The weights are there to tell the two apart; if they don't, they stay.
+    closer = _believed(again, mark)
+    if closer is None or closer.separation < pair.separation:
+      break
+    pool, evidence, fitted, pair = better, again, fit_again, closer
+    # Weights that were made to tell two apart are paid for, one by one.
+    free = np.count_nonzero(pool.weight) - 1
+    gain = max(gain, again.gain - free * math.log(len(rows)))
+  x, noise = pool(scores)
+  seen = ~np.isnan(x)
+  two = populations.probability_of_two(gain) if pair else 0.0
+  known = np.isfinite(scores).any(axis=1)
+  probability = np.full(len(x), np.nan)
+  probability[seen] = 1.0
+  draws = np.ones(1)
+  if pair:
+    odds = pair.log_odds(x[seen], noise[seen])
+    lower = np.clip(0.5 * (1 - np.tanh(0.5 * odds)), _SURE, 1 - _SURE)
+    probability[seen] = 1 - two * lower
+    points, (shift, scale) = fitted
+    draws = populations.resampled_shares(
+      points, pair, shift, scale, _DRAWS, seed
+    )
+  population, cuts = "", np.full(scores.shape[1], np.nan)
+  if pair and two > 0.5:
+    cuts = _cuts(pool, pair)
+    notes = [
+      note or ("" if weight else "it doesn't tell the two populations apart")
+      for note, weight in zip(notes, pool.weight, strict=True)
+    ]
+  else:
+    population = "one population: all kept"
+    if mark is not None and seen.sum() < _FEW:
+      population = f"{seen.sum()} samples are too few to fit: cut at {mark:g}"
+      probability[seen] = _by_votes(scores[seen], mark)
+      cuts = np.where(pool.weight > 0, mark, np.nan)
+    elif mark is not None:
+      population = _by_the_mark(x[seen], mark, probability, seen)
+    probability[_off_scale(scores, units)] = _OFF_SCALE_PROBABILITY
+    notes = [note or population for note in notes]
+    if np.isnan(cuts).all():
+      cuts = _one_sided_cuts(scores, notes, population)
+  # Steps that tell nothing are all that some samples were seen in.
+  untold = known & ~seen
+  if untold.any():
+    probability[untold] = probability[seen].mean()
+    x[untold] = np.median(x[seen])
+  quality = pooling.ranked(probability, x)
+  about = {
+    "probability_of_two": two,
+    "bic_gain": _finite(gain),
+    "single": evidence.single,
+    "pair": evidence.family,
+    "separation": evidence.two.separation if evidence.two else None,
+    "scale": "asinh" if pool.curved else "linear",
+    "above_mark": None if mark is None else float((x[seen] > 0).mean()),
+    "clean_fraction": float(np.nanmean(probability)),
+    "clean_fraction_draws": [float(share) for share in np.sort(draws)],
+    "weights": [float(w) for w in pool.weight / max(pool.weight.sum(), 1e-300)],
+    **_dependence(pool),
+    "note": "",
+  }
+  fits = _fits(pool, None if population else pair)
+  return Joint(probability, quality, x, cuts, notes, fits, population, about)
+
+
+def _nothing(scores: np.ndarray, notes: list[str]) -> Joint:
+  """Of scores that are all the same in every step."""
+  seen = np.isfinite(scores).any(axis=1)
+  pooled = np.where(seen, 0.0, np.nan)
+  level = np.where(seen, 0.5, np.nan)
+  n_steps = scores.shape[1]
+  return Joint(
+    np.full(len(scores), np.nan),
+    pooling.ranked(level, pooled),
+    pooled,
+    np.full(n_steps, np.nan),
+    notes,
+    [{} for _ in range(n_steps)],
+    "",
+    {"n_voters": 0, "effective_voters": 0.0, "note": ""},
+  )
+
+
+def _fitted_rows(
+  scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
+) -> np.ndarray:
+  """Rows to fit: on the scale in all steps; evenly by score if many.
+
+  A few samples a million times as far out as all others would be a population
+  of their own.
+  """
+  whole = np.ones(len(scores), bool)
+  for unit, column in zip(units, scores.T, strict=True):
+    if unit is not None and not unit.constant:
+      z = unit.z(column)
+      whole &= ~((z < unit.low) | (z > unit.high))
+  some = np.isfinite(scores).any(axis=1)
+  if whole[some].mean() < 0.9:
+    whole[:] = True  # they aren't few
+  rows = np.flatnonzero(whole & some)
+  if len(rows) > FIT_SIZE:
+    x, _ = pooling.even_pool(units, curved=True)(scores)
+    rows = rows[np.argsort(x[rows], kind="stable")]
+    rows = rows[np.linspace(0, len(rows) - 1, FIT_SIZE).astype(np.int64)]
+  return rows
+
+
+def _compared(scores, pool):
+  x, noise = pool(scores)
+  seen = ~np.isnan(x)
+  evidence, points, units = populations.compare(x[seen], noise[seen])
+  return evidence, (points, units)
+
+
+def _choose_pool(scores, units, mark):
+  """All steps alike, on the scale that makes the pooled scores likelier.
+
+  Both are densities of the scores in units of their step: what asinh does to
+  a density is its slope, the geometric mean over a sample's steps.
+  """
+  curved = pooling.even_pool(units, curved=True)
+  bent, fit_bent = _compared(scores, curved)
+  if mark is not None:
+    return curved, bent, fit_bent
+  linear = pooling.even_pool(units, curved=False)
+  straight, fit_straight = _compared(scores, linear)
+  log_slope, count = np.zeros(len(scores)), np.zeros(len(scores))
+  for step, column in enumerate(scores.T):
+    z = linear.y(column, step)
+    seen = ~np.isnan(z)
+    np.add(log_slope, 0.5 * np.log1p(z * z), out=log_slope, where=seen)
+    count += seen
+  slope = float((log_slope / np.maximum(count, 1)).sum())
+  if bent.cost + 2 * slope < straight.cost:
+    return curved, bent, fit_bent
+  return linear, straight, fit_straight
+
+
+def _believed(
+  evidence: populations.Evidence, mark: float | None
+) -> populations.Two | None:
+  """The pair, if it lies apart and, with a mark, on both sides of it."""
+  pair = evidence.two
+  if pair is None or pair.separation < populations.LEAST_SEPARATION:
+    return None
+  low, high = pair.mode
+  if mark is not None and not (low < 0 and high > _NEAR_MARK * low):
+    return None
+  return pair
+
+
+def _weighed(
+  scores: np.ndarray,
+  pool: pooling.Pool,
+  pair: populations.Two,
+  mark: float | None,
+) -> pooling.Pool | None:
+  """The pool with steps weighed by what they tell; None if none tells."""
+  n, n_steps = scores.shape
+  x, noise = pool(scores)
+  seen = ~np.isnan(x)
+  upper = np.full(n, 0.5)
+  odds = pair.log_odds(x[seen], noise[seen])
+  upper[seen] = 0.5 * (1 + np.tanh(0.5 * odds))
+  kinds = (1 - upper, upper)
+  residuals = np.zeros((2, n, n_steps))
+  here = np.zeros((n, n_steps))
+  means = np.zeros((2, n_steps))
+  for step in range(n_steps):
+    y = pool.y(scores[:, step], step)
+    there = ~np.isnan(y)
+    if not there.any():
+      continue
+    here[:, step] = there
+    for kind, share in enumerate(kinds):
+      mine = share * there
+      size = mine.sum()
+      mean = float(mine[there] @ y[there]) / size if size > 0 else 0.0
+      means[kind, step] = mean
+      residuals[kind, there, step] = y[there] - mean
+  total = sum(
+    r.T @ (r * share[:, None])
+    for r, share in zip(residuals, kinds, strict=True)
+  )
+  both = here.T @ here
+  covariance = np.divide(total, both, out=np.zeros_like(total), where=both > 0)
+  deviation = np.sqrt(np.diag(covariance))
+  distance = means[1] - means[0]
+  usable = (deviation > 0) & (here.sum(0) > 0)
+  if not usable.any():
+    return None
+  correlation = _correlation(covariance, deviation, usable, n)
+  told = np.where(usable, distance / np.where(usable, deviation, 1), 0)
+  weight = _nonnegative(correlation, told, usable)
+  if not weight.any():
+    return None
+  covariance = correlation * np.outer(deviation, deviation)
+  middle = means.mean(0) if mark is None else np.zeros(n_steps)
+  signal = np.where(usable, distance, 1)
+  weight = weight / np.where(usable, deviation, 1)
+  return pool._replace(
+    weight=weight, center=middle, signal=signal, covariance=covariance
+  )
+
+
+def _correlation(covariance, deviation, usable, n):
+  """Correlations of the steps, shrunk toward one that all have in common."""
+  scale = np.where(usable, deviation, 1)
+  correlation = np.clip(covariance / np.outer(scale, scale), -1, 1)
+  np.fill_diagonal(correlation, 1.0)
+  steps = int(usable.sum())
+  if steps > 1:
+    inner = correlation[np.ix_(usable, usable)]
+    common = (inner.sum() - steps) / (steps * (steps - 1))
+    shrink = steps / (steps + 0.1 * n)
+    even = np.full(correlation.shape, max(common, 0.0))
+    np.fill_diagonal(even, 1.0)
+    correlation = (1 - shrink) * correlation + shrink * even
+  return correlation
+
+
+def _nonnegative(correlation, told, usable):
+  """Weights w >= 0 with C w = told as far as that goes."""
+  weight = np.zeros(len(told))
+  active = np.flatnonzero(usable & (told > 0))
+  while len(active):
+    inner = correlation[np.ix_(active, active)]
+    # The ridge shares a weight among copies.
+    ridge = inner + 1e-3 * np.eye(len(active))
+    found = np.linalg.solve(ridge, told[active])
+    if (found > 0).all():
+      weight[active] = found
+      break
+    active = active[found > 0]
+  return weight
+
+
+def _cuts(pool: pooling.Pool, two: populations.Two) -> np.ndarray:
+  """Where each step votes keep, in the scores' own units [T].
+
+  The cuts together are the pooled cut: a sample above all of them is above
+  that, and one below all of them below.
+  """
+  low, high = (float(mode) for mode in two.mode)
+  grid = np.linspace(low, high, 2001)
+  odds = two.log_odds(grid, np.ones(len(grid)))
+  rises = np.flatnonzero(odds >= 0)
+  cut = grid[rises[0]] if len(rises) else high
+  cuts = np.full(len(pool.units), np.nan)
+  for step, unit in enumerate(pool.units):
+    if unit is not None and pool.weight[step] > 0:
+      cuts[step] = _score_at(
+        pool, unit, pool.center[step] + cut * pool.signal[step]
+      )
+  return cuts
+
+
+def _score_at(pool: pooling.Pool, unit: pooling.Unit, y: float) -> float:
+  """The score at which y is."""
+  z = math.sinh(min(max(y, -700.0), 700.0)) if pool.curved else y
+  largest = np.finfo(np.float64).max
+  with np.errstate(over="ignore"):
+    return float(
+      np.clip(np.float64(z) * unit.scale + unit.center, -largest, largest)
+    )
+
+
+def _fits(
+  pool: pooling.Pool, two: populations.Two | None
+) -> list[dict[str, float]]:
+  """A step's two locations, in the scores' own units, and its weight."""
+  if two is None:
+    return [{} for _ in pool.units]
+  total = float(pool.weight.sum())
+  fits: list[dict[str, float]] = []
+  for step, unit in enumerate(pool.units):
+    if unit is None or unit.constant:
+      fits.append({})
+      continue
+    low, high = (
+      _score_at(pool, unit, pool.center[step] + mode * pool.signal[step])
+      for mode in two.mode
+    )
+    share = float(pool.weight[step]) / total
+    fits.append({"low_mean": low, "high_mean": high, "weight": share})
+  return fits
+
+
+def _by_the_mark(x, mark, probability, seen):
+  """Judges a lone population by its side of the mark; what is said of it."""
+  above = float((x > 0).mean())
+  if above >= ABOVE:
+    return f"one population above {mark:g}: all kept"
+  if above <= 1 - BELOW:
+    probability[seen] = above
+    return f"one population below {mark:g}: all dropped"
+  probability[seen] = max(above, 0.5)
+  return f"one population around {mark:g}: it says nothing"
+
+
+def _by_votes(scores: np.ndarray, mark: float) -> np.ndarray:
+  """Laplace's rule [n]: (scores above the mark + 1) / (scores + 2)."""
+  seen = np.isfinite(scores)
+  above = (seen & (scores > mark)).sum(axis=1)
+  return (above + 1) / (seen.sum(axis=1) + 2)
+
+
+def _one_sided_cuts(scores, notes, population):
+  """Cuts by which a lone population votes the same for all."""
+  cuts = np.full(scores.shape[1], np.nan)
+  for step, column in enumerate(scores.T):
+    if notes[step] == population and "nothing" not in population:
+      seen = column[np.isfinite(column)].astype(np.float64)
+      cuts[step] = (
+        seen.max()
+        if "dropped" in population
+        else np.nextafter(seen.min(), -math.inf)
+      )
+  return cuts
+
+
+def _off_scale(scores, units):
+  """Samples that are off the scale below in every step they have."""
+  below = np.isfinite(scores).any(axis=1)
+  for unit, column in zip(units, scores.T, strict=True):
+    if unit is not None:
+      z = unit.z(column)
+      below &= np.isnan(z) | (z < unit.low)
+  return below
+
+
+def _dependence(pool: pooling.Pool) -> dict[str, float | None]:
+  """How many steps count, and how many independent ones they are worth."""
+  used = np.flatnonzero(pool.weight)
+  deviation = np.sqrt(np.diag(pool.covariance)[used])
+  correlation = pool.covariance[np.ix_(used, used)] / np.outer(
+    deviation, deviation
+  )
+  n = len(used)
+  mean = (correlation.sum() - n) / (n * (n - 1)) if n > 1 else 0.0
+  return {
+    "n_voters": n,
+    "effective_voters": float(n / (1 + (n - 1) * np.clip(mean, 0, 1))),
+    "vote_correlation": float(mean) if n > 1 else None,
+  }
+
+
+def _finite(value: float) -> float | None:
+  return float(value) if math.isfinite(value) else None
