@@ -83,7 +83,9 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
   rows = _fitted_rows(scores, units)
   pool, evidence, fitted = _choose_pool(scores[rows], units, mark)
   pair, gain = _believed(evidence, mark), evidence.gain
-  for _ in range(_ROUNDS if pair else 0):
+  for _ in range(_ROUNDS):
+    if pair is None:
+      break
     better = _weighed(scores[rows], pool, pair, mark)
     if better is None:
       break
