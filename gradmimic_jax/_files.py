@@ -19,7 +19,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +64,11 @@ def named(
     raise
   except Exception as error:
     text = " ".join(str(error).split())
-    told = isinstance(error, (ValueError, TypeError, OSError))
-    if told and str(path) in text and "\n" not in str(error).strip():
-      raise
+    if os.fspath(path) in text:
+      if isinstance(error, TypeError):
+        raise ValueError(text) from error  # a file's content is a value
+      if isinstance(error, (ValueError, OSError)) and "\n" not in str(error):
+        raise
     if isinstance(error, OSError) and error.errno:
       reason = error.strerror or text
       raise OSError(error.errno, reason, os.fspath(path)) from error
@@ -235,7 +237,7 @@ def parse_npy(
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
   version = np.lib.format.read_magic(file)
   read = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -262,7 +264,7 @@ def _check_text(array: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[io.BufferedRandom]:
   """A new file that takes another's place once it is whole and on the disk.
 
   Its temporary name is unique across hosts, is never that of a link, and is

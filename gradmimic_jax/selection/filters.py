@@ -47,8 +47,8 @@ class Filter:
 
   Raises:
     TypeError: ids of another kind.
-    ValueError: ids that aren't [n], are negative, or not in the pool; filters
-      of unlike ids or fingerprints; `~` without a pool.
+    ValueError: ids that aren't [n], are negative, or not in the pool; a mask of
+      0 and 1; filters of unlike ids or fingerprints; `~` without a pool.
 
   Example:
     >>> clean = Filter([4, 2, 7], "clean", pool=range(8))
@@ -64,7 +64,10 @@ class Filter:
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    ids = _ids.unique(_ids.checked(self.ids, f"the ids of {self.source!r}"))
+    name = f"the ids of {self.source!r}"
+    ids = _ids.checked(self.ids, name)
+    _ids.refuse_mask(ids, name)
+    ids = _ids.unique(ids)
     object.__setattr__(self, "ids", ids)
     if self.pool is None:
       return
@@ -182,7 +185,8 @@ def of_selection(selection: Selection, source: str = "selection") -> Filter:
     (<Filter 'mimic': 2 of 3 ids>, array([1]))
   """
   fingerprints = selection.diagnostics.get("fingerprints", {})
-  return Filter(selection.kept_ids, source, selection.ids, fingerprints)
+  keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
+  return Filter(selection.ids[keep], source, selection.ids, fingerprints)
 
 
 def compose(
