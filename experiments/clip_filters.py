@@ -22,6 +22,7 @@ from experiments import (
   clip_data,
   clip_reference,
   distributed,
+  filters,
   select as select_lib,
   tables,
   workdir as workdir_lib,
@@ -30,7 +31,7 @@ from experiments.data import datacomp
 from gradmimic_jax.selection.uids import parse_uids
 
 OVERLAP_FILE = "overlap.csv"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = filters.MANIFEST_FILE
 _ATOM = re.compile(
   r"(?P<score>mimic|clip)_(?P<end>top|bottom)(?P<percent>\d+)"
   r"|random(?P<random>\d+)|basic"
@@ -229,6 +230,10 @@ def write(
       for name, one in made.items()
     },
     "overlaps": overlaps,
+    "sha256": {
+      file_of(name): filters.file_sha256(folder / file_of(name))
+      for name in made
+    },
   }
   workdir_lib.write_json(folder / MANIFEST_FILE, manifest)
   return manifest

@@ -59,7 +59,8 @@ def refuse_frames(value: Any, name: str) -> None:
     ids = "frame.index" if "index of its own" in found else 'frame["id"]'
     raise TypeError(
       f"{name} is a {kind.__module__}.{kind.__qualname__} {found}. Hand over"
-      f" the columns of scores as an array, and the ids apart: {takes}, ids={ids}."
+      " the columns of scores as an array, and the ids apart:"
+      f" {takes}, ids={ids}."
     )
 
 

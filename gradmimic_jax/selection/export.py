@@ -38,6 +38,7 @@ from gradmimic_jax.selection import (
   _ids,
   filters,
 )
+from gradmimic_jax.selection._csv import harmless
 from gradmimic_jax.selection.selection import Selection
 from gradmimic_jax.selection.uids import format_uids, parse_uids
 
@@ -45,6 +46,7 @@ __all__ = [
   "Coverage",
   "coverage",
   "format_uids",
+  "harmless",
   "parse_uids",
   "read_csv",
   "read_datacomp_subset",
