@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 UID = np.dtype("<u8,<u8")  # a uid's first and last 16 hexadecimal digits
 
@@ -63,6 +64,19 @@ def strings(values: Sequence[str] | np.ndarray, name: str) -> np.ndarray:
       " Take them off first."
     )
   return array
+
+
+def to_arrow(ids: np.ndarray, name: str) -> pa.Array:
+  """Ids as Arrow holds them; what NumPy hands over itself ends at a NUL."""
+  if ids.dtype.kind != "U":
+    return pa.array(ids)
+  try:
+    return pa.array(ids.tolist(), pa.string())
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name} has text that is no Unicode, such as {error.object!r:.80}; files"
+      " hold UTF-8."
+    ) from error
 
 
 def refuse_mask(ids: np.ndarray, name: str) -> None:

@@ -319,7 +319,7 @@ def overlap(
   table: dict[str, Any] = {}
   if values is not None:
     n_pairs = len(named) * (len(named) - 1) // 2
-    table["class"] = np.tile(values, n_pairs)
+    table["class"] = np.tile(values, n_pairs).tolist()  # NUL and all
   table |= rows
   either = np.array(rows["n_either"], np.float64)
   table["jaccard"] = np.divide(
