@@ -161,7 +161,22 @@ def make(
 
 
 def check(expressions: Sequence[str]) -> None:
-  """Raises ValueError for an expression with a name that means nothing."""
+  """Raises ValueError for expressions that can't be made and written.
+
+  Args:
+    expressions: such as "clip_top30 - mimic_bottom15".
+
+  Raises:
+    ValueError: a name that means nothing, or two whose file is the same.
+  """
+  files: dict[str, str] = {}
+  for text in expressions:
+    other = files.setdefault(file_of(text), text)
+    if other != text:
+      raise ValueError(
+        f"the filters {other!r} and {text!r} would both be written to"
+        f" {file_of(text)}. Make them in two workdirs."
+      )
   for text in expressions:
     for name in _NAME.findall(text):
       match = _ATOM.fullmatch(name)
