@@ -54,9 +54,13 @@ def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
   """A column of numbers, or of their text, as float64; nan where missing."""
   array = whole(column)
   if is_text(array):
-    text = pc.utf8_lower(pc.utf8_trim_whitespace(array))
-    missing = pc.is_in(text, value_set=_MISSING)
-    array = pc.if_else(missing, pa.scalar(None, text.type), text)
+    array = pc.if_else(pc.equal(array, ""), pa.scalar(None, array.type), array)
+    try:
+      return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid:  # other blanks, other words for a missing one
+      text = pc.utf8_lower(pc.utf8_trim_whitespace(array))
+      missing = pc.is_in(text, value_set=_MISSING)
+      array = pc.if_else(missing, pa.scalar(None, text.type), text)
   elif not (
     pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
   ):
