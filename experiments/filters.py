@@ -123,6 +123,7 @@ def read(
     chosen = gm.filters.Filter(ids, path)
     pool = train_set.ids
     if chosen.ids.dtype.kind == "i":
+      _check_positions(path, pool)
       pool = np.arange(len(train_set.labels))
     applied = chosen.apply(pool)
   except (ValueError, TypeError) as error:
@@ -143,3 +144,15 @@ def read(
       f" {len(chosen)} ids are of another data set, or it is empty."
     )
   return np.flatnonzero(applied.mask)
+
+
+def _check_positions(path, ids):
+  """Refuses integers that a spreadsheet may have made of the set's own ids."""
+  unsure = path.endswith(".csv") and not os.path.exists(path + ".json")
+  if unsure and np.strings.isdigit(ids).all():
+    raise ValueError(
+      "its ids are integers without quotes, and so may be positions, or the"
+      f" data set's own ids, such as {str(ids[0])!r}, as another tool rewrites"
+      " them. Put ids in quotes, or give the file of experiments.select with"
+      " the .json beside it."
+    )

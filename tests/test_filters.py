@@ -194,6 +194,8 @@ def test_overlap_by_class():
       ValueError,
       r"the ids of 'a' holds 3 values, .* a mask",
     ),
+    (lambda: compose("a", {"a": ["b", 5]}), TypeError, "mixes values"),
+    (lambda: compose("a", {"a": ["b"]}, pool={"b", 5}), TypeError, "mixes"),
     (
       lambda: compose("~a", {"a": [1]}, pool=[True, True]),
       TypeError,

@@ -72,8 +72,7 @@ class Filter:
     if self.pool is None:
       return
     pool = self.pool
-    pool = np.asarray(pool if hasattr(pool, "__array__") else list(pool))
-    pool = _ids.checked(pool, f"the pool of {self.source!r}")
+    pool = _ids.checked(_listed(pool), f"the pool of {self.source!r}")
     if not _ids.is_ascending(pool, strictly=True):
       pool = _ids.unique(pool)
     object.__setattr__(self, "pool", pool)
@@ -241,8 +240,7 @@ def combine(
     <Filter 'a | b': 2 ids>
   """
   if pool is not None:
-    pool = np.asarray(pool if hasattr(pool, "__array__") else list(pool))
-    pool = _ids.unique(_ids.checked(pool, "pool"))
+    pool = _ids.unique(_ids.checked(_listed(pool), "pool"))
   made: dict[str, Filter] = {}
 
   def named(name: str) -> Filter:
@@ -358,11 +356,15 @@ def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
   if isinstance(value, Selection):
     value = of_selection(value)
   if not isinstance(value, Filter):
-    value = np.asarray(value if hasattr(value, "__array__") else list(value))
-    return Filter(value, name, pool)
+    return Filter(_listed(value), name, pool)
   if pool is None:
     return dataclasses.replace(value, source=name)
   return dataclasses.replace(value, source=name, pool=pool)
+
+
+def _listed(ids: Any) -> Any:
+  """Ids of a set or a range as a list; arrays as they are."""
+  return ids if hasattr(ids, "__array__") else list(ids)
 
 
 def _check_kinds(a: np.ndarray, a_name: str, b: np.ndarray, b_name: str):

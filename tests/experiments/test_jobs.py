@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -284,6 +285,34 @@ class TestFilters:
       tmp_path / "a.csv", gm.select(scores, ids=ids, binarize="threshold")
     )
     assert self.indices(make_config, tmp_path / "a.csv").tolist() == [2, 7]
+
+  def test_integers_that_may_be_ids_of_text(self, make_config, tmp_path):
+    # The set's ids are "000", "002", ...: a spreadsheet makes 2 of "002".
+    data = mock.Mock(
+      ids=np.array([f"{2 * i:03d}" for i in range(9)]),
+      labels=np.zeros(9, np.int32),
+      fingerprint="f" * 32,
+    )
+    labels = mock.Mock(labels=np.zeros(9, np.int32), rate=0.0)
+    rows = "id,keep,keep_probability,quality,vote_0\n2,TRUE,1,1,1\n"
+
+    def read(text):
+      (tmp_path / "a.csv").write_text(text)
+      path = str(tmp_path / "a.csv")
+      return filters.read(path, make_config(), data, labels).tolist()
+
+    with pytest.raises(ValueError, match=r"a\.csv.* such as '000', as another"):
+      read(rows)
+    assert read(rows.replace("\n2,", '\n"002",')) == [1]
+    assert read(rows.replace("\n2,", "\n002,")) == [1]
+    data.ids = np.char.add("x", data.ids)
+    assert read(rows) == [2]
+    gm.export.write_csv(
+      tmp_path / "a.csv", gm.select([[1.0], [-1.0]], binarize="threshold")
+    )
+    data.ids = np.char.replace(data.ids, "x", "")
+    path = str(tmp_path / "a.csv")
+    assert filters.read(path, make_config(), data, labels).tolist() == [0]
 
   def test_other_data_are_refused_by_name(self, make_config, tmp_path):
     config = make_config()
