@@ -105,7 +105,8 @@ def read(path: Path) -> Opened:
       f"{beside} is damaged: it doesn't have the checksum that it states."
       f" {_REMEDY}"
     )
-  _check(hashlib.sha256(content), about["sha256"], path, f"{beside} says")
+  whose = f"{beside}, which is to be deleted if that was on purpose, says"
+  _check(hashlib.sha256(content), about["sha256"], path, whose)
   return Opened(content, prints, VERSION)
 
 
@@ -156,9 +157,9 @@ def _check(digest: Any, stated: Any, path: Path, whose: str) -> None:
   found = digest.hexdigest()
   if found != stated:
     raise ValueError(
-      f"{path} is not what was written: the SHA-256 of its bytes begins with"
-      f" {found[:12]}, and {whose} {str(stated)[:12]!r}. It was cut off,"
-      f" changed or swapped afterwards. {_REMEDY}"
+      f"{path} is not what was written, but was cut off, changed or swapped"
+      f" afterwards: the SHA-256 of its bytes begins with {found[:12]}, and"
+      f" {whose} {str(stated)[:12]!r}. {_REMEDY}"
     )
 
 
