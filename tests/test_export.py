@@ -518,21 +518,22 @@ def test_tables_that_pandas_saved_again(tmp_path, seed, quoting):
     export.read_csv(path)
 
 
+@pytest.mark.parametrize("lists", [pa.list_, pa.large_list])
 @pytest.mark.parametrize(
   "kind", [bool, np.int8, np.int64, np.float64, "strings"]
 )
-def test_parquet_of_other_tools(tmp_path, selection, kind):
+def test_parquet_of_other_tools(tmp_path, selection, kind, lists):
   keep = selection.keep
   votes = selection.votes.astype(np.int64)
   table = pa.table(
     {
-      "votes": pa.array(votes.tolist()),
+      "votes": pa.array(votes.tolist(), lists(pa.int64())),
       "id": pa.array(selection.ids.astype(np.int32)),
       "keep": np.where(keep, "yes", "no")
       if kind == "strings"
       else (keep.astype(kind)),
       "keep_probability": selection.keep_probability,
-      "quality": selection.quality,
+      "quality": pa.nulls(len(keep)),
       "note": ["x"] * len(keep),
     }
   )
@@ -542,6 +543,7 @@ def test_parquet_of_other_tools(tmp_path, selection, kind):
   np.testing.assert_array_equal(got.kept_ids, selection.kept_ids)
   np.testing.assert_array_equal(got.votes, selection.votes)
   assert got.votes.dtype == np.int8
+  assert np.isnan(got.quality).all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ NAMES = ("id", "keep", "keep_probability", "quality")
 _MISSING = pa.array(
   ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"], pa.large_string()
 )
+_NUMBERS = pa.types.is_integer, pa.types.is_floating, pa.types.is_null
 
 
 def selection(
@@ -61,9 +62,7 @@ def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
       text = pc.utf8_lower(pc.utf8_trim_whitespace(array))
       missing = pc.is_in(text, value_set=_MISSING)
       array = pc.if_else(missing, pa.scalar(None, text.type), text)
-  elif not (
-    pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
-  ):
+  elif not any(is_one(array.type) for is_one in _NUMBERS):
     raise ValueError(f"{name} is of {array.type}; expected numbers")
   try:
     return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -75,7 +74,7 @@ def whole(column: Any) -> pa.Array:
   """A column in one piece; text with offsets that any length has room for."""
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
-  if pa.types.is_string(column.type) or _is_view(column.type):
+  if pa.types.is_string(column.type) or pa.types.is_string_view(column.type):
     column = column.cast(pa.large_string())
   if isinstance(column, pa.ChunkedArray):
     column = column.combine_chunks()
@@ -85,10 +84,6 @@ def whole(column: Any) -> pa.Array:
 def is_text(array: pa.Array) -> bool:
   """Whether a column, in one piece, is text."""
   return pa.types.is_large_string(array.type)
-
-
-def _is_view(kind: pa.DataType) -> bool:
-  return pa.types.is_string_view(kind)
 
 
 def strings(array: pa.Array, name: str) -> np.ndarray:
@@ -152,14 +147,15 @@ def votes_of(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
 def votes_of_lists(column: pa.ChunkedArray) -> np.ndarray:
   """A column of lists, all of one length, as votes [N, T]."""
   lists = whole(column)
-  if not (pa.types.is_list(lists.type) or _is_fixed(lists.type)):
+  of_lists = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+  )
+  if not any(is_one(lists.type) for is_one in of_lists):
     raise ValueError(f"votes is of {lists.type}; expected lists of integers")
   lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
   if len(lengths) > 1 or lists.null_count:
     raise ValueError(f"votes has lists of the lengths {lengths[:5]}")
   flat = numbers(lists.flatten(), "votes")
   return flat.reshape(len(lists), lengths[0] if lengths else 0)
-
-
-def _is_fixed(kind: pa.DataType) -> bool:
-  return pa.types.is_fixed_size_list(kind)

@@ -210,7 +210,7 @@ def read_parquet(
   path = Path(path)
   content = _files.read_bytes(path)
   sealed = _checksums.check_parquet(content, path)
-  with _files.named(path, "Parquet file"):
+  with _files.named(path, "Parquet file of a selection"):
     file = pq.ParquetFile(pa.BufferReader(content))
     names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
     wanted = [*_columns.NAMES, "votes"]
