@@ -22,6 +22,7 @@ from experiments import (
   clip_data,
   clip_reference,
   distributed,
+  filters,
   select as select_lib,
   tables,
   workdir as workdir_lib,
@@ -30,7 +31,7 @@ from experiments.data import datacomp
 from gradmimic_jax.selection.uids import parse_uids
 
 OVERLAP_FILE = "overlap.csv"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = filters.MANIFEST_FILE
 _ATOM = re.compile(
   r"(?P<score>mimic|clip)_(?P<end>top|bottom)(?P<percent>\d+)"
   r"|random(?P<random>\d+)|basic"
@@ -160,7 +161,22 @@ def make(
 
 
 def check(expressions: Sequence[str]) -> None:
-  """Raises ValueError for an expression with a name that means nothing."""
+  """Raises ValueError for expressions that can't be made and written.
+
+  Args:
+    expressions: such as "clip_top30 - mimic_bottom15".
+
+  Raises:
+    ValueError: a name that means nothing, or two whose file is the same.
+  """
+  files: dict[str, str] = {}
+  for text in expressions:
+    other = files.setdefault(file_of(text), text)
+    if other != text:
+      raise ValueError(
+        f"the filters {other!r} and {text!r} would both be written to"
+        f" {file_of(text)}. Make them in two workdirs."
+      )
   for text in expressions:
     for name in _NAME.findall(text):
       match = _ATOM.fullmatch(name)
@@ -229,6 +245,10 @@ def write(
       for name, one in made.items()
     },
     "overlaps": overlaps,
+    "sha256": {
+      file_of(name): filters.file_sha256(folder / file_of(name))
+      for name in made
+    },
   }
   workdir_lib.write_json(folder / MANIFEST_FILE, manifest)
   return manifest

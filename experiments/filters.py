@@ -1,6 +1,7 @@
 """Filters in the training pipeline: which samples of a data set to train on."""
 
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -9,7 +10,10 @@ from absl import logging
 
 import gradmimic_jax as gm
 from experiments.data import noise, sources
+from gradmimic_jax import _files
 
+# What a job that writes filters says of them, with their SHA-256 by name.
+MANIFEST_FILE = "manifest.json"
 _FORMATS = {
   ".npy": gm.export.read_npy,
   ".parquet": lambda path, **asked: (
@@ -39,6 +43,45 @@ def fingerprints(
     "dataset": f"{name} {train_set.fingerprint[:16]}",
     "labels": f"{kind} {digest.hexdigest()[:16]}",
   }
+
+
+def check_manifest(path: str | os.PathLike[str]) -> None:
+  """Refuses a file that isn't the one its folder's manifest speaks of.
+
+  A whole file of the same kind in its place has a right checksum of its own.
+
+  Args:
+    path: of a filter or a selection. Where it has no `manifest.json` beside it,
+      or one that doesn't name it, nothing is known about it.
+
+  Raises:
+    OSError: the system refuses.
+    ValueError: a manifest that is damaged, or another file.
+  """
+  path = pathlib.Path(path)
+  manifest = path.with_name(MANIFEST_FILE)
+  if not manifest.exists():
+    return
+  about = _files.read_json(
+    manifest, remedy="Run the job again that wrote it, or move it away."
+  )
+  sums = about.get("sha256")
+  stated = sums.get(path.name) if isinstance(sums, dict) else None
+  if stated is None:
+    return
+  found = file_sha256(path)
+  if found != stated:
+    raise ValueError(
+      f"{path} is not the file that {manifest} speaks of: its SHA-256 begins"
+      f" with {found[:12]}, expected {str(stated)[:12]!r}. Run the job again"
+      " that wrote them."
+    )
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(
@@ -73,12 +116,14 @@ def read(
       f" {', '.join(_FORMATS)}."
     )
   try:
+    check_manifest(path)
     ids = _FORMATS[suffix](
       path, fingerprints=fingerprints(config, train_set, labels)
     )
     chosen = gm.filters.Filter(ids, path)
     pool = train_set.ids
     if chosen.ids.dtype.kind == "i":
+      _check_positions(path, pool)
       pool = np.arange(len(train_set.labels))
     applied = chosen.apply(pool)
   except (ValueError, TypeError) as error:
@@ -99,3 +144,15 @@ def read(
       f" {len(chosen)} ids are of another data set, or it is empty."
     )
   return np.flatnonzero(applied.mask)
+
+
+def _check_positions(path, ids):
+  """Refuses integers that a spreadsheet may have made of the set's own ids."""
+  unsure = path.endswith(".csv") and not os.path.exists(path + ".json")
+  if unsure and np.strings.isdigit(ids).all():
+    raise ValueError(
+      "its ids are integers without quotes, and so may be positions, or the"
+      f" data set's own ids, such as {str(ids[0])!r}, as another tool rewrites"
+      " them. Put ids in quotes, or give the file of experiments.select with"
+      " the .json beside it."
+    )

@@ -17,6 +17,7 @@ import gradmimic_jax as gm
 from configs import report as report_config
 from experiments import (
   cli,
+  filters,
   methods,
   reference as reference_lib,
   score,
@@ -77,6 +78,7 @@ def report_run(config: Any, workdir: Any) -> pathlib.Path:
         f"config.selection is {str(file)!r}, and there is no such file;"
         " expected the selection.parquet of experiments.select."
       )
+    filters.check_manifest(file)
     selection = gm.export.read_parquet(file, fingerprints=fingerprints)
   else:
     selection = select.from_ledger(config.select, ledger)

@@ -4,7 +4,6 @@ python -m experiments.select --config=configs/select.py:run=runs/scores \
   --workdir=runs/filter
 """
 
-import hashlib
 import pathlib
 from typing import Any
 
@@ -22,7 +21,7 @@ from experiments.data import noise, sources
 SELECTION_FILE = "selection.parquet"
 KEPT_FILE = "kept.npy"
 CSV_FILE = "selection.csv"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = filters.MANIFEST_FILE
 
 
 def select_run(config: Any, workdir: Any) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def write(
     "aggregate": selection.diagnostics["aggregate"],
     "fingerprints": fingerprints,
     "sha256": {
-      name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+      name: filters.file_sha256(folder / name)
       for name in (KEPT_FILE, SELECTION_FILE, CSV_FILE)
     },
   }

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+import gradmimic_jax as gm
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
   """The mean and its standard error, None of a single value."""
@@ -36,13 +38,23 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows as CSV; their columns are those of all rows together."""
+  """Rows as CSV; their columns are those of all rows together.
+
+  Text that a spreadsheet would take for a formula gets an apostrophe in front,
+  as `gm.export.harmless` says; numbers below zero are numbers.
+  """
   columns = list(dict.fromkeys(key for row in rows for key in row))
   text = io.StringIO()
-  writer = csv.DictWriter(text, columns, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(map(_cell, columns))
+  writer.writerows([_cell(row.get(key)) for key in columns] for row in rows)
   return text.getvalue()
+
+
+def _cell(value):
+  if value is None or isinstance(value, (bool, int, float, np.number)):
+    return value
+  return gm.export.harmless(str(value))
 
 
 def markdown(

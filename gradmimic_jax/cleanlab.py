@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gradmimic_jax.selection import class_table, dataset_quality, removal_curve
+from gradmimic_jax.ledger import ScoreLedger
+from gradmimic_jax.selection import (
+  _ids,
+  class_table,
+  dataset_quality,
+  removal_curve,
+)
+from gradmimic_jax.selection._frames import refuse_frames
 from gradmimic_jax.selection.issues import selection_of
 from gradmimic_jax.selection.selection import Selection
 
@@ -34,8 +41,9 @@ def register(*, task: str = "classification") -> type:
 
   What a lab is given in `issue_types` are the `scores`: raw scores [N, T] in
   the order of its data, high = good; or the ledger or the Selection whose ids
-  are its rows. Other entries are options of `gm.select`. Samples that a ledger
-  lacks are no issues, and their score is nan.
+  are its rows, or among `ids`, the ids of all of its rows in order. Other
+  entries are options of `gm.select`. Samples that a ledger lacks are no issues,
+  and their score is nan.
 
   The issue type is registered once, however often this is called.
 
@@ -87,9 +95,22 @@ def register(*, task: str = "classification") -> type:
       3: [],
     }
 
-    def find_issues(self, *, scores: Any, **options: Any) -> None:
+    def find_issues(
+      self, *, scores: Any, ids: Any = None, **options: Any
+    ) -> None:
+      refuse_frames(scores, "scores")
+      is_array = not isinstance(scores, (ScoreLedger, Selection))
+      if is_array and ids is not None:
+        options["ids"] = ids
       n = len(self.datalab.data)
-      selection = _in_rows(selection_of(scores, options), scores, n)
+      selection = selection_of(scores, options)
+      if not is_array:
+        selection = _in_rows(selection, ids, n)
+      elif len(selection) != n:
+        raise ValueError(
+          f"scores has {len(selection)} rows, but the lab's data {n}; expected"
+          " a row a sample, in the order of the data."
+        )
       self.issues = pd.DataFrame(
         {
           f"is_{ISSUE_NAME}_issue": ~selection.keep,
@@ -117,36 +138,53 @@ def register(*, task: str = "classification") -> type:
   return known or factory.register(MimicIssueManager, task=task)
 
 
-def _in_rows(selection: Selection, scores: Any, n: int) -> Selection:
+def _in_rows(selection: Selection, ids: Any, n: int) -> Selection:
   """The selection of all n samples of a lab, a row each, in order."""
-  ids = selection.ids
-  if hasattr(scores, "shape") or isinstance(scores, (list, tuple)):
-    if len(ids) != n:
-      raise ValueError(
-        f"scores has {len(ids)} rows, but the lab's data {n}; expected a row a"
-        " sample, in the order of the data."
-      )
-    return selection
-  if ids.dtype.kind not in "iu" or ids.max() >= n:
+  rows = selection.ids
+  if ids is not None:
+    rows = _places(rows, ids, n)
+  elif rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= n:
     raise ValueError(
-      f"the ids end with {np.sort(ids)[-1]!r}, and the lab's data has {n} rows;"
-      f" expected the rows 0 to {n - 1} as ids. An array of scores needs none:"
-      " a row a sample, in the order of the data."
+      f"the ids end with {np.sort(rows)[-1].item()!r}, and the lab's data has"
+      f" {n} rows; expected the rows 0 to {n - 1} as ids, or the ids of all"
+      " rows as `ids`. An array of scores needs none: a row a sample, in the"
+      " order of the data."
     )
 
   def spread(values: Any, empty: Any) -> np.ndarray:
-    rows = np.full((n, *values.shape[1:]), empty, values.dtype)
-    rows[ids] = values
-    return rows
+    whole = np.full((n, *values.shape[1:]), empty, values.dtype)
+    whole[rows] = values
+    return whole
 
   quality = selection.quality
   if quality is None:
-    quality = np.full(len(ids), np.nan)
+    quality = np.full(len(rows), np.nan)
+  keep = _ids.mask(selection.keep, len(rows), "the selection's keep")
   return Selection(
     np.arange(n),
-    spread(selection.keep, True),
+    spread(keep, True),
     spread(selection.keep_probability, np.nan),
     spread(selection.votes, -1),
     selection.diagnostics,
     spread(quality, np.nan),
   )
+
+
+def _places(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
+  """Where the ids wanted are among those of a lab's n rows."""
+  ids = _ids.checked(ids, "ids")
+  by = _ids.order(ids)
+  if ids.shape != (n,) or not _ids.is_ascending(ids[by], strictly=True):
+    raise ValueError(
+      f"ids has {len(ids)} values, {len(_ids.unique(ids))} of them distinct,"
+      f" and the lab's data has {n} rows; expected the id of every row."
+    )
+  same = _ids.same_kind(ids, wanted)
+  missing = wanted if not same else wanted[~_ids.contains(ids[by], wanted)]
+  if len(missing):
+    raise ValueError(
+      f"{len(missing)} of {len(wanted)} samples are not among ids, the first is"
+      f" {missing[0].item()!r}; expected the ids of the lab's rows, integers or"
+      " strings as the ledger has them."
+    )
+  return by[np.searchsorted(ids[by], wanted)]

@@ -110,6 +110,50 @@ def test_a_ledgers_ids_are_rows(found, tmp_path):
     np.testing.assert_array_equal(unseen, np.arange(N) % 7 == 0)
 
 
+def test_ids_that_are_text_are_found(found, tmp_path):
+  scores, _, labels = found
+  names = np.array([f"{i:03d}" for i in range(N)])  # text, not numbers
+  order = np.random.default_rng(1).permutation(N)
+  with gm.ScoreLedger(tmp_path / "ledger") as ledger:
+    for step, column in enumerate(scores.T):
+      some = order[:-20]
+      ledger.append(names[some], column[some], step=step, epoch=step)
+  lab = lab_of(labels, ledger, ids=names)
+  flags = lab.get_issues("grad_mimic")["is_grad_mimic_issue"].to_numpy()
+  dropped = gm.select(ledger).dropped_ids
+  assert sorted(names[flags]) == sorted(dropped)
+  assert lab.get_info("grad_mimic")["unvoted"] == 20
+  # An array's rows are the lab's, and its ids are those of `select`.
+  lab = lab_of(labels, scores, ids=names)
+  flags = lab.get_issues("grad_mimic")["is_grad_mimic_issue"].to_numpy()
+  np.testing.assert_array_equal(flags, gm.find_label_issues(scores))
+
+
+@pytest.mark.parametrize(
+  ("ids", "message"),
+  [
+    (np.arange(N), "3 of 3 samples are not among ids, the first is '000'"),
+    (np.array([str(i) for i in range(N)]), "3 of 3 samples"),
+    (["000"] * N, "300 values, 1 of them distinct"),
+    (["000", "001", "002"], "3 values"),
+    (["000", 1, *map(str, range(2, N))], "mixes values of int, str"),
+  ],
+)
+def test_ids_of_other_rows(registered, ids, message):
+  lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
+  selection = gm.select(np.ones((3, 1)), ids=["000", "001", "002"])
+  with pytest.raises((ValueError, TypeError), match=message):
+    registered(datalab=lab).find_issues(scores=selection, ids=ids)
+
+
+def test_a_frame_with_ids_is_no_scores(registered):
+  pd = pytest.importorskip("pandas")
+  lab = datalab.Datalab(data={"text": ["a"] * 2}, verbosity=0)
+  frame = pd.DataFrame({"id": [5, 7], "score": [0.1, -0.2]})
+  with pytest.raises(TypeError, match="column 'id'"):
+    registered(datalab=lab).find_issues(scores=frame)
+
+
 def test_without_labels_or_votes(found):
   lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
   lab.find_issues(issue_types={"grad_mimic": {"scores": found[0][:, :2]}})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradmimic_jax.ledger import ScoreLedger
-from gradmimic_jax.selection import _ids, export, filters, select
+from gradmimic_jax.selection import Selection, _ids, export, filters, select
 from gradmimic_jax.selection.filters import Filter, combine, compose, overlap
 
 KINDS = {
@@ -182,6 +182,25 @@ def test_overlap_by_class():
     (lambda: Filter([0.5]), TypeError, "dtype float64"),
     (lambda: Filter(np.array([True])), TypeError, r"ids\[mask\]"),
     (lambda: Filter([[1]]), ValueError, r"expected \[n\]"),
+    (lambda: Filter([0, 1, 1]), ValueError, "0 or 1: a mask, not ids"),
+    (lambda: Filter(np.ones(3, np.int8)), ValueError, r"3 values, .* a mask"),
+    (lambda: Filter([1.0, 0.0]), TypeError, "dtype float64"),
+    (lambda: Filter([True, 5]), TypeError, "mixes values of bool, int"),
+    (lambda: Filter(["a", 5]), TypeError, "mixes values of int, str"),
+    (lambda: Filter(["a", None]), TypeError, "None may be missing"),
+    (lambda: compose("a", {"a": [True, False]}), TypeError, r"ids\[mask\]"),
+    (
+      lambda: compose("a", {"a": np.array([1, 0, 1])}),
+      ValueError,
+      r"the ids of 'a' holds 3 values, .* a mask",
+    ),
+    (lambda: compose("a", {"a": ["b", 5]}), TypeError, "mixes values"),
+    (lambda: compose("a", {"a": ["b"]}, pool={"b", 5}), TypeError, "mixes"),
+    (
+      lambda: compose("~a", {"a": [1]}, pool=[True, True]),
+      TypeError,
+      "pool has dtype bool",
+    ),
     (lambda: Filter([5], "s", pool=[1]), ValueError, "first is .*5"),
     (lambda: Filter([5]) & Filter(["5"]), ValueError, "one kind of id"),
     (lambda: Filter([5]).apply(["5"]), ValueError, "one kind of id"),
@@ -227,6 +246,63 @@ def test_a_selection_is_a_filter(tmp_path):
   assert export.read_npy(path).tolist() == [2, 5]
   with pytest.raises(ValueError, match="'digits' in the one and 'cifar' in"):
     export.read_npy(path, fingerprints={"data": "cifar"})
+
+
+def test_few_ids_that_are_0_and_1_are_ids():
+  for ids in ([], [0], [1], [0, 1], [1, 0]):
+    assert Filter(ids).ids.tolist() == sorted(ids)
+  assert Filter([0, 1, 2, 1, 0]).ids.tolist() == [0, 1, 2]
+  assert Filter([2]).apply([0, 1, 1, 0]).kept == 0  # a pool may repeat
+
+
+@pytest.mark.parametrize(
+  "keep",
+  [
+    np.array([True, False, True]),
+    np.array([1, 0, 1]),
+    np.array([1, 0, 1], np.uint8),
+    np.array([1.0, 0.0, 1.0]),
+    np.array([True, False, True], object),
+    ["TRUE", "FALSE", "TRUE"],
+  ],
+)
+def test_keep_is_never_taken_for_positions(tmp_path, keep):
+  selection = Selection(
+    np.array([10, 11, 12]),
+    keep,
+    np.array([0.9, 0.1, 0.8]),
+    np.array([[1], [0], [1]], np.int8),
+    {},
+  )
+  assert filters.of_selection(selection).ids.tolist() == [10, 12]
+  assert compose("a", {"a": selection}).tolist() == [10, 12]
+  path = export.write_npy(tmp_path / "k.npy", selection)
+  assert export.read_npy(path).tolist() == [10, 12]
+  for name in ("csv", "parquet"):
+    path = getattr(export, f"write_{name}")(tmp_path / f"s.{name}", selection)
+    got = getattr(export, f"read_{name}")(path)
+    assert got.kept_ids.tolist() == [10, 12]
+
+
+@pytest.mark.parametrize(
+  ("keep", "message"),
+  [
+    ([0, 2, 1], "keep holds 2"),
+    ([0.0, np.nan, 1.0], "keep holds nan"),
+    (["yes", "no", "?"], r"keep holds '\?'"),
+    ([1, 0], r"keep has shape \(2,\); expected \[3\]"),
+  ],
+)
+def test_keep_that_says_nothing_is_refused(keep, message):
+  selection = Selection(
+    np.array([10, 11, 12]),
+    np.array(keep),
+    np.zeros(3),
+    np.zeros((3, 1), np.int8),
+    {},
+  )
+  with pytest.raises(ValueError, match=message):
+    filters.of_selection(selection)
 
 
 def test_fingerprints_go_along():

@@ -1,6 +1,7 @@
 """The report: what the page says, that it is safe, small and needs no other."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import itertools
@@ -341,10 +342,24 @@ def test_what_does_not_fit_is_refused(scores, selection, tmp_path):
     dataset={"labels": [0] * 600, "suggested": ["a"] * 600},
   )
   refused(
+    ValueError,
+    r"dataset\['ids'\] repeat",
+    dataset={"ids": [*range(600), 5], "labels": [0] * 601},
+  )
+  refused(
     TypeError,
     "float64; expected uint8",
     dataset={"images": np.zeros((600, 2, 2))},
   )
+
+
+def test_keep_as_0_and_1_is_the_same_page(scores, selection, tmp_path):
+  numbers = dataclasses.replace(selection, keep=selection.keep.astype(int))
+  one, other = (
+    gm.report(scores, found, tmp_path / f"{name}.html").read_bytes()
+    for name, found in (("a", selection), ("b", numbers))
+  )
+  assert one == other
 
 
 def test_a_ledger_of_other_samples_is_refused(selection, tmp_path):

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from gradmimic_jax import _files
+
 # Okabe and Ito's colours, which people with colour-blindness tell apart.
 _COLORS = (
   "#0072B2",
@@ -445,6 +447,5 @@ def _figure(path: str | os.PathLike, **kwargs: Any) -> Iterator[Any]:
     figure = Figure(layout="constrained", **kwargs)
     FigureCanvasAgg(figure)
     yield figure, path
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-  os.replace(temporary, path)
+    with _files.replacing(path) as file:
+      figure.savefig(file, format="png")

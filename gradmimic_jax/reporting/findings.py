@@ -12,6 +12,7 @@ from gradmimic_jax import metrics
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reporting import charts
 from gradmimic_jax.reporting.samples import Samples, text
+from gradmimic_jax.selection._frames import refuse_frames
 from gradmimic_jax.selection.quality import (
   DatasetQuality,
   RemovalCurve,
@@ -42,6 +43,7 @@ def scores_of(ledger: Any, selection: Selection) -> np.ndarray:
     Scores [N, T].
 
   Raises:
+    TypeError: a data frame with more in it than scores.
     ValueError: a ledger of other samples or steps than the selection.
   """
   if isinstance(ledger, ScoreLedger):
@@ -53,6 +55,7 @@ def scores_of(ledger: Any, selection: Selection) -> np.ndarray:
         " Give the ledger that the selection was made of."
       )
   else:
+    refuse_frames(ledger, "ledger")
     scores = np.asarray(ledger)
   if scores.shape != selection.votes.shape:
     raise ValueError(

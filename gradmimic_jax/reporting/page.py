@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,9 +11,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from gradmimic_jax import _files
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reporting import charts, findings as findings_lib, thumbnails
 from gradmimic_jax.reporting.samples import Samples, samples_of
+from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.selection import Selection
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -89,6 +92,8 @@ def report(
     raise ValueError(f"path is {str(path)!r}; expected it to end with .html")
   if gallery < 0:
     raise ValueError(f"gallery is {gallery}; expected >= 0 samples.")
+  keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
+  selection = dataclasses.replace(selection, keep=keep)
   scores = findings_lib.scores_of(ledger, selection)
   samples = samples_of(dataset, selection)
   found = findings_lib.gather(
@@ -103,8 +108,8 @@ def report(
   )
   page = _fitting(found, samples, max_bytes)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _write(path.with_suffix(".json"), _json(found).encode() + b"\n")
-  _write(path, page)
+  _files.write_bytes(path.with_suffix(".json"), _json(found).encode() + b"\n")
+  _files.write_bytes(path, page)
   return path
 
 
@@ -214,12 +219,3 @@ def _number(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
   return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -163,6 +163,11 @@ def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
         f" {wanted.dtype}; expected the same kind of id."
       )
     order = _ids.order(ids)
+    if not _ids.is_ascending(ids[order], strictly=True):
+      raise ValueError(
+        "dataset['ids'] repeat, so that they don't tell which sample is meant;"
+        " expected each once."
+      )
     place = np.searchsorted(ids[order], wanted)
     rows = order[np.minimum(place, len(ids) - 1)]
     missing = wanted[ids[rows] != wanted]

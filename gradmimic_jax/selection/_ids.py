@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 UID = np.dtype("<u8,<u8")  # a uid's first and last 16 hexadecimal digits
 
@@ -23,13 +26,11 @@ def checked(ids: Any, name: str) -> np.ndarray:
     TypeError: ids of another kind.
     ValueError: ids that aren't [n], or negative.
   """
-  array = np.asarray(ids)
+  array = _as_array(ids, name)
   if array.ndim != 1:
     raise ValueError(f"{name} has shape {array.shape}; expected [n].")
   if not len(array):
     return array if array.dtype in (UID,) else np.empty(0, np.int64)
-  if array.dtype.kind in "OT":  # as data frames hold strings
-    array = np.asarray(array.tolist())
   if array.dtype == UID or array.dtype.kind == "U":
     return array
   if array.dtype.kind not in "iu":
@@ -46,14 +47,134 @@ def checked(ids: Any, name: str) -> np.ndarray:
 
 def plain(values: Any, name: str) -> np.ndarray:
   """Integers or strings as a NumPy array; TypeError if they are neither."""
-  array = np.asarray(values)
-  if array.dtype.kind in "OT":  # as data frames hold strings
-    array = np.asarray(array.tolist())
+  array = _as_array(values, name)
   if array.dtype.kind not in "iuU":
     raise TypeError(
       f"{name} has dtype {array.dtype}; expected integers >= 0 or strings."
     )
   return array
+
+
+def strings(values: Sequence[str] | np.ndarray, name: str) -> np.ndarray:
+  """Strings as a NumPy array; ValueError if they would be others in it."""
+  array = np.asarray(values, np.str_)
+  if int(np.strings.str_len(array).sum()) != sum(map(len, values)):
+    raise ValueError(
+      f"{name} has strings that end with NUL characters, which NumPy drops."
+      " Take them off first."
+    )
+  return array
+
+
+def to_arrow(ids: np.ndarray, name: str) -> pa.Array:
+  """Ids as Arrow holds them; what NumPy hands over itself ends at a NUL."""
+  if ids.dtype.kind != "U":
+    return pa.array(ids)
+  try:
+    return pa.array(ids.tolist(), pa.string())
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name} has text that is no Unicode, such as {error.object!r:.80}; files"
+      " hold UTF-8."
+    ) from error
+
+
+def refuse_mask(ids: np.ndarray, name: str) -> None:
+  """Raises ValueError for ids [n] that are 0 and 1 over and over: a mask."""
+  if ids.dtype.kind not in "iu" or is_ascending(ids, strictly=True):
+    return
+  if ids.max() <= 1 and len(ids) > len(np.unique(ids)):
+    raise ValueError(
+      f"{name} holds {len(ids)} values, all of them 0 or 1: a mask, not ids."
+      " A mask picks ids: ids[mask.astype(bool)]."
+    )
+
+
+def mask(values: Any, n: int, name: str) -> np.ndarray:
+  """Decisions [n] as booleans; 1 and 0 are such, and never positions.
+
+  Args:
+    values: booleans, numbers 0 and 1, or words such as "yes" and "FALSE".
+    n: how many there should be.
+    name: what errors call them.
+
+  Returns:
+    Booleans [n].
+
+  Raises:
+    ValueError: another shape, or a value that says neither.
+  """
+  array = np.asarray(values)
+  if array.shape != (n,):
+    raise ValueError(f"{name} has shape {array.shape}; expected [{n}].")
+  if array.dtype.kind == "b":
+    return array
+  if array.dtype.kind in "iuf":
+    if not ((array == 0) | (array == 1)).all():
+      wrong = array[(array != 0) & (array != 1)][0]
+      raise ValueError(_no_truth(name, wrong))
+    return array == 1
+  return np.array([truth(value, name) for value in array.tolist()], bool)
+
+
+_WORDS = {
+  **dict.fromkeys(("true", "t", "yes", "y"), True),
+  **dict.fromkeys(("false", "f", "no", "n"), False),
+}
+
+
+def truth(value: Any, name: str) -> bool:
+  """What a value such as True, 0, "1.0", "yes" or "F" says.
+
+  Args:
+    value: as pandas, R or a spreadsheet write it.
+    name: what errors call it.
+
+  Returns:
+    True or False.
+
+  Raises:
+    ValueError: it says neither.
+  """
+  if isinstance(value, str):
+    word = value.strip().lower()
+    if word in _WORDS:
+      return _WORDS[word]
+    with contextlib.suppress(ValueError):
+      value = float(word)
+  if value not in (0, 1):  # 1.0 and True are equal to 1
+    raise ValueError(_no_truth(name, value))
+  return bool(value)
+
+
+def _no_truth(name: str, value: Any) -> str:
+  shown = value.item() if isinstance(value, np.generic) else value
+  return (
+    f"{name} holds {shown!r:.80}; expected true or false, yes or no, t or f, 1"
+    " or 0."
+  )
+
+
+def _as_array(values: Any, name: str) -> np.ndarray:
+  """As np.asarray, which would turn 5 among strings into "5", True into 1."""
+  array = np.asarray(values)
+  if array.ndim != 1 or not len(array):
+    return array
+  if array.dtype.kind in "OT":  # as data frames hold strings
+    values = array.tolist()
+  elif hasattr(values, "dtype") or array.dtype.kind not in "iuU":
+    return array
+  kinds = set(map(type, values))
+  if all(issubclass(kind, str) for kind in kinds):
+    return strings(values, name)
+  text = any(issubclass(kind, str) for kind in kinds)
+  if len(kinds) > 1 and (text or not kinds.isdisjoint((bool, np.bool_))):
+    found = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise TypeError(
+      f"{name} mixes values of {found}; expected all strings or all integers."
+      " None may be missing."
+    )
+  return np.asarray(values)
 
 
 def order(ids: np.ndarray) -> np.ndarray:

@@ -7,28 +7,61 @@
 | DataComp `.npy` | uids to keep as sorted `u8,u8`             | its resharder |
 
 Every file is written beside its place and moved there, whole or not at all;
-none is a pickle. Fingerprints, where given, go along: into the Parquet file, or
-a `.json` file beside the others; reading compares them.
+none is a pickle. Ids are integers or text, and come back as what they were.
+
+Every file has a checksum, and reading compares it: a Parquet file in itself,
+the others in a manifest beside them, `<file>.json`. Move the two together; one
+without the other's match is refused. Files without a manifest are somebody
+else's, and are read as they are. Fingerprints, where given, are kept in the
+same place; reading compares them, too.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from gradmimic_jax.selection import _ids, filters
+from gradmimic_jax import _files
+from gradmimic_jax.selection import (
+  _checksums,
+  _columns,
+  _csv,
+  _ids,
+  filters,
+)
+from gradmimic_jax.selection._csv import harmless
 from gradmimic_jax.selection.selection import Selection
-from gradmimic_jax.selection.uids import parse_uids
+from gradmimic_jax.selection.uids import format_uids, parse_uids
+
+__all__ = [
+  "Coverage",
+  "coverage",
+  "format_uids",
+  "harmless",
+  "parse_uids",
+  "read_csv",
+  "read_datacomp_subset",
+  "read_npy",
+  "read_parquet",
+  "write_csv",
+  "write_datacomp_subset",
+  "write_npy",
+  "write_parquet",
+]
 
 _METADATA = b"gradmimic_selection"
+_VERSION = 2  # of a Parquet file; 1 had no checksum
+_TEXT = bytes(range(32, 127)) + b"\t\r\n"  # bytes of ASCII text
+_MAX_ROWS = 100  # that a byte of Parquet may claim; the tightest have some 40
 _ROWS = 1 << 20  # of a Parquet row group, and of what is converted at a time
 
 
@@ -58,7 +91,7 @@ def write_npy(
     path: the file's path, ending with `.npy`.
     ids: ids [n], a Filter, or a Selection, whose kept ids they are.
     fingerprints: what the ids belong to; those of a Filter or a Selection if
-      not given. Written to `<path>.json`.
+      not given. Written to `<path>.json`, with the checksum.
 
   Returns:
     The path.
@@ -75,8 +108,9 @@ def write_npy(
   """
   path = _path(path, ".npy")
   ids, fingerprints = _opened(ids, fingerprints)
-  array = _ids.unique(_ids.checked(ids, "ids"))
-  return _write_array(path, array, fingerprints)
+  array = _ids.checked(ids, "ids")
+  _ids.refuse_mask(array, "ids")
+  return _write_array(path, _ids.unique(array), fingerprints)
 
 
 def read_npy(
@@ -94,11 +128,16 @@ def read_npy(
     The ids, ascending, each once.
 
   Raises:
-    TypeError, ValueError: a file that holds no ids [n], or of other inputs.
+    ValueError: a file that holds no ids [n], one that was changed after it was
+      written, or of other inputs.
   """
   path = Path(path)
-  _check_fingerprints(path, _read_fingerprints(path), fingerprints)
-  return _ids.unique(_ids.checked(_load(path), f"the file {path}"))
+  content = _read(path, fingerprints).content
+  name = f"the file {path}"
+  with _files.named(path):
+    ids = _ids.checked(_files.parse_npy(content, path), name)
+    _ids.refuse_mask(ids, name)
+  return _ids.unique(ids)
 
 
 def write_parquet(
@@ -131,19 +170,19 @@ def write_parquet(
   """
   path = _path(path, ".parquet")
   about = {
-    "version": 1,
+    "version": _VERSION,
     "diagnostics": selection.diagnostics,
     "fingerprints": _fingerprints_of(selection, fingerprints),
+    _checksums.IN_FILE: _checksums.ZEROS,  # the last: what is looked for
   }
   metadata = {_METADATA: json.dumps(about, allow_nan=False).encode()}
-
-  def write(file: BinaryIO) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _files.replacing(path) as file:
     schema = _table(selection, 0, 0).schema.with_metadata(metadata)
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
       for table in _tables(selection):
         writer.write_table(table.cast(schema))
-
-  _write(path, write)
+    _checksums.seal_parquet(file)
   return path
 
 
@@ -154,6 +193,9 @@ def read_parquet(
 ) -> Selection:
   """Reads a selection that `write_parquet` wrote.
 
+  A table with the same columns that another tool wrote is a selection, too,
+  without diagnostics; its `keep` may be 0 and 1.
+
   Args:
     path: the file's path.
     fingerprints: what it should belong to.
@@ -162,22 +204,57 @@ def read_parquet(
     The Selection.
 
   Raises:
-    ValueError: a file of another kind, or of other inputs.
+    ValueError: a file of another kind, one that was changed after it was
+      written, or of other inputs.
   """
   path = Path(path)
-  file = pq.ParquetFile(path)
-  metadata = file.schema_arrow.metadata or {}
-  if _METADATA not in metadata:
+  content = _files.read_bytes(path)
+  sealed = _checksums.check_parquet(content, path)
+  with _files.named(path, "Parquet file of a selection"):
+    file = pq.ParquetFile(pa.BufferReader(content))
+    names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
+    wanted = [*_columns.NAMES, "votes"]
+    if set(wanted) - set(names):
+      raise ValueError(
+        f"{path} is a Parquet file, but no selection: its columns are {names};"
+        f" expected {wanted}. Give a file that write_parquet wrote."
+      )
+    _check_rows(file.metadata, len(content))
+    about = _about(metadata.get(_METADATA), path, sealed)
+    _check_fingerprints(path, about["fingerprints"], fingerprints)
+    table = file.read(columns=wanted)
+    columns = {name: table[name] for name in _columns.NAMES}
+    votes = _columns.votes_of_lists(table["votes"])
+    return _columns.selection(columns, votes, about["diagnostics"])
+
+
+def _check_rows(footer: pq.FileMetaData, size: int) -> None:
+  """Refuses rows that aren't there: memory for all of them is taken at once."""
+  groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+  if not all(0 <= rows <= size * _MAX_ROWS for rows in (*groups, sum(groups))):
+    raise ValueError(f"it claims {sum(groups):,} rows in {size:,} bytes")
+  if sum(groups) != footer.num_rows:
+    raise ValueError(f"it has {sum(groups):,} of {footer.num_rows:,} rows")
+
+
+def _about(text: bytes | None, path: Path, sealed: bool) -> dict[str, Any]:
+  """What a Parquet file says of itself."""
+  if text is None:
+    return {"fingerprints": {}, "diagnostics": {}}
+  about = _files.parse_json(text, path)
+  if about.get("version") not in (1, _VERSION):
     raise ValueError(
-      f"{path} is a Parquet file, but no selection: its columns are"
-      f" {file.schema_arrow.names}. Give a file that write_parquet wrote."
+      f"{path} is of version {about.get('version')!r}; this gradmimic_jax reads"
+      f" 1 and {_VERSION}. Read it with the release that wrote it."
     )
-  about = json.loads(metadata[_METADATA])
-  _check_fingerprints(path, about["fingerprints"], fingerprints)
-  table = file.read()
-  votes = table["votes"].combine_chunks()
-  votes = votes.flatten().to_numpy().reshape(len(table), votes.type.list_size)
-  return _selection(table, votes, about["diagnostics"])
+  # A tool that keeps metadata takes them from where the checksum isn't yet.
+  blank = about.get(_checksums.IN_FILE) == _checksums.ZEROS
+  if about["version"] == _VERSION and not (sealed or blank):
+    raise ValueError("its checksum is gone")
+  for name in ("fingerprints", "diagnostics"):
+    if not isinstance(about.get(name), dict):
+      raise ValueError(f"it has no {name}")
+  return about
 
 
 def write_csv(
@@ -186,31 +263,46 @@ def write_csv(
   *,
   fingerprints: Mapping[str, str] | None = None,
 ) -> Path:
-  """Writes a selection as CSV, a row a sample.
+  r"""Writes a selection as CSV, a row a sample.
 
   Columns: id, keep (true or false), keep_probability, quality (empty where
-  undefined), vote_0 ... vote_{T-1} (1 keep, 0 drop, -1 abstain). Strings are
-  quoted.
+  undefined), vote_0 ... vote_{T-1} (1 keep, 0 drop, -1 abstain). Ids that are
+  text are quoted, integers are not. An id that a spreadsheet would take for a
+  formula, for it begins with one of = + - @, gets an apostrophe in front, as
+  does one that begins with an apostrophe; `read_csv` takes it off again.
 
   Args:
     path: the file's path.
     selection: what `select` gave.
     fingerprints: what it belongs to; those of its ledger if not given. Written
-      to `<path>.json`.
+      to `<path>.json`, with the checksum.
 
   Returns:
     The path.
+
+  Example:
+    >>> import tempfile
+    >>> from gradmimic_jax.selection import select
+    >>> found = select([[1.0], [-1.0]], ids=["007", "=1"], binarize="threshold")
+    >>> path = write_csv(tempfile.mkdtemp() + "/s.csv", found)
+    >>> [line.split(",")[0] for line in path.read_text().splitlines()]
+    ['id', '"007"', '"\'=1"']
+    >>> read_csv(path).ids.tolist()
+    ['007', '=1']
   """
   path = _path(path, ".csv")
 
-  def write(file: BinaryIO) -> None:
+  def write(file: io.BufferedRandom) -> None:
     schema = _flat(_table(selection, 0, 0)).schema
-    with pa_csv.CSVWriter(file, schema) as writer:
+    # Names have no quotes here, and had in earlier releases, which left
+    # formulas as they are.
+    file.write(",".join(schema.names).encode() + b"\n")
+    options = pa_csv.WriteOptions(include_header=False)
+    with pa_csv.CSVWriter(file, schema, write_options=options) as writer:
       for table in _tables(selection):
         writer.write_table(_flat(table))
 
-  _write(path, write)
-  _write_fingerprints(path, _fingerprints_of(selection, fingerprints))
+  _checksums.write(path, write, _fingerprints_of(selection, fingerprints))
   return path
 
 
@@ -221,28 +313,42 @@ def read_csv(
 ) -> Selection:
   """Reads a selection that `write_csv` wrote; there are no diagnostics.
 
+  | edge case                              | behaviour                       |
+  |----------------------------------------|---------------------------------|
+  | ids in quotes                          | text, whatever they look like   |
+  | ids without quotes, as pandas writes   | integers if all are written as  |
+  | text; or all cells in quotes           | such, without zeros in front;   |
+  |                                        | otherwise text                  |
+  | ids such as 10.0 or 1.2E+11            | refused: no tool can tell what  |
+  |                                        | they were                       |
+  | keep as 1/0, yes/no, TRUE/FALSE, T/F   | understood, as pandas, R and    |
+  |                                        | spreadsheets write it           |
+  | a missing keep, id or vote, two rows   | refused                         |
+  | of an id                               |                                 |
+  | NA, nan, NULL as a probability         | nan                             |
+  | further columns                        | left out                        |
+
   Args:
     path: the file's path.
     fingerprints: what it should belong to.
 
   Returns:
-    The Selection. Ids that look like numbers are integers.
+    The Selection.
 
   Raises:
-    ValueError: a file without these columns, or of other inputs.
+    ValueError: a file without these columns, one that was changed after it was
+      written, or of other inputs.
   """
   path = Path(path)
-  _check_fingerprints(path, _read_fingerprints(path), fingerprints)
-  table = pa_csv.read_csv(path)
-  wanted = ["id", "keep", "keep_probability", "quality"]
-  steps = [n for n in table.column_names if n.startswith("vote_")]
-  if table.column_names[:4] != wanted or not steps:
-    raise ValueError(
-      f"{path} has columns {table.column_names}; expected {wanted} and vote_0,"
-      " vote_1, ..."
-    )
-  votes = np.stack([table[name].to_numpy() for name in steps], axis=1)
-  return _selection(table, votes.astype(np.int8), {})
+  opened = _read(path, fingerprints)
+  # The first manifests came with files whose formulas are as they were.
+  escaped = {0: None, 1: False}.get(opened.version, True)
+  with _files.named(path, "table of a selection"):
+    table = _csv.read(opened.content, escaped=escaped)
+    columns = {name: table[name] for name in _columns.NAMES}
+    steps = [n for n in table.column_names if n.startswith("vote_")]
+    votes = _columns.votes_of([table[name] for name in steps])
+    return _columns.selection(columns, votes, {})
 
 
 def write_datacomp_subset(
@@ -263,7 +369,8 @@ def write_datacomp_subset(
       Filter or a Selection of such ids.
     multiplicity: whether a uid that comes m times should be in the data m
       times. In a contrastive batch, copies are false negatives.
-    fingerprints: what the uids belong to. Written to `<path>.json`.
+    fingerprints: what the uids belong to. Written to `<path>.json`, with the
+      checksum; the file itself is as DataComp has it.
 
   Returns:
     The path.
@@ -298,10 +405,11 @@ def read_datacomp_subset(
   multiplicity: bool = False,
   fingerprints: Mapping[str, str] | None = None,
 ) -> np.ndarray:
-  """Reads a DataComp subset file.
+  """Reads a DataComp subset file, also one without a NumPy header.
 
   Args:
-    path: the file's path.
+    path: the file's path. As for DataComp's resharder, a file that doesn't
+      begin as `.npy` files do holds nothing but the uids.
     multiplicity: whether uids may repeat.
     fingerprints: what the uids should belong to.
 
@@ -310,11 +418,15 @@ def read_datacomp_subset(
 
   Raises:
     ValueError: another dtype or shape, uids that aren't sorted, that repeat
-      without `multiplicity`, or that belong to other inputs.
+      without `multiplicity`, or that belong to other inputs; a file that was
+      changed after it was written.
   """
   path = Path(path)
-  _check_fingerprints(path, _read_fingerprints(path), fingerprints)
-  pairs = _load(path)
+  content = _read(path, fingerprints).content
+  if _is_raw(content):
+    pairs = np.frombuffer(content, _ids.UID)
+  else:
+    pairs = _files.parse_npy(content, path)
   if pairs.dtype != _ids.UID or pairs.ndim != 1:
     raise ValueError(
       f"{path} holds {pairs.dtype} of shape {pairs.shape}; a subset file holds"
@@ -370,13 +482,31 @@ def _metadata_uids(metadata: Any, column: str) -> Iterator[np.ndarray]:
   if not paths:
     raise ValueError(f"{metadata} has no Parquet files.")
   for path in paths:
-    file = pq.ParquetFile(path)
-    if column not in file.schema_arrow.names:
-      raise ValueError(
-        f"{path} has no column {column!r}; it has {file.schema_arrow.names}."
-      )
-    for batch in file.iter_batches(_ROWS, columns=[column]):
-      yield parse_uids(batch.column(0))
+    found = 0
+    with _files.named(path, "Parquet file"):
+      file = pq.ParquetFile(path)
+      if column not in file.schema_arrow.names:
+        raise ValueError(
+          f"{path} has no column {column!r}; it has {file.schema_arrow.names}."
+        )
+      for batch in file.iter_batches(_ROWS, columns=[column]):
+        found += len(batch)
+        try:
+          uids = parse_uids(batch.column(0))
+        except (ValueError, TypeError) as error:
+          raise ValueError(f"{path}, column {column!r}: {error}") from error
+        yield uids
+      if found != file.metadata.num_rows:
+        raise ValueError(f"it has {found:,} of {file.metadata.num_rows:,} rows")
+
+
+def _is_raw(content: bytearray) -> bool:
+  """Whether a file may be nothing but uids: 16 bytes each, and any bytes."""
+  # A header with a flipped bit is no uid, and neither is a text or an archive.
+  alike = sum(a == b for a, b in zip(content, _files.NPY_MAGIC, strict=False))
+  is_text = not content[:4096].translate(None, _TEXT)
+  known = content[:4] in (b"PK\x03\x04", b"PAR1")
+  return not (len(content) % 16 or alike > 2 or is_text or known)
 
 
 def _check_subset(pairs: np.ndarray, name: str, multiplicity: bool) -> None:
@@ -401,6 +531,7 @@ def _tables(selection: Selection) -> Iterator[pa.Table]:
 
 def _table(selection: Selection, start: int, stop: int) -> pa.Table:
   rows = slice(start, stop)
+  keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
   votes = np.ascontiguousarray(selection.votes[rows])
   quality = selection.quality
   if quality is None:
@@ -408,13 +539,13 @@ def _table(selection: Selection, start: int, stop: int) -> pa.Table:
   ids = selection.ids[rows]
   if ids.dtype == _ids.UID:
     raise TypeError(
-      "the selection's ids are uid pairs; give format_uids(ids) as ids, or"
-      " write its kept_ids with write_datacomp_subset."
+      "the selection's ids are uid pairs; give gm.export.format_uids(ids) as"
+      " ids, or write its kept_ids with write_datacomp_subset."
     )
   return pa.table(
     {
-      "id": pa.array(ids),
-      "keep": pa.array(selection.keep[rows]),
+      "id": _ids.to_arrow(ids, "ids"),
+      "keep": pa.array(keep[rows]),
       "keep_probability": pa.array(
         selection.keep_probability[rows], from_pandas=True
       ),
@@ -427,47 +558,18 @@ def _table(selection: Selection, start: int, stop: int) -> pa.Table:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-  """With a column a vote: CSV has no lists."""
+  """As CSV has it: a column a vote, and no formulas."""
   votes = table["votes"].combine_chunks()
   n_steps = votes.type.list_size
   columns = votes.flatten().to_numpy().reshape(-1, n_steps)
-  table = table.drop_columns("votes")
+  ids = _columns.whole(table["id"])
+  if _columns.is_text(ids):
+    ids = _csv.harmless_column(ids)
+  table = table.drop_columns("votes").set_column(0, "id", ids)
   for step in range(n_steps):
     values = np.ascontiguousarray(columns[:, step])
     table = table.append_column(f"vote_{step}", pa.array(values))
   return table
-
-
-def _selection(
-  table: pa.Table, votes: np.ndarray, diagnostics: dict[str, Any]
-) -> Selection:
-  """The selection whose columns, but for the votes, are the table's."""
-  return Selection(
-    _numpy_ids(table["id"]),
-    table["keep"].to_numpy(),
-    _floats(table["keep_probability"]),
-    votes,
-    diagnostics,
-    _floats(table["quality"]),
-  )
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-  return column.cast(pa.float64()).to_numpy()  # null becomes nan
-
-
-def _numpy_ids(column: pa.ChunkedArray) -> np.ndarray:
-  array = column.to_numpy()
-  return array.astype(np.str_) if array.dtype == object else array
-
-
-def _load(path: Path) -> np.ndarray:
-  try:
-    return np.load(path, allow_pickle=False)
-  except ValueError as error:
-    raise ValueError(
-      f"{path} is no NumPy file of plain values: {error}"
-    ) from error
 
 
 def _opened(
@@ -488,24 +590,14 @@ def _path(path: str | os.PathLike[str], suffix: str) -> Path:
   return path
 
 
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      write(file)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def _write_array(
   path: Path, array: np.ndarray, fingerprints: Mapping[str, str] | None
 ) -> Path:
-  _write(path, lambda file: np.save(file, array, allow_pickle=False))
-  _write_fingerprints(path, fingerprints)
+  _checksums.write(
+    path,
+    lambda file: np.save(file, array, allow_pickle=False),
+    fingerprints,
+  )
   return path
 
 
@@ -517,24 +609,12 @@ def _fingerprints_of(
   return dict(selection.diagnostics.get("fingerprints", {}))
 
 
-def _beside(path: Path) -> Path:
-  return path.with_name(path.name + ".json")
-
-
-def _write_fingerprints(
+def _read(
   path: Path, fingerprints: Mapping[str, str] | None
-) -> None:
-  if not fingerprints:
-    _beside(path).unlink(missing_ok=True)  # of a file that was here before
-    return
-  text = json.dumps({"fingerprints": dict(fingerprints)}, indent=2) + "\n"
-  _write(_beside(path), lambda file: file.write(text.encode()))
-
-
-def _read_fingerprints(path: Path) -> dict[str, str]:
-  if not _beside(path).exists():
-    return {}
-  return json.loads(_beside(path).read_text())["fingerprints"]
+) -> _checksums.Opened:
+  opened = _checksums.read(path)
+  _check_fingerprints(path, opened.fingerprints, fingerprints)
+  return opened
 
 
 def _check_fingerprints(

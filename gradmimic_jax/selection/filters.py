@@ -47,8 +47,8 @@ class Filter:
 
   Raises:
     TypeError: ids of another kind.
-    ValueError: ids that aren't [n], are negative, or not in the pool; filters
-      of unlike ids or fingerprints; `~` without a pool.
+    ValueError: ids that aren't [n], are negative, or not in the pool; a mask of
+      0 and 1; filters of unlike ids or fingerprints; `~` without a pool.
 
   Example:
     >>> clean = Filter([4, 2, 7], "clean", pool=range(8))
@@ -64,13 +64,15 @@ class Filter:
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    ids = _ids.unique(_ids.checked(self.ids, f"the ids of {self.source!r}"))
+    name = f"the ids of {self.source!r}"
+    ids = _ids.checked(self.ids, name)
+    _ids.refuse_mask(ids, name)
+    ids = _ids.unique(ids)
     object.__setattr__(self, "ids", ids)
     if self.pool is None:
       return
     pool = self.pool
-    pool = np.asarray(pool if hasattr(pool, "__array__") else list(pool))
-    pool = _ids.checked(pool, f"the pool of {self.source!r}")
+    pool = _ids.checked(_listed(pool), f"the pool of {self.source!r}")
     if not _ids.is_ascending(pool, strictly=True):
       pool = _ids.unique(pool)
     object.__setattr__(self, "pool", pool)
@@ -182,7 +184,8 @@ def of_selection(selection: Selection, source: str = "selection") -> Filter:
     (<Filter 'mimic': 2 of 3 ids>, array([1]))
   """
   fingerprints = selection.diagnostics.get("fingerprints", {})
-  return Filter(selection.kept_ids, source, selection.ids, fingerprints)
+  keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
+  return Filter(selection.ids[keep], source, selection.ids, fingerprints)
 
 
 def compose(
@@ -237,8 +240,7 @@ def combine(
     <Filter 'a | b': 2 ids>
   """
   if pool is not None:
-    pool = np.asarray(pool if hasattr(pool, "__array__") else list(pool))
-    pool = _ids.unique(_ids.checked(pool, "pool"))
+    pool = _ids.unique(_ids.checked(_listed(pool), "pool"))
   made: dict[str, Filter] = {}
 
   def named(name: str) -> Filter:
@@ -315,7 +317,7 @@ def overlap(
   table: dict[str, Any] = {}
   if values is not None:
     n_pairs = len(named) * (len(named) - 1) // 2
-    table["class"] = np.tile(values, n_pairs)
+    table["class"] = np.tile(values, n_pairs).tolist()  # NUL and all
   table |= rows
   either = np.array(rows["n_either"], np.float64)
   table["jaccard"] = np.divide(
@@ -354,11 +356,15 @@ def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
   if isinstance(value, Selection):
     value = of_selection(value)
   if not isinstance(value, Filter):
-    value = np.asarray(value if hasattr(value, "__array__") else list(value))
-    return Filter(value, name, pool)
+    return Filter(_listed(value), name, pool)
   if pool is None:
     return dataclasses.replace(value, source=name)
   return dataclasses.replace(value, source=name, pool=pool)
+
+
+def _listed(ids: Any) -> Any:
+  """Ids of a set or a range as a list; arrays as they are."""
+  return ids if hasattr(ids, "__array__") else list(ids)
 
 
 def _check_kinds(a: np.ndarray, a_name: str, b: np.ndarray, b_name: str):

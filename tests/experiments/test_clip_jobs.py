@@ -21,6 +21,7 @@ from experiments import (
   clip_study_report,
   clip_study_runs,
   clip_train,
+  filters,
   optimizer,
   steps,
   workdir as workdir_lib,
@@ -229,6 +230,10 @@ class TestShards:
     manifest = clip_filters.run_filters(job.lock(), tmp_path / "filters")
     assert manifest["pool"] == manifest["scored"] == len(ids)
     assert manifest["filters"]["random30"]["kept"] == 15
+    for name, about in manifest["filters"].items():
+      path = tmp_path / "filters" / about["file"]
+      assert len(gm.export.read_datacomp_subset(path)) == about["kept"], name
+      filters.check_manifest(path)
     (overlap,) = manifest["overlaps"]
     assert {overlap["first"], overlap["second"]} == set(job.filters)
 
@@ -366,6 +371,13 @@ def test_filters_keep_what_datacomps_rules_keep():
   )
   with pytest.raises(ValueError, match="needs DataComp's metadata"):
     clip_filters.make(["basic"], pool, seed=0)
+  # Two filters that would be one file.
+  alike = [
+    "(clip_top30 - mimic_top20) & random30",
+    "clip_top30 - (mimic_top20 & random30)",
+  ]
+  with pytest.raises(ValueError, match="would both be written to"):
+    clip_filters.make(alike, pool, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from experiments import (
   report,
   score,
   select,
+  tables,
   train,
 )
 from experiments.data import pipeline
@@ -205,6 +207,62 @@ def test_from_a_ledger_to_a_filter_to_training(
   assert "not in" not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def two_filters(tmp_path_factory):
+  """The files of two selections of one data set, each with its manifest."""
+  rng = np.random.default_rng(0)
+  folders = []
+  for name in ("one", "two"):
+    folder = tmp_path_factory.mktemp(name)
+    selection = gm.select(rng.normal(size=(50, 3)), binarize="threshold")
+    select.write(folder, selection, {"dataset": "digits"})
+    folders.append(folder)
+  return folders
+
+
+@pytest.mark.parametrize(
+  "name", [select.KEPT_FILE, select.SELECTION_FILE, select.CSV_FILE]
+)
+def test_another_filters_file_in_its_place_is_named(two_filters, name):
+  # Whole, with its own checksum beside it, and of the same data.
+  one, two = two_filters
+  filters.check_manifest(one / name)
+  names = [n for n in (name, name + ".json") if (one / n).exists()]
+  before = [(one / n).read_bytes() for n in names]
+  for n in names:
+    (one / n).write_bytes((two / n).read_bytes())
+  with pytest.raises(ValueError, match=rf"{name} is not the file that .*one"):
+    filters.check_manifest(one / name)
+  for n, content in zip(names, before, strict=True):
+    (one / n).write_bytes(content)
+
+
+def test_manifests_of_filters(two_filters, tmp_path):
+  path = tmp_path / select.KEPT_FILE
+  path.write_bytes((two_filters[0] / path.name).read_bytes())
+  manifest = tmp_path / select.MANIFEST_FILE
+  filters.check_manifest(path)  # there is none
+  for text in ("{}", '{"sha256": 3}', '{"sha256": {"other.npy": "0"}}'):
+    manifest.write_text(text)  # of something else
+    filters.check_manifest(path)
+  for text in ("", "[]", "[" * 10**5, '{"sha256": '):
+    manifest.write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+      filters.check_manifest(path)
+
+
+def test_tables_have_no_formulas():
+  rows = [
+    {"name": "=1+1", "-x": -0.5, "n": np.float32(-2), "none": None},
+    {"name": pathlib.PurePosixPath("@a"), "-x": "'b", "ok": True},
+  ]
+  assert tables.csv_text(rows).splitlines() == [
+    "name,'-x,n,none,ok",
+    "'=1+1,-0.5,-2.0,,",
+    "'@a,''b,,,True",
+  ]
+
+
 class TestFilters:
   """Filters in `config.data.filter`."""
 
@@ -227,6 +285,34 @@ class TestFilters:
       tmp_path / "a.csv", gm.select(scores, ids=ids, binarize="threshold")
     )
     assert self.indices(make_config, tmp_path / "a.csv").tolist() == [2, 7]
+
+  def test_integers_that_may_be_ids_of_text(self, make_config, tmp_path):
+    # The set's ids are "000", "002", ...: a spreadsheet makes 2 of "002".
+    data = mock.Mock(
+      ids=np.array([f"{2 * i:03d}" for i in range(9)]),
+      labels=np.zeros(9, np.int32),
+      fingerprint="f" * 32,
+    )
+    labels = mock.Mock(labels=np.zeros(9, np.int32), rate=0.0)
+    rows = "id,keep,keep_probability,quality,vote_0\n2,TRUE,1,1,1\n"
+
+    def read(text):
+      (tmp_path / "a.csv").write_text(text)
+      path = str(tmp_path / "a.csv")
+      return filters.read(path, make_config(), data, labels).tolist()
+
+    with pytest.raises(ValueError, match=r"a\.csv.* such as '000', as another"):
+      read(rows)
+    assert read(rows.replace("\n2,", '\n"002",')) == [1]
+    assert read(rows.replace("\n2,", "\n002,")) == [1]
+    data.ids = np.char.add("x", data.ids)
+    assert read(rows) == [2]
+    gm.export.write_csv(
+      tmp_path / "a.csv", gm.select([[1.0], [-1.0]], binarize="threshold")
+    )
+    data.ids = np.char.replace(data.ids, "x", "")
+    path = str(tmp_path / "a.csv")
+    assert filters.read(path, make_config(), data, labels).tolist() == [0]
 
   def test_other_data_are_refused_by_name(self, make_config, tmp_path):
     config = make_config()
