@@ -67,7 +67,17 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.zero_shot_split = "test"
   config.data.data_dir = config_dict.placeholder(str)
   config.data.window = 4096  # samples that are shuffled at once
-  config.data.uid_source = "json"  # or "name"
+  # Where uids are from: "json", or "name" for shards that have none there, such
+  # as img2dataset's: of the names of shard and sample.
+  config.data.uid_source = "json"
+  # Which files make a sample, by extension. "gif", "bmp", "tif" and "tiff"
+  # among those of images let such images be read.
+  config.data.parts = config_dict.ConfigDict()
+  config.data.parts.image = ("jpg", "jpeg", "png", "webp")
+  config.data.parts.caption = ("txt",)
+  config.data.parts.json = ("json",)
+  # The field of the json that has the caption; None: a file of its own.
+  config.data.parts.caption_key = config_dict.placeholder(str)
   config.data.max_broken_share = 0.1
   config.data.num_threads = 8
 

@@ -198,6 +198,7 @@ def _of_shards(config, tokenize):
     "tokenizer": tokenize,
     "image_size": section.image_size,
     "uid_source": section.uid_source,
+    "parts": shard_samples.Parts(**section.parts),
     "max_broken_share": section.max_broken_share,
     "num_threads": section.num_threads,
   }
