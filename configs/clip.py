@@ -87,7 +87,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.kinds = ("swapped", "truncated", "padded")
 
   config.model = config_dict.ConfigDict()
-  config.model.size = "tiny"  # or "B/32", "B/16", "L/14"
+  # Or "B/32", "B/16", "L/14", or "pretrained": as the config.json beside the
+  # weights that `pretrained` names has it.
+  config.model.size = "tiny"
   # Published weights to start from: a .safetensors file, its folder or
   # "hf://owner/name".
   config.model.pretrained = config_dict.placeholder(str)
@@ -96,6 +98,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   for name in _SIZES:
     config.model.clip[name] = config_dict.placeholder(int)
   config.model.clip.activation = config_dict.placeholder(str)
+  config.model.clip.norm_epsilon = config_dict.placeholder(float)
   config.model.clip.dtype = config_dict.placeholder(str)  # of activations
   config.model.clip.remat = config_dict.placeholder(bool)
   config.model.clip.logit_scale = config_dict.placeholder(float)

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import distributed
+from experiments import distributed, initial
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -80,7 +80,7 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
             " and no --coordinator"
           )
         return _run_together(job, processes, debug)
-      job(_CONFIG.value, _WORKDIR.value)
+      job(initial.sized(_CONFIG.value), _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
@@ -100,8 +100,10 @@ def _run_together(job, processes, debug):
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
       if processes == FIRST:
-        return distributed.by_first(lambda: job(_CONFIG.value, _WORKDIR.value))
-      return job(_CONFIG.value, _WORKDIR.value)
+        return distributed.by_first(
+          lambda: job(initial.sized(_CONFIG.value), _WORKDIR.value)
+        )
+      return job(initial.sized(_CONFIG.value), _WORKDIR.value)
     except Exception as error:
       if debug:
         logging.exception("process %d", jax.process_index())
