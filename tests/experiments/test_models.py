@@ -595,7 +595,19 @@ def test_preprocessing_is_the_models_own(
 
 
 @pytest.mark.parametrize(
-  "text", ["{", "[]", '{"image_mean": 3}', '{"rescale_factor": 0.5}']
+  "text",
+  ["{", "[]", '{"image_mean": 3}', '{"rescale_factor": 0.5}']
+  + [
+    json.dumps(PREPROCESSOR | fields)
+    for fields in (
+      {"resample": -1},
+      {"do_rescale": False},
+      {"image_std": [0.5, 0.0, 0.5]},
+      {"image_std": [0.5]},
+      {"image_mean": [float("nan")] * 3},
+      {"size": {"height": 0, "width": 4}},
+    )
+  ],
 )
 def test_preprocessing_that_can_not_be_read(write, text):
   file = write("huggingface")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import struct
 import tarfile
 import threading
 import time
+import types
 import zlib
 
 import grain
@@ -21,6 +23,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import gradmimic_jax as gm
+from experiments import arrays
 from experiments.data import (
   datacomp,
   image_text,
@@ -1442,6 +1445,109 @@ class TestDatacomp:
     said = datacomp.basic(read, is_english=np.arange(7) > 2)
     assert said.ids["f1"].tolist() == [3, 5]
 
+  def test_texts_that_many_rows_share_are_counted_before_they_are_copied(
+    self, tmp_path
+  ):
+    text = pa.DictionaryArray.from_arrays(
+      np.zeros(1000, np.int32), ["x" * 10_000]
+    )
+    table = {"uid": [f"{n:032x}" for n in range(1000)], "text": text}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    small = limits_lib.Limits(table_row_group=1 << 20)
+    with pytest.raises(ValueError, match=r"x\.parquet: 1000 rows .*'text' are"):
+      datacomp.read_metadata(tmp_path, ["text"], limits=small)
+    read = datacomp.read_metadata(tmp_path, ["text"])
+    assert read.table["text"].to_pylist() == ["x" * 10_000] * 1000
+    table["uid"] = ["0" * 40_000] * 1000
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: .*'uid' are 40000000 b"):
+      datacomp.read_metadata(tmp_path, [])
+
+  @pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+      (1 << 50, {}, f"has 1000 bytes and claims {1 << 50} rows"),
+      (-1, {}, "claims -1 rows"),
+      (9, {}, "claims 9 rows, its row groups 8"),
+      (8, {"total_uncompressed_size": 1 << 42}, "claims 4398046511104 bytes"),
+      (8, {"total_uncompressed_size": -1}, "claims -1 bytes"),
+      (8, {"total_compressed_size": 2000}, "bytes 4 to 2004 of a file of 1000"),
+      (8, {"data_page_offset": -4}, "claims bytes -4"),
+      (8, {"path_in_schema": "other", "total_compressed_size": 9999}, None),
+    ],
+  )
+  def test_claims_of_tables_are_compared(self, rows, column, message):
+    """What Arrow reads of a footer, by hand: no writer makes such ones."""
+    sound = {
+      "path_in_schema": "uid",
+      "total_compressed_size": 300,
+      "total_uncompressed_size": 400,
+      "data_page_offset": 4,
+      "has_dictionary_page": False,
+    }
+    group = types.SimpleNamespace(
+      num_rows=8,
+      num_columns=1,
+      column=lambda place: types.SimpleNamespace(**sound | column),
+    )
+    about = types.SimpleNamespace(
+      num_rows=rows, num_row_groups=1, row_group=lambda number: group
+    )
+
+    def check():
+      datacomp._check_claims(about, ["uid"], 1000, limits_lib.DEFAULT)
+
+    if message is None:
+      check()
+    else:
+      with pytest.raises(ValueError, match=message):
+        check()
+
+  def test_files_that_do_not_fit_are_named(self, tmp_path):
+    table = {"uid": [uid_of(0)], "s": pa.array([0.5], pa.float32())}
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    pq.write_table(pa.table(table | {"s": ["a"]}), tmp_path / "1.parquet")
+    with pytest.raises(
+      ValueError, match=r"1\.parquet: its columns are s strin"
+    ):
+      datacomp.read_metadata(tmp_path, ["s"])
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"1\.parquet: "):
+      datacomp.read_metadata(tmp_path, ["s"])
+    pq.write_table(pa.table(table)[:0], tmp_path / "1.parquet")
+    assert len(datacomp.read_metadata(tmp_path, ["s"]).uids) == 1
+    (tmp_path / "0.parquet").unlink()
+    assert len(datacomp.read_metadata(tmp_path, ["s"]).uids) == 0
+
+  @pytest.mark.slow
+  def test_damage_anywhere_is_told(self, tmp_path):
+    """Any bytes of a table: a one-line error with its name, or its rows."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.parquet"
+    uids = [uid_of(n) for n in range(500)]
+    table = pa.table({"uid": uids, "text": [f"t {n % 9}" for n in range(500)]})
+    pq.write_table(table, path, row_group_size=200)
+    whole = path.read_bytes()
+    told = 0
+    for turn in range(400):
+      damaged = bytearray(whole)
+      start = len(whole) - 1500 if turn % 2 else 0
+      for place in rng.integers(start, len(whole), rng.integers(1, 4)):
+        damaged[place] = int(rng.integers(256))
+      if turn % 5 == 0:
+        del damaged[int(rng.integers(len(whole))) :]
+      path.write_bytes(damaged)
+      said = f"{path}: damaged"
+      try:
+        read = datacomp.read_metadata(path, ["text"])
+      except ValueError as error:
+        told, said = told + 1, str(error)
+      else:
+        assert read.table.num_rows == len(read.uids)
+      assert said.startswith(f"{path}: ")
+      assert "\n" not in said
+    assert told > 100
+
   def test_top_is_the_published_rule(self):
     """Against the rule written out with a loop."""
     rng = np.random.default_rng(0)
@@ -1479,6 +1585,70 @@ class TestDatacomp:
       datacomp.top([uid_of(0)], [1.0], fraction)
     with pytest.raises(ValueError, match="one entry per uid"):
       datacomp.bottom([uid_of(0)], [1.0, 2.0], 0.5)
+
+
+class TestArrays:
+  @pytest.mark.parametrize(
+    ("shape", "descr", "message"),
+    [
+      ((1 << 40,), "<f4", "mmap length is greater"),
+      ((1 << 62, 8), "<f4", "can't be read as a .npy file"),
+      ((-3,), "<f4", "can't be read as a .npy file"),
+      ((2,), "<f4", "has 144 bytes, and by its header 136"),
+      ((4,), "|O", "can't be read as a .npy file"),
+      ((4,), "<x9", "can't be read as a .npy file"),
+    ],
+  )
+  def test_headers_are_not_believed(self, tmp_path, shape, descr, message):
+    file = tmp_path / "x.npy"
+    np.save(file, np.arange(4, dtype=np.float32))
+    np.testing.assert_array_equal(arrays.load(file), [0, 1, 2, 3])
+    content = file.read_bytes()
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
+    header = repr(fields).encode().ljust(117) + b"\n"
+    file.write_bytes(content[:10] + header + content[128:])
+    with pytest.raises(ValueError, match=message) as error:
+      arrays.load(file)
+    assert str(file) in str(error.value)
+
+  def test_other_files_are_none(self, tmp_path):
+    file = tmp_path / "x.npy"
+    for content in (b"", b"\x93NUMPY", b"PK\3\4", b"\x93NUMPY\1\0\xff\xff{"):
+      file.write_bytes(content)
+      with pytest.raises(ValueError, match=r"x\.npy"):
+        arrays.load(file)
+
+  def test_what_was_kept_and_is_damaged_counts_for_nothing(self, tmp_path):
+    file, array = tmp_path / "x.npy", np.ones((2, 3), np.float32)
+    arrays.write(file, array)
+    np.testing.assert_array_equal(arrays.read(file, (2, 3)), array)
+    assert arrays.read(file, (3, 2)) is None
+    forged = file.read_bytes().replace(b"(2, 3)", b"(9, 9)")
+    file.write_bytes(forged)
+    assert arrays.read(file, (2, 3)) is None
+    total = hashlib.sha256(forged).hexdigest()
+    file.with_suffix(".sha256").write_text(total)
+    assert arrays.read(file, (2, 3)) is None
+
+
+def test_json_is_read_as_far_as_it_is_believed():
+  rng = np.random.default_rng(0)
+
+  def made(depth):
+    if not depth:
+      return {"a": [1, "x", None]}
+    inner = made(depth - 1)
+    return {"b": inner, "c": 2} if rng.random() < 0.5 else [1, inner]
+
+  for depth in (0, 3, 97, 98, 99, 300):
+    content = json.dumps(made(depth)).encode()
+    if depth + 2 <= 100:
+      assert limits_lib.parse_json(content, most=1 << 20) == json.loads(content)
+    else:
+      with pytest.raises(ValueError, match="more than 100 deep"):
+        limits_lib.parse_json(content, most=1 << 20)
+  with pytest.raises(ValueError, match="has 30 bytes; the limit is 29"):
+    limits_lib.parse_json(b'"' + b"x" * 28 + b'"', most=29)
 
 
 def test_limits_are_positive():
