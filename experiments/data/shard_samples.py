@@ -42,11 +42,9 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _LISTED = 5  # Samples that are listed for each reason.
 _ROLES = ("image", "caption", "json")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-# What operating systems and archivers put beside files.
-_LITTER = re.compile(
-  r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|pax_global_header)$"
-  r"|(^|/)(__MACOSX|PaxHeaders(\.\d+)?)/"
-)
+# What operating systems and archivers put beside files, and its folders.
+_LITTER = ("._", ".DS_Store", "Thumbs.db", "desktop.ini", "pax_global_header")
+_LITTER_FOLDERS = re.compile(r"(^|/)(__MACOSX|PaxHeaders(\.\d+)?)(/|$)")
 _SAID: set[tuple[str, str]] = set()  # Folders and rules that the log has.
 # What to do about what is broken.
 _REMEDIES = {
@@ -388,7 +386,7 @@ class _Grouper:
     ):
       return None
     unsafe = _is_unsafe(member.name)
-    if not unsafe and _LITTER.search(member.name):
+    if not unsafe and _is_litter(folder, name):
       return None
     key, before = f"{folder}/{stem}" if folder else stem, None
     if self.group is None or key != self.group.key:
@@ -435,9 +433,9 @@ def _groups(
     except tar.DamagedError as error:
       damaged = error  # Told once the group before it is out.
       break
-    if grouper.rule is None and choose is not None:
-      name = member.name.rpartition("/")[2]
-      if "." in name[name.find(".") + 1 :] and not _LITTER.search(member.name):
+    if grouper.rule is None and choose and member.name.count(".") > 1:
+      folder, _, name = member.name.rpartition("/")
+      if name.count(".") > 1 and not _is_litter(folder, name):
         grouper.rule = choose()
     done = grouper.add(member)
     if done is not None:
@@ -506,6 +504,12 @@ def _is_news(folder: str, rule: str) -> bool:
   is_news = found not in _SAID
   _SAID.add(found)
   return is_news
+
+
+def _is_litter(folder: str, name: str) -> bool:
+  return name.startswith(_LITTER) or bool(
+    folder and _LITTER_FOLDERS.search(folder)
+  )
 
 
 def _is_unsafe(name: str) -> bool:

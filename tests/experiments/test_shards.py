@@ -1282,13 +1282,20 @@ class TestShardFiles:
     with pytest.raises(ValueError, match="more than 1000000"):
       shard_files.names("{0..9999}{0..9999}")
 
-  def test_missing_shards_are_named(self, folder, tmp_path):
+  def test_missing_shards_are_named(self, folder, tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"1 of 9 shards.*00000008"):
       shard_files.expand(f"{folder}/{{00000000..00000008}}.tar")
     with pytest.raises(FileNotFoundError, match=r"no \.tar file"):
       shard_files.expand(tmp_path)
     with pytest.raises(ValueError, match="more than once"):
       shard_files.expand([folder, f"{folder}/00000000.tar"])
+    (tmp_path / "0.tar.gz").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"1 like '0\.tar\.gz'.*uncomp"):
+      shard_files.expand(tmp_path)
+    for name in ("._1.tar", ".1.tar", "1.tar", "1.tar.tmp", "2.TAR", "3.txt"):
+      (tmp_path / name).write_bytes(b"x")
+    assert shard_files.expand(tmp_path) == [str(tmp_path / "1.tar")]
+    assert "1 shards that are read and 3 like '0.tar.gz' that" in caplog.text
     with pytest.raises(FileNotFoundError, match="pipe:"):
       shard_files.expand("pipe:touch x")
 
