@@ -89,6 +89,7 @@ class ShardStream(grain.IterDataset):
 
   Raises:
     FileNotFoundError: If a shard is not there.
+    TypeError: If `parts` is something else.
     ValueError: If a value is out of range, or there are fewer shards than
       processes. While reading: if too much is broken, or nothing is left.
   """
@@ -133,6 +134,8 @@ class ShardStream(grain.IterDataset):
       raise ValueError(
         f"max_broken_share must lie in [0, 1], got {max_broken_share}"
       )
+    if not isinstance(parts, Parts):
+      raise TypeError(f"parts must be shard_samples.Parts, got {parts!r}")
     self.paths = _expand(shards, uid_source)
     if len(self.paths) < process_count:
       raise ValueError(
@@ -464,6 +467,8 @@ def survey(
       seen.add(sample.uid)
       uids.append(sample.uid)
   statistics.samples = len(uids)
+  if statistics.broken:
+    logging.warning("%s%s", statistics, statistics.advice())
   return np.array(uids, "<U32"), statistics
 
 

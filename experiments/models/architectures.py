@@ -55,7 +55,7 @@ def of_vit(config: Mapping[str, Any]) -> Told:
   """What a `config.json` of transformers or timm says of a ViT."""
   if "architecture" in config or "pretrained_cfg" in config:
     return _of_timm(config)
-  if config.get("model_type") == "vit":
+  if config.get("model_type") in ("vit", "deit"):
     config = _HUGGINGFACE_VIT | config
   return Told(
     _there(

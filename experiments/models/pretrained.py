@@ -134,16 +134,10 @@ def sized(model: Any, *, channels: int = 3) -> Any:
     The same, or a copy with other fields.
 
   Raises:
-    ValueError: `size` is something else, or as `architecture`.
+    FileNotFoundError: as `architecture`.
+    ValueError: as `architecture`.
   """
-  size = model.get("size", "")
-  if size not in ("", SIZE):
-    raise ValueError(
-      f"config.model.size is {size!r}; expected '' (config.model.vit has all"
-      f" sizes) or {SIZE!r} (those of the file that config.model.pretrained"
-      " names)."
-    )
-  if size != SIZE or model.get("pretrained") is None:
+  if model.get("size") != SIZE or model.get("pretrained") is None:
     return model
   fields = architecture(model.pretrained, channels=channels)
   copy = model.copy_and_resolve_references().unlock()

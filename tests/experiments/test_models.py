@@ -372,7 +372,7 @@ def test_all_sizes_are_taken_from_the_file(write, made):
   assert whole.model.vit.width == 8
   config.size = "B/16"
   with pytest.raises(ValueError, match=r"config\.model\.size is 'B/16'"):
-    pretrained.sized(config)
+    shapes(config)
   config.size, config.pretrained = "pretrained", None
   with pytest.raises(ValueError, match="expected published weights"):
     initial.sized(whole)

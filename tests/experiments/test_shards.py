@@ -23,6 +23,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import gradmimic_jax as gm
+from configs import clip as clip_config
 from experiments import arrays
 from experiments.data import (
   datacomp,
@@ -993,6 +994,12 @@ class TestParts:
     for source, broken in (("json", "no uid"), ("name", "no caption")):
       found = found_in(path, parts=parts, uid_source=source)
       assert found.broken == {broken: 1}
+
+  def test_those_of_the_config_are_the_same(self, folder):
+    section = clip_config.get_config().data.parts
+    assert shard_samples.Parts(**section) == shard_samples.PARTS
+    with pytest.raises(TypeError, match="parts must be shard_samples"):
+      stream(folder, parts={"image": ("jpg",)})
 
   @pytest.mark.parametrize(
     ("fields", "message"),
