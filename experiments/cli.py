@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import distributed, initial
+from experiments import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -80,7 +80,7 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
             " and no --coordinator"
           )
         return _run_together(job, processes, debug)
-      job(initial.sized(_CONFIG.value), _WORKDIR.value)
+      job(_config(), _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
@@ -92,6 +92,16 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
   app.run(main, flags_parser=_parse_flags)
 
 
+def _config():
+  """The command line's config, with sizes of weights where it asks for them."""
+  config = _CONFIG.value
+  if "model" not in config or config.model.get("size") != "pretrained":
+    return config
+  from experiments import initial  # and Flax, which not all jobs need
+
+  return initial.sized(config)
+
+
 def _run_together(job, processes, debug):
   """As one of several processes, which all end if one of them fails."""
   with contextlib.ExitStack() as stack:
@@ -100,10 +110,8 @@ def _run_together(job, processes, debug):
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
       if processes == FIRST:
-        return distributed.by_first(
-          lambda: job(initial.sized(_CONFIG.value), _WORKDIR.value)
-        )
-      return job(initial.sized(_CONFIG.value), _WORKDIR.value)
+        return distributed.by_first(lambda: job(_config(), _WORKDIR.value))
+      return job(_config(), _WORKDIR.value)
     except Exception as error:
       if debug:
         logging.exception("process %d", jax.process_index())

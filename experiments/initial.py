@@ -81,8 +81,8 @@ def sized(config: Any) -> Any:
     FileNotFoundError: weights that are not there.
     ValueError: weights beside which nothing tells their sizes.
   """
-  model = config.get("model") if hasattr(config, "get") else None
-  if model is None or model.get("size") != pretrained.SIZE:
+  model = config.model
+  if model.get("size") != pretrained.SIZE:
     return config
   source = model.get("pretrained")
   if source is None or is_run(source):

@@ -227,8 +227,6 @@ def _check_jpeg(encoded: bytes, limits: limits_lib.Limits) -> None:
     kind, place = found[1][0], found.end()
     if kind == 0xD9:  # The end; anything may follow.
       return
-    if kind in (0x01, 0xD8):
-      continue
     if kind in (0xC0, 0xC1):  # All colours, if they are in one scan.
       colours = encoded[place + 7 : place + 8]
     if kind == 0xDA:
@@ -241,7 +239,8 @@ def _check_jpeg(encoded: bytes, limits: limits_lib.Limits) -> None:
       raise _too_many("scans or more", scans, limits.image_scans)
     if blocks > limits.image_blocks:
       raise _too_many("blocks or more", blocks, limits.image_blocks)
-    place += int.from_bytes(encoded[place : place + 2], "big")
+    if kind not in (0x01, 0xD8):  # These stand alone.
+      place += int.from_bytes(encoded[place : place + 2], "big")
 
 
 def _check_png(encoded: bytes, limits: limits_lib.Limits) -> None:

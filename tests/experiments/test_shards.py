@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import pathlib
+import re
 import struct
 import tarfile
 import threading
@@ -456,6 +457,7 @@ packed = zlib.compress(bytes(1 << 20))
 HOSTILE = {
   "scans": (with_scans(400), "51 scans"),
   "segments": (of_jpeg(segment(0xE1, b"Exif\0\0") * 5000), "1001 blocks"),
+  "starts": (of_jpeg(b"\xff\xd8" * 5000), "1001 blocks"),
   "junk": (of_jpeg(bytes(1 << 17)), "bytes between segments"),
   "canvas": (canvas(16_000, 16_000), "16000 x 16000 pixels"),
   "frames": (canvas(8, 8) + b"ANMF\0\0\0\0" * 20_000, "10001 blocks"),
@@ -921,6 +923,57 @@ class TestNames:
     batches, found = read_all(path)
     assert uids_of(batches) == [uid_of(1)]
     assert found.broken == {"too many files of one name": 1}
+
+  def test_are_cut_as_a_plain_count_of_whole_samples_says(self, tmp_path):
+    """Members of any names in any order, against the rule written out."""
+    rng = np.random.default_rng(1)
+    roles = {"png": "image", "txt": "caption", "json": "json"}
+    patterns = {"first": r"([^.]*)\.?(.*)", "last": r"(.*?)(?:\.([^.]*))?"}
+
+    def expected(names, rule):
+      """The whole samples, and how many are broken."""
+      cut = [re.fullmatch(patterns[rule], name).groups() for name in names]
+      whole, broken = [], 0
+      runs = itertools.groupby(zip(names, cut, strict=True), lambda x: x[1][0])
+      for stem, run in runs:
+        run = list(run)
+        kinds = [roles[end] for _, (_, end) in run if end in roles and stem]
+        by_last = collections.defaultdict(set)
+        for name, (_, end) in run:
+          other, _, last = name.rpartition(".")
+          if rule == "first" and end not in roles and last in roles and other:
+            by_last[other].add(last)
+        lost = [x for x in by_last.values() if not kinds or len(x) == 3]
+        if sorted(kinds) == ["caption", "image", "json"]:
+          whole.append(stem)
+          broken += len(lost)
+        elif len(set(kinds)) < len(kinds):
+          broken += 1  # Nothing more is made of such a group.
+        else:
+          broken += bool(kinds) + len(lost)
+      return whole, broken
+
+    chosen = collections.Counter()
+    for turn in range(150):
+      letters = rng.choice(list("ab."), (8, 2))
+      stems = ["".join(x) for x in letters[: int(rng.integers(2, 9))]]
+      names = [f"{x}.{end}" for x in stems for end in (*roles, "md", "c.png")]
+      rng.shuffle(names[int(rng.integers(len(names))) :])
+      kept = rng.random(len(names)) < 0.8 + 0.2 * (turn % 2)
+      names = [x for x, keep in zip(names, kept, strict=True) if keep]
+      names = list(dict.fromkeys(names))
+      about = json.dumps({"uid": U}).encode()
+      path = archive(tmp_path / f"{turn}.tar", dict.fromkeys(names, about))
+      found = shard_samples.Statistics()
+      keys = [x.key for x in shard_samples.read(path, found) if x]
+      counts = {rule: expected(names, rule) for rule in patterns}
+      rule = max(
+        counts, key=lambda rule: len(counts[rule][0]) - counts[rule][1]
+      )
+      chosen[rule] += 1
+      whole, broken = counts[rule]
+      assert (keys, sum(found.broken.values())) == (whole, broken), names
+    assert min(chosen.values()) > 10
 
   @pytest.mark.slow
   @pytest.mark.parametrize("tool", ["webdataset", "dotted"])
