@@ -59,6 +59,8 @@ _REMEDIES = {
   "no caption": "`parts.caption` (config.data.parts.caption) lists the"
   " extensions of captions; `parts.caption_key` names the field of the json"
   " that has them",
+  "rest of a sample before": "The members of a sample must follow one another:"
+  " write the shard anew, with its members sorted by name",
   "name fits no sample": "The members of a sample follow one another and differ"
   " in what comes after the name's first dot, or after its last, in all of a"
   " shard",
@@ -296,7 +298,11 @@ def read(
           path, about.st_size, about.st_mtime_ns, parts, required, limits
         ),
       )
+      lacking: set[str] = set()
       for number, group in enumerate(groups):
+        is_rest = group.key in lacking
+        if group.parts and not required <= group.parts.keys():
+          lacking.add(group.key)
         if number < skip:
           continue
         lost = group.lost(required)
@@ -316,7 +322,10 @@ def read(
             file, shard, group, keep, uid_source, with_content, parts, limits
           )
         except _BrokenError as error:
-          statistics.add_broken(error.reason, shard, group.key, error.detail)
+          reason = error.reason
+          if is_rest and reason.startswith("no "):
+            reason = "rest of a sample before"
+          statistics.add_broken(reason, shard, group.key, error.detail)
           sample = None
         else:
           if sample is None:

@@ -104,6 +104,7 @@ def _of_timm(config):
       norm_epsilon=1e-6 if is_plain else None,
       activation=activation,
       channels=arguments.get("in_chans", shape[0]),
+      no_embed_class=arguments.get("no_embed_class"),
     ),
     # Without arguments it is only the size to show images in.
     _sides(arguments.get("img_size") or shape[1:]),

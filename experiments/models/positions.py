@@ -40,15 +40,6 @@ def fit(
   if of_grid is None:
     if side * side == tokens:
       of_grid = side, side
-      if tokens == math.prod(grid) and of_grid != grid:
-        logging.warning(
-          "%s: nothing says of which grid its %d position embeddings are; they"
-          " are taken for %dx%d.",
-          name,
-          tokens,
-          side,
-          side,
-        )
     elif tokens == math.prod(grid):
       of_grid = grid
     else:
@@ -58,10 +49,21 @@ def fit(
         " other grids are interpolated if the file's config.json tells the"
         " size of its images."
       )
+    if tokens == math.prod(grid) and grid[0] != grid[1]:
+      logging.warning(
+        "%s: nothing says of which grid its %d position embeddings are; they"
+        " are taken for %dx%d.",
+        name,
+        tokens,
+        *of_grid,
+      )
   if of_grid == grid:
     return stored
-  logging.info(
-    "%s: position embeddings from %dx%d to %dx%d.", name, *of_grid, *grid
+  logging.warning(
+    "%s: position embeddings are resized from %dx%d to %dx%d.",
+    name,
+    *of_grid,
+    *grid,
   )
   resized = resize(
     stored[others:].reshape(*of_grid, -1).astype(np.float64),

@@ -240,7 +240,11 @@ def _told(file):
 def _check_told(told, shown, expected, vit, channels, file):
   """Compares it with the model, and with the weights themselves."""
   model = {**architectures.vit_of_arrays(expected, channels), **vit}
-  fixed = {"activation": "gelu", "channels": channels}
+  fixed = {
+    "activation": "gelu",
+    "channels": channels,
+    "no_embed_class": False,  # the class token has a position too
+  }
   pooling = told.fields.get("pooling")
   if pooling is not None and pooling not in POOLINGS:
     fixed["pooling"] = model.get("pooling")

@@ -331,6 +331,10 @@ def test_a_model_that_its_file_contradicts_is_told_all_at_once(write):
       "'quick_gelu', the model has 'gelu' only",
     ),
     ({"pretrained_cfg": {"input_size": [1, 16, 16]}}, "channels: .* says 1"),
+    (
+      {"architecture": "vit_tiny", "model_args": {"no_embed_class": True}},
+      "says True, the model has False only",
+    ),
     ({"model_args": 3, "architecture": "x"}, "can't be read: TypeError"),
   ],
 )
@@ -414,6 +418,7 @@ def test_grids_that_are_no_squares(write, caplog):
   for shape in (wide, high):  # Nothing tells them apart.
     params = load(file, shape)
     np.testing.assert_array_equal(params["position_embed"], stored)
+    assert f"are taken for {shape[0] // 4}x{shape[1] // 4}." in caplog.text
   with pytest.raises(ValueError, match=r"has 6 .*3x3 patches.* tells"):
     load(file, (12, 12, 3))
   beside(

@@ -917,6 +917,20 @@ class TestNames:
     assert uids_of(batches) == [U]
     assert (found.read, found.broken, found.noted) == (1, {}, {})
 
+  def test_members_that_lie_apart_are_said_to(self, tmp_path):
+    """As of `tar cf x.tar *.json *.png *.txt`; also where reading goes on."""
+    members = {}
+    for number in range(4):
+      members |= sample(str(number), uid_of(number))
+    members = dict(sorted(members.items(), key=lambda x: x[0][::-1]))
+    path = archive(tmp_path / "x.tar", members)
+    found = found_in(path)
+    assert found.samples == 0
+    assert found.broken["rest of a sample before"] == 8
+    assert "must follow one another" in found.advice()
+    rest = found_in(path, skip=5)
+    assert rest.broken == {"rest of a sample before": 7}
+
   def test_a_sample_of_too_many_files(self, tmp_path):
     members = sample("0", U) | {f"0.{n}": b"" for n in range(1000)}
     path = archive(tmp_path / "x.tar", members | sample("1", uid_of(1)))
