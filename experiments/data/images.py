@@ -55,7 +55,12 @@ class BadImageError(Exception):
 
 
 def formats_of(extensions: Iterable[str]) -> tuple[str, ...]:
-  """`FORMATS`, and those of `OPTIONAL_FORMATS` that have such extensions."""
+  """`FORMATS`, and those of `OPTIONAL_FORMATS` that have such extensions.
+
+  Example:
+    >>> formats_of(["jpg", "tiff"])
+    ('JPEG', 'PNG', 'WEBP', 'TIFF')
+  """
   more = (OPTIONAL_FORMATS.get(extension) for extension in extensions)
   return tuple(dict.fromkeys((*FORMATS, *filter(None, more))))
 

@@ -283,9 +283,10 @@ def sized(model: Any, *, channels: int = 3) -> Any:
     return model
   fields = architecture(model.pretrained, channels=channels)
   copy = model.copy_and_resolve_references().unlock()
-  for name, value in fields.items():
-    if copy.clip.get(name) is None:
-      copy.clip[name] = value
+  with weight_files.about(model.pretrained, "the model"):
+    for name, value in fields.items():
+      if copy.clip.get(name) is None:
+        copy.clip[name] = value
   return copy.lock()
 
 

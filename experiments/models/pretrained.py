@@ -141,7 +141,8 @@ def sized(model: Any, *, channels: int = 3) -> Any:
     return model
   fields = architecture(model.pretrained, channels=channels)
   copy = model.copy_and_resolve_references().unlock()
-  copy.vit.update(fields)
+  with weight_files.about(model.pretrained, "the model"):
+    copy.vit.update(fields)
   return copy.lock()
 
 

@@ -371,6 +371,11 @@ def test_all_sizes_are_taken_from_the_file(write, made):
   else:
     beside(file, model_type="vit", num_attention_heads=3)
   assert pretrained.architecture(file) == tiny(made)
+  kept = file.with_name("config.json").read_text()
+  beside(file, num_attention_heads="three")
+  with pytest.raises(ValueError, match=r"model\.safetensors about the model"):
+    pretrained.sized(config)
+  file.with_name("config.json").write_text(kept)
   whole = ConfigDict({"model": config, "seed": 0})
   assert initial.sized(whole).model.vit.to_dict() == tiny(made)
   assert whole.model.vit.width == 8
