@@ -92,16 +92,6 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
   app.run(main, flags_parser=_parse_flags)
 
 
-def _config():
-  """The command line's config, with sizes of weights where it asks for them."""
-  config = _CONFIG.value
-  if "model" not in config or config.model.get("size") != "pretrained":
-    return config
-  from experiments import initial  # and Flax, which not all jobs need
-
-  return initial.sized(config)
-
-
 def _run_together(job, processes, debug):
   """As one of several processes, which all end if one of them fails."""
   with contextlib.ExitStack() as stack:
@@ -138,6 +128,16 @@ def _is_news(record):
   return record.levelname != "ERROR" or not (
     "orbax" in record.pathname or record.name == "asyncio"
   )
+
+
+def _config():
+  """The command line's config, with sizes of weights where it asks for them."""
+  config = _CONFIG.value
+  if "model" not in config or config.model.get("size") != "pretrained":
+    return config
+  from experiments import initial  # and Flax, which not all jobs need
+
+  return initial.sized(config)
 
 
 def _parse_flags(argv):
