@@ -67,7 +67,17 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.zero_shot_split = "test"
   config.data.data_dir = config_dict.placeholder(str)
   config.data.window = 4096  # samples that are shuffled at once
-  config.data.uid_source = "json"  # or "name"
+  # Where uids are from: "json", or "name" for shards that have none there, such
+  # as img2dataset's: of the names of shard and sample.
+  config.data.uid_source = "json"
+  # Which files make a sample, by extension. "gif", "bmp", "tif" and "tiff"
+  # among those of images let such images be read.
+  config.data.parts = config_dict.ConfigDict()
+  config.data.parts.image = ("jpg", "jpeg", "png", "webp")
+  config.data.parts.caption = ("txt",)
+  config.data.parts.json = ("json",)
+  # The field of the json that has the caption; None: a file of its own.
+  config.data.parts.caption_key = config_dict.placeholder(str)
   config.data.max_broken_share = 0.1
   config.data.num_threads = 8
 
@@ -77,7 +87,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.kinds = ("swapped", "truncated", "padded")
 
   config.model = config_dict.ConfigDict()
-  config.model.size = "tiny"  # or "B/32", "B/16", "L/14"
+  # Or "B/32", "B/16", "L/14", or "pretrained": as the config.json beside the
+  # weights that `pretrained` names has it.
+  config.model.size = "tiny"
   # Published weights to start from: a .safetensors file, its folder or
   # "hf://owner/name".
   config.model.pretrained = config_dict.placeholder(str)
@@ -86,6 +98,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   for name in _SIZES:
     config.model.clip[name] = config_dict.placeholder(int)
   config.model.clip.activation = config_dict.placeholder(str)
+  config.model.clip.norm_epsilon = config_dict.placeholder(float)
   config.model.clip.dtype = config_dict.placeholder(str)  # of activations
   config.model.clip.remat = config_dict.placeholder(bool)
   config.model.clip.logit_scale = config_dict.placeholder(float)

@@ -56,6 +56,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
   # always a new one.
   config.model.pretrained = config_dict.placeholder(str)
+  # Of the vit: "" is as `vit` has it; "pretrained" takes all of that from the
+  # weights that `pretrained` names and the config.json beside them.
+  config.model.size = ""
   # Hidden widths of the mlp, or channels per stage of convnet and resnet.
   config.model.widths = (256, 256)
   # Of convnet and resnet: pixels taken together, in each direction.

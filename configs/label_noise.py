@@ -12,6 +12,9 @@ python -m experiments.study --workdir=runs/dtd_finetune \
   --config=configs/label_noise.py:dataset=dtd,protocol=finetune,rate=0.4 \
   --config.model.pretrained=hf://google/vit-base-patch16-224-in21k
 
+Other weights, timm's among them, give their sizes, heads and norms themselves,
+by the config.json beside them: --config.model.size=pretrained.
+
 Sets, by their TFDS names, with their official splits: cifar10, cifar100, dtd,
 stl10, oxford_flowers102, oxford_iiit_pet. Probing takes one pass of the
 backbone over the images and their mirror images, and then minutes on 2 CPU

@@ -80,7 +80,7 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
             " and no --coordinator"
           )
         return _run_together(job, processes, debug)
-      job(_CONFIG.value, _WORKDIR.value)
+      job(_config(), _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
@@ -100,8 +100,8 @@ def _run_together(job, processes, debug):
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
       if processes == FIRST:
-        return distributed.by_first(lambda: job(_CONFIG.value, _WORKDIR.value))
-      return job(_CONFIG.value, _WORKDIR.value)
+        return distributed.by_first(lambda: job(_config(), _WORKDIR.value))
+      return job(_config(), _WORKDIR.value)
     except Exception as error:
       if debug:
         logging.exception("process %d", jax.process_index())
@@ -128,6 +128,16 @@ def _is_news(record):
   return record.levelname != "ERROR" or not (
     "orbax" in record.pathname or record.name == "asyncio"
   )
+
+
+def _config():
+  """The command line's config, with sizes of weights where it asks for them."""
+  config = _CONFIG.value
+  if "model" not in config or config.model.get("size") != "pretrained":
+    return config
+  from experiments import initial  # and Flax, which not all jobs need
+
+  return initial.sized(config)
 
 
 def _parse_flags(argv):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 import gradmimic_jax as gm
 from experiments import workdir as workdir_lib
@@ -198,6 +199,7 @@ def _of_shards(config, tokenize):
     "tokenizer": tokenize,
     "image_size": section.image_size,
     "uid_source": section.uid_source,
+    "parts": shard_samples.Parts(**section.parts),
     "max_broken_share": section.max_broken_share,
     "num_threads": section.num_threads,
   }
@@ -253,6 +255,14 @@ def _first(stream, count):
     images.append(batch["image"][batch["mask"]])
     text.append(batch["text"][batch["mask"]])
   iterator.close()
+  found = sum(map(len, images))
+  if found < count:
+    logging.warning(
+      "config.data.held_out_shards have %d pairs, fewer than"
+      " config.data.held_out_size=%d: evaluation goes by those.",
+      found,
+      count,
+    )
   return np.concatenate(images)[:count], np.concatenate(text)[:count]
 
 

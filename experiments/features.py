@@ -311,11 +311,12 @@ def _published(config, source) -> Backbone:
       " its images in pixels, such as 224."
     )
   shape = (size, size, 3)
-  vit = config.model.vit.to_dict()
+  model = pretrained.sized(config.model)
+  vit = model.vit.to_dict()
 
   def make():
     apply, like = models.create_features(
-      config.model, input_shape=shape, num_classes=1, seed=0
+      model, input_shape=shape, num_classes=1, seed=0
     )
     return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
 

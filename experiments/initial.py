@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import checkpoint, models, workdir as workdir_lib
-from experiments.models import pretrained, weight_files
+from experiments.models import clip_pretrained, pretrained, weight_files
 
 
 def create(
@@ -40,11 +40,13 @@ def create(
       unfinished run's.
     FileNotFoundError: weights that are not there.
   """
+  source = config.get("pretrained")
+  if source is not None and not is_run(source):
+    config = pretrained.sized(config, channels=input_shape[-1])
   apply, params = models.create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
   params = place(params)
-  source = config.get("pretrained")
   if source is None:
     return apply, params
   if is_run(source):
@@ -60,6 +62,38 @@ def create(
       source, params, input_shape=input_shape, vit=config.vit.to_dict()
     )
   return apply, {**loaded, "head": params["head"]}
+
+
+def sized(config: Any) -> Any:
+  """A job's config with the sizes of the weights that its model starts from.
+
+  Done before anything else is, so that what is kept of a config stands by
+  itself.
+
+  Args:
+    config: any job's; with `config.model.size="pretrained"` the model's fields
+      are those of the weights that `config.model.pretrained` names.
+
+  Returns:
+    The same, or a copy with other fields.
+
+  Raises:
+    FileNotFoundError: weights that are not there.
+    ValueError: weights beside which nothing tells their sizes.
+  """
+  model = config.model
+  if model.get("size") != pretrained.SIZE:
+    return config
+  source = model.get("pretrained")
+  if source is None or is_run(source):
+    raise ValueError(
+      f"config.model.size is {pretrained.SIZE!r} and config.model.pretrained"
+      f" {source!r}; expected published weights."
+    )
+  module = clip_pretrained if "clip" in model else pretrained
+  copy = config.copy_and_resolve_references().unlock()
+  copy.model = module.sized(model)
+  return copy.lock()
 
 
 def for_data(

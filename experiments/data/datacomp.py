@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import gradmimic_jax as gm
+from experiments.data import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 CLIP_SCORES = ("clip_b32_similarity_score", "clip_l14_similarity_score")
@@ -31,6 +32,7 @@ _MIN_SIDE, _MAX_ASPECT = 200, 3.0
 # More bytes than characters, by this share, and a text counts as not English.
 _MAX_EXTRA_BYTES = 0.05
 _ROWS = 1 << 18
+_MOST_UID = 64  # Bytes; one has 32, and what is longer is none.
 
 
 class Metadata(NamedTuple):
@@ -49,20 +51,25 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(
-  path: str | os.PathLike, columns: Sequence[str] = CLIP_SCORES
+  path: str | os.PathLike,
+  columns: Sequence[str] = CLIP_SCORES,
+  *,
+  limits: limits_lib.Limits = limits_lib.DEFAULT,
 ) -> Metadata:
   """Reads some columns of a pool's Parquet files.
 
   Args:
     path: A Parquet file, or a folder of them, which are read by name.
     columns: Which to read beside "uid". Texts take the most memory by far.
+    limits: `table_row_group`.
 
   Returns:
     Uids and columns, rows aligned.
 
   Raises:
     FileNotFoundError: If there is no such file.
-    ValueError: If a file lacks a column or has another kind of uid.
+    ValueError: If a file is damaged, lacks a column, has another kind of uid or
+      of column than the first, or claims more than it can hold.
   """
   path = pathlib.Path(path)
   paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -72,23 +79,110 @@ def read_metadata(
   tables: list[pa.Table] = []
   wanted = list(dict.fromkeys(columns))
   for part in paths:
-    with pq.ParquetFile(part) as file:
-      missing = {"uid", *wanted} - set(file.schema_arrow.names)
-      if missing:
+    try:
+      for pairs, table in _read(part, wanted, limits):
+        if tables and table.schema != tables[0].schema:
+          raise ValueError(
+            f"its columns are {_types(table)}, those of {paths[0]}"
+            f" {_types(tables[0])}"
+          )
+        uids.append(pairs)
+        tables.append(table)
+    except FileNotFoundError:
+      raise
+    # Arrow takes an unlucky size for a want of memory.
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+      raise ValueError(f"{part}: {str(error).splitlines()[0]}") from error
+  return Metadata(np.concatenate(uids), pa.concat_tables(tables))
+
+
+def _types(table):
+  return ", ".join(f"{x.name} {x.type}" for x in table.schema) or "none"
+
+
+def _read(part, wanted, limits):
+  """A file's uids and columns, a piece at a time; first an empty one."""
+  with pq.ParquetFile(part) as file:
+    schema, metadata = file.schema_arrow, file.metadata
+  missing = {"uid", *wanted} - set(schema.names)
+  if missing:
+    raise ValueError(
+      f"it has no column {', '.join(sorted(missing))}; it has"
+      f" {', '.join(schema.names)}"
+    )
+  read = list(dict.fromkeys(["uid", *wanted]))
+  _check_claims(metadata, read, os.path.getsize(part), limits)
+  kinds = {name: _plain(schema.field(name).type) for name in read}
+  wanted_schema = pa.schema([(name, kinds[name]) for name in wanted])
+  yield parse_uids([]), wanted_schema.empty_table()
+  # A text that many rows share is one text as long as its dictionary is kept:
+  # a few bytes say that a million rows have a megabyte each.
+  texts = [name for name, kind in kinds.items() if _is_text(kind)]
+  with pq.ParquetFile(part, read_dictionary=texts) as file:
+    # A piece at a time: a hundred million uids are 3 GB as text.
+    for batch in file.iter_batches(_ROWS, columns=read):
+      whole = {}
+      for name in read:
+        most = limits.table_row_group
+        if name == "uid":
+          most = _MOST_UID * len(batch)
+        whole[name] = _unpacked(batch.column(name), kinds[name], most, name)
+      table = pa.table([whole[name] for name in wanted], schema=wanted_schema)
+      yield parse_uids(whole["uid"]), table
+
+
+def _plain(kind):
+  return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind):
+  return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _unpacked(array, kind, most, name):
+  """A column as its own type, if it doesn't grow beyond belief."""
+  if not (pa.types.is_dictionary(array.type) and _is_text(kind)):
+    return array.cast(kind)
+  lengths = pc.binary_length(array.dictionary)
+  size = pc.sum(pc.cast(pc.take(lengths, array.indices), pa.int64())).as_py()
+  if (size or 0) > most:
+    raise ValueError(
+      f"{len(array)} rows of its column {name!r} are {size} bytes; the limit is"
+      f" {most}"
+    )
+  return array.cast(kind)
+
+
+def _check_claims(metadata, columns, size, limits):
+  """Raises ValueError if a Parquet file claims more than it can hold."""
+  rows, found = metadata.num_rows, 0
+  # Uids are sixteen bytes that can't be made less.
+  if not 0 <= rows <= size:
+    raise ValueError(f"it has {size} bytes and claims {rows} rows")
+  for number in range(metadata.num_row_groups):
+    group = metadata.row_group(number)
+    found += group.num_rows
+    for place in range(group.num_columns):
+      column = group.column(place)
+      if column.path_in_schema.partition(".")[0] not in columns:
+        continue
+      packed = column.total_compressed_size
+      unpacked = column.total_uncompressed_size
+      start = column.data_page_offset
+      if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+      if start < 0 or packed < 0 or start + packed > size:
         raise ValueError(
-          f"{part} has no column {', '.join(sorted(missing))}; it has"
-          f" {', '.join(file.schema_arrow.names)}"
+          f"column {column.path_in_schema!r} claims bytes {start} to"
+          f" {start + packed} of a file of {size}"
         )
-      # A piece at a time: a hundred million uids are 3 GB as text.
-      for batch in file.iter_batches(_ROWS, columns=["uid", *wanted]):
-        try:
-          uids.append(parse_uids(batch.column("uid")))
-        except (TypeError, ValueError) as error:
-          raise ValueError(f"{part}: {error}") from error
-        tables.append(pa.Table.from_batches([batch]).select(wanted))
-  return Metadata(
-    np.concatenate(uids) if uids else parse_uids([]), pa.concat_tables(tables)
-  )
+      if not 0 <= unpacked <= limits.table_row_group:
+        raise ValueError(
+          f"column {column.path_in_schema!r} claims {unpacked} bytes in one row"
+          f" group; the limit is {limits.table_row_group}"
+        )
+  if found != rows:
+    raise ValueError(f"it claims {rows} rows, its row groups {found}")
 
 
 def top(

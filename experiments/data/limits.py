@@ -6,6 +6,8 @@ given to it. A sample beyond a limit is a broken sample; see `shards`.
 """
 
 import dataclasses
+import json
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,22 @@ class Limits:
     json_bytes: Of a sample's JSON, which may hold EXIF data.
     name_bytes: Of the name of a member of a tar file.
     header_bytes: Of what a tar file says about one member (pax, GNU).
+    sample_members: Files of one name in a tar file.
     image_side: Pixels, the longer side of an image.
-    image_pixels: Width times height. Decoding takes 3 to 4 bytes for each, on
+    image_pixels: Width times height. Decoding takes 3 to 12 bytes for each, on
       each of the decoding threads.
+    image_scans: Of a JPEG file: each is a pass over all of its pixels.
+      Progressive files have some ten.
+    image_blocks: Of a PNG, GIF or WebP file, and tags of a TIFF file: pieces
+      that are no pixels of the first frame. Photographs have some ten.
+    image_metadata: Bytes in these, beside pixels, where they must be unpacked
+      to be passed over.
+    json_depth: Lists and objects within each other.
+    config_bytes: Of a JSON file beside weights.
+    tokenizer_bytes: Of a tokenizer's file, unpacked.
+    weights_header: Bytes in which a safetensors file says what is in it.
+    table_row_group: Bytes that a row group of a Parquet file may claim to take
+      once it is unpacked.
     window_bytes: What one window of the shuffle holds in memory; it is closed
       early where large samples fill it.
   """
@@ -31,8 +46,17 @@ class Limits:
   json_bytes: int = 1 << 20
   name_bytes: int = 4096
   header_bytes: int = 1 << 16
+  sample_members: int = 1000
   image_side: int = 16_384
   image_pixels: int = 64_000_000
+  image_scans: int = 50
+  image_blocks: int = 1000
+  image_metadata: int = 1 << 20
+  json_depth: int = 100
+  config_bytes: int = 16 << 20
+  tokenizer_bytes: int = 64 << 20
+  weights_header: int = 32 << 20
+  table_row_group: int = 8 << 30
   window_bytes: int = 1 << 30
 
   def __post_init__(self):
@@ -45,3 +69,48 @@ class Limits:
 
 
 DEFAULT = Limits()
+
+
+def parse_json(
+  content: bytes | str, *, most: int, limits: Limits = DEFAULT
+) -> Any:
+  """What JSON says, unless it is larger or deeper than is believed.
+
+  Args:
+    content: The file's content.
+    most: Bytes that it may have.
+    limits: `json_depth`.
+
+  Returns:
+    The value.
+
+  Raises:
+    ValueError: If it is no JSON, too large or too deep; without a file's name.
+
+  Example:
+    >>> parse_json(b'{"uid": "07"}', most=100)
+    {'uid': '07'}
+  """
+  if len(content) > most:
+    raise ValueError(f"it has {len(content)} bytes; the limit is {most}")
+  try:
+    value = json.loads(content)
+  except RecursionError:
+    depth = limits.json_depth + 1
+  else:
+    depth, level = 0, [value]
+    while level and depth <= limits.json_depth:
+      depth += 1
+      level = [
+        inner
+        for outer in level
+        if isinstance(outer, (dict, list))
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+        if isinstance(inner, (dict, list))
+      ]
+  if depth > limits.json_depth:
+    raise ValueError(
+      f"its lists and objects lie in each other, more than {limits.json_depth}"
+      " deep"
+    )
+  return value

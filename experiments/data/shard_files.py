@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from experiments import workdir as workdir_lib
@@ -17,6 +18,7 @@ from experiments import workdir as workdir_lib
 _MOST_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar(\.\w+)?)$", re.IGNORECASE)
 _UID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -50,10 +52,7 @@ def expand(
       if not os.path.isdir(path):
         paths.append(path)
         continue
-      found = sorted(map(str, pathlib.Path(path).glob("*.tar")))
-      if not found:
-        raise FileNotFoundError(f"the folder {path!r} has no .tar file in it")
-      paths += found
+      paths += _of_folder(path)
   if not paths:
     raise ValueError("the list of shards is empty; give at least one path")
   if len(set(paths)) < len(paths):
@@ -68,6 +67,29 @@ def expand(
       f" {missing[0]!r}; shards are files on this machine, or mounted on it"
     )
   return paths
+
+
+def _of_folder(path):
+  """A folder's shards, by name; what looks like others is said."""
+  # Not ".*": macOS puts "._00000000.tar" beside each.
+  names = sorted(x.name for x in os.scandir(path) if x.name[0] != ".")
+  found = [os.path.join(path, name) for name in names if name.endswith(".tar")]
+  others = [x for x in names if _TAR.search(x) and not x.endswith(".tar")]
+  packed = f"{len(others)} like {others[0]!r}" if others else "none packed"
+  if not found:
+    raise FileNotFoundError(
+      f"the folder {path!r} has no .tar file in it ({packed}); expected"
+      " uncompressed tar files whose names end in .tar"
+    )
+  if others:
+    logging.warning(
+      "%s has %d shards that are read and %s that aren't, as their names don't"
+      " end in .tar: unpack what is compressed.",
+      path,
+      len(found),
+      packed,
+    )
+  return found
 
 
 def names(pattern: str) -> list[str]:

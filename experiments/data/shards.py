@@ -42,7 +42,7 @@ from experiments.data import (
   shard_samples,
   streams,
 )
-from experiments.data.shard_samples import Sample, Statistics
+from experiments.data.shard_samples import Parts, Sample, Statistics
 
 Tokenizer = Callable[[list[str]], np.ndarray]
 
@@ -78,6 +78,8 @@ class ShardStream(grain.IterDataset):
       None keeps all.
     window: Samples that are shuffled at once, held in memory as stored.
     uid_source: "json", or "name" for shards that have no uids.
+    parts: Which files make a sample: extensions of images, captions and JSON,
+      and the JSON's field for captions; see `shard_samples.Parts`.
     process_index: Which process this is.
     process_count: Of how many.
     max_broken_share: Share of broken samples above which reading stops, once
@@ -87,6 +89,7 @@ class ShardStream(grain.IterDataset):
 
   Raises:
     FileNotFoundError: If a shard is not there.
+    TypeError: If `parts` is something else.
     ValueError: If a value is out of range, or there are fewer shards than
       processes. While reading: if too much is broken, or nothing is left.
   """
@@ -103,6 +106,7 @@ class ShardStream(grain.IterDataset):
     keep: Any = None,
     window: int = 4096,
     uid_source: str = "json",
+    parts: Parts = shard_samples.PARTS,
     process_index: int = 0,
     process_count: int = 1,
     max_broken_share: float = 0.1,
@@ -130,12 +134,9 @@ class ShardStream(grain.IterDataset):
       raise ValueError(
         f"max_broken_share must lie in [0, 1], got {max_broken_share}"
       )
-    if uid_source not in shard_samples.UID_SOURCES:
-      raise ValueError(
-        f"uid_source must be one of {shard_samples.UID_SOURCES}, got"
-        f" {uid_source!r}"
-      )
-    self.paths = shard_files.expand(shards)
+    if not isinstance(parts, Parts):
+      raise TypeError(f"parts must be shard_samples.Parts, got {parts!r}")
+    self.paths = _expand(shards, uid_source)
     if len(self.paths) < process_count:
       raise ValueError(
         f"{len(self.paths)} shards for {process_count} processes; expected at"
@@ -145,7 +146,7 @@ class ShardStream(grain.IterDataset):
     self.batch_size, self.image_size = batch_size, image_size
     self.seed, self.num_epochs = seed, num_epochs
     self.keep = shard_samples.kept_uids(keep)
-    self.window, self.uid_source = window, uid_source
+    self.window, self.uid_source, self.parts = window, uid_source, parts
     self.process_index, self.process_count = process_index, process_count
     self.max_broken_share, self.num_threads = max_broken_share, num_threads
     self.limits = limits
@@ -174,6 +175,7 @@ class ShardStream(grain.IterDataset):
       "window": self.window,
       "uid_source": self.uid_source,
       "process": [self.process_index, self.process_count],
+      "parts": repr(self.parts),
       "limits": repr(self.limits),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -334,6 +336,7 @@ class ShardIterator(grain.DatasetIterator):
         skip=place.record,
         keep=self._stream.keep,
         uid_source=self._stream.uid_source,
+        parts=self._stream.parts,
         limits=self._stream.limits,
       )
     sample = next(self._reader, _END)
@@ -349,9 +352,9 @@ class ShardIterator(grain.DatasetIterator):
         "an epoch brought no sample that wasn't in the batch already: the"
         " shards of this process are all broken, the filter is for other data,"
         f" or they have fewer than batch_size={self._stream.batch_size}"
-        f" samples.\n{self.statistics}"
+        f" samples.{self.statistics.advice()}\n{self.statistics}"
       )
-    if self.statistics.broken:
+    if self.statistics.broken or self.statistics.noted:
       logging.warning("After epoch %d: %s", self._next.epoch, self.statistics)
     self._place = self._next = _Place(self._next.epoch + 1, 0, 0)
     self._window, self._taken = None, 0
@@ -363,7 +366,7 @@ class ShardIterator(grain.DatasetIterator):
       raise ValueError(
         f"{found.broken_share:.1%} of the samples that were looked at are"
         f" broken, more than max_broken_share={most:.1%}; mend the shards, or"
-        f" raise it.\n{found}"
+        f" raise it.{found.advice()}\n{found}"
       )
 
   def _decode(
@@ -374,10 +377,14 @@ class ShardIterator(grain.DatasetIterator):
         return images.decode(
           sample.image,
           size=self._stream.image_size,
+          formats=self._stream.parts.formats,
           limits=self._stream.limits,
         )
       except images.BadImageError as error:
         return error
+      except BaseException as error:
+        error.add_note(f"in the image of {sample.key!a} in {sample.shard!a}")
+        raise
 
     run = map if self._pool is None else self._pool.map
     sound = []
@@ -419,6 +426,7 @@ def survey(
   shards: str | os.PathLike | Iterable[str | os.PathLike],
   *,
   uid_source: str = "json",
+  parts: Parts = shard_samples.PARTS,
   limits: limits_lib.Limits = limits_lib.DEFAULT,
 ) -> tuple[np.ndarray, Statistics]:
   """The uids of all samples in shards, without reading images or captions.
@@ -429,6 +437,7 @@ def survey(
   Args:
     shards: As for `ShardStream`.
     uid_source: As for `ShardStream`.
+    parts: As for `ShardStream`.
     limits: What is believed of the files.
 
   Returns:
@@ -437,15 +446,17 @@ def survey(
 
   Raises:
     FileNotFoundError: If a shard is not there.
+    ValueError: If `uid_source` is none, or would make one uid of two samples.
   """
   statistics = Statistics()
   uids: list[str] = []
   seen: set[str] = set()
-  for path in shard_files.expand(shards):
+  for path in _expand(shards, uid_source):
     for sample in shard_samples.read(
       path,
       statistics,
       uid_source=uid_source,
+      parts=parts,
       with_content=False,
       limits=limits,
     ):
@@ -456,4 +467,28 @@ def survey(
       seen.add(sample.uid)
       uids.append(sample.uid)
   statistics.samples = len(uids)
+  if statistics.broken:
+    logging.warning("%s%s", statistics, statistics.advice())
   return np.array(uids, "<U32"), statistics
+
+
+def _expand(shards, uid_source: str) -> list[str]:
+  """The shards' paths, of which uids can be made where that is asked for."""
+  if uid_source not in shard_samples.UID_SOURCES:
+    raise ValueError(
+      f"uid_source must be one of {shard_samples.UID_SOURCES}, got"
+      f" {uid_source!r}"
+    )
+  paths = shard_files.expand(shards)
+  if uid_source == "name":
+    # Folders don't count: the same data elsewhere have the same uids.
+    by_name: dict[str, str] = {}
+    for path in paths:
+      other = by_name.setdefault(os.path.basename(path), path)
+      if other != path:
+        raise ValueError(
+          f"the shards {other!r} and {path!r} have one name, and with"
+          " uid_source='name' their samples would have the same uids; rename"
+          " one of the files"
+        )
+  return paths

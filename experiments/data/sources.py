@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -16,8 +15,9 @@ import PIL
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.data import digits
+from experiments.data import digits, images as images_lib
 
+_FORMATS = images_lib.formats_of(images_lib.OPTIONAL_FORMATS)
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _READ_SIZE = 1024  # Records read at once; one at a time costs twice as much.
 
@@ -304,7 +304,10 @@ def _decode(source, features, what: str, size: int | None):
     rows = range(start, min(start + _READ_SIZE, len(source)))
     for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
       sample = features.deserialize_example_np(record, decoders=encoded)
-      image = _decode_image(sample["image"], mode, size)
+      try:
+        image = _decode_image(sample["image"], mode, size)
+      except images_lib.BadImageError as error:
+        raise OSError(f"the image of sample {row}: {error}") from error
       if images is None:
         images = np.empty((len(source), *image.shape), np.uint8)
       if image.shape != images.shape[1:]:
@@ -326,12 +329,11 @@ def _decode_image(encoded: bytes, mode: str, size: int | None) -> np.ndarray:
   Always by Pillow: TFDS takes OpenCV where that is installed, whose JPEG
   pixels differ, and with them the fingerprint.
   """
-  with Image.open(io.BytesIO(encoded)) as image:
-    # Converted first: the colours of a palette can't be averaged.
-    decoded = image if image.mode == mode else image.convert(mode)
-    if size is not None and decoded.size != (size, size):
-      decoded = decoded.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(decoded)
+  # Converted first: the colours of a palette can't be averaged.
+  decoded = images_lib.load(encoded, mode, formats=_FORMATS)
+  if size is not None and decoded.size != (size, size):
+    decoded = decoded.resize((size, size), Image.Resampling.BILINEAR)
+  pixels = np.asarray(decoded)
   return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -18,6 +18,7 @@ from experiments.data import limits as limits_lib
 BLOCK = 512
 FILE = "file"  # The one kind of member whose content is of use.
 DIRECTORY = "directory"
+ARCHIVE = "archive"  # No member: what the whole is called.
 _KINDS = {
   b"0": FILE,
   b"\0": FILE,
@@ -29,18 +30,21 @@ _KINDS = {
   b"5": DIRECTORY,
   b"6": "named pipe",
   b"S": "sparse file",
+  b"V": ARCHIVE,
+  b"D": DIRECTORY,
 }
-_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6", b"V")
 _PAX_SPARSE = {"GNU.sparse.major", "GNU.sparse.map", "GNU.sparse.size"}
 _PAX_KEYS = {"path", "size"} | _PAX_SPARSE
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
+_PAX_SOLARIS = b"X"
 
 
 class Member(NamedTuple):
   """One member of a tar file."""
 
   name: str  # As it stands there: nothing about it is safe.
-  kind: str  # FILE, DIRECTORY, or what else it is.
+  kind: str  # FILE, DIRECTORY, ARCHIVE, or what else it is.
   offset: int  # Bytes from the start of the tar file to the content.
   size: int  # Bytes of the content.
 
@@ -77,14 +81,14 @@ def members(
     kind = header[156:157]
     size = _number(header[124:136], place)
     place += BLOCK
-    if kind in (_PAX, _LONG_NAME, _PAX_GLOBAL, _LONG_LINK):
+    if kind in (_PAX, _PAX_SOLARIS, _LONG_NAME, _PAX_GLOBAL, _LONG_LINK):
       most = limits.name_bytes if kind == _LONG_NAME else limits.header_bytes
       if size > most:
         raise DamagedError(f"an extra header of {size} bytes at byte {place}")
       content = _read(file, place, size, end)
       if kind == _LONG_NAME:
         about["path"] = _text(content)
-      elif kind == _PAX:
+      elif kind in (_PAX, _PAX_SOLARIS):
         # No others are kept, however many headers there are in a row.
         records = _pax_records(content, place)
         about.update((k, v) for k, v in records if k in _PAX_KEYS)
@@ -159,15 +163,17 @@ def _decimal(text: str, place: int) -> int:
 
 def _pax_records(content: bytes, place: int) -> Iterator[tuple[str, str]]:
   """The records of a pax header: length, key=value, end of line."""
-  while content.strip(b"\0"):
-    digits, _, _ = content[:20].partition(b" ")
-    length = _decimal(_text(digits), place)
-    record = content[len(digits) + 1 : length]
+  content = content.rstrip(b"\0")
+  start = 0  # Not cut off piece by piece: there may be thousands.
+  while start < len(content):
+    digits, _, _ = content[start : start + 20].partition(b" ")
+    end = start + _decimal(_text(digits), place)
+    record = content[start + len(digits) + 1 : end]
     key, equals, value = record.partition(b"=")
-    if not equals or not value.endswith(b"\n") or length > len(content):
+    if not equals or not value.endswith(b"\n") or end > len(content):
       raise DamagedError(f"a damaged pax header at byte {place}")
     yield _text(key), _text(value[:-1])
-    content = content[length:]
+    start = end
 
 
 def _after_sparse_map(

@@ -16,6 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from experiments.data import limits as limits_lib
+
 TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 OPENAI = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
@@ -61,6 +63,7 @@ class Tokenizer:
     ends: tuple[str, str],
     context_length: int,
     padding: str,
+    name: str | os.PathLike = "the words",
   ):
     if context_length < 2:
       raise ValueError(
@@ -76,7 +79,7 @@ class Tokenizer:
     self.vocab_size = max(ids.values()) + 1
     if self.end != self.vocab_size - 1:
       raise ValueError(
-        f"the end token {ends[1]} has id {self.end} in a vocabulary of"
+        f"{name}: the end token {ends[1]} has id {self.end} in a vocabulary of"
         f" {self.vocab_size}; expected the highest, by which CLIP finds it."
       )
     self.context_length = context_length
@@ -164,16 +167,24 @@ def load(
   file = _find(source)
   try:
     pieces = _read(file)
-  except OSError:
+  except gzip.BadGzipFile as error:
+    raise gzip.BadGzipFile(f"{file} can't be read as gzip: {error}.") from error
+  except (OSError, MemoryError):
     raise
-  except Exception as error:  # the library raises Exception itself
+  except BaseException as error:  # the library raises Exception itself
+    # What its own code doesn't expect it raises as no Exception at all.
+    if not isinstance(error, Exception) and (
+      type(error).__name__ != "PanicException"
+    ):
+      raise
     raise ValueError(
-      f"{file} can't be read as a tokenizer: {type(error).__name__}: {error}."
+      f"{file} can't be read as a tokenizer: {type(error).__name__}:"
+      f" {str(error)[:300]}."
     ) from error
   there = pieces.get_vocab(with_added_tokens=True)
   for ends in _ENDS:
     if all(name in there for name in ends):
-      return Tokenizer(pieces, ends, context_length, padding)
+      return Tokenizer(pieces, ends, context_length, padding, file)
   raise ValueError(
     f"{file} has no start and end token; expected"
     f" {' or '.join(' and '.join(ends) for ends in _ENDS)}, as CLIP's"
@@ -250,7 +261,8 @@ def _read(file):
       *_ENDS[0],
     ]
     return _bpe({name: number for number, name in enumerate(names)}, merges)
-  content = json.loads(file.read_text(encoding="utf-8"))
+  most = limits_lib.DEFAULT.tokenizer_bytes
+  content = limits_lib.parse_json(_content(file, open), most=most)
   if not isinstance(content, dict):
     raise ValueError(f"it holds no fields but {type(content).__name__}")
   if "model" in content and isinstance(content["model"], dict):
@@ -264,9 +276,18 @@ def _read(file):
 
 def _lines(file):
   opened = gzip.open if file.name.endswith(".gz") else open
-  with opened(file, "rt", encoding="utf-8") as content:
-    # Not splitlines: a merge may be of characters that it takes for an end.
-    return [line for line in content.read().split("\n") if line.strip()]
+  # Not splitlines: a merge may be of characters that it takes for an end.
+  return [line for line in _content(file, opened).split("\n") if line.strip()]
+
+
+def _content(file, opened):
+  """A file's text, if it isn't larger than is believed; gzip may grow much."""
+  most = limits_lib.DEFAULT.tokenizer_bytes
+  with opened(file, "rb") as packed:
+    content = packed.read(most + 1)
+  if len(content) > most:
+    raise ValueError(f"it has more than {most} bytes")
+  return content.decode().replace("\r\n", "\n")
 
 
 def _bpe(vocabulary, merges):

@@ -53,7 +53,7 @@ def create(
     as nested dicts of arrays.
 
   Raises:
-    ValueError: there is no model of that name.
+    ValueError: there is no model of that name or size.
   """
   graph, state = _split(config, input_shape, num_classes, seed)
 
@@ -103,6 +103,11 @@ def _split(config, input_shape, num_classes, seed):
     raise ValueError(
       f"config.model.name is {config.name!r}; expected one of"
       f" {', '.join(MODELS)}."
+    )
+  if config.get("size", "") not in ("", "pretrained"):
+    raise ValueError(
+      f"config.model.size is {config.size!r}; expected '' (as config.model.vit"
+      " has it) or 'pretrained' (as the weights have it)."
     )
   module, options = MODELS[config.name]
   model = module(

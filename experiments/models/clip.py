@@ -45,6 +45,7 @@ SIZES: dict[str, dict[str, int]] = {
     "text_heads": 4,
   }
 }
+PRETRAINED = "pretrained"  # A size too: that of the published weights.
 MIMIC_LAYERS = ("image_last_mlp", "text_last_mlp", "both_last_mlp", "all")
 
 
@@ -294,8 +295,9 @@ def options(config: Any) -> dict[str, Any]:
   """What `CLIP` takes from a config.
 
   Args:
-    config: `config.model`: `size`, a name in `SIZES`, and `clip`, the fields of
-      `CLIP` that shall be others; None leaves a field as the size has it.
+    config: `config.model`: `size`, a name in `SIZES` or `PRETRAINED`, and
+      `clip`, the fields of `CLIP` that shall be others; None leaves a field as
+      the size has it. `clip_pretrained.sized` fills in those of `PRETRAINED`.
 
   Returns:
     Keyword arguments of `CLIP`.
@@ -303,10 +305,10 @@ def options(config: Any) -> dict[str, Any]:
   Raises:
     ValueError: there is no such size or no such field.
   """
-  if config.size not in SIZES:
+  if config.size not in (*SIZES, PRETRAINED):
     raise ValueError(
       f"config.model.size is {config.size!r}; expected one of"
-      f" {', '.join(SIZES)}."
+      f" {', '.join((*SIZES, PRETRAINED))}."
     )
   given = {
     name: value
@@ -321,7 +323,13 @@ def options(config: Any) -> dict[str, Any]:
       f"config.model.clip has the field(s) {', '.join(unknown)}; expected"
       f" {', '.join(sorted(fields))}."
     )
-  return {**SIZES[config.size], **given}
+  if config.size == PRETRAINED and "text_heads" not in given:
+    raise ValueError(
+      f"config.model.size is {PRETRAINED!r} and config.model.pretrained"
+      f" {config.get('pretrained')!r}; expected weights, with a config.json"
+      " beside them, or another size."
+    )
+  return {**SIZES.get(config.size, {}), **given}
 
 
 def mimic_layers(name: str, params: Any) -> str | None:

@@ -1,14 +1,15 @@
 """Published weights of CLIP models, from safetensors files."""
 
+import inspect
 import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from experiments.models import (
+  architectures,
   clip,
   layouts,
   positions,
@@ -21,6 +22,8 @@ OPENCLIP_CONFIG = "open_clip_config.json"
 NAMES = (WEIGHTS, "open_clip_model.safetensors")
 BESIDE = (CONFIG, PREPROCESSOR, OPENCLIP_CONFIG)
 
+# What shapes don't show.
+_NOT_SHOWN = ("image_heads", "text_heads", "activation")
 _IMAGE, _TEXT = "image/position_embed", "text/position_embed"
 _PREPROCESSING = preparing.Preprocessing(
   preparing.OPENAI_MEAN, preparing.OPENAI_STD, (224, 224), "bicubic", 1.0
@@ -84,6 +87,7 @@ LAYOUTS = {
     antialias=False,
     align_corners=False,
     preprocessing=_PREPROCESSING,
+    norm_epsilon=1e-5,
   ),
   # OpenAI's own files have these names too.
   "openclip": layouts.Layout(
@@ -109,6 +113,7 @@ LAYOUTS = {
     antialias=True,
     align_corners=False,
     preprocessing=_PREPROCESSING,
+    norm_epsilon=1e-5,
   ),
 }
 
@@ -124,7 +129,7 @@ def create(
 
   Args:
     config: `config.model`; `pretrained` is None, or a source as `load` takes
-      it.
+      it. With `size="pretrained"` what `clip` leaves open is as that has it.
     input_shape: of one image, `(H, W, C)`.
     seed: of what is initialised.
     place: puts parameters where they are to be; weights are loaded straight to
@@ -139,6 +144,7 @@ def create(
     ImportError: as `load`.
     OSError: as `load`.
   """
+  config = sized(config, channels=input_shape[-1])
   apply, params = clip.create(config, input_shape=input_shape, seed=seed)
   params = place(params)
   source = config.get("pretrained")
@@ -169,15 +175,17 @@ def load(
     like: the parameters that `clip.create` gives.
     input_shape: of one image, `(H, W, C)`.
     options: what `clip.options` gives. Shapes don't tell the number of heads,
-      the activation nor what is added in the norms: where a `config.json` or
-      `open_clip_config.json` beside the file does, they are compared.
+      the activation nor what is added in the norms: a `config.json` or
+      `open_clip_config.json` beside the file decides, and a log line says
+      where none does.
 
   Returns:
     A tree like `like`, with its dtypes.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is of another layout or model, or not finite.
+    ValueError: the file is of another layout or model, or not finite; all that
+      is said beside it otherwise than the model is named.
     ImportError: a hub's name, without huggingface_hub.
     OSError: the hub can't give the file.
 
@@ -190,11 +198,14 @@ def load(
   stored = weight_files.read(file)
   layout = LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
-  _check_options(file, options or {})
   expected = weight_files.leaves_of(like)
+  channels = input_shape[-1]
+  told = _told(file)
+  shown = architectures.clip_of_arrays(arrays, channels)
+  _check_told(told, shown, expected, options or {}, channels, file)
   for name in {"logit_scale", "logit_bias"} & arrays.keys():
     arrays[name] = arrays[name].reshape(())  # some files have them as [1]
-  advice = _advice(arrays)
+  advice = _advice(arrays, shown, told)
   weight_files.check_names(arrays, unknown, expected, file, advice)
   weight_files.check_shapes(
     arrays, expected, file, advice, but_tokens=[_IMAGE, _TEXT]
@@ -202,6 +213,7 @@ def load(
   arrays[_IMAGE] = positions.fit(
     arrays[_IMAGE],
     _grid(expected, input_shape),
+    of_grid=_grid_of(told, shown, len(arrays[_IMAGE]) - 1, file),
     others=1,
     antialias=layout.antialias,
     align_corners=layout.align_corners,
@@ -209,6 +221,73 @@ def load(
   )
   arrays[_TEXT] = _of_first_tokens(arrays[_TEXT], len(expected[_TEXT]), file)
   return weight_files.fill(like, arrays, file)
+
+
+def architecture(
+  source: str | pathlib.Path, *, channels: int = 3
+) -> dict[str, Any]:
+  """The fields of `config.model.clip` that the weights in `source` are of.
+
+  Args:
+    source: as `load` takes it.
+    channels: of the images.
+
+  Returns:
+    Keyword arguments of `clip.CLIP`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no CLIP's, or nothing beside it tells its heads and
+      activation.
+  """
+  file = weight_files.find(source, NAMES, BESIDE)
+  stored = architectures.placeholders(weight_files.shapes(file))
+  layout = LAYOUTS[_layout_of(stored, file)]
+  arrays, _ = layouts.rename(stored, layout)
+  shown = architectures.clip_of_arrays(arrays, channels)
+  told = _told(file)
+  fields: dict[str, Any] = {"norm_epsilon": layout.norm_epsilon}
+  for name, said in told.items():
+    architectures.check(
+      said, shown, {}, {}, file, section="config.model.clip", beside=name
+    )
+    fields |= {**dict(said.again), **said.fields}
+  if _untold(told):
+    raise ValueError(
+      f"there is no {CONFIG} beside {file} that tells"
+      f" {', '.join(_untold(told))};"
+      " expected one, or another config.model.size and what differs from it in"
+      f" config.model.clip. {_advice(arrays, shown, told)}"
+    )
+  if "logit_bias" in arrays:
+    fields["logit_bias"] = 0.0  # where it starts; it is loaded
+  own = ("norm_epsilon", "logit_bias", *_NOT_SHOWN)
+  return {**shown, **{name: fields[name] for name in own if name in fields}}
+
+
+def sized(model: Any, *, channels: int = 3) -> Any:
+  """`config.model` with the fields of its `clip` from the file, if it says so.
+
+  Args:
+    model: `config.model`; with `size="pretrained"` and `pretrained` all fields
+      of `clip` that are None are as that file has them.
+    channels: of the images.
+
+  Returns:
+    The same, or a copy with other fields.
+
+  Raises:
+    ValueError: as `architecture`.
+  """
+  if model.size != clip.PRETRAINED or model.get("pretrained") is None:
+    return model
+  fields = architecture(model.pretrained, channels=channels)
+  copy = model.copy_and_resolve_references().unlock()
+  with weight_files.about(model.pretrained, "the model"):
+    for name, value in fields.items():
+      if copy.clip.get(name) is None:
+        copy.clip[name] = value
+  return copy.lock()
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
@@ -231,7 +310,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   file = weight_files.find(source, NAMES, BESIDE)
   theirs = weight_files.beside(file, PREPROCESSOR)
   openclips = weight_files.beside(file, OPENCLIP_CONFIG)
-  with weight_files.about_images(file):
+  with weight_files.about(file, "images"):
     if theirs is not None:
       return preparing.from_huggingface(theirs)
     if openclips is not None:
@@ -279,72 +358,71 @@ def _of_first_tokens(stored, length, file):
   return stored[:length]
 
 
-def _advice(arrays):
-  """What to set, as far as the file tells."""
-  shapes = {name: np.shape(array) for name, array in arrays.items()}
-  fields = {}
-  for tower in ("image", "text"):
-    blocks = {
-      name.split("/")[2] for name in arrays if name.startswith(f"{tower}/bl")
-    }
-    fields[f"{tower}_depth"] = len(blocks)
-    if f"{tower}/blocks/0/mlp/fc1/kernel" in arrays:
-      width, mlp_width = shapes[f"{tower}/blocks/0/mlp/fc1/kernel"]
-      fields |= {f"{tower}_width": width, f"{tower}_mlp_width": mlp_width}
-  if "text/projection/kernel" in arrays:
-    fields["embed_width"] = shapes["text/projection/kernel"][-1]
-  if "text/token_embed/embedding" in arrays:
-    fields["vocab_size"] = shapes["text/token_embed/embedding"][0]
-  if "image/patch_embed/kernel" in arrays:
-    fields["patch_size"] = math.isqrt(
-      shapes["image/patch_embed/kernel"][0] // 3
-    )
+def _grid_of(told, shown, tokens, file):
+  """The file's rows and columns of patches, where something tells them."""
+  for said in told.values():
+    found = architectures.grid(said, shown.get("patch_size"), tokens, file)
+    if found is not None:
+      return found
+  return None
+
+
+def _advice(arrays, shown, told):
+  """What to set, as far as the file and what is beside it tell."""
+  fields = dict(shown)
+  fields.pop("context_length", None)  # which may be shorter
+  for said in told.values():
+    own = {**dict(said.again), **said.fields}
+    fields |= {x: own[x] for x in _NOT_SHOWN if x in own}
   if "logit_bias" in arrays:
-    fields["logit_bias"] = float(arrays["logit_bias"])
+    fields["logit_bias"] = float(arrays["logit_bias"].ravel()[0])
   text = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-  return f"The file asks for config.model.clip with {text}."
+  more = "" if "image_heads" in fields else "; its heads are not told"
+  return f"The file asks for config.model.clip with {text}{more}."
 
 
-def _check_options(file, options):
-  """The fields that shapes don't show, where a file beside tells them."""
-  said = [weight_files.beside(file, name) for name in (CONFIG, OPENCLIP_CONFIG)]
-  if not any(said):
+def _told(file):
+  """What the files beside the weights say, by their names."""
+  found = {}
+  for name in (CONFIG, OPENCLIP_CONFIG):
+    config = weight_files.beside(file, name)
+    if config:
+      with weight_files.about(file, "the model"):
+        found[name] = architectures.of_clip(config)
+  return found
+
+
+def _untold(told):
+  """The fields that neither shapes nor the files beside the weights tell."""
+  names = {name for x in told.values() for name in (*x.fields, *dict(x.again))}
+  return [name for name in _NOT_SHOWN if name not in names]
+
+
+def _check_told(told, shown, expected, options, channels, file):
+  """Compares it with the model, and with the weights themselves."""
+  if _untold(told):
     logging.warning(
       "There is no %s beside %s: whether it was made with config.model.clip's"
       " activation and heads can't be seen (OpenAI's with 'quick_gelu').",
       CONFIG,
       file,
     )
-  theirs = _huggingface_fields(said[0] or {}) | _openclip_fields(said[1] or {})
-  for field, value in theirs.items():
-    if value is not None and options.get(field, value) != value:
-      raise ValueError(
-        f"config.model.clip.{field} is {options[field]!r} and the model in"
-        f" {file} was made with {value!r}: set"
-        f" config.model.clip.{field}={value!r}."
-      )
-
-
-def _huggingface_fields(config):
-  image, text = (
-    config.get(name) or {} for name in ("vision_config", "text_config")
-  )
-  return {
-    "image_heads": image.get("num_attention_heads"),
-    "text_heads": text.get("num_attention_heads"),
-    "activation": text.get("hidden_act"),  # both towers have one
-    "norm_epsilon": image.get("layer_norm_eps"),
+  model = {**options, **architectures.clip_of_arrays(expected, channels)}
+  if options:  # What isn't among them is as the model has it by default.
+    own = inspect.signature(clip.CLIP.__init__).parameters
+    names = ("activation", "norm_epsilon")
+    model = {name: own[name].default for name in names} | model
+  fixed = {
+    "channels": channels,
+    "end_token": shown.get("vocab_size", 0) - 1,  # the highest id
+    "pooling": "tok",
+    "causal": True,
   }
-
-
-def _openclip_fields(config):
-  model = config.get("model_cfg")
-  if not model:
-    return {}
-  image, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-  width = image.get("width")
-  return {
-    "image_heads": width and width // image.get("head_width", 64),
-    "text_heads": text.get("heads"),
-    "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-  }
+  # A caption that fits has the same features in a shorter context.
+  longer = shown.get("context_length", 0) > model.get("context_length", 0)
+  if longer:
+    model.pop("context_length", None)
+  for name, said in told.items():
+    architectures.check(
+      said, shown, model, fixed, file, section="config.model.clip", beside=name
+    )

@@ -20,6 +20,7 @@ class Layout(NamedTuple):
   antialias: bool
   align_corners: bool
   preprocessing: Preprocessing  # where nothing beside the file says otherwise
+  norm_epsilon: float  # likewise
 
 
 # A block's number: "layers.3.", "encoder_layer_3.", but not "conv1.".
@@ -50,6 +51,7 @@ LAYOUTS = {
     preprocessing=Preprocessing(
       (0.5,) * 3, (0.5,) * 3, (224, 224), "bilinear", 1.0
     ),
+    norm_epsilon=1e-12,
   ),
   "timm": Layout(
     prefix="",
@@ -73,6 +75,7 @@ LAYOUTS = {
     preprocessing=Preprocessing(
       (0.5,) * 3, (0.5,) * 3, (224, 224), "bicubic", 0.9
     ),
+    norm_epsilon=1e-6,
   ),
   "torchvision": Layout(
     prefix="",
@@ -107,6 +110,7 @@ LAYOUTS = {
       "bilinear",
       224 / 256,
     ),
+    norm_epsilon=1e-6,
   ),
 }
 

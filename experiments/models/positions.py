@@ -11,6 +11,7 @@ def fit(
   stored: np.ndarray,
   grid: tuple[int, int],
   *,
+  of_grid: tuple[int, int] | None = None,
   others: int,
   antialias: bool,
   align_corners: bool,
@@ -19,8 +20,10 @@ def fit(
   """Stored position embeddings on a model's grid of patches.
 
   Args:
-    stored: `[others + T, D]`, of a square grid where it is not the model's.
+    stored: `[others + T, D]`.
     grid: the model's number of rows and columns.
+    of_grid: that of the stored ones, where it is known. Else it is a square,
+      or, where T is no square, the model's own if that has T patches.
     others: how many embeddings stand before those of the patches.
     antialias: as `resize` takes it.
     align_corners: as `resize` takes it.
@@ -30,22 +33,40 @@ def fit(
     `[others + rows * columns, D]`: stored, or float64 where it was resized.
 
   Raises:
-    ValueError: they are not of a square grid.
+    ValueError: nothing tells their grid.
   """
   tokens = len(stored) - others
   side = math.isqrt(tokens)
-  if tokens == math.prod(grid) and (side, side) == grid:
+  if of_grid is None:
+    if side * side == tokens:
+      of_grid = side, side
+    elif tokens == math.prod(grid):
+      of_grid = grid
+    else:
+      raise ValueError(
+        f"{name} has {tokens} position embeddings for patches, which don't make"
+        f" a square, and the model has {grid[0]}x{grid[1]} patches; those of"
+        " other grids are interpolated if the file's config.json tells the"
+        " size of its images."
+      )
+    if tokens == math.prod(grid) and grid[0] != grid[1]:
+      logging.warning(
+        "%s: nothing says of which grid its %d position embeddings are; they"
+        " are taken for %dx%d.",
+        name,
+        tokens,
+        *of_grid,
+      )
+  if of_grid == grid:
     return stored
-  if side * side != tokens:
-    raise ValueError(
-      f"{name} has {tokens} position embeddings for patches, which don't make a"
-      " square; only those of square images can be interpolated."
-    )
-  logging.info(
-    "%s: position embeddings from %dx%d to %dx%d.", name, side, side, *grid
+  logging.warning(
+    "%s: position embeddings are resized from %dx%d to %dx%d.",
+    name,
+    *of_grid,
+    *grid,
   )
   resized = resize(
-    stored[others:].reshape(side, side, -1).astype(np.float64),
+    stored[others:].reshape(*of_grid, -1).astype(np.float64),
     grid,
     antialias=antialias,
     align_corners=align_corners,

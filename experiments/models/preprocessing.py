@@ -1,5 +1,6 @@
 """How images are prepared for published weights, as their libraries say it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ class Preprocessing(NamedTuple):
 
 def from_huggingface(fields: Mapping[str, Any]) -> Preprocessing:
   """From the fields of a `preprocessor_config.json`."""
+  if not fields.get("do_rescale", True):
+    raise ValueError("do_rescale is false: pixels of 0 to 255 are not fed here")
   if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
     raise ValueError(f"rescale_factor is {fields['rescale_factor']}, not 1/255")
   resized = _height_and_width(fields["size"])
@@ -28,14 +31,15 @@ def from_huggingface(fields: Mapping[str, Any]) -> Preprocessing:
   if fields.get("do_center_crop", False):
     size = _height_and_width(fields["crop_size"])
   normal = fields.get("do_normalize", True)
-  return Preprocessing(
+  filters = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
+  number = fields.get("resample", 2)
+  if number not in range(len(filters)):
+    raise ValueError(f"resample is {number!r}, none of {', '.join(filters)}")
+  return _checked(
     mean=tuple(fields["image_mean"]) if normal else (0.0,) * 3,
     std=tuple(fields["image_std"]) if normal else (1.0,) * 3,
     size=size,
-    # Pillow's numbers.
-    interpolation=("nearest", "lanczos", "bilinear", "bicubic")[
-      fields.get("resample", 2)
-    ],
+    interpolation=filters[number],
     crop_fraction=size[0] / resized[0],
   )
 
@@ -52,7 +56,7 @@ def _height_and_width(size):
 
 def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
   """From the `pretrained_cfg` in timm's `config.json`."""
-  return Preprocessing(
+  return _checked(
     mean=tuple(fields["mean"]),
     std=tuple(fields["std"]),
     size=tuple(fields["input_size"][-2:]),
@@ -65,10 +69,30 @@ def from_openclip(fields: Mapping[str, Any]) -> Preprocessing:
   """From the fields of an `open_clip_config.json`."""
   said = fields.get("preprocess_cfg") or {}
   size = said.get("size") or fields["model_cfg"]["vision_cfg"]["image_size"]
-  return Preprocessing(
+  return _checked(
     mean=tuple(said.get("mean") or OPENAI_MEAN),
     std=tuple(said.get("std") or OPENAI_STD),
     size=tuple(size) if isinstance(size, list) else (int(size), int(size)),
     interpolation=said.get("interpolation") or "bicubic",
     crop_fraction=1.0,  # the shorter side is resized to the size
   )
+
+
+def _checked(**fields):
+  """A Preprocessing whose numbers can be computed with."""
+  found = Preprocessing(**fields)
+  channels = (*found.mean, *found.std)
+  if not (
+    len(found.mean) == len(found.std) > 0
+    and all(math.isfinite(x) for x in channels)
+    and min(found.std) > 0
+  ):
+    raise ValueError(
+      f"mean is {found.mean} and std {found.std}; expected as many numbers, and"
+      " positive ones to divide by"
+    )
+  if min(found.size) < 1 or not 0 < found.crop_fraction <= 1:
+    raise ValueError(
+      f"size is {found.size} and the share that is kept {found.crop_fraction}"
+    )
+  return found

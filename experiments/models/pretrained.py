@@ -9,12 +9,16 @@ import numpy as np
 from absl import logging
 
 from experiments.models import (
+  architectures,
   layouts,
   positions,
   preprocessing as preparing,
   weight_files,
 )
+from experiments.models.vit import POOLINGS
 from experiments.models.weight_files import CONFIG, PREPROCESSOR
+
+SIZE = "pretrained"  # `config.model.size` that takes all from the file
 
 
 def load(
@@ -28,7 +32,9 @@ def load(
 
   The names may be those of Hugging Face (`ViTModel` and
   `ViTForImageClassification`), timm or torchvision. Position embeddings of
-  another grid are interpolated as the library that wrote the file does it. A
+  another grid are interpolated as the library that wrote the file does it; the
+  file's grid is that of the images that a `config.json` beside it speaks of,
+  else a square one, else the model's own if it has as many patches. A
   head for another number of classes, or none, leaves the head of `like` as it
   is; a log line says so.
 
@@ -39,15 +45,16 @@ def load(
     like: the parameters that `models.create` gives.
     input_shape: of one image, `(H, W, C)`.
     vit: `config.model.vit`. Shapes don't tell the number of heads nor what is
-      added in the norms: where a `config.json` beside the file does, they are
-      compared.
+      added in the norms: a `config.json` beside the file decides, and a log
+      line says where none does.
 
   Returns:
     A tree like `like`, with its dtypes and shardings.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is of another layout or model, or not finite.
+    ValueError: the file is of another layout or model, or not finite; all that
+      a `config.json` says otherwise than the model is named.
     ImportError: a hub's name, without huggingface_hub.
     OSError: the hub can't give the file.
 
@@ -59,20 +66,84 @@ def load(
   stored = weight_files.read(file)
   layout = layouts.LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
-  _check_config(file, vit)
   expected = weight_files.leaves_of(like)
+  channels = input_shape[-1]
+  told = _told(file)
+  shown = architectures.vit_of_arrays(arrays, channels)
+  _check_told(told, shown, expected, vit or {}, channels, file)
   note = _keep_head(arrays, expected)
-  advice = _advice(arrays)
+  advice = _advice(arrays, told)
   weight_files.check_names(arrays, unknown, expected, file, advice)
   weight_files.check_shapes(
     arrays, expected, file, advice, but_tokens=["position_embed"]
   )
   arrays["position_embed"] = _positions(
-    arrays, expected, input_shape, layout, file
+    arrays, expected, input_shape, layout, told, shown.get("patch_size"), file
   )
   if note:
     logging.warning("%s %s", file, note)
   return weight_files.fill(like, arrays, file)
+
+
+def architecture(
+  source: str | pathlib.Path, *, channels: int = 3
+) -> dict[str, Any]:
+  """The fields of `config.model.vit` that the weights in `source` are of.
+
+  Args:
+    source: as `load` takes it.
+    channels: of the images.
+
+  Returns:
+    Patch size, widths, depth, heads, pooling and what is added in the norms.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no vision transformer's, or there is no `config.json`
+      beside it that tells the number of heads.
+  """
+  file = weight_files.find(source)
+  stored = architectures.placeholders(weight_files.shapes(file))
+  layout = layouts.LAYOUTS[_layout_of(stored, file)]
+  arrays, _ = layouts.rename(stored, layout)
+  told = _told(file)
+  if "heads" not in told.fields:
+    raise ValueError(
+      f"there is no {CONFIG} beside {file} that tells the number of heads;"
+      " expected one, or config.model.size='' and all fields of"
+      f" config.model.vit as the model has them. {_advice(arrays, told)}"
+    )
+  shown = architectures.vit_of_arrays(arrays, channels)
+  pooling = "class_token" if "class_token" in arrays else "mean"
+  own = {"pooling": pooling, "norm_epsilon": layout.norm_epsilon}
+  names = (*shown, "heads", *own)
+  found = {**own, **shown, **told.fields}
+  architectures.check(told, shown, {}, {}, file, section="config.model.vit")
+  return {name: found[name] for name in names}
+
+
+def sized(model: Any, *, channels: int = 3) -> Any:
+  """`config.model` with the fields of its `vit` from the file, if it says so.
+
+  Args:
+    model: `config.model`; `size` is `SIZE` where they are to come from what
+      `pretrained` names. Without `pretrained` it stays as it is.
+    channels: of the images.
+
+  Returns:
+    The same, or a copy with other fields.
+
+  Raises:
+    FileNotFoundError: as `architecture`.
+    ValueError: as `architecture`.
+  """
+  if model.get("size") != SIZE or model.get("pretrained") is None:
+    return model
+  fields = architecture(model.pretrained, channels=channels)
+  copy = model.copy_and_resolve_references().unlock()
+  with weight_files.about(model.pretrained, "the model"):
+    copy.vit.update(fields)
+  return copy.lock()
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
@@ -95,7 +166,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   file = weight_files.find(source)
   theirs = weight_files.beside(file, PREPROCESSOR)
   timms = (weight_files.beside(file, CONFIG) or {}).get("pretrained_cfg")
-  with weight_files.about_images(file):
+  with weight_files.about(file, "images"):
     if theirs is not None:
       return preparing.from_huggingface(theirs)
     if timms is not None:
@@ -137,15 +208,19 @@ def _keep_head(arrays, expected):
   )
 
 
-def _advice(arrays):
-  """What to set, as far as the file tells."""
+def _advice(arrays, told):
+  """What to set, as far as the file and what is beside it tell."""
+  fields = {}
   blocks = {name.split("/")[1] for name in arrays if name.startswith("blocks/")}
-  fields = {"depth": len(blocks)}
+  fields["depth"] = len(blocks)
   if "patch_embed/bias" in arrays:
     fields["width"] = len(arrays["patch_embed/bias"])
   if "blocks/0/mlp/fc1/bias" in arrays:
     fields["mlp_width"] = len(arrays["blocks/0/mlp/fc1/bias"])
   fields["pooling"] = "class_token" if "class_token" in arrays else "mean"
+  heads = "; its heads are not told, most have width / 64"
+  if "heads" in told.fields:
+    fields["heads"], heads = told.fields["heads"], ""
   text = ", ".join(f"{name}={value!r}" for name, value in fields.items())
   side = ""
   if "patch_embed/kernel" in arrays:
@@ -153,30 +228,34 @@ def _advice(arrays):
       " and a patch_size whose square times the images' channels is"
       f" {len(arrays['patch_embed/kernel'])}"
     )
-  return f"The file asks for config.model.vit with {text}{side}."
+  return f"The file asks for config.model.vit with {text}{side}{heads}."
 
 
-def _check_config(file, vit):
-  """The fields that shapes don't show, where a file beside tells them."""
+def _told(file):
+  """What the `config.json` beside the weights says."""
   config = weight_files.beside(file, CONFIG) or {}
-  if config.get("hidden_act", "gelu") != "gelu":
-    raise ValueError(
-      f"the model in {file} has hidden_act {config['hidden_act']!r}; this"
-      " project's vision transformer has 'gelu' only."
-    )
-  for field, theirs in (
-    ("heads", config.get("num_attention_heads")),
-    ("norm_epsilon", config.get("layer_norm_eps")),
-  ):
-    ours = (vit or {}).get(field)
-    if theirs is not None and ours is not None and ours != theirs:
-      raise ValueError(
-        f"config.model.vit.{field} is {ours} and the model in {file} was made"
-        f" with {theirs}: set config.model.vit.{field}={theirs}."
-      )
+  with weight_files.about(file, "the model"):
+    return architectures.of_vit(config)
 
 
-def _positions(arrays, expected, input_shape, layout, file):
+def _check_told(told, shown, expected, vit, channels, file):
+  """Compares it with the model, and with the weights themselves."""
+  model = {**architectures.vit_of_arrays(expected, channels), **vit}
+  fixed = {
+    "activation": "gelu",
+    "channels": channels,
+    "no_embed_class": False,  # the class token has a position too
+  }
+  pooling = told.fields.get("pooling")
+  if pooling is not None and pooling not in POOLINGS:
+    fixed["pooling"] = model.get("pooling")
+  architectures.check(
+    told, shown, model, fixed, file, section="config.model.vit"
+  )
+  architectures.say_unknown(told, model, ("heads", "norm_epsilon"), file)
+
+
+def _positions(arrays, expected, input_shape, layout, told, patch_size, file):
   """The file's position embeddings on the model's grid."""
   rows, columns, channels = input_shape
   size = math.isqrt(len(expected["patch_embed/kernel"]) // channels)
@@ -188,10 +267,12 @@ def _positions(arrays, expected, input_shape, layout, file):
       f" and the model has {expected['position_embed'].shape[1]} position"
       " embeddings; expected the shape that the model was created with."
     )
-  stored = arrays["position_embed"]
+  stored = arrays["position_embed"][0]
+  tokens = len(stored) - others
   fitted = positions.fit(
-    stored[0],
+    stored,
     grid,
+    of_grid=architectures.grid(told, patch_size, tokens, file),
     others=others,
     antialias=layout.antialias,
     align_corners=layout.align_corners,

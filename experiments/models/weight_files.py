@@ -1,7 +1,6 @@
 """Files of published weights: finding and reading them, fitting them in."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+
+from experiments.data import limits as limits_lib
 
 HUB = "hf://"
 WEIGHTS = "model.safetensors"
@@ -89,10 +90,40 @@ def _fetch(name, names, beside):
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
   """Name to array; raises ValueError where it is no safetensors file."""
+  with _opened(file) as content:
+    return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+
+
+def shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Name to shape, without reading more; raises ValueError as `read`."""
+  with _opened(file) as content:
+    return {
+      name: tuple(content.get_slice(name).get_shape())
+      for name in content.keys()  # noqa: SIM118
+    }
+
+
+@contextlib.contextmanager
+def _opened(file):
+  """A safetensors file whose header is of a size that can be believed."""
+  with open(file, "rb") as start:
+    length = int.from_bytes(start.read(8), "little")
   try:
+    if length > limits_lib.DEFAULT.weights_header:
+      raise ValueError(
+        f"its header claims {length} bytes; the limit is"
+        f" {limits_lib.DEFAULT.weights_header}"
+      )
     with safetensors.safe_open(file, framework="numpy") as content:
-      return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-  except safetensors.SafetensorError as error:
+      yield content
+  # What NumPy has no dtype for raises others than the library's own.
+  except (
+    safetensors.SafetensorError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+  ) as error:
     raise ValueError(
       f"{file} can't be read as safetensors ({error}); pickled weights (.bin,"
       " .pth) are never read: convert them with safetensors.torch.save_file."
@@ -104,23 +135,32 @@ def beside(file: pathlib.Path, name: str) -> dict[str, Any] | None:
   path = file.with_name(name)
   if not path.is_file():
     return None
+  most = limits_lib.DEFAULT.config_bytes
   try:
-    content = json.loads(path.read_text())
+    with open(path, "rb") as content:
+      found = limits_lib.parse_json(content.read(most + 1), most=most)
   except ValueError as error:
     raise ValueError(f"{path} is damaged: {error}.") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} holds no fields but {type(content).__name__}.")
-  return content
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds no fields but {type(found).__name__}.")
+  return found
 
 
 @contextlib.contextmanager
-def about_images(file: pathlib.Path) -> Iterator[None]:
+def about(file: pathlib.Path, what: str) -> Iterator[None]:
   """Says of which weights the fields are that can't be understood."""
   try:
     yield
-  except (KeyError, TypeError, ValueError, IndexError) as error:
+  except (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+  ) as error:
     raise ValueError(
-      f"what is said beside {file} about images can't be read:"
+      f"what is said beside {file} about {what} can't be read:"
       f" {type(error).__name__}: {error}."
     ) from error
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
 
+from experiments import initial
 from experiments.models import clip, clip_pretrained
 from gradmimic_jax import layers
 
@@ -369,6 +370,106 @@ def test_what_shapes_do_not_show_is_read_beside_the_file(
   assert "can't be seen" not in caplog.text
   with pytest.raises(ValueError, match=message):
     load(fields)
+
+
+# As transformers writes it for the golden model.
+WHOLE = {
+  "model_type": "clip",
+  "projection_dim": 12,
+  "vision_config": {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "patch_size": 4,
+    "image_size": 16,
+  },
+  "text_config": {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 10,
+    "vocab_size": 30,
+    "eos_token_id": 29,
+  },
+}
+
+
+def changed(tower, **fields):
+  return WHOLE | {tower: WHOLE[tower] | fields}
+
+
+def test_a_model_that_its_file_contradicts_is_told_all_at_once(write):
+  file = write("huggingface")
+
+  def load(content, **fields):
+    file.with_name("config.json").write_text(json.dumps(content))
+    config = config_of(**FIELDS | {"activation": "quick_gelu"} | fields)
+    fields.pop("activation", None)
+    _, like = create(**FIELDS | fields)
+    return clip_pretrained.load(
+      file, like, input_shape=IMAGE, options=clip.options(config)
+    )
+
+  load(WHOLE)
+  # Without one it is the model's own, which is none of OpenAI's.
+  with pytest.raises(ValueError, match=r"the model has 'gelu'\."):
+    load(WHOLE, activation=None)
+  load(WHOLE, context_length=6)  # A shorter one is none.
+  with pytest.raises(ValueError, match="another one than") as error:
+    load(WHOLE, embed_width=8, image_heads=4, text_heads=4, activation="gelu")
+  for line in (
+    "embed_width: the file's config.json says 12, the model has 8",
+    "image_heads: the file's config.json says 3, the model has 4",
+    "text_heads: the file's config.json says 2, the model has 4",
+    "activation: the file's config.json says 'quick_gelu', the model has 'ge",
+    "config.model.clip.text_heads=2",
+  ):
+    assert line in str(error.value)
+  for content, message in (
+    (changed("text_config", eos_token_id=5), "end_token: .* says 5, .*29 only"),
+    (changed("text_config", hidden_act="gelu"), "says 'gelu', the model has"),
+    (changed("text_config", vocab_size=31), "says 31, the arrays 30"),
+    (changed("vision_config", layer_norm_eps=1e-6), "norm_epsilon: .* 1e-06"),
+    (changed("vision_config", image_size=224), "have 56x56 patches"),
+    (WHOLE | {"vision_config": [3]}, "can't be read: TypeError"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      load(content)
+
+
+def test_all_sizes_are_taken_from_the_file(write):
+  file = write("huggingface")
+  config = config_of("pretrained", text_heads=None, dtype=None)
+  with pytest.raises(ValueError, match="expected weights"):
+    clip.options(config)
+  config.pretrained = str(file)
+  with pytest.raises(ValueError, match=r"tells image_heads, text_heads, activ"):
+    clip_pretrained.sized(config)
+  file.with_name("config.json").write_text(json.dumps(WHOLE))
+  whole = ConfigDict({"model": config})
+  found = clip.options(initial.sized(whole).model)
+  own = {"activation": "quick_gelu", "norm_epsilon": 1e-5}
+  assert found == FIELDS | own
+  config.clip.text_heads = 4  # What is said by oneself stays, and is compared.
+  _, like = create(**FIELDS)
+  options = clip.options(clip_pretrained.sized(config))
+  with pytest.raises(ValueError, match=r"text_heads: .* says 2, .* has 4"):
+    clip_pretrained.load(file, like, input_shape=IMAGE, options=options)
+
+
+@pytest.mark.slow
+def test_a_model_of_the_files_sizes_is_the_public_one(golden, write):
+  file = write("huggingface")
+  file.with_name("config.json").write_text(json.dumps(WHOLE))
+  config = config_of("pretrained", activation=None)
+  config.pretrained = str(file)
+  apply, params = clip_pretrained.create(config, input_shape=IMAGE, seed=0)
+  there = golden["huggingface"]
+  tokens = there["tokens"].astype(np.int32)
+  logits = logits_of(apply(params, there["images"], tokens))
+  np.testing.assert_allclose(logits, there["logits"], atol=1e-5)
 
 
 def test_preprocessing_is_the_models_own(write, caplog):

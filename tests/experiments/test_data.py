@@ -414,6 +414,16 @@ class TestTrainBatches:
       pipeline.train_batches(IMAGES[..., 0], LABELS, **options)
 
 
+def test_tones_of_16_bits_are_kept():
+  ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+  content = io.BytesIO()
+  Image.fromarray(ramp[:, None].repeat(3, axis=1)).save(content, "PNG")
+  for mode, channels in (("L", 1), ("RGB", 3)):
+    found = sources._decode_image(content.getvalue(), mode, None)
+    assert found.shape == (256, 3, channels)
+    np.testing.assert_array_equal(found[:, 0, 0], np.arange(256))
+
+
 class TestEvalBatches:
   def test_goes_over_all_in_order(self):
     taken = list(pipeline.eval_batches(IMAGES, LABELS, batch_size=8))

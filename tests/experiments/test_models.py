@@ -1,6 +1,7 @@
 """Models against public implementations, and published weights into them."""
 
 import builtins
+import functools
 import json
 
 import jax
@@ -11,8 +12,8 @@ import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from experiments import models
-from experiments.models import pretrained, vit
+from experiments import initial, models
+from experiments.models import positions, pretrained, vit
 
 IMAGE, CLASSES = (16, 16, 3), 5
 # Who made the golden file, which model in it, and what its norms add.
@@ -239,6 +240,269 @@ def test_what_shapes_do_not_show_is_read_beside_the_file(
     pretrained.load(file, like, input_shape=IMAGE, vit=ConfigDict(tiny()))
 
 
+def beside(file, **fields):
+  file.with_name("config.json").write_text(json.dumps(fields))
+
+
+@functools.cache
+def like_of(input_shape, fields):
+  return shapes(config_of("vit", vit=tiny(**dict(fields))), input_shape)[1]
+
+
+def load(source, input_shape=IMAGE, **fields):
+  """Weights into a model of which all but the shapes is `tiny("timm")`."""
+  vit = tiny("timm", **fields)
+  shown = {x: vit[x] for x in vit.keys() - {"heads", "norm_epsilon"}}
+  like = like_of(input_shape, tuple(sorted(shown.items())))
+  return pretrained.load(source, like, input_shape=input_shape, vit=vit)
+
+
+# As transformers writes it for the golden model.
+CONFIG = {
+  "model_type": "vit",
+  "hidden_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 3,
+  "intermediate_size": 40,
+  "hidden_act": "gelu",
+  "layer_norm_eps": 1e-12,
+  "patch_size": 4,
+  "image_size": 16,
+  "num_channels": 3,
+}
+
+
+def test_a_model_that_its_file_contradicts_is_told_all_at_once(write):
+  file = write("huggingface")
+  beside(file, **CONFIG)
+  right = {"norm_epsilon": 1e-12}
+  load(file, **right)
+  with pytest.raises(ValueError, match="another one than") as error:
+    load(file, heads=6, width=48, depth=3, mlp_width=48, patch_size=8)
+  for field, theirs, ours in (
+    ("heads", 3, 6),
+    ("width", 24, 48),
+    ("depth", 2, 3),
+    ("mlp_width", 40, 48),
+    ("patch_size", 4, 8),
+    ("norm_epsilon", 1e-12, 1e-6),
+  ):
+    says = (
+      f"{field}: the file's config.json says {theirs}, the model has {ours}"
+    )
+    assert says in str(error.value)
+    assert f"config.model.vit.{field}={theirs}" in str(error.value)
+  # What transformers leaves out has its own default.
+  fields = {k: v for k, v in CONFIG.items() if k != "num_attention_heads"}
+  beside(file, **fields)
+  with pytest.raises(ValueError, match="says 12, the model has 3"):
+    load(file, **right)
+  for changes, message in (
+    ({"num_hidden_layers": 12}, r"depth: config.json says 12, the arrays 2"),
+    ({"image_size": 224}, r"has 16 .*224x224 pixels.* have 56x56"),
+    ({"num_channels": 1}, "says 1, the model has 3 only"),
+    ({"image_size": {"a": 1}, "vision": 3}, None),
+  ):
+    beside(file, **CONFIG | changes)
+    if message is None:
+      load(file, **right)
+    else:
+      with pytest.raises(ValueError, match=message):
+        load(file, **right)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"architecture": "vit_tiny_patch16_224"}, None),
+    (
+      {"architecture": "vit_small_patch16_224.augreg"},
+      "heads: .* says 6, .* 3",
+    ),
+    ({"architecture": "deit3_base_patch16_224"}, "heads: .* says 12, .* 3"),
+    (
+      {"architecture": "vit_base_patch4", "model_args": {"num_heads": 3}},
+      None,
+    ),
+    ({"architecture": "vit_tiny", "global_pool": "avg"}, "pooling: .* 'mean'"),
+    ({"architecture": "vit_tiny", "global_pool": "map"}, "'map'.*token' only"),
+    (
+      {"architecture": "vit_tiny_clip_quickgelu"},
+      "'quick_gelu', the model has 'gelu' only",
+    ),
+    ({"pretrained_cfg": {"input_size": [1, 16, 16]}}, "channels: .* says 1"),
+    (
+      {"architecture": "vit_tiny", "model_args": {"no_embed_class": True}},
+      "says True, the model has False only",
+    ),
+    ({"model_args": 3, "architecture": "x"}, "can't be read: TypeError"),
+  ],
+)
+def test_timms_own_names_and_arguments_are_read(write, fields, message):
+  file = write("timm")
+  beside(file, **fields)
+  if message is None:
+    load(file)
+    with pytest.raises(ValueError, match=r"norm_epsilon: .* says 1e-06"):
+      load(file, norm_epsilon=1e-12)
+  else:
+    with pytest.raises(ValueError, match=message):
+      load(file)
+
+
+def test_what_nothing_tells_is_said(write, caplog):
+  load(write("timm"))
+  assert "tells heads and norm_epsilon" in caplog.text
+  assert "heads=3, norm_epsilon=1e-06" in caplog.text
+  with pytest.raises(ValueError, match=r"depth=2.* heads are not told"):
+    load(write("timm"), depth=1)
+
+
+@pytest.mark.parametrize("made", ["huggingface", "timm", "timm, mean"])
+def test_all_sizes_are_taken_from_the_file(write, made):
+  library, _, _ = MADE[made]
+  file = write(made)
+  config = config_of("vit", vit=tiny(width=8, heads=1), size="pretrained")
+  config.pretrained = str(file)
+  with pytest.raises(ValueError, match=r"tells the number of heads.* depth=2"):
+    pretrained.sized(config)
+  if library == "timm":
+    beside(file, architecture="vit_tiny_patch16_224")
+  else:
+    beside(file, model_type="vit", num_attention_heads=3)
+  assert pretrained.architecture(file) == tiny(made)
+  kept = file.with_name("config.json").read_text()
+  beside(file, num_attention_heads="three")
+  with pytest.raises(ValueError, match=r"model\.safetensors about the model"):
+    pretrained.sized(config)
+  file.with_name("config.json").write_text(kept)
+  whole = ConfigDict({"model": config, "seed": 0})
+  assert initial.sized(whole).model.vit.to_dict() == tiny(made)
+  assert whole.model.vit.width == 8
+  config.size = "B/16"
+  with pytest.raises(ValueError, match=r"config\.model\.size is 'B/16'"):
+    shapes(config)
+  config.size, config.pretrained = "pretrained", None
+  with pytest.raises(ValueError, match="expected published weights"):
+    initial.sized(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["huggingface", "timm", "timm, mean"])
+def test_a_model_of_the_files_sizes_is_the_public_one(golden, write, made):
+  library, prefix, _ = MADE[made]
+  file = write(made)
+  if library == "timm":
+    beside(file, architecture="vit_tiny_patch16_224")
+  else:
+    beside(file, **CONFIG)
+  config = config_of("vit", vit=tiny(width=8, heads=1), size="pretrained")
+  config.pretrained = str(file)
+  apply, params = initial.create(
+    config, input_shape=IMAGE, num_classes=CLASSES, seed=0
+  )
+  head = {
+    name: golden[library][f"{prefix}weights/{theirs}"]
+    for name, theirs in {
+      "huggingface": {"kernel": "classifier.weight", "bias": "classifier.bias"},
+      "timm": {"kernel": "head.weight", "bias": "head.bias"},
+    }[library].items()
+  }
+  params["head"] = {"kernel": head["kernel"].T, "bias": head["bias"]}
+  logits = apply(params, golden[library]["images"])
+  np.testing.assert_allclose(
+    logits, golden[library][f"{prefix}logits"], atol=1e-5
+  )
+
+
+def test_grids_that_are_no_squares(write, caplog):
+  """Taken as they are where they fit, and resized from what they are."""
+  stored = np.random.default_rng(0).normal(size=(1, 7, 24)).astype(np.float32)
+  file = write("timm", {"pos_embed": stored})
+  wide, high = (8, 12, 3), (12, 8, 3)
+  for shape in (wide, high):  # Nothing tells them apart.
+    params = load(file, shape)
+    np.testing.assert_array_equal(params["position_embed"], stored)
+    assert f"are taken for {shape[0] // 4}x{shape[1] // 4}." in caplog.text
+  with pytest.raises(ValueError, match=r"has 6 .*3x3 patches.* tells"):
+    load(file, (12, 12, 3))
+  beside(
+    file, architecture="vit_tiny", pretrained_cfg={"input_size": [3, 8, 12]}
+  )
+  np.testing.assert_array_equal(load(file, wide)["position_embed"], stored)
+  for shape, grid in ((high, (3, 2)), ((16, 20, 3), (4, 5))):
+    resized = positions.resize(
+      stored[0, 1:].reshape(2, 3, -1), grid, antialias=True, align_corners=False
+    )
+    found = load(file, shape)["position_embed"]
+    np.testing.assert_array_equal(found[0, 0], stored[0, 0])
+    np.testing.assert_allclose(
+      found[0, 1:], resized.reshape(-1, 24), rtol=1e-6, atol=1e-6
+    )
+  beside(file, model_args={"img_size": [8, 8]}, architecture="vit_tiny")
+  with pytest.raises(ValueError, match=r"8x8 pixels.* have 2x2 patches"):
+    load(file, wide)
+  # A square number of another shape than the model's: said what is assumed.
+  file.with_name("config.json").unlink()
+  load(write("timm"), (8, 32, 3))
+  assert "are taken for 4x4" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ((1 << 40).to_bytes(8, "little") + b"{}", "claims 1099511627776 bytes"),
+    ((100).to_bytes(8, "little") + b"{}", "can't be read as safetensors"),
+    (
+      (60_000).to_bytes(8, "little") + b'{"a":' * 12_000,
+      "can't be read as safetensors",
+    ),
+    (b"", "can't be read as safetensors"),
+    (b"\x10", "can't be read as safetensors"),
+  ]
+  + [
+    (
+      len(header).to_bytes(8, "little") + header + bytes(8),
+      "can't be read as safetensors",
+    )
+    for header in (
+      json.dumps({"a": about}).encode()
+      for about in (
+        {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 50]},
+        {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "X", "shape": [8], "data_offsets": [0, 8]},
+      )
+    )
+  ],
+)
+def test_headers_of_weights_are_not_believed(tmp_path, content, message):
+  file = tmp_path / "model.safetensors"
+  file.write_bytes(content)
+  for job in (pretrained.preprocessing, pretrained.architecture):
+    with pytest.raises(ValueError, match=message) as error:
+      job(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ('{"a":' * 90_000, "more than 100 deep"),
+    ("[" * 200 + "]" * 200, "more than 100 deep"),
+    ("1" * 90_000, "damaged"),
+    (" " * (17 << 20), "the limit is 16777216"),
+  ],
+)
+def test_files_beside_weights_are_bounded(write, text, message):
+  file = write("timm")
+  file.with_name("config.json").write_text(text)
+  with pytest.raises(ValueError, match=message) as error:
+    load(file)
+  assert str(file.with_name("config.json")) in str(error.value)
+
+
 def test_another_input_shape_than_the_models_is_refused(write):
   _, like = shapes(config_of("vit", vit=tiny()))
   with pytest.raises(ValueError, match=r"patches 2x4, .* 17 position"):
@@ -341,7 +605,19 @@ def test_preprocessing_is_the_models_own(
 
 
 @pytest.mark.parametrize(
-  "text", ["{", "[]", '{"image_mean": 3}', '{"rescale_factor": 0.5}']
+  "text",
+  ["{", "[]", '{"image_mean": 3}', '{"rescale_factor": 0.5}']
+  + [
+    json.dumps(PREPROCESSOR | fields)
+    for fields in (
+      {"resample": -1},
+      {"do_rescale": False},
+      {"image_std": [0.5, 0.0, 0.5]},
+      {"image_std": [0.5]},
+      {"image_mean": [float("nan")] * 3},
+      {"size": {"height": 0, "width": 4}},
+    )
+  ],
 )
 def test_preprocessing_that_can_not_be_read(write, text):
   file = write("huggingface")

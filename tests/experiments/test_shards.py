@@ -1,13 +1,18 @@
 """Streams of image-text pairs: hostile and damaged shards, order, resume."""
 
 import collections
+import contextlib
+import hashlib
 import io
 import itertools
 import json
 import pathlib
+import re
 import struct
 import tarfile
 import threading
+import time
+import types
 import zlib
 
 import grain
@@ -16,9 +21,11 @@ import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import gradmimic_jax as gm
+from configs import clip as clip_config
+from experiments import arrays
 from experiments.data import (
   datacomp,
   image_text,
@@ -179,6 +186,24 @@ class TestTar:
     assert not found
     assert re_any(damage, "size that is no number", "damaged pax header")
 
+  def test_records_in_a_row_take_no_time(self, tmp_path):
+    """As they did while each was cut off from the rest."""
+    path = archive(tmp_path / "x.tar", {"a": b"5 a=\n" * 13_000, "b": b""})
+    rewritten(path, 156, b"x")
+    since = time.process_time()
+    assert [m.name for m in listed(path)[0]] == ["b"]
+    assert time.process_time() - since < 0.5
+
+  def test_other_headers_of_headers_and_names_of_archives(self, tmp_path):
+    """Solaris' own, and the label that GNU tar gives to an archive."""
+    path = archive(tmp_path / "x.tar", {"a": b"12 path=abc\n", "b": b""})
+    rewritten(path, 156, b"X")
+    assert [m.name for m in listed(path)[0]] == ["abc"]
+    path = archive(tmp_path / "x.tar", {"a": b"", **sample("0", U)})
+    rewritten(path, 156, b"V")
+    batches, found = read_all(path)
+    assert (uids_of(batches), found.broken, found.noted) == ([U], {}, {})
+
   def test_headers_in_a_row_take_no_memory(self, tmp_path):
     path = archive(tmp_path / "x.tar", {"a": b"12 path=abc\n", "b": b""})
     rewritten(path, 156, b"x")
@@ -231,6 +256,288 @@ class TestImages:
     Image.new(mode, (20, 30)).save(content, kind)
     image = images.decode(content.getvalue(), size=8)
     assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
+
+
+RED = np.array([200, 0, 0], np.uint8)
+
+
+def saved(kind, image=None, **options):
+  """An image in a format; by default one of two frames, the first one red."""
+  content = io.BytesIO()
+  if image is None:
+    image = Image.new("RGB", (SIZE, SIZE), tuple(RED.tolist()))
+    if kind in ("GIF", "TIFF"):
+      green = Image.new("RGB", (SIZE, SIZE), (0, 200, 0))
+      options |= {"save_all": True, "append_images": [green]}
+  image.save(content, kind, **options)
+  return content.getvalue()
+
+
+def chunk(kind, content=b""):
+  crc = struct.pack(">I", zlib.crc32(kind + content))
+  return struct.pack(">I", len(content)) + kind + content + crc
+
+
+def with_chunks(*chunks):
+  """A PNG with more chunks after its header."""
+  whole = png()
+  return whole[:33] + b"".join(chunks) + whole[33:]
+
+
+def tiff(values, *tags, order="<"):
+  """A TIFF file of one strip, by hand: what no writer here can make."""
+  values = np.asarray(values)
+  kinds = {"u": 1, "i": 2, "f": 3}
+  fields = {
+    256: values.shape[1],
+    257: values.shape[0],
+    258: 8 * values.itemsize,
+    259: 1,
+    262: 1,
+    273: 8,
+    277: 1,
+    278: values.shape[0],
+    279: values.nbytes,
+    339: kinds[values.dtype.kind],
+  } | dict(tags)
+  strip = values.astype(values.dtype.newbyteorder(order)).tobytes()
+  head = b"II*\0" if order == "<" else b"MM\0*"
+  entries = b"".join(
+    struct.pack(f"{order}HHII", tag, 4, 1, value)
+    for tag, value in sorted(fields.items())
+  )
+  count = struct.pack(f"{order}H", len(fields))
+  place = struct.pack(f"{order}I", 8 + len(strip))
+  return head + place + strip + count + entries + b"\0" * 4
+
+
+# Rows of all that 16 bits hold, black to white.
+TONES = np.linspace(0, 65535, 256).round().astype(np.uint16)[:, None]
+TONES = TONES.repeat(256, axis=1)
+# Every mode that files of these formats are opened as: how, and what is shown.
+# In the table, the first column of a 256 x 256 image whose rows get brighter.
+LEVELS = np.arange(256)
+SHOWN = {
+  "grey of 16 bits, PNG": (saved("PNG", Image.fromarray(TONES)), LEVELS),
+  "grey of 16 bits, TIFF": (saved("TIFF", Image.fromarray(TONES)), LEVELS),
+  "big-endian": (tiff(TONES, order=">"), LEVELS),
+  "white is zero": (tiff(TONES, (262, 0)), 255 - LEVELS),
+  "float": (tiff(TONES / np.float32(65535)), LEVELS),
+  "float, white is zero": (
+    tiff(TONES / np.float32(65535), (262, 0)),
+    255 - LEVELS,
+  ),
+}
+
+
+def column(content, **options):
+  """The first column of an image of 256 x 256, and that all others are so."""
+  formats = images.formats_of(("gif", "bmp", "tiff"))
+  found = images.decode(content, size=256, formats=formats, **options)
+  assert (found == found[:, :1, :1]).all()
+  return found[:, 0, 0]
+
+
+class TestTones:
+  @pytest.mark.parametrize("what", SHOWN)
+  def test_grey_keeps_its_tones(self, what):
+    content, expected = SHOWN[what]
+    np.testing.assert_array_equal(column(content), expected)
+
+  def test_grey_is_rounded(self):
+    """Every value there is, against NumPy."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    content = saved("PNG", Image.fromarray(values))
+    found = images.decode(content, size=256)[..., 0]
+    np.testing.assert_array_equal(found, np.rint(values / 257.0))
+
+  @pytest.mark.parametrize("colours", [3, 4])
+  def test_colours_of_16_bits(self, colours):
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32, colours))
+    rows = values.astype(">u2").reshape(32, -1).view(np.uint8)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    kind = {3: 2, 4: 6}[colours]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+      [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, kind, 0, 0, 0)),
+        chunk(b"IDAT", zlib.compress(lines)),
+        chunk(b"IEND"),
+      ]
+    )
+    found = images.decode(content, size=32)
+    assert np.abs(found - values[..., :3] / 257.0).max() <= 1
+
+  @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+      (TONES.astype(np.int32), "nothing says what is white"),
+      (TONES.astype(np.uint32), "nothing says what is white"),
+      ((TONES // 2).astype(np.int16), "nothing says what is white"),
+      (TONES.astype(np.float32), "float pixels of 0 to 6.554e"),
+      (np.full((9, 9), np.nan, np.float32), "float pixels of nan"),
+    ],
+  )
+  def test_grey_without_a_white_is_refused(self, values, message):
+    with pytest.raises(images.BadImageError, match=message):
+      column(tiff(values))
+
+  @pytest.mark.parametrize(
+    ("mode", "kind", "colour", "expected"),
+    [
+      ("1", "PNG", 1, (255, 255, 255)),
+      ("L", "JPEG", 77, (77, 77, 77)),
+      ("LA", "PNG", (77, 0), (77, 77, 77)),  # Transparent: its colour stays.
+      ("RGBA", "PNG", (9, 8, 7, 0), (9, 8, 7)),
+      ("RGBA", "TIFF", (9, 8, 7, 0), (9, 8, 7)),
+      ("CMYK", "TIFF", (255, 0, 0, 0), (0, 255, 255)),
+      ("CMYK", "TIFF", (0, 0, 0, 255), (0, 0, 0)),
+      ("YCbCr", "TIFF", (76, 85, 255), (254, 0, 0)),
+      ("LA", "TIFF", (77, 9), (77, 77, 77)),
+      ("RGB", "BMP", (9, 8, 7), (9, 8, 7)),
+      ("RGB", "WEBP", (9, 8, 7), (9, 8, 7)),
+    ],
+  )
+  def test_what_comes_of_each_mode(self, mode, kind, colour, expected):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(kind, Image.new(mode, (8, 8), colour), **options)
+    formats = images.formats_of(("bmp", "tiff"))
+    found = images.decode(content, size=8, formats=formats)
+    np.testing.assert_array_equal(
+      found, np.broadcast_to(np.array(expected), (8, 8, 3))
+    )
+
+  def test_palettes_with_transparency(self):
+    image = Image.new("P", (8, 8), 3)
+    image.putpalette([v for n in range(256) for v in (n, 2 * n % 256, 0)])
+    content = saved("PNG", image, transparency=3)
+    assert images.decode(content, size=8)[0, 0].tolist() == [3, 6, 0]
+
+
+def with_scans(repeats, side=64):
+  """A progressive JPEG whose last scan comes again."""
+  grey = Image.new("L", (side, side), 128)
+  whole = saved("JPEG", grey, progressive=True)
+  scan, end = whole.rfind(b"\xff\xda"), whole.rfind(b"\xff\xd9")
+  return whole[:end] + whole[scan:end] * repeats + whole[end:]
+
+
+def segment(kind, content):
+  return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
+
+
+def of_jpeg(extra):
+  whole = saved("JPEG", Image.new("L", (8, 8)))
+  return whole[:2] + extra + whole[2:]
+
+
+def canvas(width, height):
+  """A WebP file that claims a canvas, with a small picture in it."""
+  small = saved("WEBP", Image.new("RGB", (8, 8)), lossless=True)[12:]
+  size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+  blocks = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size + small
+  return b"RIFF" + struct.pack("<I", 4 + len(blocks)) + b"WEBP" + blocks
+
+
+def many_tags(count, repeats):
+  """A TIFF file with tags that all point to the same bytes."""
+  entries = b"".join(
+    struct.pack("<HHII", 40000 + n, 1, repeats, 8) for n in range(count)
+  )
+  head = struct.pack("<2sHI", b"II", 42, 8 + repeats)
+  return head + bytes(repeats) + struct.pack("<H", count) + entries + bytes(4)
+
+
+def rle_bmp(size):
+  whole = bytearray(saved("BMP", Image.new("L", (8, 8))))
+  whole[30] = 1
+  return bytes(whole) + bytes(size)
+
+
+packed = zlib.compress(bytes(1 << 20))
+HOSTILE = {
+  "scans": (with_scans(400), "51 scans"),
+  "segments": (of_jpeg(segment(0xE1, b"Exif\0\0") * 5000), "1001 blocks"),
+  "starts": (of_jpeg(b"\xff\xd8" * 5000), "1001 blocks"),
+  "junk": (of_jpeg(bytes(1 << 17)), "bytes between segments"),
+  "canvas": (canvas(16_000, 16_000), "16000 x 16000 pixels"),
+  "frames": (canvas(8, 8) + b"ANMF\0\0\0\0" * 20_000, "10001 blocks"),
+  "texts": (with_chunks(*[chunk(b"tEXt", b"a\0b")] * 2000), "1001 blocks"),
+  "profiles": (
+    with_chunks(*[chunk(b"iCCP", b"a\0\0" + packed)] * 90),
+    "65 compressed texts",
+  ),
+  "pieces": (with_chunks(*[chunk(b"IDAT")] * 40_000), "32769 pieces|pieces"),
+  "tags": (many_tags(2000, 9), "2000 tags"),
+  "tags that overlap": (many_tags(900, 9999), "bytes of tags"),
+  "numbers in tags": (
+    tiff(TONES, (273, 8)).replace(
+      struct.pack("<HHI", 273, 4, 1), struct.pack("<HHI", 273, 4, 1 << 21)
+    ),
+    "numbers in tags",
+  ),
+  "comments": (
+    b"GIF89a\x08\0\x08\0\0\0\0" + b"!\xfe\1a\0" * 20_000,
+    "10001 blocks",
+  ),
+  "run lengths": (rle_bmp(1 << 20), "bytes of run lengths"),
+}
+
+
+class TestHostileImages:
+  @pytest.mark.parametrize("what", HOSTILE)
+  def test_are_refused_before_they_are_decoded(self, what):
+    content, message = HOSTILE[what]
+    formats = images.formats_of(("gif", "bmp", "tiff"))
+    since = time.process_time()
+    with pytest.raises(images.BadImageError, match=message) as error:
+      images.decode(content, size=8, formats=formats)
+    assert error.value.reason == "image too large"
+    assert time.process_time() - since < 0.5
+
+  def test_what_is_usual_is_not(self):
+    """Scans of a thumbnail, and what follows a file's end, count for nothing.
+
+    Phones put a film there, in which any bytes may be.
+    """
+    thumbnail = segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 1000)
+    film = np.random.default_rng(0).bytes(1 << 22)
+    assert film.count(b"\xff\xda") > 40
+    for content in (
+      with_scans(20) + film + b"\xff\xda" * 100,
+      of_jpeg(thumbnail),
+      of_jpeg(b"\xff" * 500),
+      png() + film,
+      with_chunks(*[chunk(b"tEXt", b"a\0b")] * 100),
+    ):
+      assert images.decode(content, size=8).shape == (8, 8, 3)
+
+  def test_memory_is_the_machines(self, monkeypatch):
+    def fail(self):
+      raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+      images.decode(png(), size=8)
+
+  @pytest.mark.slow
+  def test_damage_anywhere_is_told(self):
+    """Any byte of any format: an image, or a BadImageError, and soon."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+    formats = images.formats_of(("gif", "bmp", "tiff"))
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+      whole = saved(kind, noise)
+      for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(int(rng.integers(1, 4))):
+          place = int(rng.integers(min(len(damaged), 300)))
+          damaged[place] = int(rng.integers(256))
+        cut = len(damaged) if rng.random() < 0.7 else int(rng.integers(400))
+        since = time.process_time()
+        with contextlib.suppress(images.BadImageError):
+          images.decode(bytes(damaged[:cut]), size=8, formats=formats)
+        assert time.process_time() - since < 5
 
 
 def forged_size(width, height):
@@ -482,12 +789,318 @@ class TestBrokenSamples:
       "README": b"hello",
       **sample("a/0", U),
       "a/._0.png": b"x",
-      **sample("a/1.0", U),
+      "a/notes.v1.md": b"x",
     }
     batches, found = read_all(archive(tmp_path / "x.tar", members))
     assert (uids_of(batches), found.broken, found.read) == ([U], {}, 1)
-    # By webdataset's convention the last one's files are of kind "0.png".
-    assert found.noted == {"file that is no part of a sample": 3}
+    assert found.noted == {"file that is no part of a sample": 2}
+
+
+def renamed(members, prefix):
+  return {f"{prefix}{name}": content for name, content in members.items()}
+
+
+SEGMENTED = {
+  name: content
+  for n in range(4)
+  for name, content in sorted(
+    {
+      **sample(f"{n:03}", uid_of(n)),
+      f"{n:03}.seg.png": png(),
+      f"{n:03}.clip.json": b"{}",
+      f"{n:03}.0.txt": b"another one",
+    }.items()
+  )
+}
+DOTTED = {
+  name: content
+  for n in range(4)
+  for name, content in sample(f"clip {n} v1.{n}", uid_of(n)).items()
+}
+LITTER = {
+  "._0.png": b"x",
+  **{f"__MACOSX/._{name}": b"x" for name in ("0.png", "0.txt")},
+  "PaxHeaders.77/0.png": b"30 mtime=1\n",
+  "pax_global_header": b"52 comment=x\n",
+  ".DS_Store": b"x",
+}
+
+
+def found_in(path, **options):
+  """What is found in a shard of which nothing need be sound."""
+  found = shard_samples.Statistics()
+  list(shard_samples.read(str(path), found, **options))
+  return found
+
+
+class TestNames:
+  @pytest.mark.parametrize(
+    ("members", "count", "broken"),
+    [
+      (SEGMENTED, 4, {}),
+      (renamed(SEGMENTED, "./v1.2/a.b/"), 4, {}),
+      (DOTTED, 4, {}),
+      (renamed(DOTTED, "v1.2/"), 4, {}),
+      ({**DOTTED, **sample("plain", uid_of(9))}, 5, {}),
+      (  # Each image is alone by either rule, and so are the texts.
+        {
+          **{name.replace("png", "JPG.PNG"): x for name, x in DOTTED.items()},
+          **sample("1", uid_of(9)),
+        },
+        1,
+        {"name fits no sample": 8},
+      ),
+      # One that doesn't fit the others' rule: seen by itself, or beside them.
+      (
+        {**SEGMENTED, **sample("x.1", uid_of(9))},
+        4,
+        {"name fits no sample": 1},
+      ),
+      (
+        {**SEGMENTED, **sample("x", U), **sample("x.1", uid_of(9))},
+        5,
+        {"name fits no sample": 1},
+      ),
+      ({**DOTTED, "clip.seg.png": png()}, 4, {"no uid": 1}),
+    ],
+  )
+  def test_are_cut_by_the_rule_that_makes_whole_samples(
+    self, tmp_path, members, count, broken
+  ):
+    path = archive(tmp_path / "x.tar", members)
+    batches, found = read_all(path)
+    assert len(set(uids_of(batches))) == found.samples == count
+    assert found.broken == broken
+    assert found.read == count + sum(broken.values())
+    assert found.noted == {}
+    uids, _ = shards.survey(path)
+    assert set(uids_of(batches)) <= set(uids.tolist())
+    if broken:
+      share = found.broken_share - 0.001
+      with pytest.raises(ValueError, match="are broken, more than"):
+        read_all(path, max_broken_share=share)
+
+  def test_the_rule_is_said_once(self, tmp_path, caplog):
+    for number in range(3):
+      archive(tmp_path / f"{number}.tar", renamed(DOTTED, f"{number}"))
+    archive(tmp_path / "3.tar", sample("0", uid_of(77)))
+    for _ in range(2):
+      assert read_all(tmp_path)[1].broken == {}
+    said = [x for x in caplog.messages if "up to the last dot" in x]
+    assert len(said) == 1
+    assert "first 0 are whole and 4 broken, up to the last 4 are" in said[0]
+
+  def test_of_a_stream_are_cut_alike_after_a_restore(self, tmp_path):
+    """The first samples don't tell the rule, nor is it said by the state."""
+    members = {f"0{n}": sample(f"0{n}", uid_of(n + 20)) for n in range(3)}
+    plain = {k: x for part in members.values() for k, x in part.items()}
+    path = archive(tmp_path / "x.tar", plain | DOTTED)
+
+    def fresh():
+      return iter(stream(path, batch_size=1, window=1, num_epochs=1))
+
+    iterator, states = fresh(), []
+    states = [iterator.get_state() for _ in iterator]
+    assert states[-1]["statistics"]["samples"] == 7
+    for step, state in enumerate(states):
+      again = fresh()
+      again.set_state(json.loads(json.dumps(state)))
+      assert len(list(again)) == 6 - step
+
+  def test_what_systems_leave_in_archives_is_no_sample(self, tmp_path):
+    """Between the members of a sample too, which it must not part."""
+    members, litter = {}, iter(renamed(LITTER, "").items())
+    for name, content in sample("0", U).items():
+      members |= dict(itertools.islice(litter, 2)) | {name: content}
+    path = archive(tmp_path / "x.tar", members)
+    batches, found = read_all(path)
+    assert uids_of(batches) == [U]
+    assert (found.read, found.broken, found.noted) == (1, {}, {})
+
+  def test_members_that_lie_apart_are_said_to(self, tmp_path):
+    """As of `tar cf x.tar *.json *.png *.txt`; also where reading goes on."""
+    members = {}
+    for number in range(4):
+      members |= sample(str(number), uid_of(number))
+    members = dict(sorted(members.items(), key=lambda x: x[0][::-1]))
+    path = archive(tmp_path / "x.tar", members)
+    found = found_in(path)
+    assert found.samples == 0
+    assert found.broken["rest of a sample before"] == 8
+    assert "must follow one another" in found.advice()
+    rest = found_in(path, skip=5)
+    assert rest.broken == {"rest of a sample before": 7}
+
+  def test_a_sample_of_too_many_files(self, tmp_path):
+    members = sample("0", U) | {f"0.{n}": b"" for n in range(1000)}
+    path = archive(tmp_path / "x.tar", members | sample("1", uid_of(1)))
+    batches, found = read_all(path)
+    assert uids_of(batches) == [uid_of(1)]
+    assert found.broken == {"too many files of one name": 1}
+
+  def test_are_cut_as_a_plain_count_of_whole_samples_says(self, tmp_path):
+    """Members of any names in any order, against the rule written out."""
+    rng = np.random.default_rng(1)
+    roles = {"png": "image", "txt": "caption", "json": "json"}
+    patterns = {"first": r"([^.]*)\.?(.*)", "last": r"(.*?)(?:\.([^.]*))?"}
+
+    def expected(names, rule):
+      """The whole samples, and how many are broken."""
+      cut = [re.fullmatch(patterns[rule], name).groups() for name in names]
+      whole, broken = [], 0
+      runs = itertools.groupby(zip(names, cut, strict=True), lambda x: x[1][0])
+      for stem, run in runs:
+        run = list(run)
+        kinds = [roles[end] for _, (_, end) in run if end in roles and stem]
+        by_last = collections.defaultdict(set)
+        for name, (_, end) in run:
+          other, _, last = name.rpartition(".")
+          if rule == "first" and end not in roles and last in roles and other:
+            by_last[other].add(last)
+        lost = [x for x in by_last.values() if not kinds or len(x) == 3]
+        if sorted(kinds) == ["caption", "image", "json"]:
+          whole.append(stem)
+          broken += len(lost)
+        elif len(set(kinds)) < len(kinds):
+          broken += 1  # Nothing more is made of such a group.
+        else:
+          broken += bool(kinds) + len(lost)
+      return whole, broken
+
+    chosen = collections.Counter()
+    for turn in range(150):
+      letters = rng.choice(list("ab."), (8, 2))
+      stems = ["".join(x) for x in letters[: int(rng.integers(2, 9))]]
+      names = [f"{x}.{end}" for x in stems for end in (*roles, "md", "c.png")]
+      rng.shuffle(names[int(rng.integers(len(names))) :])
+      kept = rng.random(len(names)) < 0.8 + 0.2 * (turn % 2)
+      names = [x for x, keep in zip(names, kept, strict=True) if keep]
+      names = list(dict.fromkeys(names))
+      about = json.dumps({"uid": U}).encode()
+      path = archive(tmp_path / f"{turn}.tar", dict.fromkeys(names, about))
+      found = shard_samples.Statistics()
+      keys = [x.key for x in shard_samples.read(path, found) if x]
+      counts = {rule: expected(names, rule) for rule in patterns}
+      rule = max(
+        counts, key=lambda rule: len(counts[rule][0]) - counts[rule][1]
+      )
+      chosen[rule] += 1
+      whole, broken = counts[rule]
+      assert (keys, sum(found.broken.values())) == (whole, broken), names
+    assert min(chosen.values()) > 10
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize("tool", ["webdataset", "dotted"])
+  def test_of_any_tool(self, tmp_path, tool):
+    """Names as each tool writes them, at random; what it wrote is known."""
+    rng = np.random.default_rng(len(tool))
+    letters = list("ab1 _-é") + ["."] * (tool == "dotted")
+    for _ in range(150):
+      count = int(rng.integers(2, 8))
+      members, expected = {}, []
+      for number in range(count):
+        middle = "".join(rng.choice(letters, 5))
+        stem = f"{number}{middle}x"
+        parts = sample(stem, uid_of(number))
+        if tool == "webdataset":
+          for extra in rng.choice(["seg.png", "a.json", "b.c.txt"], 2):
+            parts[f"{stem}.{extra}"] = b"x"
+          expected.append(stem)
+        else:
+          expected.append(stem)
+        members |= dict(sorted(parts.items()))
+      path = archive(tmp_path / "x.tar", members)
+      found = shard_samples.Statistics()
+      keys = [x.key for x in shard_samples.read(path, found) if x]
+      assert (keys, found.broken) == (expected, {}), list(members)
+
+
+class TestParts:
+  def test_uids_that_are_missing_name_the_option(self, tmp_path):
+    about = b'{"caption": "a", "key": "000000000", "url": "http://x"}'
+    path = archive(tmp_path / "x.tar", sample("0", json=about))
+    with pytest.raises(ValueError, match=r"uid_source='name'.*one of json, na"):
+      read_all(path, max_broken_share=0.1)
+    found = found_in(path)
+    assert found.listed[0][3].startswith("no 'uid' in the json, which has 'cap")
+    assert found.listed[0][3].endswith("'url'")
+
+  def test_shards_of_one_name_make_no_uids(self, tmp_path):
+    for name in ("a", "b"):
+      (tmp_path / name).mkdir()
+      archive(tmp_path / name / "0.tar", sample("0", uid_of(ord(name))))
+    paths = [tmp_path / "a", tmp_path / "b"]
+    assert len(uids_of(read_all(paths)[0])) == 2
+    for job in (read_all, shards.survey):
+      with pytest.raises(ValueError, match="would have the same uids"):
+        job(paths, uid_source="name")
+
+  def test_extensions_and_captions_are_options(self, tmp_path):
+    about = {"uid": U, "text": " a star ", "n": 3, "none": None}
+    members = {
+      "x.v1.IMG": png(),
+      "x.v1.meta.json": json.dumps(about).encode(),
+      "x.v1.cap": b"another one",
+      "x.v1.json": b"{}",
+    }
+    path = archive(tmp_path / "x.tar", members)
+    names = {"image": ("img",), "json": ("meta.json",), "caption": ("cap",)}
+
+    def read(**options):
+      parts = shard_samples.Parts(**names, **options)
+      batches, found = read_all(path, parts=parts)
+      return [bytes(row.tolist()) for b in batches for row in b["text"]], found
+
+    assert read()[0][0] == b"another "
+    assert read(caption_key="text")[0][0] == b"a star\0\0"
+    for key in ("n", "none", "title"):
+      parts = shard_samples.Parts(**names, caption_key=key)
+      assert found_in(path, parts=parts).broken == {"no caption": 1}
+    path = archive(tmp_path / "y.tar", {"0.img": png(), "0.cap": b"x"})
+    parts = shard_samples.Parts(**names, caption_key="text")
+    for source, broken in (("json", "no uid"), ("name", "no caption")):
+      found = found_in(path, parts=parts, uid_source=source)
+      assert found.broken == {broken: 1}
+
+  def test_those_of_the_config_are_the_same(self, folder):
+    section = clip_config.get_config().data.parts
+    assert shard_samples.Parts(**section) == shard_samples.PARTS
+    with pytest.raises(TypeError, match="parts must be shard_samples"):
+      stream(folder, parts={"image": ("jpg",)})
+
+  @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+      ({"image": "png"}, "parts.image must be a tuple of extensions"),
+      ({"caption": ()}, "parts.caption must be a tuple of extensions"),
+      ({"json": (".json",)}, "without the dot"),
+      ({"json": ("JSON",)}, "lower case"),
+      ({"json": ("txt",)}, "'txt' is in parts.caption and in parts.json"),
+      ({"caption_key": ""}, "caption_key must be the name of a field"),
+      ({"caption_key": 3}, "caption_key must be the name of a field"),
+    ],
+  )
+  def test_bad_ones_are_named(self, fields, message):
+    with pytest.raises(ValueError, match=message):
+      shard_samples.Parts(**fields)
+
+  def test_formats_come_by_extension(self, tmp_path):
+    members = {}
+    for number, kind in enumerate(("gif", "bmp", "tiff")):
+      members |= sample(
+        f"{number}", uid_of(number), png=None, **{kind: saved(kind.upper())}
+      )
+    path = archive(tmp_path / "x.tar", members)
+    assert found_in(path).broken == {"no image": 3}
+    # Under another name they are not let in either.
+    members = sample("0", U, png=saved("GIF")) | sample("1", uid_of(1))
+    _, found = read_all(archive(tmp_path / "y.tar", members))
+    assert found.broken == {"image not readable": 1}
+    parts = shard_samples.Parts(image=("gif", "bmp", "tiff"))
+    batches, found = read_all(path, parts=parts)
+    assert (found.samples, found.broken) == (3, {})
+    rows = batches[0]["image"][batches[0]["mask"]]
+    np.testing.assert_array_equal(rows, np.broadcast_to(RED, rows.shape))
 
 
 @pytest.fixture(scope="module")
@@ -743,13 +1356,20 @@ class TestShardFiles:
     with pytest.raises(ValueError, match="more than 1000000"):
       shard_files.names("{0..9999}{0..9999}")
 
-  def test_missing_shards_are_named(self, folder, tmp_path):
+  def test_missing_shards_are_named(self, folder, tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"1 of 9 shards.*00000008"):
       shard_files.expand(f"{folder}/{{00000000..00000008}}.tar")
     with pytest.raises(FileNotFoundError, match=r"no \.tar file"):
       shard_files.expand(tmp_path)
     with pytest.raises(ValueError, match="more than once"):
       shard_files.expand([folder, f"{folder}/00000000.tar"])
+    (tmp_path / "0.tar.gz").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"1 like '0\.tar\.gz'.*uncomp"):
+      shard_files.expand(tmp_path)
+    for name in ("._1.tar", ".1.tar", "1.tar", "1.tar.tmp", "2.TAR", "3.txt"):
+      (tmp_path / name).write_bytes(b"x")
+    assert shard_files.expand(tmp_path) == [str(tmp_path / "1.tar")]
+    assert "1 shards that are read and 3 like '0.tar.gz' that" in caplog.text
     with pytest.raises(FileNotFoundError, match="pipe:"):
       shard_files.expand("pipe:touch x")
 
@@ -906,6 +1526,109 @@ class TestDatacomp:
     said = datacomp.basic(read, is_english=np.arange(7) > 2)
     assert said.ids["f1"].tolist() == [3, 5]
 
+  def test_texts_that_many_rows_share_are_counted_before_they_are_copied(
+    self, tmp_path
+  ):
+    text = pa.DictionaryArray.from_arrays(
+      np.zeros(1000, np.int32), ["x" * 10_000]
+    )
+    table = {"uid": [f"{n:032x}" for n in range(1000)], "text": text}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    small = limits_lib.Limits(table_row_group=1 << 20)
+    with pytest.raises(ValueError, match=r"x\.parquet: 1000 rows .*'text' are"):
+      datacomp.read_metadata(tmp_path, ["text"], limits=small)
+    read = datacomp.read_metadata(tmp_path, ["text"])
+    assert read.table["text"].to_pylist() == ["x" * 10_000] * 1000
+    table["uid"] = ["0" * 40_000] * 1000
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: .*'uid' are 40000000 b"):
+      datacomp.read_metadata(tmp_path, [])
+
+  @pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+      (1 << 50, {}, f"has 1000 bytes and claims {1 << 50} rows"),
+      (-1, {}, "claims -1 rows"),
+      (9, {}, "claims 9 rows, its row groups 8"),
+      (8, {"total_uncompressed_size": 1 << 42}, "claims 4398046511104 bytes"),
+      (8, {"total_uncompressed_size": -1}, "claims -1 bytes"),
+      (8, {"total_compressed_size": 2000}, "bytes 4 to 2004 of a file of 1000"),
+      (8, {"data_page_offset": -4}, "claims bytes -4"),
+      (8, {"path_in_schema": "other", "total_compressed_size": 9999}, None),
+    ],
+  )
+  def test_claims_of_tables_are_compared(self, rows, column, message):
+    """What Arrow reads of a footer, by hand: no writer makes such ones."""
+    sound = {
+      "path_in_schema": "uid",
+      "total_compressed_size": 300,
+      "total_uncompressed_size": 400,
+      "data_page_offset": 4,
+      "has_dictionary_page": False,
+    }
+    group = types.SimpleNamespace(
+      num_rows=8,
+      num_columns=1,
+      column=lambda place: types.SimpleNamespace(**sound | column),
+    )
+    about = types.SimpleNamespace(
+      num_rows=rows, num_row_groups=1, row_group=lambda number: group
+    )
+
+    def check():
+      datacomp._check_claims(about, ["uid"], 1000, limits_lib.DEFAULT)
+
+    if message is None:
+      check()
+    else:
+      with pytest.raises(ValueError, match=message):
+        check()
+
+  def test_files_that_do_not_fit_are_named(self, tmp_path):
+    table = {"uid": [uid_of(0)], "s": pa.array([0.5], pa.float32())}
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    pq.write_table(pa.table(table | {"s": ["a"]}), tmp_path / "1.parquet")
+    with pytest.raises(
+      ValueError, match=r"1\.parquet: its columns are s strin"
+    ):
+      datacomp.read_metadata(tmp_path, ["s"])
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"1\.parquet: "):
+      datacomp.read_metadata(tmp_path, ["s"])
+    pq.write_table(pa.table(table)[:0], tmp_path / "1.parquet")
+    assert len(datacomp.read_metadata(tmp_path, ["s"]).uids) == 1
+    (tmp_path / "0.parquet").unlink()
+    assert len(datacomp.read_metadata(tmp_path, ["s"]).uids) == 0
+
+  @pytest.mark.slow
+  def test_damage_anywhere_is_told(self, tmp_path):
+    """Any bytes of a table: a one-line error with its name, or its rows."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.parquet"
+    uids = [uid_of(n) for n in range(500)]
+    table = pa.table({"uid": uids, "text": [f"t {n % 9}" for n in range(500)]})
+    pq.write_table(table, path, row_group_size=200)
+    whole = path.read_bytes()
+    told = 0
+    for turn in range(400):
+      damaged = bytearray(whole)
+      start = len(whole) - 1500 if turn % 2 else 0
+      for place in rng.integers(start, len(whole), rng.integers(1, 4)):
+        damaged[place] = int(rng.integers(256))
+      if turn % 5 == 0:
+        del damaged[int(rng.integers(len(whole))) :]
+      path.write_bytes(damaged)
+      said = f"{path}: damaged"
+      try:
+        read = datacomp.read_metadata(path, ["text"])
+      except ValueError as error:
+        told, said = told + 1, str(error)
+      else:
+        assert read.table.num_rows == len(read.uids)
+      assert said.startswith(f"{path}: ")
+      assert "\n" not in said
+    assert told > 100
+
   def test_top_is_the_published_rule(self):
     """Against the rule written out with a loop."""
     rng = np.random.default_rng(0)
@@ -943,6 +1666,70 @@ class TestDatacomp:
       datacomp.top([uid_of(0)], [1.0], fraction)
     with pytest.raises(ValueError, match="one entry per uid"):
       datacomp.bottom([uid_of(0)], [1.0, 2.0], 0.5)
+
+
+class TestArrays:
+  @pytest.mark.parametrize(
+    ("shape", "descr", "message"),
+    [
+      ((1 << 40,), "<f4", "mmap length is greater"),
+      ((1 << 62, 8), "<f4", "can't be read as a .npy file"),
+      ((-3,), "<f4", "can't be read as a .npy file"),
+      ((2,), "<f4", "has 144 bytes, and by its header 136"),
+      ((4,), "|O", "can't be read as a .npy file"),
+      ((4,), "<x9", "can't be read as a .npy file"),
+    ],
+  )
+  def test_headers_are_not_believed(self, tmp_path, shape, descr, message):
+    file = tmp_path / "x.npy"
+    np.save(file, np.arange(4, dtype=np.float32))
+    np.testing.assert_array_equal(arrays.load(file), [0, 1, 2, 3])
+    content = file.read_bytes()
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
+    header = repr(fields).encode().ljust(117) + b"\n"
+    file.write_bytes(content[:10] + header + content[128:])
+    with pytest.raises(ValueError, match=message) as error:
+      arrays.load(file)
+    assert str(file) in str(error.value)
+
+  def test_other_files_are_none(self, tmp_path):
+    file = tmp_path / "x.npy"
+    for content in (b"", b"\x93NUMPY", b"PK\3\4", b"\x93NUMPY\1\0\xff\xff{"):
+      file.write_bytes(content)
+      with pytest.raises(ValueError, match=r"x\.npy"):
+        arrays.load(file)
+
+  def test_what_was_kept_and_is_damaged_counts_for_nothing(self, tmp_path):
+    file, array = tmp_path / "x.npy", np.ones((2, 3), np.float32)
+    arrays.write(file, array)
+    np.testing.assert_array_equal(arrays.read(file, (2, 3)), array)
+    assert arrays.read(file, (3, 2)) is None
+    forged = file.read_bytes().replace(b"(2, 3)", b"(9, 9)")
+    file.write_bytes(forged)
+    assert arrays.read(file, (2, 3)) is None
+    total = hashlib.sha256(forged).hexdigest()
+    file.with_suffix(".sha256").write_text(total)
+    assert arrays.read(file, (2, 3)) is None
+
+
+def test_json_is_read_as_far_as_it_is_believed():
+  rng = np.random.default_rng(0)
+
+  def made(depth):
+    if not depth:
+      return {"a": [1, "x", None]}
+    inner = made(depth - 1)
+    return {"b": inner, "c": 2} if rng.random() < 0.5 else [1, inner]
+
+  for depth in (0, 3, 97, 98, 99, 300):
+    content = json.dumps(made(depth)).encode()
+    if depth + 2 <= 100:
+      assert limits_lib.parse_json(content, most=1 << 20) == json.loads(content)
+    else:
+      with pytest.raises(ValueError, match="more than 100 deep"):
+        limits_lib.parse_json(content, most=1 << 20)
+  with pytest.raises(ValueError, match="has 30 bytes; the limit is 29"):
+    limits_lib.parse_json(b'"' + b"x" * 28 + b'"', most=29)
 
 
 def test_limits_are_positive():

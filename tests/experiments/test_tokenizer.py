@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -178,6 +179,80 @@ def test_files_that_are_no_tokenizer(tmp_path):
   (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(b"no gzip")
   with pytest.raises(OSError, match="gzip"):
     tokenizer.load(tmp_path / "bpe_simple_vocab_16e6.txt.gz")
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("tokenizer.json", b'{"a":' * 90_000, "more than 100 deep"),
+    ("tokenizer.json", b" " * ((64 << 20) + 1), "more than 67108864 bytes"),
+    ("tokenizer.json", b"\xff\xfe{}", "UnicodeDecodeError"),
+    ("vocab.json", b'{"a": -1}', "can't be read as a tokenizer"),
+    (
+      "bpe_simple_vocab_16e6.txt.gz",
+      gzip.compress(b"a b\n" * (20 << 20), 1),
+      "more than 67108864 bytes",
+    ),
+    (
+      "bpe_simple_vocab_16e6.txt.gz",
+      gzip.compress(bytes(range(256)) * 99)[:90],
+      "EOFError",
+    ),
+  ],
+)
+def test_files_are_not_believed(tmp_path, name, content, message):
+  (tmp_path / "merges.txt").write_text("a b\n")
+  file = tmp_path / name
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as error:
+    tokenizer.load(file)
+  assert str(error.value).startswith(str(file))
+  assert len(str(error.value)) < 600
+
+
+def test_what_is_no_exception_is_an_error_too(files, monkeypatch):
+  """Rust's panics, as the library raises them."""
+  panic = type("PanicException", (BaseException,), {})
+
+  def fail(file):
+    raise panic("index out of bounds")
+
+  monkeypatch.setattr(tokenizer, "_read", fail)
+  with pytest.raises(ValueError, match="index out of bounds"):
+    tokenizer.load(files["json"])
+  monkeypatch.setattr(tokenizer, "_read", lambda file: sys.exit(3))
+  with pytest.raises(SystemExit):
+    tokenizer.load(files["json"])
+
+
+@pytest.mark.slow
+def test_damage_anywhere_is_told(files, tmp_path):
+  """Any bytes of any file: a tokenizer, or an error that names the file."""
+  rng = np.random.default_rng(0)
+  for kind, name in (
+    ("json", "tokenizer.json"),
+    ("pair", "vocab.json"),
+    ("txt", "bpe_simple_vocab_16e6.txt"),
+    ("gz", "bpe_simple_vocab_16e6.txt.gz"),
+  ):
+    whole = (files[kind] / name).read_bytes()
+    (tmp_path / "merges.txt").write_text("\n".join(MERGES))
+    file = tmp_path / name
+    for turn in range(150):
+      damaged = bytearray(whole)
+      for place in rng.integers(len(whole), size=rng.integers(1, 5)):
+        damaged[place] = int(rng.choice(list(b'{}[]",:019ab\xff\0 \n')))
+      if turn % 5 == 0:
+        del damaged[int(rng.integers(len(whole))) :]
+      file.write_bytes(damaged)
+      said = name
+      try:
+        made = tokenizer.load(file)
+      except (ValueError, OSError) as error:
+        said = str(error)
+      else:
+        assert made(["a red star"]).shape == (1, 77)
+      assert name in said
 
 
 @pytest.mark.parametrize(
