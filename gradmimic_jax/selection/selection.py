@@ -11,6 +11,7 @@ import numpy as np
 
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.selection import (
+  _frames,
   _ids,
   binarize as binarize_lib,
   binarizers,
@@ -53,6 +54,11 @@ class Selection:
   diagnostics: dict[str, Any]
   quality: np.ndarray | None = None
 
+  def __post_init__(self) -> None:
+    # Zeros and ones would be taken for places.
+    keep = _ids.mask(self.keep, len(self.ids), "keep")
+    object.__setattr__(self, "keep", keep)
+
   @property
   def kept_ids(self) -> np.ndarray:
     """The ids to keep, in the order of `ids`."""
@@ -73,20 +79,26 @@ class Selection:
 
   def __str__(self) -> str:
     about = self.diagnostics
+    how = "."
+    if "aggregate" in about:  # a file need not say
+      how = (
+        f", by {about['aggregate']} over {self.votes.shape[1]} steps of"
+        f" {about['binarize']} votes."
+      )
     lines = [
       f"Selection: keeps {int(self.keep.sum()):,} of {len(self):,} samples"
-      f" ({self.kept_fraction:.1%}), by {about['aggregate']} over"
-      f" {self.votes.shape[1]} steps of {about['binarize']} votes."
+      f" ({self.kept_fraction:.1%}){how}"
     ]
     if about.get("population"):
       lines.append(f"  all steps: {about['population']}")
-    if about["ties"]:
-      lines.append(f"  {about['ties']:,} ties, kept")
-    if about["unvoted"]:
-      lines.append(f"  {about['unvoted']:,} samples without a vote, kept")
-    if note := about["label_model"].get("note"):
+    if ties := int((self.keep_probability == 0.5).sum()):
+      lines.append(f"  {ties:,} ties, kept")
+    if unvoted := int(np.isnan(self.keep_probability).sum()):
+      lines.append(f"  {unvoted:,} samples without a vote, kept")
+    if note := about.get("label_model", {}).get("note"):
       lines.append(f"  {about['aggregate']}: {note}")
-    for step, note in zip(about["steps"], about["notes"], strict=True):
+    steps, notes = about.get("steps", []), about.get("notes", [])
+    for step, note in zip(steps, notes, strict=True):
       if note and note != about.get("population"):
         lines.append(f"  step {step}: {note}")
     return "\n".join(lines)
@@ -314,6 +326,7 @@ def _name(method: Any) -> str:
 
 
 def _checked_scores(scores: Any) -> np.ndarray:
+  _frames.refuse_frames(scores, "scores")
   array = np.asarray(scores)
   if not np.can_cast(array.dtype, np.float64, "same_kind"):
     raise TypeError(
