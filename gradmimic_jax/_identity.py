@@ -14,15 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (bool, int, str, bytes, type(None))
+# Longer containers are known by their length, and by being the same one.
+_LONGEST = 1000
 
 
 def key(value: Any) -> Hashable:
   """A key that is equal for values that jit would trace alike.
 
   Functions are known by their code and what it closes over, arrays by shape and
-  dtype, containers by their contents, other objects by being the same one. The
-  key holds no object alive but code.
+  dtype, fractional numbers by their kind, containers by their contents, other
+  objects by being the same one. The key holds no object alive but code.
 
   Args:
     value: a function, or a tree of anything.
@@ -45,9 +47,13 @@ def _key(value, above):
     return type(value), value
   if isinstance(value, (jax.Array, np.ndarray, np.generic)):
     return value.shape, str(value.dtype)
+  if isinstance(value, (float, complex)):
+    return type(value)
   if any(value is x for x in above):  # a function that closes over itself
     return "above"
   above = (*above, value)
+  if isinstance(value, (list, tuple, dict)) and len(value) > _LONGEST:
+    return type(value), len(value), id(value)
   if isinstance(value, (list, tuple)):
     return type(value), *(_key(x, above) for x in value)
   if isinstance(value, dict):

@@ -144,10 +144,12 @@ def program(
       f"it has side effects: {', '.join(map(str, jaxpr.effects))}"
     )
   jaxpr = jaxpr.replace(
+    constvars=[],
+    invars=[*jaxpr.constvars, *jaxpr.invars],
     outvars=[jaxpr.outvars[i] for i in outputs],
-    debug_info=jaxpr.debug_info._replace(result_paths=None),
+    debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
   )
-  fn = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, list(consts)))
+  fn = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
   try:
     device = jax.local_devices(backend="cpu")[0]
   except RuntimeError:  # JAX was told to start without
@@ -157,7 +159,7 @@ def program(
 
   def run(*arrays):
     with jax.default_device(device):
-      return [np.asarray(x) for x in compiled(*arrays)]
+      return [np.asarray(x) for x in compiled(*consts, *arrays)]
 
   return run
 

@@ -103,8 +103,10 @@ def check_independence(
     ...
     ValueError: losses_fn gives sample ...
   """
+  advice = "Pass has_aux=True if it returns (losses, aux)."
+  plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, advice)
   with checked(losses_fn, params, batch, kwargs, has_aux):
-    pass
+    jax.eval_shape(plain, params, batch)  # for the errors of its own
 
 
 @contextlib.contextmanager
@@ -127,7 +129,9 @@ def checked(
       jax.tree.map(lambda x: _made_up.shape_of(x, min(size, ROWS)), batch),
     )
   )
-  known = _identity.key((losses_fn, kwargs, has_aux))
+  # Numbers among the keyword arguments may be others in each step.
+  options = jax.tree.map(lambda x: type(x) if type(x) is int else x, kwargs)
+  known = _identity.key((losses_fn, options, has_aux))
   key = known, structure, *((x.shape, x.dtype) for x in shapes)
   problem = None
   if size > 1 and key not in _seen:  # of one, both views are the same
@@ -257,10 +261,9 @@ def _disagreement(views, given):
     for k in np.flatnonzero(excess > 0)[:1]:
       mates = look(_with_mates(draw.inputs, other.inputs, rows[k]))
       moved = mates._replace(alone=draw.together)
-      cause = _SIZE
-      if _draws_random_numbers(views):
-        cause = _KEY
-      if _excess(moved, eps, rounding, rows)[1][k] > 0:
+      finite = np.all(np.isfinite(mates.together[k][rows[k]]))
+      cause = _KEY if _draws_random_numbers(views) else _SIZE
+      if not finite or _excess(moved, eps, rounding, rows)[1][k] > 0:
         cause = _MATES
       return _text(views, draw, tracked[k], k, rows[k], cause)
   return None
@@ -420,10 +423,10 @@ def _text(views, draw, output, k, row, cause):
     what = f"in aux leaf {_tree.key_path(path[1:])!r}"
   return (
     f"losses_fn gives sample {row} {what} {one[entry]:.6g} in a batch of"
-    f" {leaf.shape[0]} and {other[entry]:.6g} alone (of made-up numbers in these"
-    f" shapes), {how}. The per-sample engine, which microbatches and scores"
-    " with gradient norms take, shows losses_fn one sample at a time; expected"
-    f" losses of single rows. {advice} {_OFF}"
+    f" {leaf.shape[0]} and {other[entry]:.6g} alone (made-up numbers), {how}."
+    " The per-sample engine, which microbatches and scores with gradient norms"
+    " take, shows losses_fn one sample at a time; expected losses of single"
+    f" rows. {advice} {_OFF}"
   )
 
 
