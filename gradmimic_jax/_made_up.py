@@ -16,11 +16,7 @@ from jax.extend import core
 # Numbers repeat after this many: a prime, so that no two rows are alike.
 _PERIOD = 1_048_573
 _CONSTRAINT = "sharding_constraint"
-# What jax_disable_most_optimizations sets: a program here runs a few times.
-_COMPILE_FAST = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
+_CALLBACKS = ("debug_callback", "debug_print", "io_callback")
 
 
 def shape_of(leaf: Any, count: int | None = None) -> jax.ShapeDtypeStruct:
@@ -103,6 +99,21 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def on_host() -> Iterator[None]:
+  """A context in which what is computed is computed now, on the host.
+
+  Float32 is float32 there; accelerators multiply matrices in less. Where JAX
+  was told to start without a backend for the host, it is the first device.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.ensure_compile_time_eval())
+    with contextlib.suppress(RuntimeError):
+      host = jax.local_devices(backend="cpu")[0]
+      stack.enter_context(jax.default_device(host))
+    yield
+
+
+@contextlib.contextmanager
 def apart(mesh: Any = None) -> Iterator[None]:
   """A context without mesh, debugging switches and guards of the caller's.
 
@@ -124,11 +135,10 @@ def apart(mesh: Any = None) -> Iterator[None]:
 def program(
   closed: Any, consts: Sequence[Any], outputs: Sequence[int]
 ) -> Callable[..., list[np.ndarray]]:
-  """A jaxpr as a function of arrays to NumPy arrays, on one device.
+  """A jaxpr as a function of arrays to NumPy arrays.
 
-  It runs on the host where JAX has a backend there, whose float32 is float32:
-  accelerators multiply matrices in less. Callbacks that return nothing, such as
-  `jax.debug.print`, are left out, and so are sharding constraints.
+  Callbacks that return nothing, such as `jax.debug.print`, are left out, and so
+  are sharding constraints.
 
   Args:
     closed: the ClosedJaxpr.
@@ -150,18 +160,8 @@ def program(
     debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
   )
   fn = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
-  try:
-    device = jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX was told to start without
-    device = jax.local_devices()[0]
-  options = _COMPILE_FAST if device.platform == "cpu" else None
-  compiled = jax.jit(fn, compiler_options=options)
-
-  def run(*arrays):
-    with jax.default_device(device):
-      return [np.asarray(x) for x in compiled(*consts, *arrays)]
-
-  return run
+  compiled = jax.jit(fn)
+  return lambda *arrays: [np.asarray(x) for x in compiled(*consts, *arrays)]
 
 
 def _between(bounds, leaf, rng, true):
@@ -182,6 +182,14 @@ def _unit(rng, shape):
   return np.resize(rng.random(min(size, _PERIOD), np.float32), shape)
 
 
+def copied(array: Any) -> Any:
+  """An array's numbers, wherever it is; random keys are a JAX array."""
+  if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    return np.asarray(array)
+  data = jnp.asarray(np.asarray(jax.random.key_data(array)))
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+
+
 def _keys(leaf, rng):
   impls = []
 
@@ -190,7 +198,7 @@ def _keys(leaf, rng):
     return jax.random.key_data(keys)
 
   shape = jax.eval_shape(data_of, leaf).shape
-  bits = rng.integers(2**32, size=shape, dtype=np.uint32)
+  bits = jnp.asarray(rng.integers(2**32, size=shape, dtype=np.uint32))
   return jax.random.wrap_key_data(bits, impl=impls[0])
 
 
@@ -210,8 +218,15 @@ def _plain(x):
     return core.ClosedJaxpr(_plain(x.jaxpr), x.consts)
   if not isinstance(x, core.Jaxpr):
     return x
-  if not any(map(_is_left_out, equations(x))):
+  left_out = [eqn for eqn in equations(x) if _is_left_out(eqn)]
+  if not left_out:
     return x
+  gone = set().union(*(eqn.effects for eqn in left_out))
+
+  def still(effects, parts):
+    there = set().union(*(part.effects for part in parts))
+    return {effect for effect in effects if effect not in gone - there}
+
   (copy,) = jax.make_jaxpr(jnp.copy)(0.0).eqns
   eqns = []
   for eqn in x.eqns:
@@ -221,16 +236,12 @@ def _plain(x):
       continue
     elif _inner(eqn.params):
       params = jax.tree.map(_plain, eqn.params, is_leaf=_is_jaxpr)
-      effects = _still(eqn.effects, _inner(params))
+      effects = still(eqn.effects, _inner(params))
       eqn = eqn.replace(params=params, effects=effects)
     eqns.append(eqn)
-  return x.replace(eqns=eqns, effects=_still(x.effects, eqns))
+  return x.replace(eqns=eqns, effects=still(x.effects, eqns))
 
 
 def _is_left_out(eqn):
-  said_only = bool(eqn.effects) and not eqn.outvars and not _inner(eqn.params)
-  return said_only or eqn.primitive.name == _CONSTRAINT
-
-
-def _still(effects, parts):
-  return {x for x in effects if any(x in part.effects for part in parts)}
+  name = eqn.primitive.name
+  return name == _CONSTRAINT or (name in _CALLBACKS and not eqn.outvars)
