@@ -62,9 +62,9 @@ def check_independence(
   rule, vectors around 1, features between 0 and 1 or signed, integers 0 and 1.
   They must agree to `eps ** 0.6` of the largest loss, 7e-5 in float32 and .05
   in bfloat16, or to 8 times what a change of the inputs by one eps does to
-  them, with eps of the coarsest dtype in losses_fn. Floating leaves of aux are
-  compared too. Losses that are not finite count only if all of one side are,
-  and none of the other.
+  them, with eps of the coarsest dtype in losses_fn. A sample's loss beside
+  other mates must be the same to 7e-5 in any dtype. Floating leaves of aux are
+  compared too. Losses that are not finite alone say nothing, unless all are.
 
   It costs one compilation of two forward passes where a function and shapes
   come first (2.7 s of CPU time for a ViT of 6 layers and 2.7 million
@@ -245,28 +245,49 @@ def _disagreement(views, given):
   ]
   look, eps = _looker(views, tracked)
   draws = [look(_made(views.inputs, signed)) for signed in (False, True)]
-  if not any(map(_some_finite, draws)):
-    if _only_one_side_is_finite(draws):  # such as a variance of one sample
-      return _text(views, draws[0], 0, 0, 0, _MATES)
-    real = _real(views.inputs, given)
-    draws += [] if real is None else [look(real)]
-    if not _some_finite(draws[-1]):
-      raise _NotComparedError("its losses of made-up inputs are not finite")
-  for draw, other in zip(draws, reversed(draws), strict=True):
+  finite = any(map(_some_finite, draws))
+  real = None if finite else _real(views.inputs, given)
+  if real is not None:
+    draws.append(look(real))
+    finite = _some_finite(draws[-1])
+  for draw, other in zip(draws, (*draws[1:], draws[0]), strict=True):
+    # First beside other mates: the program is the same, so all bits are.
+    mixed = look(_with_mates(draw.inputs, other.inputs))
+    for k, (a, b) in enumerate(zip(draw.together, mixed.together, strict=True)):
+      differs = _differs(a[_KEPT], b[_KEPT], _SAME)
+      if np.any(differs):
+        again = look(draw.inputs).together[k]
+        differs &= ~_differs(a[_KEPT], again[_KEPT], 0)
+      if np.any(differs):
+        row = int(np.argmax(np.max(differs, axis=1)))
+        return _mates_text(views, tracked[k], a[_KEPT], b[_KEPT], row)
+    # Then alone.
     rounding = np.zeros(len(tracked))
     if np.any(_excess(draw, eps, rounding)[1] > 0):
-      nudged = look(_made_up.nudged(draw.inputs, eps))
-      rounding = _rounding(draw, nudged)
+      rounding = _rounding(draw, look(_made_up.nudged(draw.inputs, eps)))
     rows, excess = _excess(draw, eps, rounding)
     for k in np.flatnonzero(excess > 0)[:1]:
-      mates = look(_with_mates(draw.inputs, other.inputs, rows[k]))
-      moved = mates._replace(alone=draw.together)
-      finite = np.all(np.isfinite(mates.together[k][rows[k]]))
-      cause = _KEY if _draws_random_numbers(views) else _SIZE
-      if not finite or _excess(moved, eps, rounding, rows)[1][k] > 0:
-        cause = _MATES
-      return _text(views, draw, tracked[k], k, rows[k], cause)
+      return _text(views, draw, tracked[k], k, rows[k])
+  if not finite and _only_one_side_is_finite(draws):  # divided by B - 1, say
+    return _text(views, draws[0], 0, 0, 0)
+  if not finite:
+    raise _NotComparedError("its losses of made-up inputs are not finite")
   return None
+
+
+# Rows that keep their place when others get other mates.
+_KEPT = slice(None, None, 2)
+# What bits that are the same may differ by: a solver may stop for all at once.
+_SAME = float(np.finfo(np.float32).eps) ** 0.6
+
+
+def _differs(a, b, tolerance):
+  """Where two outputs of one program differ, bool `[B, -1]`."""
+  finite = np.isfinite(a) & np.isfinite(b)
+  scale = max(_largest(a), _largest(b))
+  with np.errstate(invalid="ignore"):
+    far = np.abs(a - b) > tolerance * scale
+  return np.where(finite, far, np.isfinite(a) != np.isfinite(b))
 
 
 def _rounding(draw, nudged):
@@ -277,17 +298,18 @@ def _rounding(draw, nudged):
   ]
 
 
-def _excess(draw, eps, rounding, rows=None):
-  """Of each output: a row, the worst if none is given, and by how much.
+def _excess(draw, eps, rounding):
+  """The worst row of each output, and by how much.
 
   Above 0: the two views differ there by more than what rounding explains.
   """
   found = []
   for k, (a, b) in enumerate(zip(draw.together, draw.alone, strict=True)):
     both = np.isfinite(a) & np.isfinite(b)
-    gap = np.max(np.where(both, np.abs(a - b), 0), axis=1)
+    with np.errstate(invalid="ignore"):
+      gap = np.max(np.where(both, np.abs(a - b), 0), axis=1)
     scale = _largest(np.where(both, np.maximum(np.abs(a), np.abs(b)), 0))
-    row = int(np.argmax(gap)) if rows is None else rows[k]
+    row = int(np.argmax(gap))
     found.append((row, gap[row] - eps**0.6 * scale - _ROUNDINGS * rounding[k]))
   rows, excess = zip(*found, strict=True)
   return rows, np.array(excess)
@@ -382,51 +404,65 @@ def _real(inputs, given):
   return jax.tree.unflatten(structure, [_known(x) for x in leaves])
 
 
-def _with_mates(inputs, others, row):
-  """The inputs with other rows beside that one."""
+def _with_mates(inputs, others):
+  """The inputs with others in place of every second row."""
   params, rows, arrays = inputs
 
-  def beside(leaf, other):
-    return jnp.concatenate([other[:row], leaf[row : row + 1], other[row + 1 :]])
+  def mix(leaf, other):
+    odd = np.arange(leaf.shape[0]) % 2 == 1
+    odd = odd.reshape(-1, *([1] * (leaf.ndim - 1)))
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return (jnp if is_key else np).where(odd, other, leaf)
 
-  return params, jax.tree.map(beside, rows, others[1]), arrays
+  return params, jax.tree.map(mix, rows, others[1]), arrays
 
 
-_MATES = (
-  "and the first changes with the samples beside it",
-  "Losses that couple samples (contrastive ones, BatchNorm in training mode,"
-  " division by a valid count) take engine='forward'; BatchNorm with running"
-  " averages, or no division, takes any engine.",
-)
-_KEY = (
-  "whatever the samples beside it are, and draws random numbers by a key that"
-  " samples share",
-  "Give each sample a key of its own: put jax.random.split(key, B) into the"
-  " batch and use it under jax.vmap in losses_fn, not a key among the keyword"
-  " arguments; or use engine='forward', where a key draws for the whole batch.",
-)
-_SIZE = (
-  "whatever the samples beside it are",
-  "Losses that depend on how many samples there are (divided by the batch's"
-  " size, say) need no division: weights sum to 1; or use engine='forward'.",
+_EXPECTED = (
+  "The per-sample engine, which microbatches and scores with gradient norms"
+  " take, shows losses_fn one sample at a time; expected losses of single rows."
 )
 
 
-def _text(views, draw, output, k, row, cause):
-  how, advice = cause
-  path, leaf = views.together[output]
-  one, other = (x[k][row] for x in (draw.together, draw.alone))
-  entry = np.argmax(np.nan_to_num(np.abs(one - other), nan=np.inf))
-  what = "the loss"
-  if output:
-    what = f"in aux leaf {_tree.key_path(path[1:])!r}"
+def _mates_text(views, output, one, other, row):
+  entry = int(np.argmax(np.nan_to_num(np.abs(one - other)[row], nan=np.inf)))
   return (
-    f"losses_fn gives sample {row} {what} {one[entry]:.6g} in a batch of"
-    f" {leaf.shape[0]} and {other[entry]:.6g} alone (made-up numbers), {how}."
-    " The per-sample engine, which microbatches and scores with gradient norms"
-    " take, shows losses_fn one sample at a time; expected losses of single"
-    f" rows. {advice} {_OFF}"
+    f"losses_fn gives sample {row * 2} {_what(views, output)}"
+    f" {one[row, entry]:.6g} beside some samples and {other[row, entry]:.6g}"
+    f" beside others (made-up numbers). {_EXPECTED} Losses that couple samples"
+    " (contrastive ones, BatchNorm in training mode, division by a valid count)"
+    " take engine='forward'; BatchNorm with running averages, or no division,"
+    f" takes any engine. {_OFF}"
   )
+
+
+def _text(views, draw, output, k, row):
+  one, other = (x[k][row] for x in (draw.together, draw.alone))
+  entry = int(np.argmax(np.nan_to_num(np.abs(one - other), nan=np.inf)))
+  if _draws_random_numbers(views):
+    why = (
+      "draws random numbers by a key that samples share",
+      "Give each sample a key of its own: put jax.random.split(key, B) into the"
+      " batch and use it under jax.vmap in losses_fn, not a key among the"
+      " keyword arguments; or use engine='forward', where one key draws for the"
+      " whole batch.",
+    )
+  else:
+    why = (
+      "depends on how many samples there are, or on its place among them",
+      "Losses that are divided by the batch's size need no division, as weights"
+      " sum to 1; or use engine='forward'.",
+    )
+  count = views.together[0][1].shape[0]
+  return (
+    f"losses_fn gives sample {row} {_what(views, output)} {one[entry]:.6g} in a"
+    f" batch of {count} and {other[entry]:.6g} alone (made-up numbers): it"
+    f" {why[0]}. {_EXPECTED} {why[1]} {_OFF}"
+  )
+
+
+def _what(views, output):
+  path, _ = views.together[output]
+  return f"in aux leaf {_tree.key_path(path[1:])!r}" if output else "the loss"
 
 
 def _draws_random_numbers(views):

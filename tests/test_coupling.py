@@ -92,15 +92,23 @@ def deviation(params, batch):
   return jnp.sum(logits / jnp.std(logits, 0, ddof=1, keepdims=True), axis=1)
 
 
-MATES = r"changes with the samples beside it.*engine='forward'; BatchNorm with"
+MATES = r"beside others.*engine='forward'; BatchNorm with"
 COUPLED = {
   "BatchNorm": (batch_norm, MATES),
   "contrastive": (contrastive, MATES),
   "a standard deviation": (deviation, MATES),
-  "centred": (lambda p, b: plain(p, b) - jnp.mean(plain(p, b)), MATES),
-  "ranks": (
-    lambda p, b: plain(p, b) * jnp.argsort(b["x"][:, 0]).astype(float),
+  "bfloat16": (
+    lambda p, b: narrow(p, b) * (1 + 0.1 * jnp.std(b["x"])),
     MATES,
+  ),
+  "the batch's size less one": (
+    lambda p, b: plain(p, b) / (len(b["x"]) - 1),
+    "how many samples there are",
+  ),
+  "centred": (lambda p, b: plain(p, b) - jnp.mean(plain(p, b)), MATES),
+  "places": (
+    lambda p, b: plain(p, b) * jnp.arange(len(b["x"]), dtype=float),
+    "its place among them",
   ),
   "a hundredth of a mean": (
     lambda p, b: plain(p, b) + 1e-2 * jnp.mean(plain(p, b)),
@@ -207,10 +215,10 @@ def running(params, batch, *, mean, variance):
 
 
 def narrow(params, batch):
-  """The same layer twenty times over in bfloat16."""
+  """The same layer six times over in bfloat16."""
   w = params["w"].astype(jnp.bfloat16)
   h = batch["x"].astype(jnp.bfloat16)
-  for _ in range(20):
+  for _ in range(6):
     h = jax.nn.standardize(jnp.tanh(h @ w) @ w.T + h)
   return cross_entropy(h, batch["y"])
 
@@ -400,7 +408,7 @@ def test_state_in_aux_is_refused_with_its_leaf_and_shape():
     (lambda p, b: p["b"], r"aux leaf 'aux' of losses_fn has shape \(3,\)"),
     (
       lambda p, b: {"share": jax.nn.softmax(logits_of(p, b["x"]), axis=0)},
-      r"aux leaf 'share'.*beside it",
+      r"aux leaf 'share'.*beside others",
     ),
   ],
 )
