@@ -97,7 +97,7 @@ def check_independence(
     >>> params, batch = {"w": jnp.ones(3)}, {"x": jnp.ones((8, 3))}
     >>> gm.check_independence(losses_fn, params, batch)
     >>> gm.check_independence(
-    ...   lambda p, b: losses_fn(p, {"x": b["x"] - b["x"].mean(axis=0)}),
+    ...   lambda p, b: losses_fn(p, {"x": b["x"] - b["x"].mean()}),
     ...   params, batch)
     Traceback (most recent call last):
     ...
@@ -129,10 +129,12 @@ def checked(
       jax.tree.map(lambda x: _made_up.shape_of(x, min(size, ROWS)), batch),
     )
   )
+  options, containers = jax.tree.flatten(kwargs)
   # Numbers among the keyword arguments may be others in each step.
-  options = jax.tree.map(lambda x: type(x) if type(x) is int else x, kwargs)
-  known = _identity.key((losses_fn, options, has_aux))
-  key = known, structure, *((x.shape, x.dtype) for x in shapes)
+  options = [int if type(x) is int else x for x in options]
+  known = _identity.key((losses_fn, has_aux, options))
+  sizes = tuple((x.shape, x.dtype) for x in shapes)
+  key = known, structure, str(containers), sizes
   problem = None
   if size > 1 and key not in _seen:  # of one, both views are the same
     try:

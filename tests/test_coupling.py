@@ -3,6 +3,7 @@
 import functools
 import gc
 import weakref
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from jax.experimental import io_callback
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gradmimic_jax as gm
-from gradmimic_jax import _made_up, independence
+from gradmimic_jax import _made_up
 
 SIZE, FEATURES, CLASSES = 12, 6, 3
 RNG = np.random.default_rng(0)
@@ -456,6 +457,18 @@ class Learner:
     return self.losses_fn(params, batch, **kwargs)
 
 
+class Factor(NamedTuple):
+  """Containers are made anew where a tree is taken apart."""
+
+  value: float
+
+  def __rmul__(self, other):
+    return other * self.value
+
+
+KEPT = Factor(2.0)
+
+
 def test_it_is_done_once():
   call, runs = counted(plain)
   learner = Learner(call)
@@ -484,6 +497,10 @@ def test_it_is_done_once():
   assert check(scaled, factor=1.0, train=True)
   assert not check(scaled, factor=2.0, train=True)
   assert check(scaled, factor=2.0, train=False)
+  assert check(scaled, factor=1, train=False)
+  assert not check(scaled, factor=2, train=False)
+  assert check(scaled, factor=KEPT, train=False)
+  assert not check(scaled, factor=KEPT, train=False)
 
 
 def test_nothing_is_kept_alive():
@@ -541,11 +558,10 @@ def test_a_function_that_is_not_compared_is_told(losses_fn, why):
   assert not CALLS
 
 
-def test_a_model_that_is_too_large_to_make_up_is_told(monkeypatch):
-  monkeypatch.setattr(independence, "LARGEST", 2**31)
-  huge = {"w": jax.ShapeDtypeStruct((2**15, 2**15), np.float32)}
-  x = jax.ShapeDtypeStruct((SIZE, 2**15), np.float32)
-  with pytest.warns(UserWarning, match="have 4.0 GiB.*up to 2 are made up"):
+def test_a_model_that_is_too_large_to_make_up_is_told():
+  huge = {"w": jax.ShapeDtypeStruct((2**16, 2**15), np.float32)}
+  x = jax.ShapeDtypeStruct((SIZE, 2**16), np.float32)
+  with pytest.warns(UserWarning, match="have 8.0 GiB.*up to 4 are made up"):
     gm.check_independence(lambda p, x: jnp.sum(x @ p["w"], axis=1), huge, x)
 
 
