@@ -105,8 +105,16 @@ def check_independence(
   """
   advice = "Pass has_aux=True if it returns (losses, aux)."
   plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, advice)
-  with checked(losses_fn, params, batch, kwargs, has_aux):
-    jax.eval_shape(plain, params, batch)  # for the errors of its own
+
+  def compare(params, batch):
+    with checked(losses_fn, params, batch, kwargs, has_aux):
+      jax.eval_shape(plain, params, batch)  # for the errors of its own
+
+  leaves = jax.tree.leaves((params, batch))
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+    jax.eval_shape(compare, params, batch)  # tracers in their place
+  else:
+    compare(params, batch)
 
 
 @contextlib.contextmanager
