@@ -245,6 +245,7 @@ def _job_config(case, section, params):
   config.mimic.weighting = case.weighting
   config.mimic.layers = layers_pattern(case, section, params)
   config.mimic.engine = case.step
+  config.mimic.check_independence = False  # no model runs here
   if case.step.startswith("streaming"):
     config.mimic.engine = "per_sample"
     config.mimic.microbatch_size = case.devices  # a sample on each

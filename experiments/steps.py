@@ -52,7 +52,7 @@ def make_train_step(
     tx: the optimizer, over averaged gradients.
     method: what weights the samples; None is the plain mean.
     config: `config.mimic`: `layers`, `scope`, `engine`, and `microbatch_size`
-      if there is such a field.
+      and `check_independence` if there are such fields.
     outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
       reference's outputs; losses_fn's are then the cross-entropies of these.
     outputs: of tasks other than classification, in place of outputs_fn: for
@@ -390,6 +390,7 @@ def _mimic_gradient(losses_fn, method, config, outputs):
       engine=config.engine,
       microbatch_size=getattr(config, "microbatch_size", None),
       has_aux=True,
+      check_independence=getattr(config, "check_independence", True),
     )
 
   value_and_grad = None

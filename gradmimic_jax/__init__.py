@@ -19,6 +19,7 @@ from gradmimic_jax.gradients import (
   mimic_scores,
   mimic_value_and_grad,
 )
+from gradmimic_jax.independence import check_independence
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reference import ReferenceReport, check_reference
 from gradmimic_jax.reporting import report

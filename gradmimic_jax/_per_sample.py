@@ -4,6 +4,9 @@ Dense, it holds all B gradients at once: the textbook form, against which all
 else is tested. `_streaming` goes over it in microbatches.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -155,11 +158,9 @@ def _gradients(problem, batch):
   """Losses `[B]`, aux `[B, ...]` and gradient leaves `[B, *p]`."""
 
   def loss_of_one(params, sample):
-    # losses_fn sees a batch of one: it need not know that it is mapped over.
-    losses, aux = problem.losses_fn(
-      params, jax.tree.map(lambda x: x[None], sample)
-    )
-    return losses[0], (losses[0], jax.tree.map(_without_batch_axis, aux))
+    losses, aux = shown_alone(problem.losses_fn, params, sample)
+    aux = jax.tree_util.tree_map_with_path(_of_sample, aux)
+    return losses[0], (losses[0], aux)
 
   grads, (losses, aux) = jax.vmap(
     jax.grad(loss_of_one, has_aux=True), in_axes=(None, 0)
@@ -167,5 +168,29 @@ def _gradients(problem, batch):
   return losses, aux, jax.tree.leaves(grads)
 
 
-def _without_batch_axis(leaf):
-  return leaf[0] if jnp.ndim(leaf) and jnp.shape(leaf)[0] == 1 else leaf
+def shown_alone(
+  losses_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
+  params: Any,
+  sample: Any,
+) -> tuple[jax.Array, Any]:
+  """`losses_fn` of a batch of one: it need not know that it is mapped over."""
+  return losses_fn(params, jax.tree.map(lambda x: x[None], sample))
+
+
+def refuse_state(path: Any, alone: Any, many: str = "") -> None:
+  """Raises ValueError for a leaf of aux that is not of single samples."""
+  name = _tree.key_path(path) or "aux"
+  raise ValueError(
+    f"aux leaf {name!r} of losses_fn has shape {alone} for a batch of"
+    f" one{many}; expected a leading axis [B]: the per-sample engine shows"
+    " samples one at a time, and state of the whole batch, such as BatchNorm's"
+    " new statistics, does not come of that. Use engine='forward', whose aux"
+    " is losses_fn's; or return what is per sample only."
+  )
+
+
+def _of_sample(path, leaf):
+  shape = jnp.shape(leaf)
+  if shape[:1] != (1,):
+    refuse_state(path, shape)
+  return leaf[0]

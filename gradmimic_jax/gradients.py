@@ -1,5 +1,6 @@
 """`mimic_value_and_grad` and `mimic_scores`: the method in one's own loop."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from gradmimic_jax import (
   _streaming,
   _validate,
   directions,
+  independence,
   layers as layers_lib,
   scores as scores_lib,
   weighting as weighting_lib,
@@ -65,6 +67,7 @@ def mimic_value_and_grad(
   engine: str = "auto",
   microbatch_size: int | None = None,
   has_aux: bool = False,
+  check_independence: bool = True,
 ) -> Callable[..., tuple[tuple[jax.Array, MimicInfo], Any]]:
   """Like `jax.value_and_grad`, with samples weighted by their mimic scores.
 
@@ -131,7 +134,13 @@ def mimic_value_and_grad(
       a step, where they would do so in every microbatch. None: all at once.
     has_aux: whether losses_fn returns `(losses, aux)`. The per-sample engine
       calls losses_fn with batches of one and stacks their aux over samples, so
-      that aux leaves `[B, ...]` are the same in both engines.
+      that aux leaves `[B, ...]` are the same in both engines. It refuses other
+      leaves, such as BatchNorm's new statistics; the forward engine gives them
+      as losses_fn does.
+    check_independence: whether the per-sample engine first finds out that each
+      loss is a matter of its own sample only, once for each losses_fn and its
+      shapes; see `gradmimic_jax.check_independence`. The forward engine needs
+      no such check.
 
   Returns:
     `fn(params, reference, batch, *, mask=None, step=None, **kwargs) -> ((loss,
@@ -144,8 +153,9 @@ def mimic_value_and_grad(
 
   Raises:
     ValueError: an unknown score, scope or engine, or a score that microbatches
-      can't give; and, from `fn`, shapes that don't fit, or layers that match
-      nothing.
+      can't give; and, from `fn`, shapes that don't fit, layers that match
+      nothing, or, in the per-sample engine, losses or an aux that are not of
+      single samples.
     TypeError: from `fn`, trees or dtypes that don't fit.
 
   Example:
@@ -175,6 +185,7 @@ def mimic_value_and_grad(
   directions.check(direction)
   score_kind = scores_lib.get(score)
   engine, solver = _engine(engine, score_kind, microbatch_size)
+  independence_of = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
     plain = _problem.plain_losses_fn(
@@ -188,9 +199,10 @@ def mimic_value_and_grad(
       plain, direction, layers, score_kind, *arguments
     )
 
-    found, weights, leaves = solver.reweighted(
-      problem, _problem.Weigh(weighting, step), scope
-    )
+    with independence_of(losses_fn, problem, kwargs, has_aux):
+      found, weights, leaves = solver.reweighted(
+        problem, _problem.Weigh(weighting, step), scope
+      )
     scores, losses = _presentable(found, mask)
     info = MimicInfo(
       scores=scores,
@@ -216,6 +228,7 @@ def mimic_scores(
   score: str | Score = "projection",
   engine: str = "auto",
   microbatch_size: int | None = None,
+  check_independence: bool = True,
 ) -> Callable[..., MimicScores]:
   """Mimic scores of a batch, without a gradient.
 
@@ -231,6 +244,7 @@ def mimic_scores(
     score: as in `mimic_value_and_grad`.
     engine: as in `mimic_value_and_grad`.
     microbatch_size: as in `mimic_value_and_grad`.
+    check_independence: as in `mimic_value_and_grad`.
 
   Returns:
     `fn(params, reference, batch, *, mask=None, step=None, **kwargs) ->
@@ -257,6 +271,7 @@ def mimic_scores(
   directions.check(direction)
   score_kind = scores_lib.get(score)
   engine, solver = _engine(engine, score_kind, microbatch_size)
+  independence_of = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
     del step  # taken, so that both functions may be called alike
@@ -267,7 +282,9 @@ def mimic_scores(
     problem, mask, distance = _pose(
       plain, direction, layers, score_kind, *arguments
     )
-    scores, losses = _presentable(solver.answer(problem), mask)
+    with independence_of(losses_fn, problem, kwargs, False):
+      found = solver.answer(problem)
+    scores, losses = _presentable(found, mask)
     return MimicScores(scores, losses, distance)
 
   return _finished(fn, direction, score_kind, engine)
@@ -306,6 +323,19 @@ def _engine(name, score, microbatch_size):
     name = "per_sample" if one_by_one else "forward"
   engine = _ENGINES[name]
   return name, _Solver(engine.answer, engine.reweighted)
+
+
+def _independence_check(engine, wanted):
+  """`checked`, as a context of what an engine does; or nothing."""
+
+  def independence_of(losses_fn, problem, kwargs, has_aux):
+    if not wanted or engine == "forward":  # this one sees the whole batch
+      return contextlib.nullcontext()
+    return independence.checked(
+      losses_fn, problem.params, problem.batch, kwargs, has_aux
+    )
+
+  return independence_of
 
 
 def _pose(

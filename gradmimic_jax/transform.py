@@ -52,6 +52,12 @@ def reweight_by_mimic_score(
   `[B, *p]` leaves through; accumulate with larger batches, not with
   `optax.MultiSteps`, whose accumulator has the shapes of params.
 
+  Per-sample gradients are what they are called only if a loss is a matter of
+  its own sample: not with BatchNorm in training mode, contrastive losses, or a
+  random key that all samples share (hand `vmap` a key for each, of
+  `jax.random.split(key, B)`, with in_axes 0). The transformation can't see the
+  loss: `gradmimic_jax.check_independence` can, from a loss function of batches.
+
   Args:
     reference: a parameter tree with the structure and shapes of params. Its
       mimic layers are copied into the state, so that they are sharded, donated
