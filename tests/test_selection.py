@@ -157,7 +157,7 @@ def test_columns_are_binarised_by_themselves():
 
 def test_a_large_column_is_fitted_on_a_subsample(monkeypatch):
   scores, _ = noisy_scores(5, n=8000, n_steps=1)
-  whole = {m: select(scores, binarize=m) for m in ("auto", "gmm", "kmeans")}
+  whole = {m: select(scores, binarize=m) for m in ("gmm", "kmeans")}
   monkeypatch.setattr(binarize, "FIT_SIZE", 2000)
   for method, all_scores in whole.items():
     some = select(scores, binarize=method, seed=1)
