@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree, _validate
+from gradmimic_jax import _mesh, _tree, _validate
 from gradmimic_jax.scores import Score
 from gradmimic_jax.weighting import Weighting, guarded
 
@@ -105,6 +105,7 @@ def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
   Returns:
     The batch, and bool `[B]`: the real samples that came finite.
   """
+  batch = _mesh.rows_alike(batch)
   finite = _tree.rows_finite(jax.tree.leaves(batch))
   candidates = finite & mask
 

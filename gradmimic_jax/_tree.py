@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradmimic_jax import _mesh
+
 Tree = Any
 
 
@@ -63,7 +65,8 @@ def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
   finite = jnp.ones(leaves[0].shape[:1], bool)
   for leaf in leaves:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
-      finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+      rows = jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+      finite &= _mesh.rows_like(rows, leaves[0])
   return finite
 
 
@@ -115,10 +118,10 @@ def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
   """`sum_i weights_i leaf_i` over the batch axis, in the accumulation dtype."""
   leaf = to_accumulate(leaf)
-  return jnp.tensordot(
-    weights.astype(leaf.dtype),
+  return _mesh.dot(
+    _mesh.rows_like(weights.astype(leaf.dtype), leaf),
     leaf,
-    axes=1,
+    ((0,), (0,)),
     precision=jax.lax.Precision.HIGHEST,
   )
 
@@ -130,25 +133,39 @@ def row_inner_products(
   dtype = common_dtype([*rows, *vectors])
   total = jnp.zeros(rows[0].shape[:1], dtype)
   for row, vector in zip(rows, vectors, strict=True):
-    total += jnp.tensordot(
-      row.reshape(row.shape[0], -1).astype(dtype),
-      vector.reshape(-1).astype(dtype),
-      axes=1,
+    total += _mesh.dot(
+      row.astype(dtype),
+      vector.astype(dtype),
+      (range(1, row.ndim), range(vector.ndim)),
       precision=jax.lax.Precision.HIGHEST,
     )
+  return total
+
+
+def inner_product(
+  first: Sequence[jax.Array], second: Sequence[jax.Array]
+) -> jax.Array:
+  """`<first, second>` summed over leaves, `[]`."""
+  total = jnp.zeros([], common_dtype([*first, *second]))
+  for x, y in zip(first, second, strict=True):
+    over = range(x.ndim)
+    total += _mesh.dot(x, y, (over, over)).astype(total.dtype)
   return total
 
 
 def row_norms(rows: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm of each of the B rows over all leaves, `[B]`."""
   dtype = common_dtype(rows)
-  flat = [row.reshape(row.shape[0], -1).astype(dtype) for row in rows]
+  wide = [_mesh.flat_rows(row).astype(dtype) for row in rows]
   # Scaled by the largest entry, as in `norm`.
   scale = jnp.zeros(rows[0].shape[:1], dtype)
-  for row in flat:
-    scale = jnp.maximum(scale, jnp.max(jnp.abs(row), axis=1, initial=0))
+  for row in wide:
+    over = tuple(range(1, row.ndim))
+    scale = jnp.maximum(scale, jnp.max(jnp.abs(row), axis=over, initial=0))
   scale = jnp.where(scale > 0, scale, 1)
   total = jnp.zeros_like(scale)
-  for row in flat:
-    total += jnp.sum(jnp.square(row / scale[:, None]), axis=1)
+  for row in wide:
+    over = tuple(range(1, row.ndim))
+    parts = row / expand_rows(scale, row.ndim)
+    total += jnp.sum(jnp.square(parts), axis=over)
   return scale * jnp.sqrt(total)

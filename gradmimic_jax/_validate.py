@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradmimic_jax import _tree
+from gradmimic_jax import _mesh, _tree
 
 
 def concrete(value: Any) -> bool:
@@ -160,8 +160,8 @@ def batch_size(batch: Any) -> int:
   return size
 
 
-def padding_mask(mask: Any, size: int) -> jax.Array:
-  """`mask` as bool `[B]`; all True when there is none."""
+def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
+  """`mask` as bool `[B]`, divided as `rows` are; all True when there is none."""
   if mask is None:
     return jnp.ones([size], bool)
   mask = jnp.asarray(mask)
@@ -174,7 +174,7 @@ def padding_mask(mask: Any, size: int) -> jax.Array:
       f"mask has shape {mask.shape}; expected ({size},), one entry for each"
       " sample of the batch."
     )
-  return mask
+  return mask if rows is None else _mesh.rows_like(mask, rows)
 
 
 def baseline(score: str, reference: Any, size: int) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _problem, _tree, _validate
+from gradmimic_jax import _mesh, _problem, _tree, _validate
 
 # Probabilities closer than this many roundings agree.
 _AGREE = 64
@@ -75,11 +75,11 @@ def gap(params: Any, reference: Any) -> Any:
 
   Subtracted wide: near the end of training a bfloat16 difference is noise.
   """
-  return jax.tree.map(
-    lambda p, r: _tree.to_accumulate(r) - _tree.to_accumulate(p),
-    params,
-    reference,
-  )
+
+  def between(p, r):
+    return _mesh.like(_tree.to_accumulate(r), p) - _tree.to_accumulate(p)
+
+  return jax.tree.map(between, params, reference)
 
 
 def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
@@ -116,10 +116,6 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
   def direction(params, reference, batch, *, mask=None, **kwargs):
     reference = _validate.logits("reference", reference)
-    valid = jnp.all(jnp.isfinite(reference), axis=-1)
-    if mask is not None:
-      valid &= mask
-    targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
 
     def outputs_of(params):
       outputs = outputs_fn(params, batch, **kwargs)
@@ -127,6 +123,11 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
     outputs, pullback = jax.vjp(outputs_of, params)
     _validate.same_outputs(reference, outputs)
+    reference = _mesh.like(reference, outputs)
+    valid = jnp.all(jnp.isfinite(reference), axis=-1)
+    if mask is not None:
+      valid &= _mesh.rows_like(mask, outputs)
+    targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
     # Minus the gradient of the divergence with respect to the outputs. Where
     # the two agree it is rounding, which the unit vector would blow up.
     toward = targets - jax.nn.softmax(outputs)
@@ -236,8 +237,13 @@ def unit_vector(
     "A direction returns a tree with the structure and the shapes of params.",
   )
   leaves = [
-    jax.lax.stop_gradient(leaf)
-    for leaf, chosen in zip(jax.tree.leaves(direction_tree), flags, strict=True)
+    jax.lax.stop_gradient(_mesh.like(leaf, param))
+    for leaf, param, chosen in zip(
+      jax.tree.leaves(direction_tree),
+      jax.tree.leaves(params),
+      flags,
+      strict=True,
+    )
     if chosen
   ]
   return normalize(leaves)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gradmimic_jax import (
   _forward,
+  _mesh,
   _per_sample,
   _problem,
   _sharing,
@@ -314,9 +315,9 @@ def _pose(
   """The step as a Problem, the padding mask and the direction's norm."""
   _validate.floating_params(params)
   size = _validate.batch_size(batch)
-  mask = _validate.padding_mask(mask, size)
   flags = layers_lib.choose(layers, params)
-  batch = jax.tree.map(jnp.asarray, batch)
+  batch = _mesh.rows_alike(jax.tree.map(jnp.asarray, batch))
+  mask = _validate.padding_mask(mask, size, jax.tree.leaves(batch)[0])
   batch, candidates = _problem.mend_rows(batch, mask)
   params = jax.tree.map(jnp.asarray, params)
   unit, distance, baseline = None, jnp.zeros([]), None
@@ -328,6 +329,10 @@ def _pose(
     )
   if score.needs_baseline:
     baseline = _validate.baseline(score.name, reference, size)
+    baseline = _mesh.rows_like(baseline, candidates)
+  candidates = _mesh.together(
+    candidates, params, batch, unit, baseline, kwargs
+  )
   problem = _problem.Problem(
     losses_fn, params, batch, flags, unit, score, candidates, baseline
   )

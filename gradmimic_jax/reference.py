@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gradmimic_jax import (
+  _mesh,
   _problem,
   _tree,
   _validate,
@@ -361,6 +362,7 @@ def _geometry(losses_fn, flags, params, reference, batch, valid):
 
   descent = [-g for g in mimic(jax.grad(mean_loss)(params))]
   ours, theirs = mimic(params), mimic(reference)
+  theirs = [_mesh.like(r, p) for p, r in zip(ours, theirs, strict=True)]
   gap = [r - p for p, r in zip(ours, theirs, strict=True)]
   distance = _tree.norm(gap)
   distance = jnp.where(distance == 0, 0, distance / _tree.norm(theirs))
@@ -384,7 +386,7 @@ def _weight_cosine(params, reference):
 
 
 def _cosine(first, second):
-  product = sum(jnp.vdot(a, b) for a, b in zip(first, second, strict=True))
+  product = _tree.inner_product(first, second)
   return product / (_tree.norm(first) * _tree.norm(second))
 
 

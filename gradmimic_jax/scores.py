@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _mesh, _validate
 
 
 class Measured(NamedTuple):
@@ -48,6 +48,13 @@ class Score:
   needs_norms: bool = False
   needs_baseline: bool = False
   needs_gram: bool = False
+
+  def of(self, measured: Measured, rows: jax.Array) -> jax.Array:
+    """Scores `[B]`, divided over devices as `rows [B]` are."""
+    if self.needs_gram:
+      # Every sample's score depends on all of them.
+      measured = jax.tree.map(_mesh.whole, measured)
+    return _mesh.rows_like(self.fn(measured), rows)
 
 
 def _projection(measured):
@@ -167,6 +174,7 @@ def output_agreement(
   outputs = jax.lax.stop_gradient(_validate.logits("outputs", outputs))
   reference = jax.lax.stop_gradient(_validate.logits("reference", reference))
   _validate.same_outputs(reference, outputs)
+  reference = _mesh.like(reference, outputs)
   toward = jax.nn.softmax(reference) - jax.nn.softmax(outputs)
   _, slopes = jax.jvp(losses_of, (outputs,), (toward,))
   return -slopes

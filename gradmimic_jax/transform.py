@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gradmimic_jax import (
+  _mesh,
   _per_sample,
   _problem,
   _validate,
@@ -127,10 +128,11 @@ def reweight_by_mimic_score(
         " params): the direction is reference - params."
       )
     size = _validate.per_sample_gradients(updates, params)
-    mask = _validate.padding_mask(mask, size)
     flags = layers_lib.choose(layers, params)
-    rows, structure = jax.tree.flatten(updates)
-    mimic, _ = _problem.split(jax.tree.leaves(params), flags)
+    rows, structure = jax.tree.flatten(_mesh.rows_alike(updates))
+    mask = _validate.padding_mask(mask, size, rows[0])
+    ours = jax.tree.leaves(params)
+    mimic, _ = _problem.split(ours, flags)
     stored = jax.tree.leaves(state.reference)
     if len(stored) != len(mimic):
       raise ValueError(
@@ -145,6 +147,7 @@ def reweight_by_mimic_score(
     valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weighting, scores, valid, state.count)
     leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
+    leaves = [_mesh.like(x, p) for x, p in zip(leaves, ours, strict=True)]
     size_now = weighting_lib.effective_sample_size(weights)
     new_state = ReweightByMimicScoreState(
       count=optax.safe_increment(state.count),

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _mesh, _validate
 
 # Bisection steps and the range of log(temperature / score spread) they search.
 # exp(-87) is the smallest of float32: beside one far outlier, the temperature
@@ -43,7 +43,7 @@ class _Softmax:
   temperature: Any
 
   def __call__(self, scores, mask=None, step=None):
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     return _softmax(scores, mask, self.temperature_at(step))
 
   def temperature_at(self, step):
@@ -94,11 +94,11 @@ class _EssSoftmax:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     # The search needs no order, but sorting scores that are divided over
     # devices brings all of them to each device: one exchange, where every sum
     # of the search would be another.
-    ordered = jnp.sort(jnp.where(mask, scores, -jnp.inf))
+    ordered = jnp.sort(_mesh.whole(jnp.where(mask, scores, -jnp.inf)))
     count = jnp.sum(mask, dtype=jnp.int32)
     there = jnp.arange(ordered.size) >= ordered.size - count
     low = jnp.min(jnp.where(there, ordered, jnp.inf))
@@ -122,7 +122,10 @@ class _EssSoftmax:
       too_hot = size > target
       return jnp.where(too_hot, cold, middle), jnp.where(too_hot, middle, hot)
 
-    bracket = tuple(jnp.asarray(x, units.dtype) for x in _LOG_TEMPERATURES)
+    bracket = tuple(
+      _mesh.together(jnp.asarray(x, units.dtype), units, fraction)
+      for x in _LOG_TEMPERATURES
+    )
     _, hot = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
     return _softmax(unit(scores, mask), mask, jnp.exp(hot))
 
@@ -162,14 +165,16 @@ class _TopFraction:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     wanted = jnp.asarray(self.fraction, jnp.float32) * _count(mask, jnp.float32)
     count = jnp.maximum(jnp.round(wanted).astype(jnp.int32), 1)
     # Ranks by a stable sort: ties go to the earlier sample, never to more
     # samples than were asked for.
-    order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), stable=True)
+    keys = _mesh.whole(jnp.where(mask, -scores, jnp.inf))
+    order = jnp.argsort(keys, stable=True)
     ranks = jnp.zeros(order.shape, jnp.int32)
     ranks = ranks.at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    ranks = _mesh.rows_like(ranks, scores)
     return _share_alike(mask & (ranks < count), scores.dtype)
 
 
@@ -205,7 +210,7 @@ class _Positive:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     chosen = mask & (scores > 0)
     if self.otherwise == "uniform":
       chosen = jnp.where(jnp.any(chosen), chosen, mask)
@@ -245,7 +250,7 @@ def positive(*, otherwise: str = "uniform") -> Weighting:
 class _Proportional:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
     # Over the largest first: the sum of huge scores may be out of range.
     largest = jnp.max(parts, initial=0)
@@ -278,7 +283,7 @@ def proportional() -> Weighting:
 class _Uniform:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    mask = _validate.padding_mask(mask, scores.shape[0], scores)
     return _share_alike(mask, scores.dtype)
 
   def temperature_at(self, step):
