@@ -90,9 +90,8 @@ def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
 
   Multiplying by zero would not do: zero times NaN is NaN.
   """
-  return jnp.where(
-    expand_rows(rows, leaf.ndim), leaf, jnp.zeros([], leaf.dtype)
-  )
+  rows = expand_rows(_mesh.rows_like(rows, leaf), leaf.ndim)
+  return jnp.where(rows, leaf, jnp.zeros([], leaf.dtype))
 
 
 def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
