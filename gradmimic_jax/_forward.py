@@ -52,7 +52,7 @@ def reweighted(
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  leaves = _without_poison(leaves, found, problem.baseline)
+  leaves = _without_poison(leaves, found, problem)
   return found, weights, back(leaves)
 
 
@@ -62,8 +62,10 @@ def _own(problem):
   return problem._replace(params=params), back
 
 
-def _without_poison(leaves, found, baseline):
+def _without_poison(leaves, found, problem):
   """Zeros where a sample that overflowed on its way has left NaN.
+
+  NaN throughout where no sample is left.
 
   Computing the step again without the sample would take control flow, which
   compiles the model twice and makes accelerators wait for the host in every
@@ -71,11 +73,12 @@ def _without_poison(leaves, found, baseline):
   user to see.
   """
   sound = jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
-  if baseline is not None:
+  if problem.baseline is not None:
     # Such a sample has no weight either, but its own gradient may be sound.
-    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(baseline)
-  sound = jnp.all(sound)
-  return _tree.zero_nonfinite(leaves, unless=sound)
+    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(problem.baseline)
+  return _tree.zero_nonfinite(
+    leaves, unless=jnp.all(sound), lost=problem.lost(found.valid)
+  )
 
 
 def _descents(problem, params):

@@ -32,7 +32,10 @@ def reweighted(
   params, back = _mesh.for_rows(problem.params, problem.candidates)
   found, rows = dense(problem._replace(params=params))
   weights = weigh(found.scores, found.valid)
-  leaves = reweight_rows(rows, weights, found.valid, problem.flags, scope)
+  lost = problem.lost(found.valid)
+  leaves = reweight_rows(
+    rows, weights, found.valid, problem.flags, scope, lost
+  )
   return found, weights, back(leaves)
 
 
@@ -114,6 +117,7 @@ def reweight_rows(
   valid: jax.Array,
   flags: list[bool],
   scope: str,
+  lost: jax.Array,
 ) -> list[jax.Array]:
   """The weighted sum over samples within the scope, the plain mean outside.
 
@@ -123,11 +127,14 @@ def reweight_rows(
     valid: bool `[B]`, the samples that count.
     flags: which leaves are mimic layers.
     scope: `"all"` or `"layers"`.
+    lost: bool `[]`, whether there were samples and none is left: all is NaN.
 
   Returns:
     Leaves `[*p]`, in the rows' dtypes.
   """
   plain = mean_weights(valid, weights.dtype)
+  # Of rows that are all 0 by then, NaN weights make NaN.
+  weights, plain = (jnp.where(lost, jnp.nan, w) for w in (weights, plain))
   return [
     _tree.weighted_sum(
       weights if scope == "all" or flag else plain,

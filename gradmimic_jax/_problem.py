@@ -22,6 +22,11 @@ class Problem(NamedTuple):
   score: Score  # how what is measured becomes scores
   candidates: jax.Array  # bool [B]: real samples whose input is finite
   baseline: jax.Array | None  # [B], the reference's losses, if the score asks
+  real: jax.Array  # bool []: whether there is a sample that is no padding
+
+  def lost(self, valid: jax.Array) -> jax.Array:
+    """Whether there are samples but none is valid, bool `[]`."""
+    return self.real & ~jnp.any(valid)
 
 
 class Answer(NamedTuple):

@@ -101,8 +101,9 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
   highest = jnp.max(peak)
   shares = relative(peak, jnp.where(jnp.isfinite(highest), highest, 0))
   total = jnp.sum(shares * total)
-  total = jnp.where(total > 0, total, 1)
-  count = jnp.maximum(jnp.sum(count), 1)
+  lost = problem.lost(found.valid)
+  total = jnp.where(total > 0, total, jnp.where(lost, jnp.nan, 1))
+  count = jnp.where(lost, jnp.nan, jnp.maximum(jnp.sum(count), 1))
   grads = []
   for x, weighted, leaf in zip(sums, in_scope, leaves, strict=True):
     x = _tree.weighted_sum(shares if weighted else jnp.ones_like(shares), x)
@@ -157,8 +158,9 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
   sums = [jnp.sum(x, axis=0) for x in sums]
   # Without a valid sample there was no sound copy either.
   some = jnp.any(found.valid)
+  nothing = jnp.where(problem.lost(found.valid), jnp.nan, 0)
   grads = [
-    jnp.where(some, x, 0).astype(leaf.dtype)
+    jnp.where(some, x, nothing.astype(x.dtype)).astype(leaf.dtype)
     for x, leaf in zip(sums, leaves, strict=True)
   ]
   return found, weights, grads

@@ -94,7 +94,7 @@ def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
   return jnp.where(rows, leaf, jnp.zeros([], leaf.dtype))
 
 
-def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
+def zero_nonfinite(tree: Tree, unless: Any = False, lost: Any = False) -> Tree:
   """`tree` with zeros for entries that are not finite.
 
   One sample without a derivative, padding even, may reach every entry of a
@@ -104,14 +104,20 @@ def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
   Args:
     tree: floating-point arrays.
     unless: bool `[]`, True to leave everything as it is.
+    lost: bool `[]`, True to make everything NaN.
 
   Returns:
     A tree like it.
   """
-  return jax.tree.map(
-    lambda x: jnp.where(unless | jnp.isfinite(x), x, jnp.zeros([], x.dtype)),
-    tree,
-  )
+
+  def mend(x):
+    # One comparison for all three: NaN is within no limit.
+    largest = jnp.where(unless, jnp.inf, jnp.finfo(x.dtype).max)
+    limit = jnp.where(lost, -1, largest).astype(x.dtype)
+    fill = jnp.where(unless | lost, jnp.nan, 0).astype(x.dtype)
+    return jnp.where(jnp.abs(x) <= limit, x, fill)
+
+  return jax.tree.map(mend, tree)
 
 
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:

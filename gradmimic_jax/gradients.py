@@ -80,8 +80,9 @@ def mimic_value_and_grad(
   * `"forward"` and `"per_sample"` give the same numbers up to rounding.
   * A reference equal to params gives scores 0 and uniform softmax weights.
   * Samples outside the mask and samples whose features, loss or score are not
-    finite get weight 0; the others' weights sum to 1. If none is left, the loss
-    and the gradient are 0.
+    finite get weight 0; the others' weights sum to 1. If samples came and none
+    is left (params or the reference are NaN, say), the loss and the gradient
+    are NaN, the weights 0. For a batch of nothing but padding, all three are 0.
   * Non-finite features of such a sample leave the others' gradient untouched.
     Where finite features overflow on their way through the model, the
     per-sample engine still leaves the others untouched; the forward engine
@@ -203,6 +204,7 @@ def mimic_value_and_grad(
     )
     plain_mean = _problem.mean_weights(found.valid, losses.dtype)
     loss = jnp.sum(plain_mean * jnp.where(found.valid, found.losses, 0))
+    loss = jnp.where(problem.lost(found.valid), jnp.nan, loss)
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
@@ -334,7 +336,15 @@ def _pose(
     candidates, params, batch, unit, baseline, kwargs
   )
   problem = _problem.Problem(
-    losses_fn, params, batch, flags, unit, score, candidates, baseline
+    losses_fn,
+    params,
+    batch,
+    flags,
+    unit,
+    score,
+    candidates,
+    baseline,
+    jnp.any(mask),
   )
   return problem, mask, distance
 

@@ -208,7 +208,7 @@ def check_reference(
   if not valid.any():
     raise ValueError(
       f"none of the {valid.size} samples has a finite loss and score; check the"
-      " batch, the mask and params."
+      " batch, the mask, params and the reference."
     )
   path = np.linspace(0, 1, num_points)
   losses = np.stack(

@@ -68,7 +68,8 @@ def reweight_by_mimic_score(
   Returns:
     A transformation. `update(updates, state, params, mask=None, **extra_args)`
     needs params; `mask` is bool `[B]`, False for padding. A sample whose
-    gradient is not finite gets weight 0 and is counted in the state.
+    gradient is not finite gets weight 0 and is counted in the state; if samples
+    came and none is left, the update is NaN (0 for nothing but padding).
 
   Raises:
     ValueError: an unknown score or scope; from `init` and `update`, layers that
@@ -146,7 +147,10 @@ def reweight_by_mimic_score(
     )
     valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weighting, scores, valid, state.count)
-    leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
+    lost = jnp.any(mask) & ~jnp.any(valid)
+    leaves = _per_sample.reweight_rows(
+      rows, weights, valid, flags, scope, lost
+    )
     leaves = [_mesh.like(x, p) for x, p in zip(leaves, ours, strict=True)]
     size_now = weighting_lib.effective_sample_size(weights)
     new_state = ReweightByMimicScoreState(
