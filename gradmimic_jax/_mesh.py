@@ -218,9 +218,7 @@ def for_rows(
 
   def sums(grads):
     placed = [like(g, x) for g, x in zip(grads, taken, strict=True)]
-    return [
-      like(g, x) for g, x in zip(back(placed)[0], leaves, strict=True)
-    ]
+    return [like(g, x) for g, x in zip(back(placed)[0], leaves, strict=True)]
 
   return jax.tree.unflatten(structure, taken), sums
 

@@ -33,9 +33,7 @@ def reweighted(
   found, rows = dense(problem._replace(params=params))
   weights = weigh(found.scores, found.valid)
   lost = problem.lost(found.valid)
-  leaves = reweight_rows(
-    rows, weights, found.valid, problem.flags, scope, lost
-  )
+  leaves = reweight_rows(rows, weights, found.valid, problem.flags, scope, lost)
   return found, weights, back(leaves)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from gradmimic_jax import _mesh, _per_sample, _tree
+from gradmimic_jax import _mesh, _per_sample, _tree, weighting as weighting_lib
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -24,7 +24,6 @@ from gradmimic_jax._problem import (
   merge,
   split,
 )
-from gradmimic_jax.weighting import in_range
 
 
 def answer(problem: Problem, microbatch_size: int) -> Answer:
@@ -55,14 +54,16 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
   in_scope = [scope == "all" or flag for flag in problem.flags]
   leaves = jax.tree.leaves(problem.params)
   dtype = _tree.common_dtype(leaves)
-  temperature = in_range(weigh.temperature, dtype)
+  temperature = weighting_lib.in_range(weigh.temperature, dtype)
   groups, names, grouped = _groups(stacked["candidates"])
 
   def relative(peak, base):
     # Before the first valid sample the peak is -inf and there is nothing to
     # rescale; -inf - -inf would be NaN.
     some = jnp.isfinite(peak)
-    return jnp.where(some, jnp.exp((peak - base) / temperature), 0)
+    peak = jnp.where(some, peak, base)
+    found = weighting_lib.relative(peak, base, temperature)
+    return jnp.where(some, found, 0)
 
   def step(carry, part):
     peak, total, count, sums = carry

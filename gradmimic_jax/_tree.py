@@ -24,6 +24,38 @@ def leaf_paths(tree: Tree) -> list[str]:
   ]
 
 
+def leaves_like(tree: Tree, other: Tree) -> list[Any] | None:
+  """The leaves of `tree` in the order of those of `other`, matched by path.
+
+  Containers don't matter, only what is in them: a list is as good as a tuple,
+  and a dict as an OrderedDict, whose order is another. Nor does it matter if a
+  leaf is wrapped, as in Flax's variables, whose path ends with "value".
+
+  Args:
+    tree: a tree.
+    other: a tree, such as params.
+
+  Returns:
+    The leaves; None if the paths differ, or if two are alike.
+  """
+
+  def bare(path):
+    last = path[-1:]
+    wrapped = isinstance(last[0], jax.tree_util.GetAttrKey) if last else False
+    return path[:-1] if wrapped and last[0].name == "value" else path
+
+  items = [jax.tree_util.tree_leaves_with_path(each) for each in (tree, other)]
+  leaves = [leaf for _, leaf in items[0]]
+  if jax.tree.structure(tree) == jax.tree.structure(other):
+    return leaves
+  for seen in (lambda path: path, bare):
+    theirs, ours = ([key_path(seen(path)) for path, _ in x] for x in items)
+    by_path = dict(zip(theirs, leaves, strict=True))
+    if len(by_path) == len(leaves) and sorted(ours) == sorted(theirs):
+      return [by_path[path] for path in ours]
+  return None
+
+
 def accumulation_dtype(dtype: Any) -> Any:
   """float32, or wider when the data already is: sums never run in bfloat16."""
   # Not jnp.promote_types: under strict promotion it refuses these very pairs.
@@ -111,6 +143,8 @@ def zero_nonfinite(tree: Tree, unless: Any = False, lost: Any = False) -> Tree:
   """
 
   def mend(x):
+    if unless is False and lost is False:
+      return jnp.where(jnp.isfinite(x), x, jnp.zeros([], x.dtype))
     # One comparison for all three: NaN is within no limit.
     largest = jnp.where(unless, jnp.inf, jnp.finfo(x.dtype).max)
     limit = jnp.where(lost, -1, largest).astype(x.dtype)

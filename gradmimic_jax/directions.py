@@ -41,9 +41,9 @@ def toward_weights() -> Direction:
   inverted.
 
   Returns:
-    A direction whose `reference` is a parameter tree with the structure and the
-    shapes of params. Calling it raises TypeError when paths differ and
-    ValueError when shapes do.
+    A direction whose `reference` is a parameter tree with the paths and the
+    shapes of params, in whatever containers. Calling it raises TypeError when
+    paths differ and ValueError when shapes do.
 
   Example:
     >>> import jax.numpy as jnp
@@ -59,15 +59,19 @@ def toward_weights() -> Direction:
 
   def direction(params, reference, batch, **kwargs):
     del batch, kwargs
-    _validate.like_params(
-      "reference",
-      reference,
-      params,
-      "The reference must be a checkpoint of the learner's own architecture.",
-    )
-    return gap(params, reference)
+    return gap(params, of_params(reference, params))
 
   return direction
+
+
+def of_params(reference: Any, params: Any) -> Any:
+  """A reference's weights in the containers of params; raises if unlike."""
+  return _validate.like_params(
+    "reference",
+    reference,
+    params,
+    "The reference must be a checkpoint of the learner's own architecture.",
+  )
 
 
 def gap(params: Any, reference: Any) -> Any:
@@ -172,8 +176,8 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
     del batch
     advice = "If it has an aux, leave it out: lambda p, b: losses_fn(p, b)[0]."
     plain = _problem.plain_losses_fn(losses_fn, False, kwargs, advice)
-    reference = jax.tree.map(jnp.asarray, reference)
     everybody = jnp.ones(_validate.batch_size(reference), bool)
+    reference = jax.tree.map(jnp.asarray, reference)
     reference, finite = _problem.mend_rows(reference, everybody)
 
     def mean_loss(params):
@@ -230,7 +234,7 @@ def unit_vector(
     The unit vector's leaves `[*p]`, mimic layers only, zeros if the direction
     vanishes there (a reference equal to params); and the norm before, `[]`.
   """
-  _validate.like_params(
+  direction_tree = _validate.like_params(
     "the direction's tree",
     direction_tree,
     params,
@@ -252,9 +256,14 @@ def unit_vector(
 def normalize(
   leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
-  """The leaves over their joint norm (zeros if that is 0), and the norm."""
+  """The leaves over their joint norm, and the norm.
+
+  Zeros if it is 0, and NaN if it is out of range: x / inf = 0 would give scores
+  of 0 without a word.
+  """
   distance = _tree.norm(leaves)
   divisor = jnp.where(distance == 0, 1, distance)
+  divisor = jnp.where(jnp.isfinite(distance), divisor, jnp.nan)
   unit = []
   for leaf in leaves:
     wide = _tree.to_accumulate(leaf)

@@ -332,9 +332,7 @@ def _pose(
   if score.needs_baseline:
     baseline = _validate.baseline(score.name, reference, size)
     baseline = _mesh.rows_like(baseline, candidates)
-  candidates = _mesh.together(
-    candidates, params, batch, unit, baseline, kwargs
-  )
+  candidates = _mesh.together(candidates, params, batch, unit, baseline, kwargs)
   problem = _problem.Problem(
     losses_fn,
     params,

@@ -62,8 +62,9 @@ def _projection(measured):
 
 
 def _cosine(measured):
-  # A zero gradient agrees with no direction: its cosine is 0, not 0 / 0.
-  norms = measured.norms
+  # A zero gradient agrees with no direction: its cosine is 0, not 0 / 0. One
+  # whose norm is out of range may agree with it or not: NaN, not x / inf = 0.
+  norms = jnp.where(jnp.isfinite(measured.norms), measured.norms, jnp.nan)
   still = norms == 0
   return jnp.where(still, 0, measured.descents / jnp.where(still, 1, norms))
 
@@ -97,7 +98,7 @@ def get(name: str | Score) -> Score:
 
   * `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
     unit of parameter distance. Needs no gradient of a single sample.
-  * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1].
+  * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1]; 0 where g_i is.
   * `"gradient_norm"`: `m_i = ||g_i||`, GraNd; there is no direction.
   * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
     reference's losses `[B]` stand in the place of the reference.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _mesh, _validate
+from gradmimic_jax import _mesh, _tree, _validate
 
 # Bisection steps and the range of log(temperature / score spread) they search.
 # exp(-87) is the smallest of float32: beside one far outlier, the temperature
@@ -43,7 +43,7 @@ class _Softmax:
   temperature: Any
 
   def __call__(self, scores, mask=None, step=None):
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     return _softmax(scores, mask, self.temperature_at(step))
 
   def temperature_at(self, step):
@@ -94,7 +94,7 @@ class _EssSoftmax:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     # The search needs no order, but sorting scores that are divided over
     # devices brings all of them to each device: one exchange, where every sum
     # of the search would be another.
@@ -103,11 +103,12 @@ class _EssSoftmax:
     there = jnp.arange(ordered.size) >= ordered.size - count
     low = jnp.min(jnp.where(there, ordered, jnp.inf))
     high = jnp.max(jnp.where(there, ordered, -jnp.inf))
-    # Equal scores (or none at all) have no spread; any temperature does.
-    spread = jnp.where(high > low, high - low, 1)
+    # In halves: the spread of huge scores may be out of range. Equal scores
+    # (or none at all) have none; any temperature does.
+    spread = jnp.where(high > low, high / 2 - low / 2, 1)
 
     def unit(scores, mask):
-      scaled = jnp.where(mask, (scores - high) / spread, 0)
+      scaled = jnp.where(mask, (scores / 2 - high / 2) / spread, 0)
       return jnp.where(jnp.isfinite(scaled), scaled, 0)
 
     units = unit(ordered, there)
@@ -165,7 +166,7 @@ class _TopFraction:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     wanted = jnp.asarray(self.fraction, jnp.float32) * _count(mask, jnp.float32)
     count = jnp.maximum(jnp.round(wanted).astype(jnp.int32), 1)
     # Ranks by a stable sort: ties go to the earlier sample, never to more
@@ -210,7 +211,7 @@ class _Positive:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     chosen = mask & (scores > 0)
     if self.otherwise == "uniform":
       chosen = jnp.where(jnp.any(chosen), chosen, mask)
@@ -250,12 +251,14 @@ def positive(*, otherwise: str = "uniform") -> Weighting:
 class _Proportional:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
     # Over the largest first: the sum of huge scores may be out of range.
     largest = jnp.max(parts, initial=0)
-    parts = parts / jnp.where(largest > 0, largest, 1)
-    parts = jnp.where(largest > 0, parts, mask.astype(scores.dtype))
+    # Devices may take the smallest numbers of all for 0.
+    some = largest >= jnp.finfo(largest.dtype).tiny
+    parts = parts / jnp.where(some, largest, 1)
+    parts = jnp.where(some, parts, mask.astype(scores.dtype))
     total = jnp.sum(parts)
     return parts / jnp.where(total > 0, total, 1)
 
@@ -283,12 +286,12 @@ def proportional() -> Weighting:
 class _Uniform:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0], scores)
+    scores, mask = _taken(scores, mask)
     return _share_alike(mask, scores.dtype)
 
   def temperature_at(self, step):
     del step
-    return jnp.asarray(jnp.finfo(jnp.float32).max)
+    return jnp.asarray(jnp.inf)
 
 
 def uniform() -> Weighting:
@@ -353,6 +356,65 @@ def warmup(weighting: Weighting, *, steps: int) -> Weighting:
   if steps < 0:
     raise ValueError(f"steps is {steps}; expected 0 or more.")
   return _Warmup(weighting, steps)
+
+
+def named(
+  weighting: str | Weighting,
+  *,
+  temperature: Any = None,
+  fraction: Any = None,
+) -> Weighting:
+  """A weighting by its name and its number, or the one that came.
+
+  `optax.inject_hyperparams` hands over names and numbers as they are, and
+  numbers as arrays; what can be called it takes for a schedule.
+
+  Args:
+    weighting: `"softmax"`, `"ess_softmax"`, `"top_fraction"`, `"positive"`,
+      `"proportional"` or `"uniform"`; or a weighting.
+    temperature: of `"softmax"`, as `softmax` takes it; None is 1.
+    fraction: of `"ess_softmax"` or `"top_fraction"`, which need one.
+
+  Returns:
+    A weighting.
+
+  Raises:
+    ValueError: an unknown name, or a number that is out of range, missing, or
+      not of this weighting.
+    TypeError: neither a name nor a weighting.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> named("top_fraction", fraction=0.5)(jnp.array([1.0, 2.0]))
+    Array([0., 1.], dtype=float32)
+  """
+  numbers = {"temperature": temperature, "fraction": fraction}
+  given = {name: x for name, x in numbers.items() if x is not None}
+  factory, wanted, shown = None, None, "made already"
+  if isinstance(weighting, str):
+    _validate.choice("weighting", weighting, _NAMED)
+    (factory, wanted), shown = _NAMED[weighting], repr(weighting)
+    if weighting == "softmax":
+      given.setdefault("temperature", 1.0)
+  else:
+    check(weighting)
+  if set(given) != ({wanted} if wanted else set()):
+    takes = f"{wanted}=" if wanted else "neither temperature= nor fraction="
+    raise ValueError(
+      f"weighting is {shown} with {', '.join(given) or 'no number'}; expected"
+      f" {takes}, which is what it takes."
+    )
+  return weighting if factory is None else factory(**given)
+
+
+_NAMED: dict[str, tuple[Callable[..., Weighting], str | None]] = {
+  "softmax": (softmax, "temperature"),
+  "ess_softmax": (ess_softmax, "fraction"),
+  "top_fraction": (lambda fraction: top_fraction(fraction), "fraction"),
+  "positive": (positive, None),
+  "proportional": (proportional, None),
+  "uniform": (uniform, None),
+}
 
 
 def effective_sample_size(weights: jax.Array) -> jax.Array:
@@ -421,20 +483,56 @@ def guarded(
 
 
 def in_range(temperature: jax.Array, dtype: Any) -> jax.Array:
-  """The temperature within what `dtype` can divide by."""
-  limits = jnp.finfo(dtype)
-  return jnp.clip(temperature.astype(dtype), limits.tiny, limits.max)
+  """The temperature within what `dtype` can divide by; inf stays so."""
+  return jnp.maximum(temperature.astype(dtype), jnp.finfo(dtype).tiny)
+
+
+def relative(
+  scores: jax.Array, highest: jax.Array, temperature: jax.Array
+) -> jax.Array:
+  """`exp((scores - highest) / temperature)`, for any finite scores.
+
+  Args:
+    scores: finite, or -inf.
+    highest: finite, at least as high.
+    temperature: as of `in_range`.
+
+  Returns:
+    Numbers in [0, 1].
+  """
+  # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
+  # inf - inf. A schedule may end at 0; the limit there is the maximum. A
+  # difference that is out of range is the double of that of the halves.
+  gaps = scores - highest
+  halves = (scores / 2 - highest / 2) / temperature
+  within = jnp.isfinite(gaps) | ~jnp.isfinite(scores)
+  return jnp.exp(jnp.where(within, gaps / temperature, 2 * halves))
 
 
 def _softmax(scores, mask, temperature):
   highest = jnp.max(jnp.where(mask, scores, -jnp.inf))
-  # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
-  # inf - inf. A schedule may end at 0; the limit there is the maximum.
-  gaps = jnp.where(mask, scores - highest, 0)
   temperature = in_range(temperature, scores.dtype)
-  weights = jnp.where(mask, jnp.exp(gaps / temperature), 0)
+  scores = jnp.where(mask, scores, highest)
+  weights = jnp.where(mask, relative(scores, highest, temperature), 0)
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1)
+
+
+def _taken(scores, mask):
+  """Scores `[B]`, float32 or wider, and the mask."""
+  scores = jnp.asarray(scores)
+  if scores.ndim != 1:
+    raise ValueError(
+      f"a weighting got scores of shape {scores.shape}; expected [B]. If"
+      " optax.inject_hyperparams took it for a schedule, name it instead"
+      " (weighting='softmax', temperature=0.5), or add"
+      " static_args=('weighting',)."
+    )
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    scores = scores.astype(jnp.float32)
+  return _tree.to_accumulate(scores), _validate.padding_mask(
+    mask, scores.size, scores
+  )
 
 
 def _count(mask, dtype):
