@@ -46,9 +46,9 @@ def leaves_like(tree: Tree, other: Tree) -> list[Any] | None:
 
   items = [jax.tree_util.tree_leaves_with_path(each) for each in (tree, other)]
   leaves = [leaf for _, leaf in items[0]]
-  if jax.tree.structure(tree) == jax.tree.structure(other):
+  if [path for path, _ in items[0]] == [path for path, _ in items[1]]:
     return leaves
-  for seen in (lambda path: path, bare):
+  for seen in (tuple, bare):
     theirs, ours = ([key_path(seen(path)) for path, _ in x] for x in items)
     by_path = dict(zip(theirs, leaves, strict=True))
     if len(by_path) == len(leaves) and sorted(ours) == sorted(theirs):

@@ -194,7 +194,7 @@ def is_array(value: Any) -> bool:
 
 
 def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
-  """`mask` as bool `[B]`, divided as `rows` are; all True when there is none."""
+  """`mask` as bool `[B]`, divided as `rows`; all True when there is none."""
   if mask is None:
     return jnp.ones([size], bool)
   if not all(map(is_array, jax.tree.leaves(mask))):

@@ -57,8 +57,8 @@ def reweight_by_mimic_score(
   ========================= ===================================================
   instead of, around it     write
   ========================= ===================================================
-  `optax.apply_if_finite`   `mimic(optax.apply_if_finite(tx, 3), reference)`: a
-                            batch without a finite sample has a NaN update
+  `optax.apply_if_finite`,  `mimic(optax.apply_if_finite(tx, 3), reference)`: a
+  `conditionally_...`       batch without a finite sample has a NaN update
   `optax.MultiSteps`        `mimic(optax.MultiSteps(tx, 4)
                             .gradient_transformation(), reference)`: batches are
                             weighted one by one, and their updates averaged

@@ -253,11 +253,12 @@ class _Proportional:
     del step
     scores, mask = _taken(scores, mask)
     parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
-    # Over the largest first: the sum of huge scores may be out of range.
     largest = jnp.max(parts, initial=0)
+    # The sum of huge scores may be out of range. (Not over the largest: XLA
+    # makes one division of two, by their product.)
+    parts *= jnp.where(largest > 1, 1 / scores.size, 1).astype(parts.dtype)
     # Devices may take the smallest numbers of all for 0.
     some = largest >= jnp.finfo(largest.dtype).tiny
-    parts = parts / jnp.where(some, largest, 1)
     parts = jnp.where(some, parts, mask.astype(scores.dtype))
     total = jnp.sum(parts)
     return parts / jnp.where(total > 0, total, 1)
@@ -314,6 +315,7 @@ class _Warmup:
   steps: int
 
   def __call__(self, scores, mask=None, step=None):
+    scores, mask = _taken(scores, mask)
     if step is None:
       raise ValueError(
         "warmup has to know when it is over but no step came; pass step= with"
@@ -390,27 +392,32 @@ def named(
   """
   numbers = {"temperature": temperature, "fraction": fraction}
   given = {name: x for name, x in numbers.items() if x is not None}
-  factory, wanted, shown = None, None, "made already"
-  if isinstance(weighting, str):
-    _validate.choice("weighting", weighting, _NAMED)
-    (factory, wanted), shown = _NAMED[weighting], repr(weighting)
-    if weighting == "softmax":
-      given.setdefault("temperature", 1.0)
-  else:
+  if not isinstance(weighting, str):
     check(weighting)
-  if set(given) != ({wanted} if wanted else set()):
-    takes = f"{wanted}=" if wanted else "neither temperature= nor fraction="
+    _only(given, None, "made already")
+    return weighting
+  _validate.choice("weighting", weighting, _NAMED)
+  factory, number = _NAMED[weighting]
+  if number == "temperature":
+    given.setdefault(number, 1.0)
+  _only(given, number, repr(weighting))
+  return factory(*given.values())
+
+
+def _only(given, number, shown):
+  """Raises unless the number that is given is the one there is to give."""
+  if set(given) != ({number} if number else set()):
+    takes = f"{number}=" if number else "neither temperature= nor fraction="
     raise ValueError(
       f"weighting is {shown} with {', '.join(given) or 'no number'}; expected"
-      f" {takes}, which is what it takes."
+      f" {takes}."
     )
-  return weighting if factory is None else factory(**given)
 
 
 _NAMED: dict[str, tuple[Callable[..., Weighting], str | None]] = {
   "softmax": (softmax, "temperature"),
   "ess_softmax": (ess_softmax, "fraction"),
-  "top_fraction": (lambda fraction: top_fraction(fraction), "fraction"),
+  "top_fraction": (top_fraction, "fraction"),
   "positive": (positive, None),
   "proportional": (proportional, None),
   "uniform": (uniform, None),
