@@ -75,16 +75,31 @@ def common_dtype(leaves: Sequence[jax.Array]) -> Any:
 
 def norm(leaves: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm over all leaves together, `[]`."""
+  _, distance = unit(leaves)
+  return distance
+
+
+def unit(
+  leaves: Sequence[jax.Array],
+) -> tuple[list[jax.Array], jax.Array]:
+  """The leaves over their joint norm, and the norm `[]`; zeros if it is 0.
+
+  Neither squares nor the norm itself need to be in range: the leaves are looked
+  at times a factor, about the inverse of their largest entry.
+  """
   dtype = common_dtype(leaves)
   zero = jnp.zeros([], dtype)
-  # Scaled by the largest entry, whose square may be out of range.
   largest = zero
   for leaf in leaves:
     peak = jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     largest = jnp.maximum(largest, peak)
-  scale = jnp.where(largest > 0, largest, 1)
-  squares = [jnp.sum(jnp.square(x.astype(dtype) / scale)) for x in leaves]
-  return scale * jnp.sqrt(sum(squares, start=zero))
+  limits = jnp.finfo(dtype)
+  factor = 1 / jnp.where(largest > 0, largest, 1)
+  factor = jnp.clip(factor, 4 * limits.tiny, limits.max / 4)
+  scaled = [x.astype(dtype) * factor for x in leaves]
+  root = jnp.sqrt(sum([jnp.sum(jnp.square(x)) for x in scaled], start=zero))
+  divisor = jnp.where(root == 0, 1, root)
+  return [x / divisor for x in scaled], root / factor
 
 
 def expand_rows(rows: jax.Array, ndim: int) -> jax.Array:

@@ -154,7 +154,7 @@ def batch_size(batch: Any) -> int:
     label = _tree.key_path(path) or "batch"
     if not is_array(leaf):
       raise TypeError(
-        f"batch leaf {label!r} is {_describe(leaf)}, which JAX can't hold;"
+        f"batch leaf {label!r} is {_kind(leaf)}, which JAX can't hold;"
         " expected an array of numbers or bools. Keep ids, texts and other"
         " objects out of the batch, and set them beside the scores [B]"
         " afterwards: rows stay in order."
@@ -199,7 +199,7 @@ def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
     return jnp.ones([size], bool)
   if not all(map(is_array, jax.tree.leaves(mask))):
     raise TypeError(
-      f"mask is {_describe(mask)}; expected bool [B], True for real samples."
+      f"mask is {_kind(mask)}; expected bool [B], True for real samples."
     )
   mask = jnp.asarray(mask)
   if mask.dtype != bool:
@@ -223,7 +223,7 @@ def baseline(score: str, reference: Any, size: int) -> jax.Array:
   )
   arrays = isinstance(reference, (jax.Array, np.ndarray))
   if not arrays or not is_array(reference):
-    raise TypeError(f"reference is {_describe(reference)}; {expected}")
+    raise TypeError(f"reference is {_kind(reference)}; {expected}")
   numbers = jnp.asarray(reference)
   floating = jnp.issubdtype(numbers.dtype, jnp.floating)
   if numbers.shape != (size,) or not floating:
@@ -239,7 +239,7 @@ def logits(name: str, value: Any) -> jax.Array:
   arrays = isinstance(value, (jax.Array, np.ndarray))
   if not arrays or not is_array(value):
     raise TypeError(
-      f"{name} is {_describe(value)}; expected an array of logits [B, C]."
+      f"{name} is {_kind(value)}; expected an array of logits [B, C]."
     )
   value = jnp.asarray(value)
   if value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -363,4 +363,8 @@ def _listing(paths: list[str], most: int = 8) -> str:
 
 def _describe(leaf: Any) -> str:
   dtype = getattr(leaf, "dtype", None)
-  return f"a {type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
+  return f"{type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
+
+
+def _kind(value: Any) -> str:
+  return ("" if hasattr(value, "dtype") else "a ") + _describe(value)

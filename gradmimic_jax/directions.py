@@ -256,16 +256,9 @@ def unit_vector(
 def normalize(
   leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
-  """The leaves over their joint norm, and the norm.
-
-  Zeros if it is 0, and NaN if it is out of range: x / inf = 0 would give scores
-  of 0 without a word.
-  """
-  distance = _tree.norm(leaves)
-  divisor = jnp.where(distance == 0, 1, distance)
-  divisor = jnp.where(jnp.isfinite(distance), divisor, jnp.nan)
-  unit = []
-  for leaf in leaves:
-    wide = _tree.to_accumulate(leaf)
-    unit.append(wide / divisor.astype(wide.dtype))
-  return unit, distance
+  """The leaves over their joint norm (zeros if that is 0), and the norm."""
+  unit, distance = _tree.unit(leaves)
+  return [
+    x.astype(_tree.accumulation_dtype(leaf.dtype))
+    for x, leaf in zip(unit, leaves, strict=True)
+  ], distance

@@ -233,13 +233,10 @@ CASES = {
   "linear head": linear_head,
   "agreement": agreement,
 }
-COMPILED = {
-  ("fsdp", "stream of odd microbatches"),
+COMPILED = (
   ("fsdp", "stream in two passes"),
   ("rows over two axes", "forward ess"),
-  ("tensor parallel", "transformation by name"),
-  ("explicit and auto", "per sample top"),
-}
+)
 
 
 @functools.cache
@@ -292,13 +289,13 @@ def assert_divided(case, result, data):
 )
 def test_what_comes_out_is_divided_as_what_came_in(layout, case):
   # Whether shapes, types and divisions fit shows without compiling.
-  mesh, data = placed(layout)
+  _, data = placed(layout)
   result = jax.eval_shape(CASES[case], data)
   if AUTO not in LAYOUTS[layout][1]:
     assert_divided(case, result, data)
 
 
-@pytest.mark.parametrize(("layout", "case"), sorted(COMPILED))
+@pytest.mark.parametrize(("layout", "case"), COMPILED)
 def test_numbers_are_those_of_one_device(layout, case):
   _, data = placed(layout)
   result = jax.jit(CASES[case])(data)
@@ -385,8 +382,7 @@ def in_parts(case, check, axes):
   ],
 )
 def test_local_steps_are_traced_in_shard_map(case):
-  for check, axes in ((True, {"data"}), (True, {"data", "model"})):
-    jax.eval_shape(in_parts(case, check, axes), DATA)
+  jax.eval_shape(in_parts(case, True, {"data"}), DATA)
 
 
 @pytest.mark.parametrize(
