@@ -252,11 +252,12 @@ class _Proportional:
   def __call__(self, scores, mask=None, step=None):
     del step
     scores, mask = _taken(scores, mask)
-    parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
-    largest = jnp.max(parts, initial=0)
-    # The sum of huge scores may be out of range. (Not over the largest: XLA
-    # makes one division of two, by their product.)
-    parts *= jnp.where(largest > 1, 1 / scores.size, 1).astype(parts.dtype)
+    largest = jnp.max(jnp.where(mask, scores, 0), initial=0)
+    # The sum of huge scores may be out of range. Not over the largest: XLA
+    # makes one division of two, by their product; and before the maximum, or
+    # it would take the factor out of the sum.
+    factor = jnp.where(largest > 1, 1 / scores.size, 1).astype(scores.dtype)
+    parts = jnp.where(mask, jnp.maximum(scores * factor, 0), 0)
     # Devices may take the smallest numbers of all for 0.
     some = largest >= jnp.finfo(largest.dtype).tiny
     parts = jnp.where(some, parts, mask.astype(scores.dtype))

@@ -178,7 +178,9 @@ def test_text_and_objects_in_a_batch_are_refused_by_name(kind):
     gm.mimic_scores(losses, microbatch_size=2),
     functools.partial(gm.check_reference, losses),
   ):
-    with pytest.raises(TypeError, match="batch leaf 'more/uid.* out of the ba"):
+    with pytest.raises(
+      TypeError, match=r"batch leaf 'more/uid.* out of the ba"
+    ):
       call(params, reference, batch)
     with pytest.raises(TypeError, match="mask is "):
       call(params, reference, {"x": BATCH}, mask=TEXTS[kind])

@@ -17,6 +17,13 @@ ROWS = {
 MASK = {"w": True, "b": False}
 
 
+@pytest.fixture(autouse=True)
+def lenient_promotion():
+  """Optax's counts and steps promote among themselves."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 def updates_of(tx, rows=ROWS, params=PARAMS, steps=1):
   state = tx.init(params)
   for _ in range(steps):
