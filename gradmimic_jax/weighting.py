@@ -253,11 +253,12 @@ class _Proportional:
     del step
     scores, mask = _taken(scores, mask)
     largest = jnp.max(jnp.where(mask, scores, 0), initial=0)
-    # The sum of huge scores may be out of range. Not over the largest: XLA
-    # makes one division of two, by their product; and before the maximum, or
-    # it would take the factor out of the sum.
-    factor = jnp.where(largest > 1, 1 / scores.size, 1).astype(scores.dtype)
-    parts = jnp.where(mask, jnp.maximum(scores * factor, 0), 0)
+    # The sum of huge scores may be out of range, and so may its inverse, which
+    # XLA multiplies by. A barrier, or it may take the factor out of the sum.
+    small = 1 / (8 * scores.size)
+    factor = jnp.where(largest > 1, small, 1).astype(scores.dtype)
+    parts = jnp.where(mask, jnp.maximum(scores, 0), 0) * factor
+    parts = jax.lax.optimization_barrier(parts)
     # Devices may take the smallest numbers of all for 0.
     some = largest >= jnp.finfo(largest.dtype).tiny
     parts = jnp.where(some, parts, mask.astype(scores.dtype))
