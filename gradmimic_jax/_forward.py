@@ -12,7 +12,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _per_sample, _tree
+from gradmimic_jax import _mesh, _per_sample, _tree
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -27,6 +27,7 @@ from gradmimic_jax.scores import Measured
 def answer(problem: Problem) -> Answer:
   """Scores and losses without a gradient."""
   if problem.score.needs_norms or problem.score.needs_gram:
+    problem, _ = _own(problem)
     losses, pullback, (descents, aux) = _linearize(problem)
     return _answer(problem, losses, descents, aux, pullback)
   losses, descents, aux = _descents(problem, problem.params)
@@ -37,24 +38,34 @@ def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Scores, weights `[B]`, and the gradient's leaves."""
+  problem, back = _own(problem)
   losses, pullback, (descents, aux) = _linearize(problem)
   found = _answer(problem, losses, descents, aux, pullback)
   weights = weigh(found.scores, found.valid)
-  (grads,) = pullback(weights.astype(losses.dtype))
+  (grads,) = pullback(_mesh.rows_like(weights.astype(losses.dtype), losses))
   leaves = jax.tree.leaves(grads)
   if scope == "layers" and not all(problem.flags):
     # A second pullback for the plain mean of the other leaves; of both, jit
     # keeps only what leads to the leaves that are used.
     plain = mean_weights(found.valid, losses.dtype)
-    (means,) = pullback(plain)
+    (means,) = pullback(_mesh.rows_like(plain, losses))
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  return found, weights, _without_poison(leaves, found, problem.baseline)
+  leaves = _without_poison(leaves, found, problem)
+  return found, weights, back(leaves)
 
 
-def _without_poison(leaves, found, baseline):
+def _own(problem):
+  """The problem with parameters of the device's own, and the way back."""
+  params, back = _mesh.for_rows(problem.params, problem.candidates, whole=False)
+  return problem._replace(params=params), back
+
+
+def _without_poison(leaves, found, problem):
   """Zeros where a sample that overflowed on its way has left NaN.
+
+  NaN throughout where no sample is left.
 
   Computing the step again without the sample would take control flow, which
   compiles the model twice and makes accelerators wait for the host in every
@@ -62,11 +73,12 @@ def _without_poison(leaves, found, baseline):
   user to see.
   """
   sound = jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
-  if baseline is not None:
+  if problem.baseline is not None:
     # Such a sample has no weight either, but its own gradient may be sound.
-    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(baseline)
-  sound = jnp.all(sound)
-  return _tree.zero_nonfinite(leaves, unless=sound)
+    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(problem.baseline)
+  return _tree.zero_nonfinite(
+    leaves, unless=jnp.all(sound), lost=problem.lost(found.valid)
+  )
 
 
 def _descents(problem, params):
@@ -84,7 +96,8 @@ def _descents(problem, params):
     )
 
   tangent = [
-    u.astype(p.dtype) for u, p in zip(problem.unit, mimic, strict=True)
+    _mesh.together(u.astype(p.dtype), p)
+    for u, p in zip(problem.unit, mimic, strict=True)
   ]
   with _explained_custom_vjp():
     losses, slopes, aux = jax.jvp(along, (mimic,), (tangent,), has_aux=True)
@@ -128,9 +141,10 @@ def _answer(problem, losses, descents, aux, pullback):
   gram = counted = None
   if problem.score.needs_gram:
     gram, counted = _gram(problem, losses, pullback)
-  losses = _tree.to_accumulate(losses)
-  scores = problem.score.fn(
-    Measured(losses, descents, norms, problem.baseline, gram, counted)
+  losses = _mesh.rows_like(_tree.to_accumulate(losses), problem.candidates)
+  scores = problem.score.of(
+    Measured(losses, descents, norms, problem.baseline, gram, counted),
+    problem.candidates,
   )
   valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
   return Answer(scores, losses, valid, aux)
@@ -140,7 +154,8 @@ def _of_each(measure, problem, losses, pullback):
   """`measure(g_i's mimic leaves)`, stacked; one pullback a sample."""
 
   def of_one(basis_vector):
-    (grads,) = pullback(basis_vector)
+    cotangent = _mesh.together(_mesh.rows_like(basis_vector, losses), losses)
+    (grads,) = pullback(cotangent)
     return measure(split(jax.tree.leaves(grads), problem.flags)[0])
 
   return jax.lax.map(of_one, jnp.eye(losses.size, dtype=losses.dtype))
@@ -149,5 +164,6 @@ def _of_each(measure, problem, losses, pullback):
 def _gram(problem, losses, pullback):
   """`<g_i, g_j>` over the mimic layers, and who is in it; all B are held."""
   rows = _of_each(list, problem, losses, pullback)
+  losses = _mesh.rows_like(losses, problem.candidates)
   valid = problem.candidates & jnp.isfinite(losses) & _tree.rows_finite(rows)
   return _per_sample.inner_products(rows, valid)

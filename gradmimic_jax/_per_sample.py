@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree
+from gradmimic_jax import _mesh, _tree
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -23,7 +23,8 @@ from gradmimic_jax.scores import Measured, Score
 
 def answer(problem: Problem) -> Answer:
   """Scores and losses without a gradient."""
-  found, _ = dense(problem)
+  params, _ = _mesh.for_rows(problem.params, problem.candidates)
+  found, _ = dense(problem._replace(params=params))
   return found
 
 
@@ -31,13 +32,12 @@ def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Scores, weights `[B]`, and the gradient's leaves."""
-  found, rows = dense(problem)
+  params, back = _mesh.for_rows(problem.params, problem.candidates)
+  found, rows = dense(problem._replace(params=params))
   weights = weigh(found.scores, found.valid)
-  return (
-    found,
-    weights,
-    reweight_rows(rows, weights, found.valid, problem.flags, scope),
-  )
+  lost = problem.lost(found.valid)
+  leaves = reweight_rows(rows, weights, found.valid, problem.flags, scope, lost)
+  return found, weights, back(leaves)
 
 
 def score_rows(
@@ -75,7 +75,8 @@ def score_rows(
     for more in (candidates, None if losses is None else jnp.isfinite(losses)):
       valid = valid if more is None else valid & more
     gram, valid = inner_products(mimic, valid)
-  return score.fn(Measured(losses, descents, norms, baseline, gram, valid))
+  measured = Measured(losses, descents, norms, baseline, gram, valid)
+  return score.of(measured, rows[0])
 
 
 def inner_products(
@@ -94,9 +95,12 @@ def inner_products(
   dtype = _tree.common_dtype(rows)
   gram = jnp.zeros([valid.size, valid.size], dtype)
   for row in rows:
-    flat = _tree.where_rows(valid, row).reshape(valid.size, -1).astype(dtype)
-    gram += jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
-  valid = valid & jnp.isfinite(jnp.diagonal(gram))
+    row = _mesh.flat_rows(_tree.where_rows(valid, row)).astype(dtype)
+    over = range(1, row.ndim)
+    gram += _mesh.whole(
+      _mesh.dot(row, row, (over, over), precision=jax.lax.Precision.HIGHEST)
+    )
+  valid = _mesh.whole(valid) & jnp.isfinite(jnp.diagonal(gram))
   return jnp.where(valid[:, None] & valid[None, :], gram, 0), valid
 
 
@@ -114,6 +118,7 @@ def reweight_rows(
   valid: jax.Array,
   flags: list[bool],
   scope: str,
+  lost: jax.Array,
 ) -> list[jax.Array]:
   """The weighted sum over samples within the scope, the plain mean outside.
 
@@ -123,11 +128,14 @@ def reweight_rows(
     valid: bool `[B]`, the samples that count.
     flags: which leaves are mimic layers.
     scope: `"all"` or `"layers"`.
+    lost: bool `[]`, whether there were samples and none is left: all is NaN.
 
   Returns:
     Leaves `[*p]`, in the rows' dtypes.
   """
   plain = mean_weights(valid, weights.dtype)
+  # Of rows that are all 0 by then, NaN weights make NaN.
+  weights, plain = (jnp.where(lost, jnp.nan, w) for w in (weights, plain))
   return [
     _tree.weighted_sum(
       weights if scope == "all" or flag else plain,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree, _validate
+from gradmimic_jax import _mesh, _tree, _validate
 from gradmimic_jax.scores import Score
 from gradmimic_jax.weighting import Weighting, guarded
 
@@ -22,6 +22,11 @@ class Problem(NamedTuple):
   score: Score  # how what is measured becomes scores
   candidates: jax.Array  # bool [B]: real samples whose input is finite
   baseline: jax.Array | None  # [B], the reference's losses, if the score asks
+  real: jax.Array  # bool []: whether there is a sample that is no padding
+
+  def lost(self, valid: jax.Array) -> jax.Array:
+    """Whether there are samples but none is valid, bool `[]`."""
+    return self.real & ~jnp.any(valid)
 
 
 class Answer(NamedTuple):
@@ -105,6 +110,7 @@ def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
   Returns:
     The batch, and bool `[B]`: the real samples that came finite.
   """
+  batch = _mesh.rows_alike(batch)
   finite = _tree.rows_finite(jax.tree.leaves(batch))
   candidates = finite & mask
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from gradmimic_jax import _per_sample, _tree
+from gradmimic_jax import _mesh, _per_sample, _tree, weighting as weighting_lib
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -24,14 +24,15 @@ from gradmimic_jax._problem import (
   merge,
   split,
 )
-from gradmimic_jax.weighting import in_range
 
 
 def answer(problem: Problem, microbatch_size: int) -> Answer:
   """Scores and losses without a gradient."""
+  params, _ = _mesh.for_rows(problem.params, problem.candidates)
+  problem = problem._replace(params=params)
   stacked, restore = _stack(problem, microbatch_size)
   found = jax.lax.map(
-    lambda part: _per_sample.answer(_part(problem, part)), stacked
+    lambda part: _per_sample.dense(_part(problem, part))[0], stacked
   )
   return restore(found)
 
@@ -40,9 +41,12 @@ def reweighted(
   problem: Problem, weigh: Weigh, scope: str, microbatch_size: int
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Scores, weights `[B]`, and the gradient's leaves."""
-  if weigh.temperature is None:
-    return _in_two_passes(problem, weigh, scope, microbatch_size)
-  return _in_one_pass(problem, weigh, scope, microbatch_size)
+  params, back = _mesh.for_rows(problem.params, problem.candidates)
+  problem = problem._replace(params=params)
+  once = weigh.temperature is not None
+  in_passes = _in_one_pass if once else _in_two_passes
+  found, weights, leaves = in_passes(problem, weigh, scope, microbatch_size)
+  return found, weights, back(leaves)
 
 
 def _in_one_pass(problem, weigh, scope, microbatch_size):
@@ -50,14 +54,16 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
   in_scope = [scope == "all" or flag for flag in problem.flags]
   leaves = jax.tree.leaves(problem.params)
   dtype = _tree.common_dtype(leaves)
-  temperature = in_range(weigh.temperature, dtype)
-  groups, grouped = _groups(stacked["candidates"].shape[1])
+  temperature = weighting_lib.in_range(weigh.temperature, dtype)
+  groups, names, grouped = _groups(stacked["candidates"])
 
   def relative(peak, base):
     # Before the first valid sample the peak is -inf and there is nothing to
     # rescale; -inf - -inf would be NaN.
     some = jnp.isfinite(peak)
-    return jnp.where(some, jnp.exp((peak - base) / temperature), 0)
+    peak = jnp.where(some, peak, base)
+    found = weighting_lib.relative(peak, base, temperature)
+    return jnp.where(some, found, 0)
 
   def step(carry, part):
     peak, total, count, sums = carry
@@ -87,19 +93,18 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
     )
     return carry, found
 
-  start = (
-    jnp.full([groups], -jnp.inf, dtype),
-    jnp.zeros([groups], dtype),
-    jnp.zeros([groups], dtype),
-    _no_sums(leaves, groups),
-  )
+  rows = problem.candidates
+  zeros = _mesh.full((groups,), 0, dtype, (names,), rows)
+  lowest = _mesh.full((groups,), -jnp.inf, dtype, (names,), rows)
+  start = lowest, zeros, zeros, _no_sums(leaves, groups, names, rows)
   (peak, total, count, sums), found = jax.lax.scan(step, start, stacked)
   found = restore(found)
   highest = jnp.max(peak)
   shares = relative(peak, jnp.where(jnp.isfinite(highest), highest, 0))
   total = jnp.sum(shares * total)
-  total = jnp.where(total > 0, total, 1)
-  count = jnp.maximum(jnp.sum(count), 1)
+  lost = problem.lost(found.valid)
+  total = jnp.where(total > 0, total, jnp.where(lost, jnp.nan, 1))
+  count = jnp.where(lost, jnp.nan, jnp.maximum(jnp.sum(count), 1))
   grads = []
   for x, weighted, leaf in zip(sums, in_scope, leaves, strict=True):
     x = _tree.weighted_sum(shares if weighted else jnp.ones_like(shares), x)
@@ -117,14 +122,14 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
   sound = jax.tree.map(
     lambda x: _tree.replace_rows(found.valid, x, found.valid), problem.batch
   )
-  split_rows, _ = _microbatches(weights.size, microbatch_size)
+  split_rows, _ = _microbatches(problem.candidates, microbatch_size)
   stacked = (
     jax.tree.map(split_rows, sound),
     split_rows(weights, fill=0),
     split_rows(plain, fill=0),
   )
   leaves = jax.tree.leaves(problem.params)
-  groups, grouped = _groups(stacked[1].shape[1])
+  groups, names, grouped = _groups(stacked[1])
 
   def gradient(batch, weights, plain):
     losses, pullback = jax.vjp(
@@ -149,43 +154,72 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
       for total, x in zip(sums, added, strict=True)
     ], None
 
-  sums, _ = jax.lax.scan(step, _no_sums(leaves, groups), stacked)
+  start = _no_sums(leaves, groups, names, found.valid)
+  sums, _ = jax.lax.scan(step, start, stacked)
   sums = [jnp.sum(x, axis=0) for x in sums]
   # Without a valid sample there was no sound copy either.
   some = jnp.any(found.valid)
+  nothing = jnp.where(problem.lost(found.valid), jnp.nan, 0)
   grads = [
-    jnp.where(some, x, 0).astype(leaf.dtype)
+    jnp.where(some, x, nothing.astype(x.dtype)).astype(leaf.dtype)
     for x, leaf in zip(sums, leaves, strict=True)
   ]
   return found, weights, grads
 
 
-def _groups(microbatch_size):
-  """How many devices carry sums of their own, and rows by these.
+def _groups(stacked):
+  """How many devices carry sums of their own, along which axes, and how.
 
-  The devices of the mesh that is set, if they can share a microbatch. 1 if none
-  is set, as under jit it can't be seen which devices a batch is divided over;
-  and 1 inside `jax.shard_map`, where each device has its own microbatches.
+  Those over which microbatches are divided along explicit axes; else the
+  devices of the mesh that is set, if they can share a microbatch. 1 if none is
+  set, as under jit it can't be seen which devices a batch is divided over; and
+  1 inside `jax.shard_map`, where each device has its own microbatches.
+
+  Args:
+    stacked: microbatches `[K, M]`.
+
+  Returns:
+    The number, the axes' names, and a function of rows `[M, ...]` to groups
+    `[groups, M / groups, ...]`.
   """
+  microbatch_size = stacked.shape[1]
+  names = _mesh.axes_of(stacked)[1]
   mesh = jax.sharding.get_abstract_mesh()
   automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-  count = 1
+  count = _mesh.devices(stacked, names)
   if not mesh.empty and automatic and microbatch_size % mesh.size == 0:
     count = mesh.size
-  return count, lambda rows: rows.reshape(count, -1, *rows.shape[1:])
+
+  def grouped(rows):
+    return _mesh.reshape(
+      rows,
+      (count, microbatch_size // count, *rows.shape[1:]),
+      (names, (), *_mesh.axes_of(rows)[1:]),
+    )
+
+  return count, names, grouped
 
 
-def _no_sums(leaves, groups):
+def _no_sums(leaves, groups, names, rows):
   """Zeros `[groups, *p]` to begin with."""
   return [
-    jnp.zeros([groups, *x.shape], _tree.accumulation_dtype(x.dtype))
+    _mesh.together(
+      _mesh.full(
+        (groups, *x.shape),
+        0,
+        _tree.accumulation_dtype(x.dtype),
+        (names, *_mesh.axes_of(x)),
+        x,
+      ),
+      rows,
+    )
     for x in leaves
   ]
 
 
 def _stack(problem, microbatch_size):
   """What of the problem has a batch axis in microbatches, and the way back."""
-  split_rows, restore = _microbatches(problem.candidates.size, microbatch_size)
+  split_rows, restore = _microbatches(problem.candidates, microbatch_size)
   rows = {"batch": problem.batch, "baseline": problem.baseline}
   stacked = jax.tree.map(split_rows, rows)
   stacked["candidates"] = split_rows(problem.candidates, fill=False)
@@ -196,7 +230,7 @@ def _part(problem, part):
   return problem._replace(**part)
 
 
-def _microbatches(size, microbatch_size):
+def _microbatches(rows, microbatch_size):
   """Functions from rows `[B, ...]` to microbatches `[K, M, ...]`, and back.
 
   Microbatch k takes rows k, K + k, 2K + k, ...: where the batch axis is sharded
@@ -204,20 +238,31 @@ def _microbatches(size, microbatch_size):
   microbatch, and no row moves. What the last ones lack is filled up, with
   copies of real rows or `fill`; rows of a sharded batch then do move.
   """
+  size = rows.size
   m = min(microbatch_size, size)
   k = -(-size // m)
   extra = k * m - size
 
   def stack(leaf, fill=None):
+    names, *rest = _mesh.axes_of(leaf)
+    if extra or m % _mesh.devices(leaf, names):
+      leaf = _mesh.divide(leaf, ((), *rest), leaf)
     if extra:
       copies = leaf[:extra]
       if fill is not None:
         copies = jnp.full_like(copies, fill)
       leaf = jnp.concatenate([leaf, copies])
-    return jnp.swapaxes(leaf.reshape(m, k, *leaf.shape[1:]), 0, 1)
+    axes = (_mesh.row_axes(leaf), (), *rest)
+    leaf = _mesh.reshape(leaf, (m, k, *leaf.shape[1:]), axes)
+    leaf = _mesh.divide(leaf, (names, (), *rest), leaf)
+    return jnp.swapaxes(leaf, 0, 1)
 
   def unstack(leaf):
     leaf = jnp.swapaxes(leaf, 0, 1)
-    return leaf.reshape(m * k, *leaf.shape[2:])[:size]
+    names, _, *rest = _mesh.axes_of(leaf)
+    leaf = _mesh.reshape(leaf, (m * k, *leaf.shape[2:]), (names, *rest))
+    if extra:
+      leaf = _mesh.divide(leaf, ((), *rest), leaf)[:size]
+    return _mesh.rows_like(leaf, rows)
 
   return stack, lambda tree: jax.tree.map(unstack, tree)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradmimic_jax import _mesh
+
 Tree = Any
 
 
@@ -20,6 +22,38 @@ def leaf_paths(tree: Tree) -> list[str]:
   return [
     key_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
   ]
+
+
+def leaves_like(tree: Tree, other: Tree) -> list[Any] | None:
+  """The leaves of `tree` in the order of those of `other`, matched by path.
+
+  Containers don't matter, only what is in them: a list is as good as a tuple,
+  and a dict as an OrderedDict, whose order is another. Nor does it matter if a
+  leaf is wrapped, as in Flax's variables, whose path ends with "value".
+
+  Args:
+    tree: a tree.
+    other: a tree, such as params.
+
+  Returns:
+    The leaves; None if the paths differ, or if two are alike.
+  """
+
+  def bare(path):
+    last = path[-1:]
+    wrapped = isinstance(last[0], jax.tree_util.GetAttrKey) if last else False
+    return path[:-1] if wrapped and last[0].name == "value" else path
+
+  items = [jax.tree_util.tree_leaves_with_path(each) for each in (tree, other)]
+  leaves = [leaf for _, leaf in items[0]]
+  if [path for path, _ in items[0]] == [path for path, _ in items[1]]:
+    return leaves
+  for seen in (tuple, bare):
+    theirs, ours = ([key_path(seen(path)) for path, _ in x] for x in items)
+    by_path = dict(zip(theirs, leaves, strict=True))
+    if len(by_path) == len(leaves) and sorted(ours) == sorted(theirs):
+      return [by_path[path] for path in ours]
+  return None
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -41,16 +75,31 @@ def common_dtype(leaves: Sequence[jax.Array]) -> Any:
 
 def norm(leaves: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm over all leaves together, `[]`."""
+  _, distance = unit(leaves)
+  return distance
+
+
+def unit(
+  leaves: Sequence[jax.Array],
+) -> tuple[list[jax.Array], jax.Array]:
+  """The leaves over their joint norm, and the norm `[]`; zeros if it is 0.
+
+  Neither squares nor the norm itself need to be in range: the leaves are looked
+  at times a factor, about the inverse of their largest entry.
+  """
   dtype = common_dtype(leaves)
   zero = jnp.zeros([], dtype)
-  # Scaled by the largest entry, whose square may be out of range.
   largest = zero
   for leaf in leaves:
     peak = jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     largest = jnp.maximum(largest, peak)
-  scale = jnp.where(largest > 0, largest, 1)
-  squares = [jnp.sum(jnp.square(x.astype(dtype) / scale)) for x in leaves]
-  return scale * jnp.sqrt(sum(squares, start=zero))
+  limits = jnp.finfo(dtype)
+  factor = 1 / jnp.where(largest > 0, largest, 1)
+  factor = jnp.clip(factor, 4 * limits.tiny, limits.max / 4)
+  scaled = [x.astype(dtype) * factor for x in leaves]
+  root = jnp.sqrt(sum([jnp.sum(jnp.square(x)) for x in scaled], start=zero))
+  divisor = jnp.where(root == 0, 1, root)
+  return [x / divisor for x in scaled], root / factor
 
 
 def expand_rows(rows: jax.Array, ndim: int) -> jax.Array:
@@ -63,7 +112,8 @@ def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
   finite = jnp.ones(leaves[0].shape[:1], bool)
   for leaf in leaves:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
-      finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+      rows = jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+      finite &= _mesh.rows_like(rows, leaves[0])
   return finite
 
 
@@ -87,12 +137,11 @@ def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
 
   Multiplying by zero would not do: zero times NaN is NaN.
   """
-  return jnp.where(
-    expand_rows(rows, leaf.ndim), leaf, jnp.zeros([], leaf.dtype)
-  )
+  rows = expand_rows(_mesh.rows_like(rows, leaf), leaf.ndim)
+  return jnp.where(rows, leaf, jnp.zeros([], leaf.dtype))
 
 
-def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
+def zero_nonfinite(tree: Tree, unless: Any = False, lost: Any = False) -> Tree:
   """`tree` with zeros for entries that are not finite.
 
   One sample without a derivative, padding even, may reach every entry of a
@@ -102,23 +151,31 @@ def zero_nonfinite(tree: Tree, unless: Any = False) -> Tree:
   Args:
     tree: floating-point arrays.
     unless: bool `[]`, True to leave everything as it is.
+    lost: bool `[]`, True to make everything NaN.
 
   Returns:
     A tree like it.
   """
-  return jax.tree.map(
-    lambda x: jnp.where(unless | jnp.isfinite(x), x, jnp.zeros([], x.dtype)),
-    tree,
-  )
+
+  def mend(x):
+    if unless is False and lost is False:
+      return jnp.where(jnp.isfinite(x), x, jnp.zeros([], x.dtype))
+    # One comparison for all three: NaN is within no limit.
+    largest = jnp.where(unless, jnp.inf, jnp.finfo(x.dtype).max)
+    limit = jnp.where(lost, -1, largest).astype(x.dtype)
+    fill = jnp.where(unless | lost, jnp.nan, 0).astype(x.dtype)
+    return jnp.where(jnp.abs(x) <= limit, x, fill)
+
+  return jax.tree.map(mend, tree)
 
 
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
   """`sum_i weights_i leaf_i` over the batch axis, in the accumulation dtype."""
   leaf = to_accumulate(leaf)
-  return jnp.tensordot(
-    weights.astype(leaf.dtype),
+  return _mesh.dot(
+    _mesh.rows_like(weights.astype(leaf.dtype), leaf),
     leaf,
-    axes=1,
+    ((0,), (0,)),
     precision=jax.lax.Precision.HIGHEST,
   )
 
@@ -130,25 +187,39 @@ def row_inner_products(
   dtype = common_dtype([*rows, *vectors])
   total = jnp.zeros(rows[0].shape[:1], dtype)
   for row, vector in zip(rows, vectors, strict=True):
-    total += jnp.tensordot(
-      row.reshape(row.shape[0], -1).astype(dtype),
-      vector.reshape(-1).astype(dtype),
-      axes=1,
+    total += _mesh.dot(
+      row.astype(dtype),
+      vector.astype(dtype),
+      (range(1, row.ndim), range(vector.ndim)),
       precision=jax.lax.Precision.HIGHEST,
     )
+  return total
+
+
+def inner_product(
+  first: Sequence[jax.Array], second: Sequence[jax.Array]
+) -> jax.Array:
+  """`<first, second>` summed over leaves, `[]`."""
+  total = jnp.zeros([], common_dtype([*first, *second]))
+  for x, y in zip(first, second, strict=True):
+    over = range(x.ndim)
+    total += _mesh.dot(x, y, (over, over)).astype(total.dtype)
   return total
 
 
 def row_norms(rows: Sequence[jax.Array]) -> jax.Array:
   """Euclidean norm of each of the B rows over all leaves, `[B]`."""
   dtype = common_dtype(rows)
-  flat = [row.reshape(row.shape[0], -1).astype(dtype) for row in rows]
+  wide = [_mesh.flat_rows(row).astype(dtype) for row in rows]
   # Scaled by the largest entry, as in `norm`.
   scale = jnp.zeros(rows[0].shape[:1], dtype)
-  for row in flat:
-    scale = jnp.maximum(scale, jnp.max(jnp.abs(row), axis=1, initial=0))
+  for row in wide:
+    over = tuple(range(1, row.ndim))
+    scale = jnp.maximum(scale, jnp.max(jnp.abs(row), axis=over, initial=0))
   scale = jnp.where(scale > 0, scale, 1)
   total = jnp.zeros_like(scale)
-  for row in flat:
-    total += jnp.sum(jnp.square(row / scale[:, None]), axis=1)
+  for row in wide:
+    over = tuple(range(1, row.ndim))
+    parts = row / expand_rows(scale, row.ndim)
+    total += jnp.sum(jnp.square(parts), axis=over)
   return scale * jnp.sqrt(total)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradmimic_jax import _tree
+from gradmimic_jax import _mesh, _tree
 
 
 def concrete(value: Any) -> bool:
@@ -78,7 +78,7 @@ def floating_params(params: Any) -> None:
       "params has no array leaves; expected a tree of floating-point arrays."
     )
   for path, leaf in leaves:
-    dtype = getattr(leaf, "dtype", None)
+    dtype = getattr(leaf, "dtype", None) if is_array(leaf) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
       raise TypeError(
         f"params leaf {_tree.key_path(path)!r} is {_describe(leaf)}; expected a"
@@ -87,8 +87,8 @@ def floating_params(params: Any) -> None:
       )
 
 
-def like_params(name: str, tree: Any, params: Any, advice: str) -> None:
-  """Raises unless `tree` has the structure and the shapes of `params`.
+def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
+  """`tree` in the containers of `params`; raises unless it is like params.
 
   Args:
     name: what the tree is called in the message.
@@ -96,39 +96,50 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> None:
     params: the tree it must resemble.
     advice: what to do about a difference.
 
+  Returns:
+    A tree of the structure of params, whatever containers the leaves came in.
+
   Raises:
-    TypeError: paths are missing or unknown; they are listed.
+    TypeError: paths are missing or unknown (they are listed), or not unique.
     ValueError: a leaf has another shape; path and both shapes are named.
   """
-  ours = dict(_leaves_by_path(params))
-  theirs = dict(_leaves_by_path(tree))
-  missing = [path for path in ours if path not in theirs]
-  unknown = [path for path in theirs if path not in ours]
-  if missing or unknown:
-    problems = []
-    if missing:
-      problems.append(f"lacks {_listing(missing)}")
-    if unknown:
-      problems.append(f"has {_listing(unknown)}, which params does not have")
-    raise TypeError(f"{name} {' and '.join(problems)}. {advice}")
-  for path, leaf in ours.items():
-    if not jnp.issubdtype(jnp.result_type(theirs[path]), jnp.floating):
+  leaves = _tree.leaves_like(tree, params)
+  if leaves is None:
+    raise TypeError(f"{name} {_difference(tree, params)}. {advice}")
+  for (path, leaf), found in zip(_leaves_by_path(params), leaves, strict=True):
+    floating = is_array(found) and jnp.issubdtype(
+      jnp.result_type(found), jnp.floating
+    )
+    if not floating:
       raise TypeError(
-        f"{name} leaf {path!r} is {_describe(theirs[path])}; expected a"
+        f"{name} leaf {path!r} is {_describe(found)}; expected a"
         f" floating-point array. {advice}"
       )
-    if jnp.shape(theirs[path]) != jnp.shape(leaf):
+    if jnp.shape(found) != jnp.shape(leaf):
       raise ValueError(
-        f"{name} leaf {path!r} has shape {jnp.shape(theirs[path])}; params has"
+        f"{name} leaf {path!r} has shape {jnp.shape(found)}; params has"
         f" {jnp.shape(leaf)} there. {advice}"
       )
-  found: Any = jax.tree.structure(tree)
-  expected: Any = jax.tree.structure(params)
-  if found != expected:
-    raise TypeError(
-      f"{name} is a {found}; expected the containers of params, {expected}."
-      f" {advice}"
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _difference(tree: Any, params: Any) -> str:
+  """How the paths of a tree differ from those of params."""
+  ours = [path for path, _ in _leaves_by_path(params)]
+  theirs = [path for path, _ in _leaves_by_path(tree)]
+  missing = [path for path in ours if path not in theirs]
+  unknown = [path for path in theirs if path not in ours]
+  problems = []
+  if missing:
+    problems.append(f"lacks {_listing(missing)}")
+  if unknown:
+    problems.append(f"has {_listing(unknown)}, which params does not have")
+  if not problems:
+    twice = sorted({path for path in theirs if theirs.count(path) > 1})
+    problems.append(
+      f"has two leaves at {_listing(twice)}, in other containers than params"
     )
+  return " and ".join(problems)
 
 
 def batch_size(batch: Any) -> int:
@@ -141,6 +152,13 @@ def batch_size(batch: Any) -> int:
   sizes: dict[str, int] = {}
   for path, leaf in leaves:
     label = _tree.key_path(path) or "batch"
+    if not is_array(leaf):
+      raise TypeError(
+        f"batch leaf {label!r} is {_kind(leaf)}, which JAX can't hold;"
+        " expected an array of numbers or bools. Keep ids, texts and other"
+        " objects out of the batch, and set them beside the scores [B]"
+        " afterwards: rows stay in order."
+      )
     shape = jnp.shape(leaf)
     if not shape:
       raise ValueError(
@@ -160,10 +178,29 @@ def batch_size(batch: Any) -> int:
   return size
 
 
-def padding_mask(mask: Any, size: int) -> jax.Array:
-  """`mask` as bool `[B]`; all True when there is none."""
+def is_array(value: Any) -> bool:
+  """Whether JAX can hold it: arrays of numbers or bools, and plain numbers."""
+  if isinstance(value, (np.ndarray, np.generic)):
+    try:
+      jax.typeof(value)
+    except TypeError:  # text, bytes, dates, objects, records
+      return False
+    return True
+  known = (jax.Array, bool, int, float, complex)
+  protocols = ("__jax_array__", "__array__", "__dlpack__")
+  return isinstance(value, known) or any(
+    hasattr(value, name) for name in protocols
+  )
+
+
+def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
+  """`mask` as bool `[B]`, divided as `rows`; all True when there is none."""
   if mask is None:
     return jnp.ones([size], bool)
+  if not all(map(is_array, jax.tree.leaves(mask))):
+    raise TypeError(
+      f"mask is {_kind(mask)}; expected bool [B], True for real samples."
+    )
   mask = jnp.asarray(mask)
   if mask.dtype != bool:
     raise TypeError(
@@ -174,7 +211,7 @@ def padding_mask(mask: Any, size: int) -> jax.Array:
       f"mask has shape {mask.shape}; expected ({size},), one entry for each"
       " sample of the batch."
     )
-  return mask
+  return mask if rows is None else _mesh.rows_like(mask, rows)
 
 
 def baseline(score: str, reference: Any, size: int) -> jax.Array:
@@ -184,8 +221,9 @@ def baseline(score: str, reference: Any, size: int) -> jax.Array:
     + (", the reference's losses" if score == "excess_loss" else "")
     + f": floating point [{size}]."
   )
-  if not isinstance(reference, (jax.Array, np.ndarray)):
-    raise TypeError(f"reference is a {type(reference).__name__}; {expected}")
+  arrays = isinstance(reference, (jax.Array, np.ndarray))
+  if not arrays or not is_array(reference):
+    raise TypeError(f"reference is {_kind(reference)}; {expected}")
   numbers = jnp.asarray(reference)
   floating = jnp.issubdtype(numbers.dtype, jnp.floating)
   if numbers.shape != (size,) or not floating:
@@ -198,9 +236,10 @@ def baseline(score: str, reference: Any, size: int) -> jax.Array:
 
 def logits(name: str, value: Any) -> jax.Array:
   """Logits `[B, C]`, float32 or wider; raises if that is not what came."""
-  if not isinstance(value, (jax.Array, np.ndarray)):
+  arrays = isinstance(value, (jax.Array, np.ndarray))
+  if not arrays or not is_array(value):
     raise TypeError(
-      f"{name} is a {type(value).__name__}; expected an array of logits [B, C]."
+      f"{name} is {_kind(value)}; expected an array of logits [B, C]."
     )
   value = jnp.asarray(value)
   if value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -325,3 +364,7 @@ def _listing(paths: list[str], most: int = 8) -> str:
 def _describe(leaf: Any) -> str:
   dtype = getattr(leaf, "dtype", None)
   return f"{type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
+
+
+def _kind(value: Any) -> str:
+  return ("" if hasattr(value, "dtype") else "a ") + _describe(value)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _problem, _tree, _validate
+from gradmimic_jax import _mesh, _problem, _tree, _validate
 
 # Probabilities closer than this many roundings agree.
 _AGREE = 64
@@ -41,9 +41,9 @@ def toward_weights() -> Direction:
   inverted.
 
   Returns:
-    A direction whose `reference` is a parameter tree with the structure and the
-    shapes of params. Calling it raises TypeError when paths differ and
-    ValueError when shapes do.
+    A direction whose `reference` is a parameter tree with the paths and the
+    shapes of params, in whatever containers. Calling it raises TypeError when
+    paths differ and ValueError when shapes do.
 
   Example:
     >>> import jax.numpy as jnp
@@ -59,15 +59,19 @@ def toward_weights() -> Direction:
 
   def direction(params, reference, batch, **kwargs):
     del batch, kwargs
-    _validate.like_params(
-      "reference",
-      reference,
-      params,
-      "The reference must be a checkpoint of the learner's own architecture.",
-    )
-    return gap(params, reference)
+    return gap(params, of_params(reference, params))
 
   return direction
+
+
+def of_params(reference: Any, params: Any) -> Any:
+  """A reference's weights in the containers of params; raises if unlike."""
+  return _validate.like_params(
+    "reference",
+    reference,
+    params,
+    "The reference must be a checkpoint of the learner's own architecture.",
+  )
 
 
 def gap(params: Any, reference: Any) -> Any:
@@ -75,11 +79,11 @@ def gap(params: Any, reference: Any) -> Any:
 
   Subtracted wide: near the end of training a bfloat16 difference is noise.
   """
-  return jax.tree.map(
-    lambda p, r: _tree.to_accumulate(r) - _tree.to_accumulate(p),
-    params,
-    reference,
-  )
+
+  def between(p, r):
+    return _mesh.like(_tree.to_accumulate(r), p) - _tree.to_accumulate(p)
+
+  return jax.tree.map(between, params, reference)
 
 
 def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
@@ -116,10 +120,6 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
   def direction(params, reference, batch, *, mask=None, **kwargs):
     reference = _validate.logits("reference", reference)
-    valid = jnp.all(jnp.isfinite(reference), axis=-1)
-    if mask is not None:
-      valid &= mask
-    targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
 
     def outputs_of(params):
       outputs = outputs_fn(params, batch, **kwargs)
@@ -127,6 +127,11 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
 
     outputs, pullback = jax.vjp(outputs_of, params)
     _validate.same_outputs(reference, outputs)
+    reference = _mesh.like(reference, outputs)
+    valid = jnp.all(jnp.isfinite(reference), axis=-1)
+    if mask is not None:
+      valid &= _mesh.rows_like(mask, outputs)
+    targets = jax.nn.softmax(jnp.where(valid[:, None], reference, 0))
     # Minus the gradient of the divergence with respect to the outputs. Where
     # the two agree it is rounding, which the unit vector would blow up.
     toward = targets - jax.nn.softmax(outputs)
@@ -171,8 +176,8 @@ def toward_clean_gradient(losses_fn: Callable[..., jax.Array]) -> Direction:
     del batch
     advice = "If it has an aux, leave it out: lambda p, b: losses_fn(p, b)[0]."
     plain = _problem.plain_losses_fn(losses_fn, False, kwargs, advice)
-    reference = jax.tree.map(jnp.asarray, reference)
     everybody = jnp.ones(_validate.batch_size(reference), bool)
+    reference = jax.tree.map(jnp.asarray, reference)
     reference, finite = _problem.mend_rows(reference, everybody)
 
     def mean_loss(params):
@@ -229,15 +234,20 @@ def unit_vector(
     The unit vector's leaves `[*p]`, mimic layers only, zeros if the direction
     vanishes there (a reference equal to params); and the norm before, `[]`.
   """
-  _validate.like_params(
+  direction_tree = _validate.like_params(
     "the direction's tree",
     direction_tree,
     params,
     "A direction returns a tree with the structure and the shapes of params.",
   )
   leaves = [
-    jax.lax.stop_gradient(leaf)
-    for leaf, chosen in zip(jax.tree.leaves(direction_tree), flags, strict=True)
+    jax.lax.stop_gradient(_mesh.like(leaf, param))
+    for leaf, param, chosen in zip(
+      jax.tree.leaves(direction_tree),
+      jax.tree.leaves(params),
+      flags,
+      strict=True,
+    )
     if chosen
   ]
   return normalize(leaves)
@@ -247,10 +257,8 @@ def normalize(
   leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
   """The leaves over their joint norm (zeros if that is 0), and the norm."""
-  distance = _tree.norm(leaves)
-  divisor = jnp.where(distance == 0, 1, distance)
-  unit = []
-  for leaf in leaves:
-    wide = _tree.to_accumulate(leaf)
-    unit.append(wide / divisor.astype(wide.dtype))
-  return unit, distance
+  unit, distance = _tree.unit(leaves)
+  return [
+    x.astype(_tree.accumulation_dtype(leaf.dtype))
+    for x, leaf in zip(unit, leaves, strict=True)
+  ], distance

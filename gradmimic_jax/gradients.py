@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gradmimic_jax import (
   _forward,
+  _mesh,
   _per_sample,
   _problem,
   _sharing,
@@ -82,8 +83,9 @@ def mimic_value_and_grad(
   * `"forward"` and `"per_sample"` give the same numbers up to rounding.
   * A reference equal to params gives scores 0 and uniform softmax weights.
   * Samples outside the mask and samples whose features, loss or score are not
-    finite get weight 0; the others' weights sum to 1. If none is left, the loss
-    and the gradient are 0.
+    finite get weight 0; the others' weights sum to 1. If samples came and none
+    is left (params or the reference are NaN, say), the loss and the gradient
+    are NaN, the weights 0. For a batch of nothing but padding, all three are 0.
   * Non-finite features of such a sample leave the others' gradient untouched.
     Where finite features overflow on their way through the model, the
     per-sample engine still leaves the others untouched; the forward engine
@@ -214,6 +216,7 @@ def mimic_value_and_grad(
     )
     plain_mean = _problem.mean_weights(found.valid, losses.dtype)
     loss = jnp.sum(plain_mean * jnp.where(found.valid, found.losses, 0))
+    loss = jnp.where(problem.lost(found.valid), jnp.nan, loss)
     grads = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return (loss, info), grads
 
@@ -344,9 +347,9 @@ def _pose(
   """The step as a Problem, the padding mask and the direction's norm."""
   _validate.floating_params(params)
   size = _validate.batch_size(batch)
-  mask = _validate.padding_mask(mask, size)
   flags = layers_lib.choose(layers, params)
-  batch = jax.tree.map(jnp.asarray, batch)
+  batch = _mesh.rows_alike(jax.tree.map(jnp.asarray, batch))
+  mask = _validate.padding_mask(mask, size, jax.tree.leaves(batch)[0])
   batch, candidates = _problem.mend_rows(batch, mask)
   params = jax.tree.map(jnp.asarray, params)
   unit, distance, baseline = None, jnp.zeros([]), None
@@ -358,8 +361,18 @@ def _pose(
     )
   if score.needs_baseline:
     baseline = _validate.baseline(score.name, reference, size)
+    baseline = _mesh.rows_like(baseline, candidates)
+  candidates = _mesh.together(candidates, params, batch, unit, baseline, kwargs)
   problem = _problem.Problem(
-    losses_fn, params, batch, flags, unit, score, candidates, baseline
+    losses_fn,
+    params,
+    batch,
+    flags,
+    unit,
+    score,
+    candidates,
+    baseline,
+    jnp.any(mask),
   )
   return problem, mask, distance
 

@@ -1,5 +1,6 @@
 """Mimic layers: the leaves that the direction and the score look at."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ import jax
 import numpy as np
 
 from gradmimic_jax import _tree
+
+_BOOLS = (bool, np.bool_)
 
 Layers = (
   None | str | re.Pattern | Sequence[str] | Callable[[str, Any], bool] | Any
@@ -20,8 +23,9 @@ def choose(layers: Layers, params: Any) -> list[bool]:
   Args:
     layers: None (all leaves); a regular expression, or a list of them, searched
       for in the "/"-joined leaf paths (anchor it with `^` and `$` to match a
-      whole path); a predicate `(path, leaf) -> bool`; or a tree of bools like
-      params, as `optax.masked` takes it.
+      whole path); a predicate `(path, leaf) -> bool`; or a tree of bools with
+      the paths of params, as `optax.masked` takes it. It may be callable, as
+      models are that are trees themselves.
     params: the parameter tree.
 
   Returns:
@@ -48,7 +52,7 @@ def choose(layers: Layers, params: Any) -> list[bool]:
     isinstance(pattern, (str, re.Pattern)) for pattern in layers
   ):
     flags = _matching(layers, paths)
-  elif callable(layers):
+  elif callable(layers) and not _is_callable_tree(layers, params):
     flags = [bool(layers(*item)) for item in zip(paths, leaves, strict=True)]
   else:
     flags = _from_tree(layers, params)
@@ -78,14 +82,24 @@ def _matching(patterns: Sequence[Any], paths: list[str]) -> list[bool]:
   return flags
 
 
+def _is_callable_tree(layers: Any, params: Any) -> bool:
+  """Whether something callable is a tree of bools and no predicate."""
+  if isinstance(layers, functools.partial):  # jax.tree_util.Partial too
+    return False
+  flags = jax.tree.leaves(layers)
+  if len(flags) == 1 and flags[0] is layers:
+    return False
+  if _tree.leaves_like(layers, params) is not None:
+    return True
+  return bool(flags) and all(isinstance(flag, _BOOLS) for flag in flags)
+
+
 def _from_tree(tree: Any, params: Any) -> list[bool]:
-  flags, found = jax.tree.flatten(tree)
-  expected: Any = jax.tree.structure(params)
-  kinds = (bool, np.bool_)
-  if found != expected or not all(isinstance(flag, kinds) for flag in flags):
+  flags = _tree.leaves_like(tree, params)
+  if flags is None or not all(isinstance(flag, _BOOLS) for flag in flags):
     raise TypeError(
       f"layers={tree!r} is not understood; expected None, a regular expression"
       " or a list of them, a predicate (path, leaf) -> bool, or a tree of bools"
-      " with the structure of params."
+      " with the paths of params."
     )
   return [bool(flag) for flag in flags]

@@ -13,7 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _tree, _validate, directions, scores as scores_lib
+from gradmimic_jax import (
+  _mesh,
+  _tree,
+  _validate,
+  directions,
+  scores as scores_lib,
+)
 from gradmimic_jax.scores import Measured, Score
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -92,7 +98,7 @@ def descents(
       )
   unit, _ = directions.normalize([x for x in (kernel, bias) if x is not None])
   unit = [x.astype(features.dtype) for x in unit]
-  slopes = jnp.matmul(features, unit[0], precision=_HIGHEST)
+  slopes = _mesh.dot(features, unit[0], ((1,), (0,)), precision=_HIGHEST)
   if bias is not None:
     slopes += unit[1][None, :]
   return -jnp.sum(slopes * errors, axis=1)
@@ -152,10 +158,11 @@ def gram(
            [-6.,  4.]], dtype=float32)
   """
   features, errors = _wide(features, errors)
-  products = jnp.matmul(features, features.T, precision=_HIGHEST)
-  return (products + int(has_bias)) * jnp.matmul(
-    errors, errors.T, precision=_HIGHEST
-  )
+
+  def products(rows):
+    return _mesh.dot(rows, rows, ((1,), (1,)), precision=_HIGHEST)
+
+  return (products(features) + int(has_bias)) * products(errors)
 
 
 def gradient(
@@ -185,7 +192,7 @@ def gradient(
   chosen = (weights != 0)[:, None]
   features = jnp.where(chosen, features, 0)
   errors = jnp.where(chosen, errors, 0) * weights[:, None]
-  kernel = jnp.matmul(features.T, errors, precision=_HIGHEST)
+  kernel = _mesh.dot(features, errors, ((0,), (0,)), precision=_HIGHEST)
   return kernel, jnp.sum(errors, axis=0)
 
 
@@ -236,7 +243,7 @@ def scores(
   """
   kind = scores_lib.get(score)
   features, errors = _wide(features, errors)
-  mask = _validate.padding_mask(mask, features.shape[0])
+  mask = _validate.padding_mask(mask, features.shape[0], features)
   if kind.needs_baseline:
     raise ValueError(
       f"score is {kind.name!r}, which needs no gradients but losses; subtract"
@@ -251,10 +258,11 @@ def scores(
   if kind.needs_norms:
     norms = gradient_norms(features, errors, has_bias=has_bias)
   if kind.needs_gram:
-    products = gram(features, errors, has_bias=has_bias)
-    valid &= jnp.isfinite(jnp.diagonal(products))
+    products = _mesh.whole(gram(features, errors, has_bias=has_bias))
+    valid = _mesh.whole(valid) & jnp.isfinite(jnp.diagonal(products))
     products = jnp.where(valid[:, None] & valid[None, :], products, 0)
-  found = kind.fn(Measured(None, along, norms, None, products, valid))
+  measured = Measured(None, along, norms, None, products, valid)
+  found = kind.of(measured, features)
   valid &= jnp.isfinite(found)
   unknown = jnp.where(mask, jnp.nan, 0).astype(found.dtype)
   return jnp.where(valid, found, unknown)
@@ -285,5 +293,6 @@ def _wide(features: Any, errors: Any) -> tuple[jax.Array, jax.Array]:
       f"features has shape {features.shape} and errors {errors.shape}; expected"
       " [B, D] and [B, C]."
     )
+  features, errors = _mesh.rows_alike((features, errors))
   dtype = _tree.common_dtype([features, errors])
   return features.astype(dtype), errors.astype(dtype)

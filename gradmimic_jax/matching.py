@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _mesh, _validate
 from gradmimic_jax.scores import Measured, Score
 
 TARGETS = ("batch", "direction")
@@ -207,6 +207,7 @@ def pursue(
     return slots, chosen, jax.lax.cond(found, refit, lambda: coefficients)
 
   slots = jnp.zeros([max(int(limits[-1]), 1)], jnp.int32)
+  slots = _mesh.together(slots, gram, wanted, valid)
   start = slots, slots.astype(bool), slots.astype(wanted.dtype)
   slots, _, coefficients = jax.lax.fori_loop(0, slots.size, take, start)
   return jnp.zeros_like(wanted).at[slots].add(coefficients)
@@ -259,7 +260,13 @@ def nonnegative_least_squares(
     turns, more, _, _ = state
     return more & (turns < most)
 
-  state = (jnp.zeros([], jnp.int32), jnp.array(True), start, passive)
+  values = gram, wanted, chosen, start, passive
+  state = (
+    _mesh.together(jnp.zeros([], jnp.int32), *values),
+    _mesh.together(jnp.array(True), *values),
+    _mesh.together(start, *values),
+    _mesh.together(passive, *values),
+  )
   _, _, x, _ = jax.lax.while_loop(unfinished, turn, state)
   return x
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gradmimic_jax import (
+  _mesh,
   _problem,
   _tree,
   _validate,
@@ -76,9 +77,10 @@ class ReferenceReport:
     agreement: rank correlation, in [-1, 1], of the scores with what the
       samples' losses really gain on the way, `l_i(params) - l_i(reference)`;
       NaN if either does not vary.
-    descent_cosine: of the mean descent direction with `reference - params`.
+    descent_cosine: of the mean descent direction with `reference - params`; 0
+      if either is 0.
     weight_cosine: of params with the reference, over all leaves of two and more
-      axes (over all there are, if there is none).
+      axes (over all there are, if there is none); 0 if either is 0.
     relative_distance: `||reference - params|| / ||reference||` over the mimic
       layers.
     num_samples: how many samples counted.
@@ -118,7 +120,12 @@ class ReferenceReport:
       ("cosine of descent and direction", f"{self.descent_cosine:.3f}"),
       ("scores above zero", f"{self.positive_share:.0%}"),
       ("mean score", f"{self.mean_score:.4g}"),
-      ("scores and true gains agree", f"{self.agreement:.3f}"),
+      (
+        "scores and true gains agree",
+        "no telling: one of them does not vary"
+        if np.isnan(self.agreement)
+        else f"{self.agreement:.3f}",
+      ),
     )
     lines = [
       *textwrap.wrap(f"reference: {self.verdict}. {self.advice}", 80),
@@ -192,7 +199,8 @@ def check_reference(
       f"num_points is {num_points}; expected at least 3: both ends and a point"
       " between them."
     )
-  gap = directions.toward_weights()(params, reference, None)
+  reference = directions.of_params(reference, params)
+  gap = directions.gap(params, reference)
   losses_of, arrays = _losses_of(losses_fn, has_aux, kwargs)
   flags = tuple(layers_lib.choose(layers, params))
   size = _validate.batch_size(batch)
@@ -207,7 +215,7 @@ def check_reference(
   if not valid.any():
     raise ValueError(
       f"none of the {valid.size} samples has a finite loss and score; check the"
-      " batch, the mask and params."
+      " batch, the mask, params and the reference."
     )
   path = np.linspace(0, 1, num_points)
   losses = np.stack(
@@ -281,7 +289,11 @@ class _LossesOf:
 def _losses_of(losses_fn, has_aux, kwargs):
   """A hashable `_LossesOf`, and the arrays among its keyword arguments."""
   leaves, structure = jax.tree.flatten(kwargs)
-  is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+  # Text and objects are no arrays for JAX, even within NumPy's.
+  is_array = [
+    isinstance(x, (jax.Array, np.ndarray)) and _validate.is_array(x)
+    for x in leaves
+  ]
   constants = tuple(
     None if flag else x for x, flag in zip(leaves, is_array, strict=True)
   )
@@ -361,6 +373,7 @@ def _geometry(losses_fn, flags, params, reference, batch, valid):
 
   descent = [-g for g in mimic(jax.grad(mean_loss)(params))]
   ours, theirs = mimic(params), mimic(reference)
+  theirs = [_mesh.like(r, p) for p, r in zip(ours, theirs, strict=True)]
   gap = [r - p for p, r in zip(ours, theirs, strict=True)]
   distance = _tree.norm(gap)
   distance = jnp.where(distance == 0, 0, distance / _tree.norm(theirs))
@@ -384,8 +397,10 @@ def _weight_cosine(params, reference):
 
 
 def _cosine(first, second):
-  product = sum(jnp.vdot(a, b) for a, b in zip(first, second, strict=True))
-  return product / (_tree.norm(first) * _tree.norm(second))
+  # Each at length one first: products of huge or tiny entries may be out of
+  # range. What is 0 agrees with nothing.
+  units = [directions.normalize(leaves)[0] for leaves in (first, second)]
+  return _tree.inner_product(*units)
 
 
 def _rank_correlation(x, y) -> float:

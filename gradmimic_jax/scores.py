@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _mesh, _validate
 
 
 class Measured(NamedTuple):
@@ -49,14 +49,22 @@ class Score:
   needs_baseline: bool = False
   needs_gram: bool = False
 
+  def of(self, measured: Measured, rows: jax.Array) -> jax.Array:
+    """Scores `[B]`, divided over devices as `rows [B]` are."""
+    if self.needs_gram:
+      # Every sample's score depends on all of them.
+      measured = jax.tree.map(_mesh.whole, measured)
+    return _mesh.rows_like(self.fn(measured), rows)
+
 
 def _projection(measured):
   return measured.descents
 
 
 def _cosine(measured):
-  # A zero gradient agrees with no direction: its cosine is 0, not 0 / 0.
-  norms = measured.norms
+  # A zero gradient agrees with no direction: its cosine is 0, not 0 / 0. One
+  # whose norm is out of range may agree with it or not: NaN, not x / inf = 0.
+  norms = jnp.where(jnp.isfinite(measured.norms), measured.norms, jnp.nan)
   still = norms == 0
   return jnp.where(still, 0, measured.descents / jnp.where(still, 1, norms))
 
@@ -90,7 +98,7 @@ def get(name: str | Score) -> Score:
 
   * `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
     unit of parameter distance. Needs no gradient of a single sample.
-  * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1].
+  * `"cosine"`: `m_i = <-g_i, v> / (||g_i|| ||v||)`, in [-1, 1]; 0 where g_i is.
   * `"gradient_norm"`: `m_i = ||g_i||`, GraNd; there is no direction.
   * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
     reference's losses `[B]` stand in the place of the reference.
@@ -167,6 +175,7 @@ def output_agreement(
   outputs = jax.lax.stop_gradient(_validate.logits("outputs", outputs))
   reference = jax.lax.stop_gradient(_validate.logits("reference", reference))
   _validate.same_outputs(reference, outputs)
+  reference = _mesh.like(reference, outputs)
   toward = jax.nn.softmax(reference) - jax.nn.softmax(outputs)
   _, slopes = jax.jvp(losses_of, (outputs,), (toward,))
   return -slopes

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from gradmimic_jax import (
+  _mesh,
   _per_sample,
   _problem,
+  _tree,
   _validate,
   directions,
   layers as layers_lib,
@@ -37,7 +39,9 @@ def reweight_by_mimic_score(
   *,
   layers: Layers = None,
   score: str | Score = "projection",
-  weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
+  weighting: str | Weighting = "softmax",
+  temperature: Any = None,
+  fraction: Any = None,
   scope: str = "all",
 ) -> optax.GradientTransformationExtraArgs:
   """Turns per-sample gradients into one gradient, weighted by mimic score.
@@ -47,10 +51,30 @@ def reweight_by_mimic_score(
 
   The updates that come in carry a leading batch axis on every leaf, `[B, *p]`,
   as `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))` makes them; what goes out
-  has the shapes of params. It must therefore come first in a chain. Choose
-  layers with `layers`: `optax.masked` or `optax.partition` around it would let
-  `[B, *p]` leaves through; accumulate with larger batches, not with
-  `optax.MultiSteps`, whose accumulator has the shapes of params.
+  has the shapes of params. It must therefore come first in a chain, and what
+  other transformations expect to be averaged goes inside, after it:
+
+  ========================= ===================================================
+  instead of, around it     write
+  ========================= ===================================================
+  `optax.apply_if_finite`,  `mimic(optax.apply_if_finite(tx, 3), reference)`: a
+  `conditionally_...`       batch without a finite sample has a NaN update
+  `optax.MultiSteps`        `mimic(optax.MultiSteps(tx, 4)
+                            .gradient_transformation(), reference)`: batches are
+                            weighted one by one, and their updates averaged
+  `optax.lookahead`         it works: `lookahead(mimic(tx, reference), 5, 0.5)`
+  `optax.masked`,           `layers=` and `scope=`; around the optimizer alone,
+  `optax.partition`         `mimic(optax.masked(tx, mask), reference)`
+  `optax.flatten`           `mimic(optax.flatten(tx), reference)`
+  clipping, `optax.adam`    after it: `chain(reweight_by_mimic_score(reference),
+  and the like before it    clip_by_global_norm(1.0), adam(1e-3))`; before it
+                            they would take the batch axis for a parameter's,
+                            without an error
+  `inject_hyperparams`      `inject_hyperparams(mimic)(tx, reference,
+                            temperature=0.5)`: by names and numbers; `layers`
+                            or a weighting that is callable, and a reference or
+                            an optimizer that is, go into `static_args`
+  ========================= ===================================================
 
   Per-sample gradients are what they are called only if a loss is a matter of
   its own sample: not with BatchNorm in training mode, contrastive losses, or a
@@ -65,15 +89,20 @@ def reweight_by_mimic_score(
     layers: the mimic layers, as in `mimic_value_and_grad`.
     score: `"projection"`, `"cosine"`, `"gradient_norm"`, or a score that is
       made, such as `matching.omp(0.3)`.
-    weighting: as in `mimic_value_and_grad`; a temperature schedule follows the
-      state's count.
+    weighting: `"softmax"`, `"ess_softmax"`, `"top_fraction"`, `"positive"`,
+      `"proportional"`, `"uniform"`, or a weighting as in `mimic_value_and_grad`
+      (with `optax.inject_hyperparams`, by name only).
+    temperature: of `"softmax"`: a number, or a schedule, which follows the
+      state's count; None is 1.
+    fraction: of `"ess_softmax"` and `"top_fraction"`, which need one.
     scope: `"all"`, or `"layers"` (leaves outside the mimic layers get the plain
       mean).
 
   Returns:
     A transformation. `update(updates, state, params, mask=None, **extra_args)`
     needs params; `mask` is bool `[B]`, False for padding. A sample whose
-    gradient is not finite gets weight 0 and is counted in the state.
+    gradient is not finite gets weight 0 and is counted in the state; if samples
+    came and none is left, the update is NaN (0 for nothing but padding).
 
   Raises:
     ValueError: an unknown score or scope; from `init` and `update`, layers that
@@ -101,7 +130,9 @@ def reweight_by_mimic_score(
     <https://arxiv.org/abs/2501.06708>`_, section 3.
   """
   _validate.choice("scope", scope, SCOPES)
-  weighting_lib.check(weighting)
+  weigh = weighting_lib.named(
+    weighting, temperature=temperature, fraction=fraction
+  )
   score_kind = scores_lib.get(score)
   if score_kind.needs_baseline:
     raise ValueError(
@@ -133,24 +164,36 @@ def reweight_by_mimic_score(
         " params): the direction is reference - params."
       )
     size = _validate.per_sample_gradients(updates, params)
-    mask = _validate.padding_mask(mask, size)
     flags = layers_lib.choose(layers, params)
-    rows, structure = jax.tree.flatten(updates)
-    mimic, _ = _problem.split(jax.tree.leaves(params), flags)
-    stored = jax.tree.leaves(state.reference)
-    if len(stored) != len(mimic):
+    rows, structure = jax.tree.flatten(_mesh.rows_alike(updates))
+    mask = _validate.padding_mask(mask, size, rows[0])
+    ours = jax.tree.leaves(params)
+    mimic, _ = _problem.split(ours, flags)
+    # Of the leaves that are no mimic layers the state holds nothing.
+    chosen = jax.tree.unflatten(
+      jax.tree.structure(params),
+      [
+        p if flag else optax.MaskedNode()
+        for p, flag in zip(ours, flags, strict=True)
+      ],
+    )
+    stored = _tree.leaves_like(state.reference, chosen)
+    if stored is None:
+      found = len(jax.tree.leaves(state.reference))
       raise ValueError(
-        f"the state holds a reference for {len(stored)} mimic layers and"
-        f" layers={layers!r} chooses {len(mimic)}; restore a state with the"
-        " layers that it was made with."
+        f"the state holds a reference for {found} mimic layers and"
+        f" layers={layers!r} chooses {len(mimic)}, or others; restore a state"
+        " with the layers that it was made with."
       )
     unit, distance = directions.normalize(directions.gap(mimic, stored))
     scores = _per_sample.score_rows(
       rows, unit, flags, score_kind, candidates=mask
     )
     valid = mask & _per_sample.sound_rows(rows, scores)
-    weights = weighting_lib.guarded(weighting, scores, valid, state.count)
-    leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope)
+    weights = weighting_lib.guarded(weigh, scores, valid, state.count)
+    lost = jnp.any(mask) & ~jnp.any(valid)
+    leaves = _per_sample.reweight_rows(rows, weights, valid, flags, scope, lost)
+    leaves = [_mesh.like(x, p) for x, p in zip(leaves, ours, strict=True)]
     size_now = weighting_lib.effective_sample_size(weights)
     new_state = ReweightByMimicScoreState(
       count=optax.safe_increment(state.count),
@@ -170,7 +213,9 @@ def mimic(
   *,
   layers: Layers = None,
   score: str | Score = "projection",
-  weighting: Weighting = weighting_lib.softmax(1.0),  # noqa: B008 - frozen
+  weighting: str | Weighting = "softmax",
+  temperature: Any = None,
+  fraction: Any = None,
   scope: str = "all",
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that it takes per-sample gradients.
@@ -184,6 +229,8 @@ def mimic(
     layers: as in `reweight_by_mimic_score`.
     score: as in `reweight_by_mimic_score`.
     weighting: as in `reweight_by_mimic_score`.
+    temperature: as in `reweight_by_mimic_score`.
+    fraction: as in `reweight_by_mimic_score`.
     scope: as in `reweight_by_mimic_score`.
 
   Returns:
@@ -210,7 +257,13 @@ def mimic(
   """
   return optax.chain(
     reweight_by_mimic_score(
-      reference, layers=layers, score=score, weighting=weighting, scope=scope
+      reference,
+      layers=layers,
+      score=score,
+      weighting=weighting,
+      temperature=temperature,
+      fraction=fraction,
+      scope=scope,
     ),
     optimizer,
   )
@@ -218,12 +271,7 @@ def mimic(
 
 def _mimic_layers(reference, params, layers):
   """A copy of the reference's mimic layers, MaskedNode elsewhere."""
-  _validate.like_params(
-    "reference",
-    reference,
-    params,
-    "The reference must be a checkpoint of the learner's own architecture.",
-  )
+  reference = directions.of_params(reference, params)
   flags = layers_lib.choose(layers, params)
   leaves, structure = jax.tree.flatten(reference)
   # A copy, because a donated state would otherwise delete the caller's arrays.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gradmimic_jax import _validate
+from gradmimic_jax import _mesh, _tree, _validate
 
 # Bisection steps and the range of log(temperature / score spread) they search.
 # exp(-87) is the smallest of float32: beside one far outlier, the temperature
@@ -43,7 +43,7 @@ class _Softmax:
   temperature: Any
 
   def __call__(self, scores, mask=None, step=None):
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    scores, mask = _taken(scores, mask)
     return _softmax(scores, mask, self.temperature_at(step))
 
   def temperature_at(self, step):
@@ -94,20 +94,21 @@ class _EssSoftmax:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    scores, mask = _taken(scores, mask)
     # The search needs no order, but sorting scores that are divided over
     # devices brings all of them to each device: one exchange, where every sum
     # of the search would be another.
-    ordered = jnp.sort(jnp.where(mask, scores, -jnp.inf))
+    ordered = jnp.sort(_mesh.whole(jnp.where(mask, scores, -jnp.inf)))
     count = jnp.sum(mask, dtype=jnp.int32)
     there = jnp.arange(ordered.size) >= ordered.size - count
     low = jnp.min(jnp.where(there, ordered, jnp.inf))
     high = jnp.max(jnp.where(there, ordered, -jnp.inf))
-    # Equal scores (or none at all) have no spread; any temperature does.
-    spread = jnp.where(high > low, high - low, 1)
+    # In halves: the spread of huge scores may be out of range. Equal scores
+    # (or none at all) have none; any temperature does.
+    spread = jnp.where(high > low, high / 2 - low / 2, 1)
 
     def unit(scores, mask):
-      scaled = jnp.where(mask, (scores - high) / spread, 0)
+      scaled = jnp.where(mask, (scores / 2 - high / 2) / spread, 0)
       return jnp.where(jnp.isfinite(scaled), scaled, 0)
 
     units = unit(ordered, there)
@@ -122,7 +123,10 @@ class _EssSoftmax:
       too_hot = size > target
       return jnp.where(too_hot, cold, middle), jnp.where(too_hot, middle, hot)
 
-    bracket = tuple(jnp.asarray(x, units.dtype) for x in _LOG_TEMPERATURES)
+    bracket = tuple(
+      _mesh.together(jnp.asarray(x, units.dtype), units, fraction)
+      for x in _LOG_TEMPERATURES
+    )
     _, hot = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
     return _softmax(unit(scores, mask), mask, jnp.exp(hot))
 
@@ -162,14 +166,16 @@ class _TopFraction:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    scores, mask = _taken(scores, mask)
     wanted = jnp.asarray(self.fraction, jnp.float32) * _count(mask, jnp.float32)
     count = jnp.maximum(jnp.round(wanted).astype(jnp.int32), 1)
     # Ranks by a stable sort: ties go to the earlier sample, never to more
     # samples than were asked for.
-    order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), stable=True)
+    keys = _mesh.whole(jnp.where(mask, -scores, jnp.inf))
+    order = jnp.argsort(keys, stable=True)
     ranks = jnp.zeros(order.shape, jnp.int32)
     ranks = ranks.at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    ranks = _mesh.rows_like(ranks, scores)
     return _share_alike(mask & (ranks < count), scores.dtype)
 
 
@@ -205,7 +211,7 @@ class _Positive:
 
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    scores, mask = _taken(scores, mask)
     chosen = mask & (scores > 0)
     if self.otherwise == "uniform":
       chosen = jnp.where(jnp.any(chosen), chosen, mask)
@@ -245,12 +251,17 @@ def positive(*, otherwise: str = "uniform") -> Weighting:
 class _Proportional:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
-    parts = jnp.where(mask, jnp.maximum(scores, 0), 0)
-    # Over the largest first: the sum of huge scores may be out of range.
-    largest = jnp.max(parts, initial=0)
-    parts = parts / jnp.where(largest > 0, largest, 1)
-    parts = jnp.where(largest > 0, parts, mask.astype(scores.dtype))
+    scores, mask = _taken(scores, mask)
+    largest = jnp.max(jnp.where(mask, scores, 0), initial=0)
+    # The sum of huge scores may be out of range, and so may its inverse, which
+    # XLA multiplies by. A barrier, or it may take the factor out of the sum.
+    small = 1 / (8 * scores.size)
+    factor = jnp.where(largest > 1, small, 1).astype(scores.dtype)
+    parts = jnp.where(mask, jnp.maximum(scores, 0), 0) * factor
+    parts = jax.lax.optimization_barrier(parts)
+    # Devices may take the smallest numbers of all for 0.
+    some = largest >= jnp.finfo(largest.dtype).tiny
+    parts = jnp.where(some, parts, mask.astype(scores.dtype))
     total = jnp.sum(parts)
     return parts / jnp.where(total > 0, total, 1)
 
@@ -278,12 +289,12 @@ def proportional() -> Weighting:
 class _Uniform:
   def __call__(self, scores, mask=None, step=None):
     del step
-    mask = _validate.padding_mask(mask, scores.shape[0])
+    scores, mask = _taken(scores, mask)
     return _share_alike(mask, scores.dtype)
 
   def temperature_at(self, step):
     del step
-    return jnp.asarray(jnp.finfo(jnp.float32).max)
+    return jnp.asarray(jnp.inf)
 
 
 def uniform() -> Weighting:
@@ -306,6 +317,7 @@ class _Warmup:
   steps: int
 
   def __call__(self, scores, mask=None, step=None):
+    scores, mask = _taken(scores, mask)
     if step is None:
       raise ValueError(
         "warmup has to know when it is over but no step came; pass step= with"
@@ -348,6 +360,70 @@ def warmup(weighting: Weighting, *, steps: int) -> Weighting:
   if steps < 0:
     raise ValueError(f"steps is {steps}; expected 0 or more.")
   return _Warmup(weighting, steps)
+
+
+def named(
+  weighting: str | Weighting,
+  *,
+  temperature: Any = None,
+  fraction: Any = None,
+) -> Weighting:
+  """A weighting by its name and its number, or the one that came.
+
+  `optax.inject_hyperparams` hands over names and numbers as they are, and
+  numbers as arrays; what can be called it takes for a schedule.
+
+  Args:
+    weighting: `"softmax"`, `"ess_softmax"`, `"top_fraction"`, `"positive"`,
+      `"proportional"` or `"uniform"`; or a weighting.
+    temperature: of `"softmax"`, as `softmax` takes it; None is 1.
+    fraction: of `"ess_softmax"` or `"top_fraction"`, which need one.
+
+  Returns:
+    A weighting.
+
+  Raises:
+    ValueError: an unknown name, or a number that is out of range, missing, or
+      not of this weighting.
+    TypeError: neither a name nor a weighting.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> named("top_fraction", fraction=0.5)(jnp.array([1.0, 2.0]))
+    Array([0., 1.], dtype=float32)
+  """
+  numbers = {"temperature": temperature, "fraction": fraction}
+  given = {name: x for name, x in numbers.items() if x is not None}
+  if not isinstance(weighting, str):
+    check(weighting)
+    _only(given, None, "made already")
+    return weighting
+  _validate.choice("weighting", weighting, _NAMED)
+  factory, number = _NAMED[weighting]
+  if number == "temperature":
+    given.setdefault(number, 1.0)
+  _only(given, number, repr(weighting))
+  return factory(*given.values())
+
+
+def _only(given, number, shown):
+  """Raises unless the number that is given is the one there is to give."""
+  if set(given) != ({number} if number else set()):
+    takes = f"{number}=" if number else "neither temperature= nor fraction="
+    raise ValueError(
+      f"weighting is {shown} with {', '.join(given) or 'no number'}; expected"
+      f" {takes}."
+    )
+
+
+_NAMED: dict[str, tuple[Callable[..., Weighting], str | None]] = {
+  "softmax": (softmax, "temperature"),
+  "ess_softmax": (ess_softmax, "fraction"),
+  "top_fraction": (top_fraction, "fraction"),
+  "positive": (positive, None),
+  "proportional": (proportional, None),
+  "uniform": (uniform, None),
+}
 
 
 def effective_sample_size(weights: jax.Array) -> jax.Array:
@@ -416,20 +492,56 @@ def guarded(
 
 
 def in_range(temperature: jax.Array, dtype: Any) -> jax.Array:
-  """The temperature within what `dtype` can divide by."""
-  limits = jnp.finfo(dtype)
-  return jnp.clip(temperature.astype(dtype), limits.tiny, limits.max)
+  """The temperature within what `dtype` can divide by; inf stays so."""
+  return jnp.maximum(temperature.astype(dtype), jnp.finfo(dtype).tiny)
+
+
+def relative(
+  scores: jax.Array, highest: jax.Array, temperature: jax.Array
+) -> jax.Array:
+  """`exp((scores - highest) / temperature)`, for any finite scores.
+
+  Args:
+    scores: finite, or -inf.
+    highest: finite, at least as high.
+    temperature: as of `in_range`.
+
+  Returns:
+    Numbers in [0, 1].
+  """
+  # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
+  # inf - inf. A schedule may end at 0; the limit there is the maximum. A
+  # difference that is out of range is the double of that of the halves.
+  gaps = scores - highest
+  halves = (scores / 2 - highest / 2) / temperature
+  within = jnp.isfinite(gaps) | ~jnp.isfinite(scores)
+  return jnp.exp(jnp.where(within, gaps / temperature, 2 * halves))
 
 
 def _softmax(scores, mask, temperature):
   highest = jnp.max(jnp.where(mask, scores, -jnp.inf))
-  # Subtract before dividing: a tiny temperature then gives exp(-inf) = 0, not
-  # inf - inf. A schedule may end at 0; the limit there is the maximum.
-  gaps = jnp.where(mask, scores - highest, 0)
   temperature = in_range(temperature, scores.dtype)
-  weights = jnp.where(mask, jnp.exp(gaps / temperature), 0)
+  scores = jnp.where(mask, scores, highest)
+  weights = jnp.where(mask, relative(scores, highest, temperature), 0)
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1)
+
+
+def _taken(scores, mask):
+  """Scores `[B]`, float32 or wider, and the mask."""
+  scores = jnp.asarray(scores)
+  if scores.ndim != 1:
+    raise ValueError(
+      f"a weighting got scores of shape {scores.shape}; expected [B]. If"
+      " optax.inject_hyperparams took it for a schedule, name it instead"
+      " (weighting='softmax', temperature=0.5), or add"
+      " static_args=('weighting',)."
+    )
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    scores = scores.astype(jnp.float32)
+  return _tree.to_accumulate(scores), _validate.padding_mask(
+    mask, scores.size, scores
+  )
 
 
 def _count(mask, dtype):

@@ -1,5 +1,6 @@
 """Bad input: what came, what was expected, what to do about it."""
 
+import collections
 import re
 
 import jax
@@ -108,10 +109,12 @@ def test_a_reference_in_other_containers_names_both(call):
     call(reference=wrong)
 
 
-def test_a_difference_in_containers_only_is_refused():
-  params = [np.ones(2, np.float32), np.ones(3, np.float32)]
-  with pytest.raises(TypeError, match=r"expected the containers of params"):
-    gm.reweight_by_mimic_score(tuple(params)).init(params)
+def test_two_leaves_of_one_path_in_other_containers_are_refused():
+  leaf = np.ones(2, np.float32)
+  params = {"a": {"b": leaf}, "a/b": leaf}
+  other = collections.OrderedDict([("a/b", leaf), ("a", {"b": leaf})])
+  with pytest.raises(TypeError, match=r"two leaves at 'a/b', in other contain"):
+    gm.reweight_by_mimic_score(other).init(params)
 
 
 def test_a_direction_of_another_shape_is_refused():

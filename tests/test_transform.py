@@ -424,12 +424,12 @@ def test_a_score_that_overflows_is_counted_and_left_out(sign):
   assert state.nonfinite == 1
 
 
-def test_nothing_left_gives_zero_updates(grads):
+def test_nothing_left_gives_nan_updates_and_padding_zeros(grads):
   tx = gm.reweight_by_mimic_score(REFERENCE)
   broken = jax.tree.map(lambda g: np.full_like(g, np.nan), grads)
-  for case, mask in ((grads, MASK & False), (broken, None)):
+  for case, mask, fill in ((grads, MASK & False, 0), (broken, None, np.nan)):
     updates, state = apply(tx, case, mask=mask)
-    same(updates, jax.tree.map(np.zeros_like, PARAMS))
+    same(updates, jax.tree.map(lambda x, f=fill: np.full_like(x, f), PARAMS))
     assert state.effective_sample_size == 0
 
 

@@ -381,3 +381,62 @@ def test_a_schedule_without_a_step_is_refused():
 def test_a_mask_of_another_length_is_refused(name):
   with pytest.raises(ValueError, match=r"mask has shape \(3,\).*\(32,\)"):
     WEIGHTINGS[name](jnp.asarray(SCORES), jnp.ones(3, bool))
+
+
+FINITE = {
+  "softmax": gm.softmax(1.0),
+  "cold": gm.softmax(1e-45),
+  "hot": gm.softmax(1e38),
+  "ess": gm.ess_softmax(0.3),
+  "least ess": gm.ess_softmax(1e-6),
+  "top": gm.top_fraction(0.3),
+  "positive": gm.positive(),
+  "proportional": gm.proportional(),
+  "uniform": gm.uniform(),
+  "warmup": gm.warmup(gm.ess_softmax(0.3), steps=1),
+}
+
+
+def finite_scores(rng, size, dtype):
+  """Of any magnitude that the dtype has, alike or not."""
+  limits = jnp.finfo(dtype)
+  most, least = float(limits.max), float(limits.smallest_subnormal)
+  exponents = rng.uniform(np.log10(least), np.log10(most) - 0.01, size)
+  draws = (
+    rng.normal(size=size),
+    rng.choice([-1, 1], size) * 10.0**exponents,
+    rng.choice([most, -most], size),
+    np.full(size, rng.choice([0, most, -most, least])),
+    rng.choice([least, -least, 0], size),
+    rng.choice([most, -most, least, 0, 1], size),
+  )
+  return draws[rng.integers(len(draws))].astype(dtype)
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_weights_of_any_finite_scores_sum_to_one(name):
+  weigh = jax.jit(lambda s, m: FINITE[name](s, m, jnp.int32(3)))
+  rng = np.random.default_rng(0)
+  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+    for size in (1, 7):
+      for _ in range(40):
+        scores = finite_scores(rng, size, dtype)
+        mask = rng.random(size) < rng.choice([0.6, 1])
+        scores[~mask] = np.nan
+        weights = np.asarray(weigh(scores, mask))
+        assert np.isfinite(weights).all()
+        assert (weights >= 0).all()
+        assert not weights[~mask].any()
+        assert abs(weights.sum() - mask.any()) < 1e-5, (scores, weights)
+
+
+def test_weights_of_huge_scores_are_those_of_small_ones():
+  scores = np.float32([-3, 1, 2, 3])
+  for weigh, at_one in (
+    (gm.softmax(8e37), gm.softmax(0.8)),
+    (gm.ess_softmax(0.5), gm.ess_softmax(0.5)),
+    (gm.proportional(), gm.proportional()),
+  ):
+    np.testing.assert_allclose(
+      jax.jit(weigh)(scores * np.float32(1e38)), at_one(scores), rtol=1e-4
+    )
