@@ -484,8 +484,8 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 
 def test_a_missing_manifest_is_refused(tmp_path):
   write(tmp_path, random_appends(12))
-  (tmp_path / "manifest.json").unlink()
-  with pytest.raises(ValueError, match=r"but no\s+manifest.json"):
+  (tmp_path / "_manifest.json").unlink()
+  with pytest.raises(ValueError, match=r"but no\s+_manifest.json"):
     ScoreLedger(tmp_path)
 
 
@@ -502,8 +502,8 @@ def test_a_missing_manifest_is_refused(tmp_path):
   ],
 )
 def test_a_bad_manifest_is_refused(tmp_path, content, message):
-  (tmp_path / "manifest.json").write_bytes(content)
-  with pytest.raises(ValueError, match=r"manifest.json") as caught:
+  (tmp_path / "_manifest.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"_manifest.json") as caught:
     ScoreLedger(tmp_path)
   assert message in str(caught.value)
 
@@ -530,7 +530,7 @@ def test_fingerprints_are_kept_and_compared(tmp_path):
   ]:
     with pytest.raises(ValueError, match=message):
       ScoreLedger(tmp_path, fingerprints=other)
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  manifest = json.loads((tmp_path / "_manifest.json").read_text())
   assert manifest["fingerprints"] == prints
   assert manifest["id_kind"] == "integer"
 
