@@ -17,6 +17,7 @@ import gradmimic_jax as gm
 from configs import report as report_config
 from experiments import (
   cli,
+  filters,
   methods,
   reference as reference_lib,
   score,
@@ -24,7 +25,6 @@ from experiments import (
   train,
   workdir as workdir_lib,
 )
-from experiments.data import noise
 
 REPORT_FILE = "report.html"
 _FREE = ("run", "selection", "title", "gallery", "max_bytes")
@@ -116,12 +116,13 @@ def write(
   config = select.config_of(run)
   config.model.pretrained = None  # images are shown as they are
   data = train.load_data(config)
-  truth, _ = noise.load(run / train.LABELS_FILE)
+  prints = select.fingerprints_of(run)
+  truth = filters.own_labels(run / train.LABELS_FILE, prints)
   if title is None:
     title = f"{config.data.name} {config.data.train_split}"
     if truth.rate:
       title += f", {config.noise.kind} noise {truth.rate:.3g}"
-  fingerprints = {"fingerprints": select.fingerprints_of(run)}
+  fingerprints = {"fingerprints": prints}
   return gm.report(
     select.ledger_of(run),
     dataclasses.replace(
@@ -194,4 +195,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

@@ -384,4 +384,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

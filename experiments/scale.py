@@ -206,4 +206,4 @@ if __name__ == "__main__":
       json.dumps(measure(pathlib.Path(sys.argv[2]), **json.load(sys.stdin)))
     )
   else:
-    cli.run(main)
+    cli.run(main, exclusive=True)

@@ -1,10 +1,12 @@
 """Where a run's metrics go: JSON lines, TensorBoard, a progress bar."""
 
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +15,13 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from gradmimic_jax import _files
+
 METRICS_FILE = "metrics.jsonl"
 # What differs from run to run of the same: in lines of their own.
 TIMINGS = ("steps_per_second", "data_wait")
+_CHECK = "check"
+_MAX_BYTES = 1 << 32
 
 
 class MetricsWriter:
@@ -31,23 +37,22 @@ class MetricsWriter:
     """
     path = workdir / METRICS_FILE
     rows = read_metrics(path, timings=True)
-    kept = [row for row in rows if row["step"] < first_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-    os.replace(temporary, path)
+    kept = [_line(row) for row in rows if row["step"] < first_step]
+    _files.write_bytes(path, "".join(kept).encode())
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
     self._events = _Events(workdir / "tensorboard", first_step=first_step)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line, `{"step": step, **scalars}`."""
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.write(_line({"step": step, **scalars}))
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
     """Puts what was written on disk."""
     self._file.flush()
+    # A checkpoint counts on these lines, whatever happens to the machine.
+    os.fsync(self._file.fileno())
     self._events.flush()
 
   def close(self) -> None:
@@ -56,6 +61,15 @@ class MetricsWriter:
       self._file.close()
     finally:
       self._events.close()
+
+
+def _line(row):
+  """A line of the file, whose last field is a checksum of what is before it."""
+  return json.dumps({**row, _CHECK: _sum_of(row)}) + "\n"
+
+
+def _sum_of(row):
+  return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
 class _Events:
@@ -118,18 +132,41 @@ def read_metrics(
       All other lines are the same in every run of a config.
 
   Returns:
-    The lines.
+    The lines, without their checksums.
+
+  Raises:
+    OSError: it can't be read.
+    ValueError: a line is damaged.
   """
   if not path.exists():
     return []
+  content = bytes(_files.read_bytes(path, max_bytes=_MAX_BYTES))
   rows = []
-  for line in path.read_text().splitlines(keepends=True):
-    if not line.endswith("\n"):
-      break
-    row = json.loads(line)
+  for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    remedy = (
+      f"That is line {number}: restore the file from a copy, or cut it off"
+      " before that line."
+    )
+    row = _files.parse_json(line, path, remedy=remedy)
+    with _files.named(path, remedy=remedy):
+      if type(row.get("step")) is not int:
+        raise ValueError(f"its step is {str(row.get('step'))[:40]!r}")
+      check = row.pop(_CHECK, None)  # earlier releases wrote none
+      if check not in (None, _sum_of(row)):
+        raise ValueError("its checksum is another")
     if timings or not any(name in row for name in TIMINGS):
       rows.append(row)
   return rows
+
+
+def recorded_steps(path: pathlib.Path) -> int:
+  """How many steps, from the first on, a run's metrics have lines of."""
+  steps = {
+    row["step"]
+    for row in read_metrics(path)
+    if any(name.startswith("train_") for name in row)
+  }
+  return next(step for step in itertools.count() if step not in steps)
 
 
 def progress(total: int, done: int, title: str) -> tqdm.tqdm:

@@ -54,10 +54,11 @@ class ScoreLedger:
       may go on with another number of writers.
     * A file that is damaged or lost, or that another ledger wrote, is refused
       by name. Nothing is skipped in silence.
-    * Whatever reads a folder of Parquet files reads this one
-      (`pandas.read_parquet(path)`, `pyarrow.dataset`, Polars, DuckDB, Spark).
-      A run that was interrupted may have recorded some (id, step) twice, with
-      the same values: drop duplicates of the two.
+    * Whatever reads a folder of Parquet files reads this one:
+      `pandas.read_parquet(path)`, `pyarrow.dataset.dataset(path)`, DuckDB,
+      `polars.scan_parquet(path, hidden_file_prefix="_")`. A run that was
+      interrupted may have recorded some (id, step) twice, with the same
+      values: drop duplicates of the two.
     * What is read back does not depend on how the appends were cut into files.
 
   | edge case                                | behaviour                     |
