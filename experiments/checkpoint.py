@@ -390,8 +390,8 @@ def _check_owner(workdir, folder):
   result, about = workdir / workdir_lib.RESULT_FILE, folder / "run" / "metadata"
   if not (result.is_file() and about.is_file()):
     return
-  theirs = workdir_lib.read_json(result).get("fingerprint")
-  found = workdir_lib.read_json(about).get("fingerprint")
+  theirs = workdir_lib.read_json(result, {}).get("fingerprint")
+  found = workdir_lib.read_json(about, {}).get("fingerprint")
   if theirs is not None and found != theirs:
     raise ValueError(
       f"{folder} is of another run: its fingerprint is {found!r}, and that in"

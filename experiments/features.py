@@ -126,7 +126,7 @@ def _read(file) -> Features | None:
   if not (file.exists() and _about_file(file).exists()):
     return None
   try:
-    about = workdir_lib.read_json(_about_file(file))
+    about = workdir_lib.read_json(_about_file(file), {})
     total = about.pop("fingerprint")
     if workdir_lib.fingerprint(about) != total or (
       _sum_of(file) != about["sha256"]

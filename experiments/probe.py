@@ -300,7 +300,7 @@ class _Grid:
     if not file.exists():
       return None
     try:
-      return workdir_lib.read_json(file)
+      return workdir_lib.read_json(file, {"runs": list})
     except ValueError as error:
       logging.warning("%s; it is run again.", error)
       return None
@@ -494,7 +494,8 @@ class _Grid:
     found = {}
     for cell in self._references(seeds):
       for run in self._result(cell)["runs"]:
-        with np.load(self.folder / SAMPLES / run["samples"]) as arrays:
+        file = self.folder / SAMPLES / run["samples"]
+        with probe_report.samples(file) as arrays:
           found[run["seed"]] = {
             name: arrays[name] for name in ("bias", "kernel")
           }

@@ -179,7 +179,7 @@ def _facts(config, run):
       facts[name] = value
   result = run / workdir_lib.RESULT_FILE
   if result.exists():
-    found = workdir_lib.read_json(result)
+    found = workdir_lib.read_json(result, {})
     if found.get("noise_rate"):
       facts["noise rate"] = f"{found['noise_rate']:.4g}"
     if "checkpoints" in found:

@@ -93,7 +93,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
 def check_run(folder: pathlib.Path, section: dict[str, Any]) -> None:
   """Raises ValueError where `run.json` is not that of the finished job."""
   file = folder / RESULT_FILE
-  own = workdir_lib.read_json(file).get("run") if file.exists() else None
+  own = workdir_lib.read_json(file, {}).get("run") if file.exists() else None
   found = workdir_lib.fingerprint(section)
   if own not in (None, found):
     raise ValueError(
@@ -124,7 +124,7 @@ def learners_config(config: Any) -> Any:
   workdir_lib.check_config(
     file.parent, train.FREE, workdir_lib.of_result(file.parent)
   )
-  run = complete(workdir_lib.read_json(file), file)
+  run = complete(workdir_lib.read_json(file, {}), file)
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
   run.data.filter = None  # all are scored, also those that it left out

@@ -64,7 +64,7 @@ def config_of(run: pathlib.Path) -> Any:
   """The config of the data in a run's folder, whichever job it is of."""
   for name in (score.RUN_FILE, workdir_lib.CONFIG_FILE):
     if (run / name).exists():
-      section = workdir_lib.read_json(run / name)
+      section = workdir_lib.read_json(run / name, {})
       if name == score.RUN_FILE:
         score.check_run(run, section)
       return score.complete(section, run / name)

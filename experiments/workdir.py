@@ -67,27 +67,35 @@ def write_json(path: pathlib.Path, value: Any, *, sealed: bool = False) -> None:
 
 def read_json(
   path: pathlib.Path,
-  fields: Mapping[str, type | tuple[type, ...]] = types.MappingProxyType({}),
+  fields: Mapping[str, type] | None = None,
   *,
   sealed: bool = True,
-) -> dict[str, Any]:
-  """Reads the object that `write_json` wrote.
+) -> Any:
+  """Reads what `write_json` wrote.
 
   Args:
     path: the file.
-    fields: names that must be there, and the types of their values.
+    fields: of an object: names that must be there, and the types of their
+      values. None: it may be no object.
     sealed: whether to compare a seal, if there is one, before it is taken out.
 
   Returns:
-    The object.
+    Its content.
 
   Raises:
     OSError: it isn't there, or can't be read.
     ValueError: it is damaged; the file is named.
   """
-  found = _files.read_json(path, max_bytes=_MAX_JSON, remedy=_REMEDY)
+  found = _files.read_json(
+    path,
+    kind=object if fields is None else dict,
+    max_bytes=_MAX_JSON,
+    remedy=_REMEDY,
+  )
+  if not isinstance(found, dict):
+    return found
   with _files.named(path, remedy=_REMEDY):
-    for name, kind in fields.items():
+    for name, kind in (fields or {}).items():
       if not isinstance(found.get(name), kind):
         raise ValueError(f"its {name} is {str(found.get(name))[:80]!r}")
   if sealed:
@@ -150,7 +158,7 @@ def check_config(
       configs nothing is said.
   """
   file = folder / CONFIG_FILE
-  found = read_json(file, sealed=False)
+  found = read_json(file, {}, sealed=False)
   if found.pop(_SEAL, None) is None or "config" not in prints:
     return
   mine = fingerprint(without(found, (*free, *ALWAYS_FREE)))
@@ -167,7 +175,7 @@ def of_result(folder: pathlib.Path) -> dict[str, str]:
   file = folder / RESULT_FILE
   if not file.exists():
     return {}
-  found = read_json(file).get("fingerprints", {})
+  found = read_json(file, {}).get("fingerprints", {})
   return found if isinstance(found, dict) else {}
 
 
@@ -273,7 +281,8 @@ def check(
   _check_writable(folder)
   file = folder / CONFIG_FILE
   if file.exists():
-    for field, theirs, ours in _differences(read_json(file), as_dict(config)):
+    mine = as_dict(config)
+    for field, theirs, ours in _differences(read_json(file, {}), mine):
       if not field.startswith((*ALWAYS_FREE, *free)):
         raise ValueError(
           f"workdir {folder} belongs to another config: {field} is {theirs!r}"
