@@ -97,6 +97,14 @@ def run(
       if debug:
         raise
       sys.exit(f"error: {error} (--v=1 shows where this comes from)")
+    except preemption.PreemptedError as left:
+      preemption.ignore()
+      if not jax.distributed.is_initialized():
+        # Whatever was interrupted may not survive an orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(left.code)
+      raise
     except KeyboardInterrupt:
       sys.exit("interrupted; the same command goes on from the last checkpoint")
 

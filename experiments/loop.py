@@ -225,10 +225,9 @@ def _recorded(folder, ledger):
       if lost is None and not ledger.epochs:
         lost = 0
       if lost is not None and lost < limit:
-        limit, reason = (
-          lost,
-          f"{ledger.path} lost rows of steps from {lost} on.",
-        )
+        where = ledger.path.joinpath(*ledger.lost_files[:1])
+        limit = lost
+        reason = f"{where}: rows of steps from {lost} on were lost."
   told = distributed.texts_of_all(json.dumps([limit, reason]))[0]
   return json.loads(told)
 

@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import sys
 import threading
 from typing import NoReturn
 
@@ -78,6 +77,12 @@ def leave_if_asked() -> None:
     leave("the same command goes on from what is finished")
 
 
+def ignore() -> None:
+  """Lets no further SIGTERM disturb a job that is on its way out."""
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def leave(what: str) -> NoReturn:
   """Says what happened, and raises PreemptedError.
 
@@ -88,12 +93,13 @@ def leave(what: str) -> NoReturn:
     PreemptedError: always.
   """
   _asked.clear()
-  if _job and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way
+  if _job:
+    ignore()
   message = f"SIGTERM: {what}"
   # Asking which process this is would start the devices.
   if not jax.distributed.is_initialized() or jax.process_index() == 0:
-    print(message, file=sys.stderr, flush=True)
+    # Straight to the descriptor: what was interrupted may have the stream.
+    os.write(2, f"{message}\n".encode())
   raise PreemptedError(message)
 
 
@@ -102,4 +108,10 @@ def _note(*_):
 
 
 def _end(*_):
-  leave("there was nothing to save; the same command goes on")
+  # Should something swallow the error, the loop still leaves.
+  signal.signal(signal.SIGTERM, _note)
+  try:
+    leave("there was nothing to save; the same command goes on")
+  finally:
+    _asked.set()
+    signal.signal(signal.SIGTERM, _note)

@@ -302,8 +302,8 @@ class _Pass:
     lost = ledger.first_lost_step
     if lost is not None:
       logging.warning(
-        "%s lost rows of batches from %d on; they are scored again.",
-        ledger.path,
+        "%s: rows of batches from %d on were lost; they are scored again.",
+        ledger.path.joinpath(*ledger.lost_files[:1]),
         lost,
       )
       ledger.forget_from(lost)

@@ -68,7 +68,7 @@ def config_of(run: pathlib.Path) -> Any:
       if name == score.RUN_FILE:
         score.check_run(run, section)
       return score.complete(section, run / name)
-  raise FileNotFoundError(f"{run} is no run's folder: it has no config.")
+  raise FileNotFoundError(f"{run} is no run's folder: it has no config.json.")
 
 
 def fingerprints_of(run: pathlib.Path) -> dict[str, str]:

@@ -77,7 +77,7 @@ def read_json(
     path: the file.
     fields: of an object: names that must be there, and the types of their
       values. None: it may be no object.
-    sealed: whether to compare a seal, if there is one, before it is taken out.
+    sealed: whether to compare a seal, if there is one, and to take it out.
 
   Returns:
     Its content.
@@ -98,19 +98,14 @@ def read_json(
     for name, kind in (fields or {}).items():
       if not isinstance(found.get(name), kind):
         raise ValueError(f"its {name} is {str(found.get(name))[:80]!r}")
-  if sealed:
-    check_seal(path, found)
-  found.pop(_SEAL, None)
-  return found
-
-
-def check_seal(path: pathlib.Path, found: Mapping[str, Any]) -> None:
-  """Raises ValueError where a file's content is not what was sealed."""
-  if _SEAL in found and found[_SEAL] != _seal(found):
+  if sealed and found.get(_SEAL, expected := _seal(found)) != expected:
     raise ValueError(
       f"{path} is damaged (its {_SEAL} is {str(found[_SEAL])[:40]!r}, not"
-      f" {_seal(found)!r}). {_REMEDY}"
+      f" {expected!r}). {_REMEDY}"
     )
+  if sealed:
+    found.pop(_SEAL, None)
+  return found
 
 
 def _seal(value):

@@ -141,7 +141,7 @@ def read_metrics(
   if not path.exists():
     return []
   content = bytes(_files.read_bytes(path, max_bytes=_MAX_BYTES))
-  rows = []
+  rows, last = [], 0
   for number, line in enumerate(content.split(b"\n")[:-1], 1):
     remedy = (
       f"That is line {number}: restore the file from a copy, or cut it off"
@@ -154,7 +154,12 @@ def read_metrics(
       check = row.pop(_CHECK, None)  # earlier releases wrote none
       if check not in (None, _sum_of(row)):
         raise ValueError("its checksum is another")
-    if timings or not any(name in row for name in TIMINGS):
+      is_timing = any(name in row for name in TIMINGS)
+      if not is_timing:
+        if row["step"] < last:
+          raise ValueError(f"its step {row['step']} comes after {last}")
+        last = row["step"]
+    if timings or not is_timing:
       rows.append(row)
   return rows
 

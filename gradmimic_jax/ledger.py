@@ -163,6 +163,11 @@ class ScoreLedger:
     return tuple(sorted({e for file in self._files() for e in file.epochs}))
 
   @property
+  def lost_files(self) -> tuple[str, ...]:
+    """The names of files that are not there any more."""
+    return tuple(self._look()[1])
+
+  @property
   def first_lost_step(self) -> int | None:
     """Where to record again from: the first step whose rows were lost.
 
@@ -570,7 +575,8 @@ def _compare_fingerprints(
       raise ValueError(
         f"the ledger at {path} was made with other inputs: fingerprint"
         f" {name!r} is {found.get(name)!r} there and {asked.get(name)!r} here."
-        " Use another folder, or the inputs it was made with."
+        f" Use another folder, or the inputs it was made with, which"
+        f" {row_files.MANIFEST} names."
       )
 
 
