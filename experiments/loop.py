@@ -158,8 +158,8 @@ def run(
     )
     state = checkpoints.restore(state, batches, *_recorded(folder, ledger))
     step = int(state.step)
-    if distributed.is_first() and ledger and ledger.first_lost_step is not None:
-      ledger.forget_from(step)
+    if distributed.is_first() and ledger is not None:
+      _forget_lost(ledger, step)
     distributed.meet()
     metrics = closing(writers.metrics(folder, first_step=step))
     bar = closing(writers.progress(total, step, folder.name))
@@ -230,6 +230,12 @@ def _recorded(folder, ledger):
         reason = f"{where}: rows of steps from {lost} on were lost."
   told = distributed.texts_of_all(json.dumps([limit, reason]))[0]
   return json.loads(told)
+
+
+def _forget_lost(ledger, step):
+  """Makes way for rows that are recorded again."""
+  if ledger.first_lost_step is not None:
+    ledger.forget_from(step)
 
 
 def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:

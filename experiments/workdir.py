@@ -285,7 +285,7 @@ def check(
           " or delete that one to start over."
         )
   elif folder.exists() and any(
-    entry.suffix != ".tmp" and not entry.match(".lock")
+    entry.suffix != ".tmp" and not entry.match(".lock*")
     for entry in folder.iterdir()
   ):
     raise ValueError(
