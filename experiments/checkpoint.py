@@ -148,29 +148,30 @@ class Checkpointer:
   def _restore(self, step, state, iterator, *, last):
     """The checkpoint's state; None if it is damaged and not the last resort."""
     folder = pathlib.Path(self._manager.directory) / str(step)
+    known = False
     try:
-      _check(folder, share=True)
-      try:
-        return self._read(step, state, iterator)
-      except _OtherRunError:
-        raise
-      except Exception as error:
-        if jax.process_count() > 1:
-          raise  # the others may have read theirs
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-          f"{folder} can't be read ({type(error).__name__}: {line[:200]})"
-        ) from error
+      known = _check(folder, share=True)
+      return self._read(step, state, iterator)
     except _OtherRunError:
       raise
-    except ValueError as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:
+      # What is as it was saved has another fault. Without checksums the others
+      # may have read theirs.
+      if known or (
+        jax.process_count() > 1 and not isinstance(error, _DamagedError)
+      ):
+        raise
+      what = str(error)
+      if not isinstance(error, _DamagedError):
+        line = (what.strip().splitlines() or [""])[0]
+        what = f"{folder} can't be read ({type(error).__name__}: {line[:200]})"
       if last:
         raise ValueError(
-          f"{error}, and there is no checkpoint before it. Restore it from a"
+          f"{what}, and there is no checkpoint before it. Restore it from a"
           f" copy; or delete {folder.parent}, and the same command trains from"
           " the start."
         ) from error
-      _say(f"{error}.")
+      _say(f"{what}.")
       return None
 
   def _read(self, step, state, iterator):
@@ -227,28 +228,40 @@ class _OtherRunError(ValueError):
   """A checkpoint that is whole, and not for this run."""
 
 
+class _DamagedError(ValueError):
+  """A checkpoint whose files are not as they were saved."""
+
+
 def _say(line):
   if distributed.is_first():
     logging.warning("%s", line)
 
 
 def _check(folder, *, share):
-  """Raises ValueError where a checkpoint's files are not as they were saved.
+  """Compares a checkpoint's files with what they were when they were saved.
 
   Args:
     folder: the checkpoint's.
     share: whether all processes are here, each to look at a part.
+
+  Returns:
+    Whether anything is known of that.
+
+  Raises:
+    _DamagedError: a file is not as it was, as some process sees it.
   """
-  failure = ""
+  failure, known = "", False
   try:
     count = jax.process_count() if share else 1
-    if not checksums.check(folder, jax.process_index() % count, count):
+    known = checksums.check(folder, jax.process_index() % count, count)
+    if not known:
       _say(f"{folder} has no checksums; it is taken as it is.")
   except (ValueError, OSError) as error:
     failure = str(error)
   texts = distributed.texts_of_all(failure) if share else [failure]
   for text in filter(None, texts):
-    raise ValueError(text)
+    raise _DamagedError(text)
+  return known
 
 
 def _make_barrier(folder):

@@ -160,13 +160,6 @@ def check(config: Any) -> None:
 
 
 def _claim(folder, config):
-  """As `workdir.claim`, where several processes may be at it."""
-  for _ in range(10):
-    try:
-      workdir_lib.claim(folder, config, label_noise, free=_FREE)
-      return
-    except FileNotFoundError:  # another one has moved the file of both
-      time.sleep(0.1)
   workdir_lib.claim(folder, config, label_noise, free=_FREE)
 
 

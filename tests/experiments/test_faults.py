@@ -270,6 +270,27 @@ def test_a_run_that_is_asked_to_leave_saves_first(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_job_on_a_workdir_is_refused(
+  start, undisturbed, tmp_path, count
+):
+  """At once, with one line; several processes of a job are one run."""
+  run = tmp_path / "run"
+  begun = Begun(start, run, count=2)
+  begun.saves()
+  for process in (second := start(run, count=count)):
+    _, words = process.communicate(timeout=BOUND)
+    assert process.returncode == 1
+    (line,) = (line for line in words.splitlines() if "is in use" in line)
+    assert f"process {begun.processes[0].pid} on" in line
+    assert "Traceback" not in words
+  assert len(second) == count
+  assert all(process.poll() is None for process in begun.processes)
+  processes.finish(begun.processes)
+  assert_same_run(run, undisturbed(2))
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(
   start, undisturbed, tmp_path, request
 ):
@@ -518,9 +539,25 @@ def test_a_damaged_checkpoint_with_none_before_it_is_named(config, damaged):
 def test_a_checkpoint_of_an_earlier_release_is_taken(config, damaged, caplog):
   for file in damaged.rglob("checksums_*.txt"):
     file.unlink()
+  copy = damaged.with_name("copy")
+  shutil.copytree(damaged, copy)
   with caplog.at_level("WARNING", logger="absl"):
     assert train.train_and_evaluate(config, damaged)["steps"] == 18
   assert "18 has no checksums; it is taken as it is" in caplog.text
+  (copy / checkpoint.FOLDER / "18" / "data" / "metadata").write_text("{")
+  with caplog.at_level("WARNING", logger="absl"):
+    assert train.train_and_evaluate(config, copy)["steps"] == 18
+  assert "18 can't be read" in caplog.text
+
+
+def test_a_fault_of_another_kind_removes_nothing(config, damaged, monkeypatch):
+  def fail(*_):
+    raise ValueError("no room on the device")
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_read", fail)
+  with pytest.raises(ValueError, match="no room"):
+    train.train_and_evaluate(config, damaged)
+  assert checkpoint.steps(damaged) == [12, 18]
 
 
 def test_every_byte_of_a_checkpoint_counts(damaged):
