@@ -16,7 +16,8 @@ _LINE = re.compile(r"([0-9a-f]{8}) (\d+) (\S.*)")
 _CHUNK = 1 << 22  # bytes read at a time
 # Written after everything else, and nothing that a run depends on.
 _LEFT_OUT = ("_CHECKPOINT_METADATA", "commit_success.txt")
-_BEING_SAVED = "*.orbax-checkpoint-tmp*"
+_SAVING = ".orbax-checkpoint-tmp"
+_BEING_SAVED = f"*{_SAVING}*"
 _OWN = "ocdbt.process_{}"  # the folders of what a process writes
 
 
@@ -90,7 +91,9 @@ def _files_in(folder):
 
 
 def _name(folder, path):
-  return path.relative_to(folder).as_posix()
+  """A file's name in the checkpoint, whose folders get theirs at the end."""
+  parts = path.relative_to(folder).parts
+  return "/".join(part.partition(_SAVING)[0] for part in parts)
 
 
 def _sum_of(path):

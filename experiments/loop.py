@@ -156,12 +156,16 @@ def run(
         fingerprint=fingerprint,
       )
     )
-    state = checkpoints.restore(state, batches, *_recorded(folder, ledger))
+    state = checkpoints.restore(
+      state, batches, *_recorded(folder, ledger, fingerprint)
+    )
     step = int(state.step)
     if distributed.is_first() and ledger is not None:
       _forget_lost(ledger, step)
     distributed.meet()
-    metrics = closing(writers.metrics(folder, first_step=step))
+    metrics = closing(
+      writers.metrics(folder, first_step=step, fingerprint=fingerprint)
+    )
     bar = closing(writers.progress(total, step, folder.name))
     trace = closing(_Trace(folder, *schedule.profile_steps))
     log = step_log.StepLog(
@@ -209,7 +213,7 @@ def run(
       bar.update()
 
 
-def _recorded(folder, ledger):
+def _recorded(folder, ledger, fingerprint):
   """Up to which step all is on record that a checkpoint counts on, and why.
 
   Rows and lines reach the disk before the checkpoint: where they lack, they
@@ -218,7 +222,7 @@ def _recorded(folder, ledger):
   limit, reason = None, ""
   if distributed.is_first():
     metrics = folder / writers.METRICS_FILE
-    limit = writers.recorded_steps(metrics)
+    limit = writers.recorded_steps(metrics, fingerprint)
     reason = f"{metrics} lacks the lines of steps from {limit} on."
     if ledger is not None:
       lost = ledger.first_lost_step

@@ -21,23 +21,29 @@ METRICS_FILE = "metrics.jsonl"
 # What differs from run to run of the same: in lines of their own.
 TIMINGS = ("steps_per_second", "data_wait")
 _CHECK = "check"
+_RUN = "fingerprint"  # of the run, in the first line
 _MAX_BYTES = 1 << 32
 
 
 class MetricsWriter:
   """Writes scalars by step to `metrics.jsonl` and TensorBoard event files."""
 
-  def __init__(self, workdir: pathlib.Path, *, first_step: int):
+  def __init__(
+    self, workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
+  ):
     """Opens the files.
 
     Args:
       workdir: the run's folder.
       first_step: where the run starts or goes on. Lines from there on stem from
         an interrupted run; they are dropped and will be written again.
+      fingerprint: the run's; "" takes any run's lines.
     """
     path = workdir / METRICS_FILE
-    rows = read_metrics(path, timings=True)
+    rows = read_metrics(path, timings=True, fingerprint=fingerprint)
     kept = [_line(row) for row in rows if row["step"] < first_step]
+    if fingerprint:
+      kept.insert(0, _line({"step": 0, _RUN: fingerprint}))
     _files.write_bytes(path, "".join(kept).encode())
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
     self._events = _Events(workdir / "tensorboard", first_step=first_step)
@@ -110,16 +116,16 @@ class Silence:
 
 
 def metrics(
-  workdir: pathlib.Path, *, first_step: int
+  workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
 ) -> MetricsWriter | Silence:
   """The run's `MetricsWriter`; of several processes, the first one writes."""
   if jax.process_index():
     return Silence()
-  return MetricsWriter(workdir, first_step=first_step)
+  return MetricsWriter(workdir, first_step=first_step, fingerprint=fingerprint)
 
 
 def read_metrics(
-  path: pathlib.Path, *, timings: bool = False
+  path: pathlib.Path, *, timings: bool = False, fingerprint: str = ""
 ) -> list[dict[str, Any]]:
   """The whole lines of a metrics file; none if there is no file.
 
@@ -130,13 +136,14 @@ def read_metrics(
     timings: whether to have the lines of `TIMINGS` as well: `steps_per_second`,
       and `data_wait`, the share of the time that steps had to wait for data.
       All other lines are the same in every run of a config.
+    fingerprint: of the run whose lines they must be; "": of any.
 
   Returns:
     The lines, without their checksums.
 
   Raises:
     OSError: it can't be read.
-    ValueError: a line is damaged.
+    ValueError: a line is damaged, or they are another run's.
   """
   if not path.exists():
     return []
@@ -154,6 +161,13 @@ def read_metrics(
       check = row.pop(_CHECK, None)  # earlier releases wrote none
       if check not in (None, _sum_of(row)):
         raise ValueError("its checksum is another")
+      if _RUN in row:
+        if fingerprint and row[_RUN] != fingerprint:
+          raise ValueError(
+            f"{path} is of another run: its fingerprint is {row[_RUN]!r},"
+            f" expected {fingerprint!r}."
+          )
+        continue
       is_timing = any(name in row for name in TIMINGS)
       if not is_timing:
         if row["step"] < last:
@@ -164,11 +178,11 @@ def read_metrics(
   return rows
 
 
-def recorded_steps(path: pathlib.Path) -> int:
+def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
   """How many steps, from the first on, a run's metrics have lines of."""
   steps = {
     row["step"]
-    for row in read_metrics(path)
+    for row in read_metrics(path, fingerprint=fingerprint)
     if any(name.startswith("train_") for name in row)
   }
   return next(step for step in itertools.count() if step not in steps)

@@ -656,6 +656,15 @@ def test_metrics_that_were_lost_are_written_again(config, whole, damaged):
   assert_same_run(damaged, whole)
 
 
+def test_metrics_of_another_run_are_refused(tmp_path):
+  writers.MetricsWriter(tmp_path, first_step=0, fingerprint="ours").close()
+  writers.MetricsWriter(tmp_path, first_step=0, fingerprint="ours").close()
+  with pytest.raises(
+    ValueError, match=r"metrics\.jsonl is of another run.*'ours', .*'theirs'"
+  ):
+    writers.MetricsWriter(tmp_path, first_step=0, fingerprint="theirs")
+
+
 @pytest.mark.parametrize(
   ("old", "new"), [(b"0.", b"1."), (b"{", b"[" * 10**5), (b'"step"', b'"stop"')]
 )
