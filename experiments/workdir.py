@@ -159,9 +159,9 @@ def check_config(
   mine = fingerprint(without(found, (*free, *ALWAYS_FREE)))
   if mine != prints["config"]:
     raise ValueError(
-      f"{file} is of another run: its fingerprint is {mine!r}, and that of the"
-      f" other files beside it {prints['config']!r}. Restore what doesn't"
-      " belong there."
+      f"{file} is of another run: its fingerprint is {mine!r}, and by"
+      f" {RESULT_FILE} or the ledger beside it {prints['config']!r}. Restore"
+      " what doesn't belong there."
     )
 
 
@@ -198,6 +198,8 @@ def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
     ValueError: it is damaged, or has another fingerprint.
   """
   result = read_json(file, {"fingerprint": str})
+  if "fingerprints" in result and _SEAL not in read_json(file, sealed=False):
+    raise ValueError(f"{file} is damaged (it has no {_SEAL}). {_REMEDY}")
   if result["fingerprint"] != expected:
     raise ValueError(
       f"{file} stems from other data, or another reference, filter, backbone or"

@@ -109,7 +109,8 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
   if ours != theirs:
     raise ValueError(
       f"{path} belongs to another ledger: its (ledger id, fingerprint,"
-      f" version) is {theirs}, this ledger's is {ours}. {remedy}"
+      f" version) is {theirs}, this ledger's is {ours}, by its manifest"
+      f" {MANIFEST}. {remedy}"
     )
   if (file.first_step, file.last_step) != named[:2]:
     raise ValueError(
@@ -193,7 +194,9 @@ def _read_list(path, ledger_id):
   if not head.startswith(FORMAT + " "):
     raise ValueError(f"{path} is damaged (no first line). {remedy}")
   if head != f"{FORMAT} {ledger_id}":
-    raise ValueError(f"{path} belongs to another ledger. {remedy}")
+    raise ValueError(
+      f"{path} belongs to another ledger than {MANIFEST} beside it. {remedy}"
+    )
   found = {}
   for number, line in enumerate(lines, 2):
     match = _LIST_LINE.fullmatch(line)

@@ -483,13 +483,18 @@ class ScoreLedger:
       if path.name not in self._known:
         self._known[path.name] = row_files.inspect(path, self._manifest or {})
     files = [self._known[path.name] for path in paths]
-    there = {row_files.parts_of(path.name) for path in paths}
-    lost = [
-      name
-      for name in sorted(listed)
-      if row_files.parts_of(name) not in there
-      and not (self.path / name).exists()  # network file systems list late
-    ]
+    there = {row_files.parts_of(file.path.name): file for file in files}
+    lost = []
+    for name, rows in sorted(listed.items()):
+      file = there.get(row_files.parts_of(name))
+      if file is None:
+        if not (self.path / name).exists():  # network file systems list late
+          lost.append(name)
+      elif file.n_rows != rows:
+        raise ValueError(
+          f"{file.path} has {file.n_rows} rows, and the list beside it says"
+          f" {rows}. Restore it from a copy."
+        )
     return sorted(files, key=row_files.order_of_writing), lost
 
   def _listed(self) -> dict[str, int] | None:
