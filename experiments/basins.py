@@ -187,4 +187,4 @@ def is_error(check: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, exclusive=True)

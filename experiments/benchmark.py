@@ -177,9 +177,10 @@ def _start(file: pathlib.Path, device: jax.Device) -> dict[str, Any]:
   machine = workdir_lib.machine(device)
   if not file.exists():
     return {"machine": machine} | {part: {} for part in PARTS}
-  results = workdir_lib.read_json(file)
+  sections = dict.fromkeys(("machine", *PARTS), dict)
+  results = workdir_lib.read_json(file, sections)
   for field, value in machine.items():
-    theirs = results["machine"][field]
+    theirs = results["machine"].get(field)
     if theirs != value and field != "date":
       raise ValueError(
         f"{file} was measured with {field} {theirs!r} and this machine has"
@@ -263,4 +264,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

@@ -2,7 +2,8 @@
 
 Arrays are written by the processes that hold them, each its own part, and are
 read into whatever shardings they are asked for: the devices and processes that
-they were saved from need not be here.
+they were saved from need not be here. Before a checkpoint is whole, processes
+leave checksums of its files in it; they are compared before anything is read.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from orbax.checkpoint import multihost
 
-from experiments import distributed
+from experiments import checksums, distributed, workdir as workdir_lib
+from gradmimic_jax import _files
 
 FOLDER = "checkpoints"
 
@@ -51,13 +54,18 @@ class Checkpointer:
         none are.
     """
     self._fingerprint = fingerprint
+    folder = pathlib.Path(workdir).absolute() / FOLDER
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(workdir).absolute() / FOLDER,
+      folder,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
         cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(barrier_sync_fn=_make_barrier()),
+        async_options=ocp.AsyncOptions(
+          barrier_sync_fn=_make_barrier(folder),
+          # Of the first process, before the folder gets its name.
+          post_finalization_callback=lambda: checksums.write_rest(folder),
+        ),
       ),
       item_names=("state", "data", "run"),
     )
@@ -88,27 +96,85 @@ class Checkpointer:
     """Waits until what was saved is on disk; raises what went wrong."""
     self._manager.wait_until_finished()
 
-  def restore(self, state: Any, iterator: grain.DatasetIterator) -> Any:
+  def restore(
+    self,
+    state: Any,
+    iterator: grain.DatasetIterator,
+    limit: int | None = None,
+    reason: str = "",
+  ) -> Any:
     """The newest state, with the iterator set to it; `state` if there is none.
+
+    A checkpoint that is damaged gives way to the one before. Those after the
+    one that is taken are removed: their steps are to be made again.
 
     Args:
       state: a state of the right structure, shapes and shardings.
       iterator: is set to the checkpoint's position.
+      limit: the last step that may be taken; None: all may. The same in all
+        processes.
+      reason: for the limit, a sentence that names a file.
 
     Returns:
       The state, in the shardings of `state`.
 
     Raises:
       ValueError: the newest checkpoint belongs to other data or another config,
-        or its position in the data is one of another number of processes.
+        or its position in the data is one of another number of processes; or
+        there are checkpoints, and none that can be taken.
     """
     # What one process sees in the folder another may not see yet.
-    newest = self._manager.latest_step()
-    step = int(
-      distributed.from_first(np.int32(-1 if newest is None else newest))
-    )
-    if step < 0:
-      return state
+    found = distributed.texts_of_all(json.dumps([*self._manager.all_steps()]))
+    there = sorted(json.loads(found[0]), reverse=True)
+    usable = [step for step in there if limit is None or step <= limit]
+    if reason and len(usable) < len(there):
+      _say(reason)
+    for step in usable:
+      restored = self._restore(step, state, iterator, last=step == usable[-1])
+      if restored is not None:
+        for later in there[: there.index(step)]:
+          self._manager.delete(later)
+        if step != there[0]:
+          _say(f"The run goes on from checkpoint {step}, not {there[0]}.")
+        return restored
+    if there:
+      raise ValueError(
+        f"{reason} The oldest checkpoint in {self._manager.directory} is of"
+        f" step {there[-1]}. Restore the file from a copy; or delete that"
+        " folder, and the same command trains from the start."
+      )
+    return state
+
+  def _restore(self, step, state, iterator, *, last):
+    """The checkpoint's state; None if it is damaged and not the last resort."""
+    folder = pathlib.Path(self._manager.directory) / str(step)
+    known = False
+    try:
+      known = _check(folder, share=True)
+      return self._read(step, state, iterator)
+    except _OtherRunError:
+      raise
+    except (ValueError, OSError, KeyError, TypeError) as error:
+      # What is as it was saved has another fault. Without checksums the others
+      # may have read theirs.
+      if known or (
+        jax.process_count() > 1 and not isinstance(error, _DamagedError)
+      ):
+        raise
+      what = str(error)
+      if not isinstance(error, _DamagedError):
+        line = (what.strip().splitlines() or [""])[0]
+        what = f"{folder} can't be read ({type(error).__name__}: {line[:200]})"
+      if last:
+        raise ValueError(
+          f"{what}, and there is no checkpoint before it. Restore it from a"
+          f" copy; or delete {folder.parent}, and the same command trains from"
+          " the start."
+        ) from error
+      _say(f"{what}.")
+      return None
+
+  def _read(self, step, state, iterator):
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -116,13 +182,13 @@ class Checkpointer:
       ),
     )
     if found.run["fingerprint"] != self._fingerprint:
-      raise ValueError(
+      raise _OtherRunError(
         f"checkpoint {step} in {self._manager.directory} was made with other"
         f" data or another config (fingerprint {found.run['fingerprint']},"
         f" expected {self._fingerprint}). Choose another --workdir."
       )
-    iterator.set_state(json.loads(self._place(step, found.data["places"])))
-    return self._manager.restore(
+    place = json.loads(self._place(step, found.data["places"]))
+    restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(
@@ -130,6 +196,8 @@ class Checkpointer:
         )
       ),
     ).state
+    iterator.set_state(place)
+    return restored
 
   def close(self) -> None:
     """Waits for saves that are under way."""
@@ -147,7 +215,7 @@ class Checkpointer:
     if len(places) == 1:
       return places[0]
     if len(places) != jax.process_count():
-      raise ValueError(
+      raise _OtherRunError(
         f"checkpoint {step} in {self._manager.directory} was made by"
         f" {len(places)} processes, each with shards of its own, and there are"
         f" {jax.process_count()}; expected as many: only data in memory can be"
@@ -156,7 +224,47 @@ class Checkpointer:
     return places[jax.process_index()]
 
 
-def _make_barrier():
+class _OtherRunError(ValueError):
+  """A checkpoint that is whole, and not for this run."""
+
+
+class _DamagedError(ValueError):
+  """A checkpoint whose files are not as they were saved."""
+
+
+def _say(line):
+  if distributed.is_first():
+    logging.warning("%s", line)
+
+
+def _check(folder, *, share):
+  """Compares a checkpoint's files with what they were when they were saved.
+
+  Args:
+    folder: the checkpoint's.
+    share: whether all processes are here, each to look at a part.
+
+  Returns:
+    Whether anything is known of that.
+
+  Raises:
+    _DamagedError: a file is not as it was, as some process sees it.
+  """
+  failure, known = "", False
+  try:
+    count = jax.process_count() if share else 1
+    known = checksums.check(folder, jax.process_index() % count, count)
+    if not known:
+      _say(f"{folder} has no checksums; it is taken as it is.")
+  except (ValueError, OSError) as error:
+    failure = str(error)
+  texts = distributed.texts_of_all(failure) if share else [failure]
+  for text in filter(None, texts):
+    raise _DamagedError(text)
+  return known
+
+
+def _make_barrier(folder):
   """The usual one, which a process whose save has failed does not wait at.
 
   Orbax has even that one wait for the others, which wait for it to write, for
@@ -168,6 +276,9 @@ def _make_barrier():
     failed = sys.exception()
     if failed is not None:
       raise failed
+    # A process's own files are whole before it meets the others.
+    if "async_write_complete" in key and not distributed.is_first():
+      checksums.write_own(folder, jax.process_index())
     wait(key=key, timeout_ms=timeout_ms)
 
   return barrier
@@ -272,7 +383,33 @@ def load_params(
       f"no checkpoint of step {step} in {folder}; there are those of steps"
       f" {there}."
     )
-  return _read(epath.Path(folder / str(step) / "state"), like, workdir)
+  everywhere = any(
+    len({device.process_index for device in leaf.sharding.device_set}) > 1
+    for leaf in jax.tree.leaves(like)
+    if isinstance(leaf, jax.Array)
+  )
+  _check(folder / str(step), share=everywhere)
+  _check_owner(pathlib.Path(workdir), folder / str(step))
+  path = epath.Path(folder / str(step) / "state")
+  try:
+    return _read(path, like, workdir)
+  except (ValueError, TypeError) as error:
+    with _files.named(path):  # orbax's don't all say where
+      raise error
+
+
+def _check_owner(workdir, folder):
+  """Raises ValueError where a checkpoint is not that of the finished run."""
+  result, about = workdir / workdir_lib.RESULT_FILE, folder / "run" / "metadata"
+  if not (result.is_file() and about.is_file()):
+    return
+  theirs = workdir_lib.read_json(result, {}).get("fingerprint")
+  found = workdir_lib.read_json(about, {}).get("fingerprint")
+  if theirs is not None and found != theirs:
+    raise ValueError(
+      f"{folder} is of another run: its fingerprint is {found!r}, and that in"
+      f" {result} is {theirs!r}. Restore the one that doesn't belong there."
+    )
 
 
 def _read(path, like, workdir):

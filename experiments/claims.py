@@ -1,6 +1,7 @@
 """Claims: which process works on what, agreed upon through the file system."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+
+from experiments import preemption
 
 _BEAT = 10.0  # seconds between signs of life
 # A claim without a sign of life for so long is taken over. Much longer than a
@@ -65,7 +68,7 @@ def take(
   """
   content = json.dumps(
     {
-      "host": socket.gethostname(),
+      "host": _host(),
       "pid": os.getpid(),
       "token": uuid.uuid4().hex,
     }
@@ -114,6 +117,7 @@ def share(
     before = len(found)
     for number, item in enumerate(items):
       if number not in found:
+        preemption.leave_if_asked()
         result = attempt(item)
         if result is not None:
           found[number] = result
@@ -146,11 +150,25 @@ def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:
   return True
 
 
+@functools.cache
+def _host() -> str:
+  """What has process numbers of its own: a boot of a machine, or a container.
+
+  Containers may have one host name, and in each the main process is 1.
+  """
+  parts = [socket.gethostname()]
+  with contextlib.suppress(OSError):
+    parts.append(os.readlink("/proc/self/ns/pid"))
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    parts.append(boot.read_text().strip())
+  return " ".join(parts)
+
+
 def _is_of_the_dead(content: str | None) -> bool:
   """Whether a claim's process ran on this machine and is gone."""
   try:
     about: Any = json.loads(content or "")
-    if about["host"] != socket.gethostname():
+    if about["host"] != _host():
       return False
     os.kill(about["pid"], 0)
   except ProcessLookupError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import distributed
+from experiments import distributed, locks, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -45,7 +46,12 @@ FIRST = "first"  # the first one does it; the others wait
 ALONE = "alone"  # there must not be several
 
 
-def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
+def run(
+  job: Callable[[Any, str], Any],
+  *,
+  processes: str = ALONE,
+  exclusive: bool = False,
+) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
 
   Of several processes only the first one's standard output is shown, and one
@@ -54,7 +60,12 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
   Args:
     job: `train_and_evaluate`, `run_study` or another of their kind.
     processes: what it does with several processes, one of the names above.
+    exclusive: whether its workdir is locked meanwhile. Not so for jobs that
+      share theirs, nor for those that lock the folders of their runs.
   """
+  preemption.listen()
+  if exclusive:
+    job = _locking(job)
   flags.mark_flags_as_required(["config", "workdir"])
 
   def main(argv):
@@ -86,10 +97,26 @@ def run(job: Callable[[Any, str], Any], *, processes: str = ALONE) -> None:
       if debug:
         raise
       sys.exit(f"error: {error} (--v=1 shows where this comes from)")
+    except preemption.PreemptedError as left:
+      preemption.ignore()
+      if not jax.distributed.is_initialized():
+        # Whatever was interrupted may not survive an orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(left.code)
+      raise
     except KeyboardInterrupt:
       sys.exit("interrupted; the same command goes on from the last checkpoint")
 
   app.run(main, flags_parser=_parse_flags)
+
+
+def _locking(job):
+  def locked(config, workdir):
+    with locks.hold(pathlib.Path(workdir), together=False):
+      return job(config, workdir)
+
+  return locked
 
 
 def _run_together(job, processes, debug):

@@ -179,16 +179,16 @@ def _of_run(where, config, like, place):
       f"there is no finished run in {where}, which config.mimic.reference"
       " names: give that run's own command (again) first."
     )
-  theirs = config_dict.ConfigDict(
-    workdir_lib.read_json(where / workdir_lib.CONFIG_FILE)
-  )
+  file = where / workdir_lib.CONFIG_FILE
+  sections = dict.fromkeys(("model", "data"), dict)
+  theirs = config_dict.ConfigDict(workdir_lib.read_json(file, sections))
   for field in _SAME:
     section, name = field.split(".")
-    if theirs[section][name] != config[section][name]:
+    if theirs[section].get(name) != config[section][name]:
       raise ValueError(
         f"the reference in {where} has config.{field}"
-        f" {theirs[section][name]!r} and the learner {config[section][name]!r};"
-        " expected the same."
+        f" {theirs[section].get(name)!r} ({workdir_lib.CONFIG_FILE}) and the"
+        f" learner {config[section][name]!r}; expected the same."
       )
   size = config.data.image_size
   apply, own = clip.create(theirs.model, input_shape=(size, size, 3), seed=0)

@@ -297,7 +297,7 @@ def _verdicts(config, folder, results):
       file = folder_of(folder, seed, name) / reference_check.FILE
       if file.exists():
         verdicts.setdefault(name, []).append(
-          workdir_lib.read_json(file)["verdict"]
+          workdir_lib.read_json(file, {"verdict": str})["verdict"]
         )
   return verdicts
 
@@ -306,7 +306,9 @@ def _overlaps(config, folder):
   """Of the first seed's filters."""
   file = folder_of(folder, config.study.seeds[0], FILTERS)
   file = file / clip_filters.MANIFEST_FILE
-  return workdir_lib.read_json(file)["overlaps"] if file.exists() else []
+  if not file.exists():
+    return []
+  return workdir_lib.read_json(file, {"overlaps": list})["overlaps"]
 
 
 def _draw(config, folder, rows, best):

@@ -4,6 +4,7 @@ python -m experiments.clip_train --config=configs/clip_shapes.py \
   --workdir=runs/clip
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -21,6 +22,7 @@ from experiments import (
   clip_features,
   clip_reference,
   distributed,
+  locks,
   loop,
   methods,
   optimizer,
@@ -80,6 +82,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
       tokenizer that doesn't fit the model, a batch that the devices don't
       divide, or shards that are broken.
     FileNotFoundError: shards or a reference that are not there.
+    locks.InUseError: another run works in the workdir.
   """
   folder = workdir_lib.check(workdir, config, clip_config, free=FREE)
   loop.check_counts(
@@ -92,20 +95,26 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     "checkpoint.keep",
   )
   started = time.monotonic()
-  run = Run(config, folder, clip_data.load(config))
-  checked = run.check_reference()
   result_file = folder / RESULT_FILE
-  if distributed.agree(result_file.exists()):
-    return workdir_lib.read_result(result_file, run.fingerprint)
-  if distributed.is_first():
-    workdir_lib.claim(workdir, config, clip_config, free=FREE)
-    reference_check.save(folder, checked)
-  distributed.meet()
-  result = run.to_the_end()
-  result["seconds"] = round(time.monotonic() - started, 2)
-  if distributed.is_first():
-    workdir_lib.write_json(result_file, result)
-  return result
+  with contextlib.ExitStack() as stack:
+    finished = distributed.agree(result_file.exists())
+    if not finished:
+      stack.enter_context(locks.hold(folder))
+    run = Run(config, folder, clip_data.load(config))
+    checked = run.check_reference()
+    if finished:
+      result = workdir_lib.read_result(result_file, run.fingerprint)
+      loop.check_finished(folder, run.ledger())
+      return result
+    if distributed.is_first():
+      workdir_lib.claim(workdir, config, clip_config, free=FREE)
+      reference_check.save(folder, checked)
+    distributed.meet()
+    result = run.to_the_end()
+    result["seconds"] = round(time.monotonic() - started, 2)
+    if distributed.is_first():
+      workdir_lib.write_json(result_file, result, sealed=True)
+    return result
 
 
 class Run:
@@ -218,7 +227,7 @@ class Run:
       train_step=self.train_step,
       take=lambda _, read: self.take(read.batch, read.epoch),
       evaluate=self.evaluate,
-      ledger=self._ledger(),
+      ledger=self.ledger(),
     )
     batches.close()
     statistics = getattr(batches, "statistics", None)
@@ -244,13 +253,15 @@ class Run:
       batch=self.devices.put(seen),
     )
 
-  def _ledger(self):
+  def ledger(self) -> gm.ScoreLedger | None:
+    """The run's ledger; None for a method without scores."""
     if self.method is None or self.method.score is None:
       return None
     return gm.ScoreLedger(
       self.folder / LEDGER_FOLDER,
       fingerprints=self.fingerprints,
       writer=self.devices.process[0],
+      recover=True,
     )
 
 

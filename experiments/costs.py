@@ -139,4 +139,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, exclusive=True)

@@ -5,7 +5,6 @@ head on stored features sees exactly what it would see on top of the backbone.
 """
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from experiments import (
 )
 from experiments.data import pipeline, sources
 from experiments.models import pretrained, weight_files
+from gradmimic_jax import _files
 
 # Changes with the way in which features are computed.
 _VERSION = 1
@@ -126,7 +126,7 @@ def _read(file) -> Features | None:
   if not (file.exists() and _about_file(file).exists()):
     return None
   try:
-    about = workdir_lib.read_json(_about_file(file))
+    about = workdir_lib.read_json(_about_file(file), {})
     total = about.pop("fingerprint")
     if workdir_lib.fingerprint(about) != total or (
       _sum_of(file) != about["sha256"]
@@ -163,19 +163,14 @@ def _compute(file, config, split, flip, backbone):
     views.append(data.images[:, :, ::-1])
   apply, params = backbone.make()
   apply = jax.jit(apply)
-  temporary = file.with_name(f"{os.getpid()}_{file.name}.tmp")
   values = None
-  try:
+  with _files.replacing(file) as content:
     for view, images in enumerate(views):
       start = 0
       for part in _in_batches(apply, params, images, config, scaling):
         if values is None:
-          values = np.lib.format.open_memmap(
-            temporary,
-            mode="w+",
-            dtype=np.float32,
-            shape=(len(views), len(images), part.shape[1]),
-          )
+          shape = (len(views), len(images), part.shape[1])
+          values = _mapped(content, shape)
         rows = part[: len(images) - start]  # the last batch is padded
         values[view, start : start + len(rows)] = rows
         start += len(rows)
@@ -185,12 +180,8 @@ def _compute(file, config, split, flip, backbone):
         " finite; expected a backbone that suits the images' scaling."
       )
     values.flush()
-    with open(temporary, "rb") as content:
-      digest = hashlib.file_digest(content, "sha256").hexdigest()
-      os.fsync(content.fileno())
-    os.replace(temporary, file)
-  finally:
-    temporary.unlink(missing_ok=True)
+    content.seek(0)
+    digest = hashlib.file_digest(content, "sha256").hexdigest()
   about = {
     "sha256": digest,
     "labels": data.labels.tolist(),
@@ -202,6 +193,20 @@ def _compute(file, config, split, flip, backbone):
   }
   about["fingerprint"] = workdir_lib.fingerprint(about)
   workdir_lib.write_json(_about_file(file), about)
+
+
+def _mapped(file, shape):
+  """An `.npy` file's array, in the file that is open."""
+  np.lib.format.write_array_header_1_0(
+    file,
+    {
+      "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+      "fortran_order": False,
+      "shape": shape,
+    },
+  )
+  file.flush()
+  return np.memmap(file, np.float32, "r+", offset=file.tell(), shape=shape)
 
 
 def _in_batches(apply, params, images, config, scaling):
@@ -276,7 +281,7 @@ def _pixels(config) -> Backbone:
 
 def _of_run(folder) -> Backbone:
   shown = initial.shown_to(folder)
-  section = workdir_lib.read_json(folder / workdir_lib.CONFIG_FILE)["model"]
+  section = workdir_lib.read_model(folder)
   section.pop("pretrained", None)  # where that run's own weights came from
   shape = tuple(shown["shape"])
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,9 @@ def fingerprints(
   """
   name = f"{config.data.name} {config.data.train_split}"
   kind = f"{config.noise.kind} noise {labels.rate:.3g}"
-  digest = hashlib.sha256(np.asarray(labels.labels, "<i4").tobytes())
   return {
     "dataset": f"{name} {train_set.fingerprint[:16]}",
-    "labels": f"{kind} {digest.hexdigest()[:16]}",
+    "labels": f"{kind} {_digest(labels)}",
   }
 
 
@@ -82,6 +82,40 @@ def file_sha256(path: pathlib.Path) -> str:
   """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_labels(
+  file: pathlib.Path, prints: Mapping[str, str]
+) -> noise.NoisyLabels:
+  """The labels in a run's folder, if they are those of its ledger.
+
+  Args:
+    file: the run's `labels.npz`.
+    prints: the ledger's fingerprints; of labels that it has none of nothing is
+      asked.
+
+  Returns:
+    The labels.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or of another run.
+  """
+  labels, _ = noise.load(file)
+  theirs = prints.get("labels", "").split()[-1:]
+  found = _digest(labels)
+  if theirs and theirs[0] != found:
+    raise ValueError(
+      f"{file} is of another run: its labels have the fingerprint {found!r},"
+      f" and the scores beside it were made with labels of {theirs[0]!r}."
+      " Restore the one that doesn't belong there."
+    )
+  return labels
+
+
+def _digest(labels):
+  content = np.asarray(labels.labels, "<i4").tobytes()
+  return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read(

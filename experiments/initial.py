@@ -157,12 +157,12 @@ def shown_to(folder: pathlib.Path) -> dict[str, Any]:
       f"there is no finished run in {folder}, which config.model.pretrained"
       " names: give that run's own command (again) first."
     )
-  return workdir_lib.read_json(folder / workdir_lib.INPUT_FILE)
+  return workdir_lib.read_input(folder)
 
 
 def _of_run(folder, config, input_shape, place):
   shown = shown_to(folder)
-  section = workdir_lib.read_json(folder / workdir_lib.CONFIG_FILE)["model"]
+  section = workdir_lib.read_model(folder)
   theirs = config_dict.ConfigDict(section)
   if models.sizes(theirs) != models.sizes(config) or (
     tuple(shown["shape"]) != input_shape

@@ -4,6 +4,7 @@ restore -> (eval -> save -> next batch -> step -> log), in that order.
 """
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import gradmimic_jax as gm
 from experiments import (
   ahead,
   checkpoint,
+  distributed,
   preemption,
   step_log,
   watchdog,
@@ -107,9 +109,10 @@ def run(
   """Goes on from the newest checkpoint, or the beginning, to the end.
 
   Killed at any point and started again, it ends with the same parameters, bit
-  for bit, and the same ledger. Batches are read in a thread; while a step runs,
-  the next one's batch is put on the devices and earlier ones' outputs are
-  written.
+  for bit, and the same ledger. It goes on from the newest checkpoint that is
+  whole, and whose steps' metrics and scores are on record. Batches are read in
+  a thread; while a step runs, the next one's batch is put on the devices and
+  earlier ones' outputs are written.
 
   Args:
     folder: the run's; gets checkpoints and metrics.
@@ -128,6 +131,8 @@ def run(
 
   Raises:
     step_log.NonFiniteError: too many steps in a row were skipped.
+    ValueError: what was saved is damaged or lost, and nothing before it is
+      left.
     preemption.PreemptedError: after a SIGTERM; the run is saved.
     OSError: the folder can't be written to, or the disk is full.
   """
@@ -151,9 +156,16 @@ def run(
         fingerprint=fingerprint,
       )
     )
-    state = checkpoints.restore(state, batches)
+    state = checkpoints.restore(
+      state, batches, *_recorded(folder, ledger, fingerprint)
+    )
     step = int(state.step)
-    metrics = closing(writers.metrics(folder, first_step=step))
+    if distributed.is_first() and ledger is not None:
+      _forget_lost(ledger, step)
+    distributed.meet()
+    metrics = closing(
+      writers.metrics(folder, first_step=step, fingerprint=fingerprint)
+    )
     bar = closing(writers.progress(total, step, folder.name))
     trace = closing(_Trace(folder, *schedule.profile_steps))
     log = step_log.StepLog(
@@ -199,6 +211,63 @@ def run(
       upcoming = _next(step, reader, log, take) if step < total else None
       watchdog.sign()
       bar.update()
+
+
+def _recorded(folder, ledger, fingerprint):
+  """Up to which step all is on record that a checkpoint counts on, and why.
+
+  Rows and lines reach the disk before the checkpoint: where they lack, they
+  were lost since, and their steps are to be made again.
+  """
+  limit, reason = None, ""
+  if distributed.is_first():
+    metrics = folder / writers.METRICS_FILE
+    limit = writers.recorded_steps(metrics, fingerprint)
+    reason = f"{metrics} lacks the lines of steps from {limit} on."
+    if ledger is not None:
+      lost = ledger.first_lost_step
+      if lost is None and not ledger.epochs:
+        lost = 0
+      if lost is not None and lost < limit:
+        where = ledger.path.joinpath(*ledger.lost_files[:1])
+        limit = lost
+        reason = f"{where}: rows of steps from {lost} on were lost."
+  told = distributed.texts_of_all(json.dumps([limit, reason]))[0]
+  return json.loads(told)
+
+
+def _forget_lost(ledger, step):
+  """Makes way for rows that are recorded again."""
+  if ledger.first_lost_step is not None:
+    ledger.forget_from(step)
+
+
+def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:
+  """Raises where a finished run lacks rows of its ledger.
+
+  Args:
+    folder: the run's.
+    ledger: opened so that it may lack files; None: there are no scores.
+
+  Raises:
+    ValueError: which file is missing, and what to do. In processes other than
+      the first, a RuntimeError.
+  """
+
+  def look():
+    remedy = (
+      f"To record them again, delete {folder / workdir_lib.RESULT_FILE} and"
+      " give the same command."
+    )
+    try:
+      epochs = ledger.epochs
+    except ValueError as error:
+      raise ValueError(f"{error} {remedy}") from error
+    if not epochs:
+      raise ValueError(f"{ledger.path} has lost all of its rows. {remedy}")
+
+  if ledger is not None:
+    distributed.by_first(look)
 
 
 def _next(step, reader, log, take):

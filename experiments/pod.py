@@ -57,7 +57,8 @@ def run_pod(config: Any, workdir: Any) -> dict[str, Any]:
   }
   results = {"machine": workdir_lib.machine(), "paper": {}, "compiled": {}}
   if file.exists():
-    results["compiled"] = workdir_lib.read_json(file)["compiled"]
+    found = workdir_lib.read_json(file, {"compiled": dict})
+    results["compiled"] = found["compiled"]
   for case in paper_cases(config):
     memory = pod_paper.memory(case, config[case.model], params[case.model])
     results["paper"][case.key] = memory._asdict()
@@ -175,4 +176,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, exclusive=True)

@@ -1,25 +1,32 @@
 """SIGTERM: a run is asked to save and to leave."""
 
 import itertools
+import os
 import signal
-import sys
 import threading
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+
+# Names the status with which a job leaves: 0, unless who started it has to tell
+# this from having come to the end.
+STATUS = "GRADMIMIC_STATUS_OF_SIGTERM"
+STATUS_OF_CELLS = 128 + signal.SIGTERM
 
 # Processes agree on a call to stop at, not on a step: a job may have several
 # runs, all of whose steps begin at 0.
 _calls = itertools.count(1)
 # For the job's next run, where one came to its end before it could stop.
 _asked = threading.Event()
+_job = False  # whether this process is a job, and ends once it leaves
 
 
 class PreemptedError(SystemExit):
   """Ends the job with status 0 once the run is saved."""
 
   def __init__(self, message: str):
-    super().__init__(0)
+    super().__init__(int(os.environ.get(STATUS, 0)))
     self.message = message
 
   def __str__(self):
@@ -39,32 +46,72 @@ class Preemption:
       and threading.current_thread() is threading.main_thread()
     )
     if self._listens:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-
-  def _note(self, *_):
-    _asked.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it now
+      self._previous = signal.signal(signal.SIGTERM, _note)
 
   def reached(self) -> bool:
     """Whether to stop now; the same in all processes, which all have to ask."""
     if jax.process_count() > 1:
-      asked = multihost_utils.reached_preemption_sync_point(next(_calls))
-      if asked and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-      return asked
+      return multihost_utils.reached_preemption_sync_point(next(_calls))
     return _asked.is_set()
 
-  def leave(self, step: int, folder: object) -> None:
+  def leave(self, step: int, folder: object) -> NoReturn:
     """Says what happened, and raises PreemptedError."""
-    _asked.clear()
-    message = (
-      f"SIGTERM: saved {folder} at step {step}; the same command goes on there"
-    )
-    if jax.process_index() == 0:
-      print(message, file=sys.stderr, flush=True)
-    raise PreemptedError(message)
+    leave(f"saved {folder} at step {step}; the same command goes on there")
 
   def close(self) -> None:
     """Gives the signal back."""
-    if self._listens and not _asked.is_set():
+    if self._listens and signal.getsignal(signal.SIGTERM) is _note:
       signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+
+
+def listen() -> None:
+  """Ends this process, a job, with status 0 at a SIGTERM before any loop."""
+  global _job
+  _job = True
+  signal.signal(signal.SIGTERM, _end)
+
+
+def leave_if_asked() -> None:
+  """Leaves between two runs of a job."""
+  if _asked.is_set():
+    leave("the same command goes on from what is finished")
+
+
+def ignore() -> None:
+  """Lets no further SIGTERM disturb a job that is on its way out."""
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def leave(what: str) -> NoReturn:
+  """Says what happened, and raises PreemptedError.
+
+  Args:
+    what: was done, and what to do.
+
+  Raises:
+    PreemptedError: always.
+  """
+  _asked.clear()
+  if _job:
+    ignore()
+  message = f"SIGTERM: {what}"
+  # Asking which process this is would start the devices.
+  if not jax.distributed.is_initialized() or jax.process_index() == 0:
+    # Straight to the descriptor: what was interrupted may have the stream.
+    os.write(2, f"{message}\n".encode())
+  raise PreemptedError(message)
+
+
+def _note(*_):
+  _asked.set()
+
+
+def _end(*_):
+  # Should something swallow the error, the loop still leaves.
+  signal.signal(signal.SIGTERM, _note)
+  try:
+    leave("there was nothing to save; the same command goes on")
+  finally:
+    _asked.set()
+    signal.signal(signal.SIGTERM, _note)

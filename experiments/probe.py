@@ -160,13 +160,6 @@ def check(config: Any) -> None:
 
 
 def _claim(folder, config):
-  """As `workdir.claim`, where several processes may be at it."""
-  for _ in range(10):
-    try:
-      workdir_lib.claim(folder, config, label_noise, free=_FREE)
-      return
-    except FileNotFoundError:  # another one has moved the file of both
-      time.sleep(0.1)
   workdir_lib.claim(folder, config, label_noise, free=_FREE)
 
 
@@ -300,7 +293,7 @@ class _Grid:
     if not file.exists():
       return None
     try:
-      return workdir_lib.read_json(file)
+      return workdir_lib.read_json(file, {"runs": list})
     except ValueError as error:
       logging.warning("%s; it is run again.", error)
       return None
@@ -494,7 +487,8 @@ class _Grid:
     found = {}
     for cell in self._references(seeds):
       for run in self._result(cell)["runs"]:
-        with np.load(self.folder / SAMPLES / run["samples"]) as arrays:
+        file = self.folder / SAMPLES / run["samples"]
+        with probe_report.samples(file) as arrays:
           found[run["seed"]] = {
             name: arrays[name] for name in ("bias", "kernel")
           }

@@ -1,11 +1,14 @@
 """What came out of a grid of heads: detection, tables and figures."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from experiments import detection, tables, workdir as workdir_lib
+from gradmimic_jax import _files
 from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
@@ -38,8 +41,30 @@ def detections(
   return found
 
 
+@contextlib.contextmanager
+def samples(file: pathlib.Path) -> Iterator[Any]:
+  """The arrays that a run left, each read where it is asked for.
+
+  Args:
+    file: the run's.
+
+  Yields:
+    The arrays by name.
+
+  Raises:
+    OSError: there is no such file.
+    ValueError: it is damaged.
+  """
+  remedy = "Delete its cell's file in the folder cells, to train it again."
+  with (
+    _files.named(file, "archive of arrays", remedy),
+    np.load(file, allow_pickle=False) as arrays,
+  ):
+    yield arrays
+
+
 def _detection(config, file):
-  with np.load(file) as arrays:
+  with samples(file) as arrays:
     if "score" not in arrays:
       return {}
     wrong = arrays["labels"] != arrays["clean_labels"]
@@ -220,7 +245,7 @@ def _draw_scores(config, folder, results):
         continue
       if run["rate"] in drawn:
         continue
-      with np.load(folder / "samples" / run["samples"]) as arrays:
+      with samples(folder / "samples" / run["samples"]) as arrays:
         scores = arrays["score"]
         wrong = arrays["labels"] != arrays["clean_labels"]
       seen = ~np.isnan(scores).all(axis=1)

@@ -25,6 +25,7 @@ from experiments import (
 )
 from experiments.data import pipeline, streams
 from experiments.methods import Method
+from gradmimic_jax import _files
 
 INPUT_FILE = workdir_lib.INPUT_FILE
 
@@ -143,17 +144,19 @@ def clean_positions(
   return np.sort(np.concatenate(chosen))
 
 
+def input_of(data: Any) -> dict[str, Any]:
+  """What a run's model was made for, and is shown."""
+  return {
+    "shape": list(data.train.images.shape[1:]),
+    "num_classes": data.train.num_classes,
+    "mean": data.mean,
+    "std": data.std,
+  }
+
+
 def write_input(folder: pathlib.Path, data: Any) -> None:
-  """Leaves in a run's folder what its model was made for, and is shown."""
-  workdir_lib.write_json(
-    folder / INPUT_FILE,
-    {
-      "shape": list(data.train.images.shape[1:]),
-      "num_classes": data.train.num_classes,
-      "mean": data.mean,
-      "std": data.std,
-    },
-  )
+  """Leaves `input_of` in a run's folder."""
+  workdir_lib.write_json(folder / INPUT_FILE, input_of(data), sealed=True)
 
 
 def _gather(images, labels, rows, data):
@@ -284,8 +287,8 @@ def _logged_outputs(path, data):
       " .npy file of the reference's logits [N, C]."
     )
   try:
-    outputs = np.load(path, allow_pickle=False)
-  except (ValueError, EOFError) as error:
+    outputs = _files.read_npy(path)
+  except ValueError as error:
     raise ValueError(
       f"config.mimic.outputs {path!r} can't be read ({error}); expected a .npy"
       " file of the reference's logits [N, C]."
@@ -310,7 +313,7 @@ def _logged_outputs(path, data):
 def _outputs_of_run(where, config, data, devices):
   """The fingerprint and the outputs of a finished run's model."""
   shown = _read_input(where, data)
-  section = workdir_lib.read_json(where / workdir_lib.CONFIG_FILE)["model"]
+  section = workdir_lib.read_model(where)
   if "pretrained" in section:
     section["pretrained"] = None  # a path; what counts is in the parameters
   apply, like = models.create(
@@ -349,7 +352,7 @@ def _read_input(where, data):
       f"there is no {INPUT_FILE} in {where}, which config.mimic.reference"
       " names: give that run's own command again, which adds it."
     )
-  shown = workdir_lib.read_json(file)
+  shown = workdir_lib.read_input(where, checked=False)
   ours = {
     "shape": list(data.train.images.shape[1:]),
     "num_classes": data.train.num_classes,
@@ -357,10 +360,11 @@ def _read_input(where, data):
   theirs = {key: shown[key] for key in ours}
   if theirs != ours:
     raise ValueError(
-      f"the reference in {where} was made for {theirs} and the learner's data"
-      f" is {ours}; expected the same image shape and number of classes."
+      f"the reference in {where} was made for {theirs} ({INPUT_FILE}) and the"
+      f" learner's data is {ours}; expected the same image shape and number of"
+      " classes."
     )
-  return shown
+  return workdir_lib.read_input(where)
 
 
 def _outputs(apply, params, images, config, scaling, devices):

@@ -51,7 +51,8 @@ def check(
     return None
   known = None
   if (folder / FILE).exists():
-    known = workdir_lib.read_json(folder / FILE)
+    fields = {"reference": str, "verdict": str}
+    known = workdir_lib.read_json(folder / FILE, fields)
     if known["reference"] != reference.fingerprint:
       known = None
   # All processes check, or none.
@@ -86,7 +87,7 @@ def check(
 def save(folder: pathlib.Path, checked: dict[str, Any] | None) -> None:
   """Leaves what `check` returned in the run's folder."""
   if checked is not None:
-    workdir_lib.write_json(folder / FILE, checked)
+    workdir_lib.write_json(folder / FILE, checked, sealed=True)
 
 
 def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:

@@ -25,7 +25,6 @@ from experiments import (
   train,
   workdir as workdir_lib,
 )
-from experiments.data import noise
 
 REPORT_FILE = "report.html"
 _FREE = ("run", "selection", "title", "gallery", "max_bytes")
@@ -118,12 +117,13 @@ def write(
   config = select.config_of(run)
   config.model.pretrained = None  # images are shown as they are
   data = train.load_data(config)
-  truth, _ = noise.load(run / train.LABELS_FILE)
+  prints = select.fingerprints_of(run)
+  truth = filters.own_labels(run / train.LABELS_FILE, prints)
   if title is None:
     title = f"{config.data.name} {config.data.train_split}"
     if truth.rate:
       title += f", {config.noise.kind} noise {truth.rate:.3g}"
-  fingerprints = {"fingerprints": select.fingerprints_of(run)}
+  fingerprints = {"fingerprints": prints}
   return gm.report(
     select.ledger_of(run),
     dataclasses.replace(
@@ -180,7 +180,7 @@ def _facts(config, run):
       facts[name] = value
   result = run / workdir_lib.RESULT_FILE
   if result.exists():
-    found = workdir_lib.read_json(result)
+    found = workdir_lib.read_json(result, {})
     if found.get("noise_rate"):
       facts["noise rate"] = f"{found['noise_rate']:.4g}"
     if "checkpoints" in found:
@@ -196,4 +196,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

@@ -64,7 +64,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   costs = None
   if config.costs is not None:
     costs = workdir_lib.read_json(
-      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE)
+      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE), {}
     )
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _there(path):
 def _load(folders):
   return [
     workdir_lib.read_json(
-      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE)
+      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE), {}
     )
     for folder in folders
   ]
@@ -359,7 +359,7 @@ def _ablations(ablations, folder):
 def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
-    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE))
+    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE), {})
     shutil.copy(
       _there(path / tune.TABLE_FILE), folder / f"{path.name}_{tune.TABLE_FILE}"
     )
@@ -384,4 +384,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

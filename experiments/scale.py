@@ -51,7 +51,7 @@ def run_scale(config: Any, workdir: Any) -> dict[str, Any]:
   file = folder / RESULT_FILE
   results = {"machine": workdir_lib.machine(), "sizes": {}}
   if file.exists():
-    results = workdir_lib.read_json(file)
+    results = workdir_lib.read_json(file, {"sizes": dict})
   for n in config.samples:
     if str(n) in results["sizes"]:
       continue
@@ -206,4 +206,4 @@ if __name__ == "__main__":
       json.dumps(measure(pathlib.Path(sys.argv[2]), **json.load(sys.stdin)))
     )
   else:
-    cli.run(main)
+    cli.run(main, exclusive=True)

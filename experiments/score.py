@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
@@ -19,6 +20,7 @@ from experiments import (
   cli,
   distributed,
   filters,
+  locks,
   methods,
   models,
   reference as reference_lib,
@@ -35,7 +37,7 @@ LEDGER_FOLDER = train.LEDGER_FOLDER
 RUN_FILE = "run.json"  # the learner's config, as it was scored
 PROGRESS_FILE = "progress.json"
 # May change: they name the same inputs, or don't matter to the scores.
-_FREE = ("learner", "data_dir", "flush_every", "mimic.force")
+FREE = ("learner", "data_dir", "flush_every", "mimic.force")
 
 
 def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
@@ -55,32 +57,49 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, a method without scores, a workdir of
       another config or of other data.
     FileNotFoundError: a learner, data set or reference that is not there.
+    locks.InUseError: another job works in the workdir.
   """
-  workdir_lib.check(workdir, config, score_config, free=_FREE)
+  workdir_lib.check(workdir, config, score_config, free=FREE)
   for field in ("batch_size", "flush_every"):
     if config[field] < 1:
       raise ValueError(
         f"config.{field} is {config[field]}; expected at least 1."
       )
-  run_config = learners_config(config)
-  scoring = _Pass(config, run_config, pathlib.Path(workdir))
   folder = pathlib.Path(workdir)
-  if distributed.is_first():
-    workdir_lib.claim(workdir, config, score_config, free=_FREE)
-    workdir_lib.write_json(folder / RUN_FILE, workdir_lib.as_dict(run_config))
-    noise.save(
-      folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
+  with locks.hold(folder):
+    run_config = learners_config(config)
+    scoring = _Pass(config, run_config, folder)
+    if distributed.is_first():
+      workdir_lib.claim(workdir, config, score_config, free=FREE)
+      workdir_lib.write_json(
+        folder / RUN_FILE, workdir_lib.as_dict(run_config), sealed=True
+      )
+      noise.save(
+        folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
+      )
+    distributed.meet()
+    scoring.to_the_end(folder)
+    result = {
+      "checkpoints": scoring.checkpoints,
+      "samples": len(scoring.data.train.labels),
+      "fingerprints": scoring.fingerprints,
+      "run": workdir_lib.fingerprint(workdir_lib.as_dict(run_config)),
+    }
+    if distributed.is_first():
+      workdir_lib.write_json(folder / RESULT_FILE, result, sealed=True)
+    return result
+
+
+def check_run(folder: pathlib.Path, section: dict[str, Any]) -> None:
+  """Raises ValueError where `run.json` is not that of the finished job."""
+  file = folder / RESULT_FILE
+  own = workdir_lib.read_json(file, {}).get("run") if file.exists() else None
+  found = workdir_lib.fingerprint(section)
+  if own not in (None, found):
+    raise ValueError(
+      f"{folder / RUN_FILE} is of another job: its fingerprint is {found!r},"
+      f" and that in {RESULT_FILE} is {own!r}. Give the job's command again."
     )
-  distributed.meet()
-  scoring.to_the_end(folder)
-  result = {
-    "checkpoints": scoring.checkpoints,
-    "samples": len(scoring.data.train.labels),
-    "fingerprints": scoring.fingerprints,
-  }
-  if distributed.is_first():
-    workdir_lib.write_json(folder / RESULT_FILE, result)
-  return result
 
 
 def learners_config(config: Any) -> Any:
@@ -102,7 +121,10 @@ def learners_config(config: Any) -> Any:
       f" {workdir_lib.CONFIG_FILE} in it; expected the workdir of a run"
       " (python -m experiments.train)."
     )
-  run = complete(workdir_lib.read_json(file))
+  workdir_lib.check_config(
+    file.parent, train.FREE, workdir_lib.of_result(file.parent)
+  )
+  run = complete(workdir_lib.read_json(file, {}), file)
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
   run.data.filter = None  # all are scored, also those that it left out
@@ -115,17 +137,36 @@ def learners_config(config: Any) -> Any:
   return run
 
 
-def complete(section: dict[str, Any]) -> Any:
-  """A stored config, with the defaults of fields that are newer than it."""
+def complete(section: dict[str, Any], file: pathlib.Path) -> Any:
+  """A stored config, with the defaults of fields that are newer than it.
 
-  def merged(defaults, given):
+  Args:
+    section: the config.
+    file: where it was stored.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: a field in place of a section, or the other way round.
+  """
+
+  def merged(defaults, given, name):
     for key, value in given.items():
-      nested = isinstance(value, dict) and isinstance(defaults.get(key), dict)
-      defaults[key] = merged(defaults[key], value) if nested else value
+      default = defaults.get(key)
+      if default is not None and isinstance(default, dict) != isinstance(
+        value, dict
+      ):
+        raise ValueError(
+          f"{file} is damaged: its {name}{key} is {str(value)[:80]!r}."
+        )
+      if isinstance(default, dict):
+        value = merged(default, value, f"{name}{key}.")
+      defaults[key] = value
     return defaults
 
   defaults = workdir_lib.as_dict(common.get_config())
-  return config_dict.ConfigDict(merged(defaults, section))
+  return config_dict.ConfigDict(merged(defaults, section, ""))
 
 
 class _Pass:
@@ -140,7 +181,7 @@ class _Pass:
     data = train.load_data(run)
     shown = self.learner / reference_lib.INPUT_FILE
     if shown.exists():  # images are scaled as the learner saw them
-      scaling = workdir_lib.read_json(shown)
+      scaling = workdir_lib.read_input(self.learner)
       data = data._replace(mean=scaling["mean"], std=scaling["std"])
     self.data = data
     apply, params = models.create(
@@ -174,7 +215,7 @@ class _Pass:
     )
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE))
+        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "learner": learner,
       **filters.fingerprints(run, data.train, data.labels),
@@ -207,13 +248,11 @@ class _Pass:
       folder / LEDGER_FOLDER,
       fingerprints=self.fingerprints,
       writer=self.devices.process[0],
+      recover=True,
     )
     progress = folder / PROGRESS_FILE
-    done = 0
-    # Rows reach the disk before the count of them: what a kill cuts off in
-    # between is scored again, and a ledger has one row for it all the same.
-    if progress.exists() and ledger.epochs:
-      done = workdir_lib.read_json(progress)["batches"]
+    own = workdir_lib.fingerprint(self.fingerprints)
+    done = self._done(ledger, progress, own) if distributed.is_first() else 0
     done = int(distributed.from_first(np.int32(done)))
     total = self.batches_a_pass * len(self.checkpoints)
     pending: list[Any] = []
@@ -233,7 +272,8 @@ class _Pass:
       ledger.flush()
       distributed.meet()
       if distributed.is_first():
-        workdir_lib.write_json(progress, {"batches": position, "of": total})
+        counts = {"batches": position, "of": total, "fingerprint": own}
+        workdir_lib.write_json(progress, counts, sealed=True)
 
     with contextlib.closing(writers.progress(total, done, "score")) as bar:
       for epoch in range(done // self.batches_a_pass, len(self.checkpoints)):
@@ -252,6 +292,31 @@ class _Pass:
             bar.update(at + 1 - bar.n)  # scored, not only asked for
       if pending:
         flush(total)
+
+  def _done(self, ledger, progress, own):
+    """How many batches have been scored, and are on record.
+
+    Rows reach the disk before the count of them: what a kill cuts off in
+    between is scored again, and a ledger has one row for it all the same.
+    """
+    lost = ledger.first_lost_step
+    if lost is not None:
+      logging.warning(
+        "%s: rows of batches from %d on were lost; they are scored again.",
+        ledger.path.joinpath(*ledger.lost_files[:1]),
+        lost,
+      )
+      ledger.forget_from(lost)
+    if not (progress.exists() and ledger.epochs):
+      return 0
+    found = workdir_lib.read_json(progress, {"batches": int})
+    if found.get("fingerprint", own) != own:
+      raise ValueError(
+        f"{progress} is of another job: its fingerprint is"
+        f" {found['fingerprint']!r}, expected {own!r}. Delete it to score all"
+        " again."
+      )
+    return found["batches"] if lost is None else min(found["batches"], lost)
 
 
 def main(config: Any, workdir: str) -> None:

@@ -16,7 +16,7 @@ from experiments import (
   train,
   workdir as workdir_lib,
 )
-from experiments.data import noise, sources
+from experiments.data import sources
 
 SELECTION_FILE = "selection.parquet"
 KEPT_FILE = "kept.npy"
@@ -63,8 +63,11 @@ def config_of(run: pathlib.Path) -> Any:
   """The config of the data in a run's folder, whichever job it is of."""
   for name in (score.RUN_FILE, workdir_lib.CONFIG_FILE):
     if (run / name).exists():
-      return score.complete(workdir_lib.read_json(run / name))
-  raise FileNotFoundError(f"{run} is no run's folder: it has no config.")
+      section = workdir_lib.read_json(run / name, {})
+      if name == score.RUN_FILE:
+        score.check_run(run, section)
+      return score.complete(section, run / name)
+  raise FileNotFoundError(f"{run} is no run's folder: it has no config.json.")
 
 
 def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
@@ -75,14 +78,32 @@ def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
 
   Returns:
     The ledger's own fingerprints, and those of data set and labels.
+
+  Raises:
+    ValueError: the files in the folder are damaged, or not of one run.
+    FileNotFoundError: one of them, or the data set, is not there.
   """
+  own = ledger_of(run).fingerprints
   config = config_of(run)
+  free = score.FREE if (run / score.RUN_FILE).exists() else train.FREE
+  workdir_lib.check_config(run, free, own)
+  for name, theirs in workdir_lib.of_result(run).items():
+    if own.get(name, theirs) != theirs:
+      raise ValueError(
+        f"{run / workdir_lib.RESULT_FILE} is of another run: its fingerprint"
+        f" {name!r} is {theirs!r}, and the ledger's beside it {own[name]!r}."
+        " Restore the one that doesn't belong there."
+      )
+  labels = filters.own_labels(run / train.LABELS_FILE, own)
   train_set = sources.of_config(config.data, config.data.train_split)
-  labels, _ = noise.load(run / train.LABELS_FILE)
-  return {
-    **ledger_of(run).fingerprints,
-    **filters.fingerprints(config, train_set, labels),
-  }
+  found = filters.fingerprints(config, train_set, labels)
+  for name, value in found.items():
+    if own.get(name, value) != value:
+      raise ValueError(
+        f"{run / workdir_lib.CONFIG_FILE} is of another run, or the data set"
+        f" has changed: its {name} is {value!r}, the ledger's {own[name]!r}."
+      )
+  return {**own, **found}
 
 
 def from_ledger(section: Any, ledger: gm.ScoreLedger) -> gm.Selection:
@@ -160,4 +181,4 @@ def main(config: Any, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.FIRST)
+  cli.run(main, processes=cli.FIRST, exclusive=True)

@@ -24,6 +24,7 @@ from experiments import (
   cli,
   detection,
   distributed,
+  locks,
   methods,
   select as select_lib,
   study_report,
@@ -207,6 +208,8 @@ def _attempt(config, folder, run, train_run):
     note = " (already there)" if finished else ""
     print(f"seed {run.seed}: {run.name}{note}", flush=True)
     return train_run(config, there, run)
+  except locks.InUseError:
+    return None  # by whoever had claimed it, and was thought to be gone
   finally:
     if claim is not None:
       claim.release()

@@ -8,6 +8,7 @@ import numpy as np
 import gradmimic_jax as gm
 from experiments import (
   detection,
+  filters,
   report as report_lib,
   select as select_lib,
   tables,
@@ -15,7 +16,7 @@ from experiments import (
   workdir as workdir_lib,
   writers,
 )
-from experiments.data import noise, sources
+from experiments.data import sources
 from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
@@ -146,8 +147,9 @@ def _scored(config, folder):
 
 def _truth(run):
   """The labels that a run was given, and whose of its ledger are wrong."""
-  ids, scores = gm.ScoreLedger(run / train.LEDGER_FOLDER).matrix("score")
-  labels, _ = noise.load(run / train.LABELS_FILE)
+  ledger = gm.ScoreLedger(run / train.LEDGER_FOLDER)
+  ids, scores = ledger.matrix("score")
+  labels = filters.own_labels(run / train.LABELS_FILE, ledger.fingerprints)
   return ids, scores, labels, labels.is_noisy[ids]
 
 

@@ -9,6 +9,7 @@ can, and any number of processes may be given the same command: they share the
 cells. `--config.run=false` prints the commands, for a scheduler to run.
 """
 
+import os
 import pathlib
 import re
 import shlex
@@ -18,7 +19,7 @@ import time
 from typing import Any, NamedTuple
 
 from configs import sweep as sweep_config
-from experiments import claims, cli, workdir as workdir_lib
+from experiments import claims, cli, preemption, workdir as workdir_lib
 
 JOBS = (
   "train",
@@ -157,13 +158,9 @@ def _attempt(cell, folder) -> bool:
     print(f"{cell.name}: {cell.job}", flush=True)
     start = time.monotonic()
     log = folder / f"{cell.name}.log"
-    with open(log, "a") as output:
-      code = subprocess.run(
-        [sys.executable, *_arguments(cell, folder)],
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        check=False,
-      ).returncode
+    code = _run([sys.executable, *_arguments(cell, folder)], log)
+    if code == preemption.STATUS_OF_CELLS:  # which is not done yet
+      preemption.leave(f"{cell.name} was asked to leave")
     if code:
       last = log.read_text().strip().splitlines()[-1:]
       raise ChildProcessError(
@@ -181,10 +178,30 @@ def _attempt(cell, folder) -> bool:
     claim.release()
 
 
+def _run(command, log):
+  """The status of a job; one that is cut off here is asked to leave first."""
+  status = {preemption.STATUS: str(preemption.STATUS_OF_CELLS)}
+  with (
+    open(log, "a") as output,
+    subprocess.Popen(
+      command,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, **status},
+    ) as process,
+  ):
+    try:
+      return process.wait()
+    except BaseException:
+      process.terminate()
+      process.wait()
+      raise
+
+
 def _done(marker, wanted):
   if not marker.exists():
     return False
-  return workdir_lib.read_json(marker)["command"] == wanted
+  return workdir_lib.read_json(marker, {"command": list})["command"] == wanted
 
 
 def main(config: Any, workdir: str) -> None:

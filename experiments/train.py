@@ -3,6 +3,7 @@
 python -m experiments.train --config=configs/digits.py --workdir=runs/one
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -20,6 +21,7 @@ from experiments import (
   distributed,
   filters,
   initial,
+  locks,
   loop,
   methods,
   optimizer,
@@ -38,7 +40,7 @@ LABELS_FILE = "labels.npz"
 
 
 # What a run doesn't depend on: these fields may change when it is continued.
-_FREE = ("select.", "study.", "checkpoint.", "mimic.force")
+FREE = ("select.", "study.", "checkpoint.", "mimic.force")
 # Fields of `config.noise` that some kinds need.
 NOISE_OPTIONS = ("mapping", "matrix", "path", "column", "id_column")
 
@@ -72,11 +74,12 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     since the run was last started.
 
   Raises:
-    ValueError: an unknown field or name, a workdir of another config, or a
-      batch that the devices don't divide.
+    ValueError: an unknown field or name, a workdir of another config, a batch
+      that the devices don't divide, or a file of the run that is damaged.
     FileNotFoundError: a data set or a reference that is not there.
+    locks.InUseError: another run works in the workdir.
   """
-  folder = workdir_lib.check(workdir, config, free=_FREE)
+  folder = workdir_lib.check(workdir, config, free=FREE)
   loop.check_counts(
     config,
     "batch_size",
@@ -86,23 +89,29 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     "checkpoint.keep",
   )
   started = time.monotonic()
-  data = load_data(config)
-  run = Run(config, folder, data)
-  checked = run.check_reference()
   result_file = folder / RESULT_FILE
-  if distributed.agree(result_file.exists()):
-    return workdir_lib.read_result(result_file, run.fingerprint)
-  if distributed.is_first():
-    workdir_lib.claim(workdir, config, free=_FREE)
-    reference_check.save(folder, checked)
-    reference_lib.write_input(folder, data)
-    noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
-  distributed.meet()
-  result = run.to_the_end()
-  result["seconds"] = round(time.monotonic() - started, 2)
-  if distributed.is_first():
-    workdir_lib.write_json(result_file, result)
-  return result
+  with contextlib.ExitStack() as stack:
+    finished = distributed.agree(result_file.exists())
+    if not finished:
+      stack.enter_context(locks.hold(folder))
+    data = load_data(config)
+    run = Run(config, folder, data)
+    checked = run.check_reference()
+    if finished:
+      result = workdir_lib.read_result(result_file, run.fingerprint)
+      loop.check_finished(folder, run.ledger())
+      return result
+    if distributed.is_first():
+      workdir_lib.claim(workdir, config, free=FREE)
+      reference_check.save(folder, checked)
+      reference_lib.write_input(folder, data)
+      noise.save(folder / LABELS_FILE, data.labels, data.train.ids)
+    distributed.meet()
+    result = run.to_the_end()
+    result["seconds"] = round(time.monotonic() - started, 2)
+    if distributed.is_first():
+      workdir_lib.write_json(result_file, result, sealed=True)
+    return result
 
 
 def load_data(config: Any) -> Data:
@@ -185,7 +194,7 @@ class Run:
     }
     self.fingerprints = {
       "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE))
+        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "data": pipeline.fingerprint(
         data.train.fingerprint, data.labels.labels, **shuffled
@@ -274,6 +283,11 @@ class Run:
     indices = self.data.indices
     return {
       "fingerprint": self.fingerprint,
+      # Whose the files beside are.
+      "fingerprints": {
+        **self._ledger_fingerprints(),
+        "input": workdir_lib.fingerprint(reference_lib.input_of(self.data)),
+      },
       **evaluation,
       "steps": self.total_steps,
       "train_samples": len(
@@ -305,6 +319,7 @@ class Run:
       self.folder / LEDGER_FOLDER,
       fingerprints=self._ledger_fingerprints(),
       writer=self.devices.process[0],
+      recover=True,
     )
 
   def _ledger_fingerprints(self):

@@ -1,10 +1,10 @@
 """What tuning found: each method's settings, in a file that studies read."""
 
-import json
 import pathlib
 from typing import Any
 
 from experiments import methods
+from gradmimic_jax import _files
 
 
 def read(path: str | None) -> dict[str, dict[str, Any]]:
@@ -29,7 +29,7 @@ def read(path: str | None) -> dict[str, dict[str, Any]]:
       " tuned.json of experiments.tune."
     )
   try:
-    found = json.loads(pathlib.Path(path).read_text())
+    found = _files.read_json(path)
     settings = {name: dict(entry["set"]) for name, entry in found.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(

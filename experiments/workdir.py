@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from configs import common
+from gradmimic_jax import _files
 
 CONFIG_FILE = "config.json"
 INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
@@ -35,6 +36,9 @@ ALWAYS_FREE = (
   "noise.matrix",
   "noise.path",
 )
+_SEAL = "checksum"
+_MAX_JSON = 1 << 30  # bytes; features' descriptions have every sample's id
+_REMEDY = "Choose another --workdir, or delete that folder to start over."
 # How C++ libraries say that a disk is full.
 _FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
 
@@ -42,34 +46,142 @@ _FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Writes a file so that readers see the old one or the new, not a part.
 
-  Several processes may write the same file.
+  Several processes, of several hosts, may write the same file.
   """
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  _files.write_bytes(path, content)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON, all or nothing."""
+def write_json(path: pathlib.Path, value: Any, *, sealed: bool = False) -> None:
+  """Writes JSON, all or nothing.
+
+  Args:
+    path: the file.
+    value: its content; an object, if it is to be sealed.
+    sealed: whether to add a checksum, which `read_json` takes out again.
+  """
+  if sealed:
+    value = {**value, _SEAL: _seal(value)}
   text = json.dumps(value, indent=2, sort_keys=True) + "\n"
   write_bytes(path, text.encode())
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads what `write_json` wrote; ValueError names a file that is damaged."""
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
+def read_json(
+  path: pathlib.Path,
+  fields: Mapping[str, type] | None = None,
+  *,
+  sealed: bool = True,
+) -> Any:
+  """Reads what `write_json` wrote.
+
+  Args:
+    path: the file.
+    fields: of an object: names that must be there, and the types of their
+      values. None: it may be no object.
+    sealed: whether to compare a seal, if there is one, and to take it out.
+
+  Returns:
+    Its content.
+
+  Raises:
+    OSError: it isn't there, or can't be read.
+    ValueError: it is damaged; the file is named.
+  """
+  found = _files.read_json(
+    path,
+    kind=object if fields is None else dict,
+    max_bytes=_MAX_JSON,
+    remedy=_REMEDY,
+  )
+  if not isinstance(found, dict):
+    return found
+  with _files.named(path, remedy=_REMEDY):
+    for name, kind in (fields or {}).items():
+      if not isinstance(found.get(name), kind):
+        raise ValueError(f"its {name} is {str(found.get(name))[:80]!r}")
+  if sealed and found.get(_SEAL, expected := _seal(found)) != expected:
     raise ValueError(
-      f"{path} is damaged ({error}). Choose another --workdir, or delete that"
-      " folder to start over."
-    ) from error
+      f"{path} is damaged (its {_SEAL} is {str(found[_SEAL])[:40]!r}, not"
+      f" {expected!r}). {_REMEDY}"
+    )
+  if sealed:
+    found.pop(_SEAL, None)
+  return found
+
+
+def _seal(value):
+  # Runs of one config have the same files but for the time that they took.
+  kept = {k: v for k, v in value.items() if k not in (_SEAL, "seconds")}
+  return fingerprint(kept)
+
+
+def read_input(folder: pathlib.Path, *, checked: bool = True) -> dict[str, Any]:
+  """What a run's model was made for, and is shown: its `input.json`.
+
+  Args:
+    folder: the run's.
+    checked: whether to compare it with what the finished run says of it.
+
+  Returns:
+    Its content: shape, num_classes, mean and std.
+
+  Raises:
+    OSError: there is none.
+    ValueError: it is damaged, or another run's.
+  """
+  file = folder / INPUT_FILE
+  fields = {"shape": list, "num_classes": int, "mean": list, "std": list}
+  shown = read_json(file, fields, sealed=checked)
+  if checked:
+    _check_owner(file, "input", shown)
+  return shown
+
+
+def read_model(folder: pathlib.Path) -> dict[str, Any]:
+  """The section `model` of a run's config."""
+  return read_json(folder / CONFIG_FILE, {"model": dict})["model"]
+
+
+def check_config(
+  folder: pathlib.Path, free: tuple[str, ...], prints: Mapping[str, str]
+) -> None:
+  """Raises ValueError where a run's `config.json` is that of another one.
+
+  Args:
+    folder: the run's.
+    free: what its job leaves out of the fingerprint, beside `ALWAYS_FREE`.
+    prints: fingerprints that the run left elsewhere; of earlier releases'
+      configs nothing is said.
+  """
+  file = folder / CONFIG_FILE
+  found = read_json(file, {}, sealed=False)
+  if found.pop(_SEAL, None) is None or "config" not in prints:
+    return
+  mine = fingerprint(without(found, (*free, *ALWAYS_FREE)))
+  if mine != prints["config"]:
+    raise ValueError(
+      f"{file} is of another run: its fingerprint is {mine!r}, and by"
+      f" {RESULT_FILE} or the ledger beside it {prints['config']!r}. Restore"
+      " what doesn't belong there."
+    )
+
+
+def of_result(folder: pathlib.Path) -> dict[str, str]:
+  """The fingerprints in a finished run's `result.json`; {}: there are none."""
+  file = folder / RESULT_FILE
+  if not file.exists():
+    return {}
+  found = read_json(file, {}).get("fingerprints", {})
+  return found if isinstance(found, dict) else {}
+
+
+def _check_owner(file, name, content):
+  """Raises ValueError where a file is not of the run whose result is beside."""
+  own, found = of_result(file.parent).get(name), fingerprint(content)
+  if own not in (None, found):
+    raise ValueError(
+      f"{file} is of another run: its fingerprint is {found!r}, and that in"
+      f" {RESULT_FILE} is {own!r}. Restore the one that doesn't belong there."
+    )
 
 
 def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
@@ -83,13 +195,16 @@ def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
     Its content.
 
   Raises:
-    ValueError: it has another fingerprint.
+    ValueError: it is damaged, or has another fingerprint.
   """
-  result = read_json(file)
+  result = read_json(file, {"fingerprint": str})
+  if "fingerprints" in result and _SEAL not in read_json(file, sealed=False):
+    raise ValueError(f"{file} is damaged (it has no {_SEAL}). {_REMEDY}")
   if result["fingerprint"] != expected:
     raise ValueError(
       f"{file} stems from other data, or another reference, filter, backbone or"
-      " start. Choose another --workdir, or delete that one to start over."
+      f" start (fingerprint {result['fingerprint']!r}, expected {expected!r})."
+      " Choose another --workdir, or delete that one to start over."
     )
   return result
 
@@ -125,10 +240,10 @@ def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def without(
-  config: config_dict.ConfigDict, fields: tuple[str, ...]
+  config: config_dict.ConfigDict | dict[str, Any], fields: tuple[str, ...]
 ) -> dict[str, Any]:
   """The config's `{"dotted.field": value}`, less fields that begin so."""
-  flat = _flat(as_dict(config))
+  flat = _flat(config if isinstance(config, dict) else as_dict(config))
   return {k: v for k, v in flat.items() if not k.startswith(fields)}
 
 
@@ -163,15 +278,17 @@ def check(
   _check_writable(folder)
   file = folder / CONFIG_FILE
   if file.exists():
-    for field, theirs, ours in _differences(read_json(file), as_dict(config)):
+    mine = as_dict(config)
+    for field, theirs, ours in _differences(read_json(file, {}), mine):
       if not field.startswith((*ALWAYS_FREE, *free)):
         raise ValueError(
           f"workdir {folder} belongs to another config: {field} is {theirs!r}"
-          f" there and {ours!r} here. Choose another --workdir, or delete that"
-          " one to start over."
+          f" there and {ours!r} here ({CONFIG_FILE}). Choose another --workdir,"
+          " or delete that one to start over."
         )
   elif folder.exists() and any(
-    not entry.match(CONFIG_FILE + "*.tmp") for entry in folder.iterdir()
+    entry.suffix != ".tmp" and not entry.match(".lock*")
+    for entry in folder.iterdir()
   ):
     raise ValueError(
       f"workdir {folder} is not empty and has no {CONFIG_FILE}; expected a new"
@@ -288,7 +405,7 @@ def claim(
   """
   folder = check(path, config, fields, free=free)
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / CONFIG_FILE, as_dict(config))
+  write_json(folder / CONFIG_FILE, as_dict(config), sealed=True)
   return folder
 
 

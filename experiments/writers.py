@@ -1,10 +1,12 @@
 """Where a run's metrics go: JSON lines, TensorBoard, a progress bar."""
 
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,41 +15,50 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from gradmimic_jax import _files
+
 METRICS_FILE = "metrics.jsonl"
 # What differs from run to run of the same: in lines of their own.
 TIMINGS = ("steps_per_second", "data_wait")
+_CHECK = "check"
+_RUN = "fingerprint"  # of the run, in the first line
+_MAX_BYTES = 1 << 32
 
 
 class MetricsWriter:
   """Writes scalars by step to `metrics.jsonl` and TensorBoard event files."""
 
-  def __init__(self, workdir: pathlib.Path, *, first_step: int):
+  def __init__(
+    self, workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
+  ):
     """Opens the files.
 
     Args:
       workdir: the run's folder.
       first_step: where the run starts or goes on. Lines from there on stem from
         an interrupted run; they are dropped and will be written again.
+      fingerprint: the run's; "" takes any run's lines.
     """
     path = workdir / METRICS_FILE
-    rows = read_metrics(path, timings=True)
-    kept = [row for row in rows if row["step"] < first_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-    os.replace(temporary, path)
+    rows = read_metrics(path, timings=True, fingerprint=fingerprint)
+    kept = [_line(row) for row in rows if row["step"] < first_step]
+    if fingerprint:
+      kept.insert(0, _line({"step": 0, _RUN: fingerprint}))
+    _files.write_bytes(path, "".join(kept).encode())
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
     self._events = _Events(workdir / "tensorboard", first_step=first_step)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line, `{"step": step, **scalars}`."""
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.write(_line({"step": step, **scalars}))
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
     """Puts what was written on disk."""
     self._file.flush()
+    # A checkpoint counts on these lines, whatever happens to the machine.
+    os.fsync(self._file.fileno())
     self._events.flush()
 
   def close(self) -> None:
@@ -56,6 +67,15 @@ class MetricsWriter:
       self._file.close()
     finally:
       self._events.close()
+
+
+def _line(row):
+  """A line of the file, whose last field is a checksum of what is before it."""
+  return json.dumps({**row, _CHECK: _sum_of(row)}) + "\n"
+
+
+def _sum_of(row):
+  return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
 class _Events:
@@ -96,16 +116,16 @@ class Silence:
 
 
 def metrics(
-  workdir: pathlib.Path, *, first_step: int
+  workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
 ) -> MetricsWriter | Silence:
   """The run's `MetricsWriter`; of several processes, the first one writes."""
   if jax.process_index():
     return Silence()
-  return MetricsWriter(workdir, first_step=first_step)
+  return MetricsWriter(workdir, first_step=first_step, fingerprint=fingerprint)
 
 
 def read_metrics(
-  path: pathlib.Path, *, timings: bool = False
+  path: pathlib.Path, *, timings: bool = False, fingerprint: str = ""
 ) -> list[dict[str, Any]]:
   """The whole lines of a metrics file; none if there is no file.
 
@@ -116,20 +136,56 @@ def read_metrics(
     timings: whether to have the lines of `TIMINGS` as well: `steps_per_second`,
       and `data_wait`, the share of the time that steps had to wait for data.
       All other lines are the same in every run of a config.
+    fingerprint: of the run whose lines they must be; "": of any.
 
   Returns:
-    The lines.
+    The lines, without their checksums.
+
+  Raises:
+    OSError: it can't be read.
+    ValueError: a line is damaged, or they are another run's.
   """
   if not path.exists():
     return []
-  rows = []
-  for line in path.read_text().splitlines(keepends=True):
-    if not line.endswith("\n"):
-      break
-    row = json.loads(line)
-    if timings or not any(name in row for name in TIMINGS):
+  content = bytes(_files.read_bytes(path, max_bytes=_MAX_BYTES))
+  rows, last = [], 0
+  for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    remedy = (
+      f"That is line {number}: restore the file from a copy, or cut it off"
+      " before that line."
+    )
+    row = _files.parse_json(line, path, remedy=remedy)
+    with _files.named(path, remedy=remedy):
+      if type(row.get("step")) is not int:
+        raise ValueError(f"its step is {str(row.get('step'))[:40]!r}")
+      check = row.pop(_CHECK, None)  # earlier releases wrote none
+      if check not in (None, _sum_of(row)):
+        raise ValueError("its checksum is another")
+      if _RUN in row:
+        if fingerprint and row[_RUN] != fingerprint:
+          raise ValueError(
+            f"{path} is of another run: its fingerprint is {row[_RUN]!r},"
+            f" expected {fingerprint!r}."
+          )
+        continue
+      is_timing = any(name in row for name in TIMINGS)
+      if not is_timing:
+        if row["step"] < last:
+          raise ValueError(f"its step {row['step']} comes after {last}")
+        last = row["step"]
+    if timings or not is_timing:
       rows.append(row)
   return rows
+
+
+def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
+  """How many steps, from the first on, a run's metrics have lines of."""
+  steps = {
+    row["step"]
+    for row in read_metrics(path, fingerprint=fingerprint)
+    if any(name.startswith("train_") for name in row)
+  }
+  return next(step for step in itertools.count() if step not in steps)
 
 
 def progress(total: int, done: int, title: str) -> tqdm.tqdm:

@@ -1,4 +1,7 @@
-"""The ledger's files on disk: manifest, row files, and whose they are."""
+"""The ledger's files on disk: manifest, row files, and lists of these.
+
+Parquet readers take the folder as it is: they skip names that begin with "_".
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +24,30 @@ FORMAT = "gradmimic_jax.ledger"
 VERSION = 1
 FIELDS = ("score", "weight", "loss")
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+_EARLIER_MANIFEST = "manifest.json"
 # first step, last step, order of writing, writer, CRC-32 of the file's bytes.
 # The checksum sits in the name because a Parquet footer can't hold its own.
 # Ledgers of earlier releases had one writer, and named none.
 _ROWS_NAME = re.compile(
-  r"rows-\d{9,}-\d{9,}-(\d{6,})(?:-w(\d{5,}))?-([0-9a-f]{8})\.parquet"
+  r"rows-(\d{9,})-(\d{9,})-(\d{6,})(?:-w(\d{5,}))?-([0-9a-f]{8})\.parquet"
 )
+# A writer's list of its files, a line each: CRC-32 of the rest, rows, name.
+_LISTS = "_files-w*.txt"
+_LIST_LINE = re.compile(r"([0-9a-f]{8}) (\d+) (rows-\S+)")
 ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
+# Windows has no such links, and would change the ends of lines.
+_NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+class RowName(NamedTuple):
+  """What a row file's name says."""
+
+  first_step: int
+  last_step: int
+  sequence: int
+  writer: int
+  checksum: str
 
 
 class RowFile(NamedTuple):
@@ -46,7 +66,7 @@ class RowFile(NamedTuple):
 def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
   """Checks a file's name and footer against the manifest."""
   remedy = "Move it out of the ledger's folder."
-  named = _ROWS_NAME.fullmatch(path.name)
+  named = parts_of(path.name)
   if named is None:
     raise ValueError(
       f"{path} is not a file that this ledger wrote: expected a name like"
@@ -61,15 +81,16 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
     )
   try:
     about = json.loads((footer.metadata or {})[FORMAT.encode()])
+    check = about.pop("check", None)  # earlier releases wrote none
     file = RowFile(
       path,
-      int(named[1]),
-      int(named[2] or 0),
-      named[3],
+      named.sequence,
+      named.writer,
+      named.checksum,
       int(about["first_step"]),
       int(about["last_step"]),
       footer.num_rows,
-      tuple(about["epochs"]),
+      tuple(map(int, about["epochs"])),
     )
     ours = (
       manifest["ledger_id"],
@@ -77,15 +98,27 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
       VERSION,
     )
     theirs = about["ledger_id"], about["fingerprint"], about["version"]
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise ValueError(
       f"{path} is not a ledger's file: its Parquet metadata doesn't say so."
       f" {remedy}"
     ) from error
+  # A file's whole bytes are compared with its name when its rows are read.
+  if check not in (None, checksum([about, footer.num_rows])):
+    raise ValueError(_torn(path, "its Parquet metadata have another checksum"))
   if ours != theirs:
     raise ValueError(
       f"{path} belongs to another ledger: its (ledger id, fingerprint,"
-      f" version) is {theirs}, this ledger's is {ours}. {remedy}"
+      f" version) is {theirs}, this ledger's is {ours}, by its manifest"
+      f" {MANIFEST}. {remedy}"
+    )
+  if (file.first_step, file.last_step) != named[:2]:
+    raise ValueError(
+      _torn(
+        path,
+        f"it has rows of steps {file.first_step} to {file.last_step}, and"
+        " another file's name",
+      )
     )
   return file
 
@@ -102,39 +135,169 @@ def rows_name(
 
 def last_sequence(folder: Path) -> int:
   """The highest sequence number of all writers' files, by their names; 0."""
-  named = (_ROWS_NAME.fullmatch(path.name) for path in folder.iterdir())
-  return max((int(name[1]) for name in named if name), default=0)
+  named = (parts_of(path.name) for path in folder.iterdir())
+  return max((parts.sequence for parts in named if parts), default=0)
+
+
+def parts_of(name: str) -> RowName | None:
+  """What a row file's name says; None if it is the name of none."""
+  named = _ROWS_NAME.fullmatch(name)
+  if named is None:
+    return None
+  first, last, sequence, writer, checksum = named.groups()
+  return RowName(
+    int(first), int(last), int(sequence), int(writer or 0), checksum
+  )
+
+
+def missing_number(files: Sequence[RowFile]) -> int | None:
+  """The first number that no file has, though a later one is there.
+
+  Ledgers of earlier releases have no lists; their files are numbered from 1.
+  """
+  numbers = {file.sequence for file in files}
+  gaps = set(range(1, max(numbers, default=0))) - numbers
+  return min(gaps, default=None)
+
+
+def list_path(folder: Path, writer: int) -> Path:
+  """Where a writer lists its files."""
+  return folder / _LISTS.replace("*", f"{writer:05d}")
+
+
+def read_lists(folder: Path, ledger_id: str) -> dict[str, int] | None:
+  """The rows of every file that was listed, by name; None without any list."""
+  lists = sorted(folder.glob(_LISTS))
+  listed: dict[str, int] = {}
+  for path in lists:
+    listed |= _read_list(path, ledger_id)
+  return listed if lists else None
+
+
+def read_own_list(folder: Path, writer: int, ledger_id: str) -> dict[str, int]:
+  """The like of one writer's files."""
+  path = list_path(folder, writer)
+  return _read_list(path, ledger_id) if path.exists() else {}
+
+
+def _read_list(path, ledger_id):
+  remedy = (
+    "Restore it from a copy; or, if no rows-*.parquet has been lost, delete it:"
+    " the next flush writes it again."
+  )
+  try:
+    text = path.read_bytes().decode("ascii")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
+  # A kill may have cut off the last line; its file is there all the same.
+  head, *lines = text.split("\n")[:-1] or [""]
+  if not head.startswith(FORMAT + " "):
+    raise ValueError(f"{path} is damaged (no first line). {remedy}")
+  if head != f"{FORMAT} {ledger_id}":
+    raise ValueError(
+      f"{path} belongs to another ledger than {MANIFEST} beside it. {remedy}"
+    )
+  found = {}
+  for number, line in enumerate(lines, 2):
+    match = _LIST_LINE.fullmatch(line)
+    if match is None or match[1] != _sum_of_line(match[2], match[3]):
+      raise ValueError(f"{path} is damaged (line {number}). {remedy}")
+    found[match[3]] = int(match[2])
+  return found
+
+
+def write_list(
+  folder: Path, writer: int, ledger_id: str, files: Mapping[str, int]
+) -> None:
+  """Writes a writer's list anew: the rows of each of its files, by name."""
+  lines = [f"{FORMAT} {ledger_id}\n", *_lines(files)]
+  write_atomically(list_path(folder, writer), "".join(lines).encode())
+
+
+def add_to_list(folder: Path, writer: int, name: str, rows: int) -> None:
+  """Lists a file that is there.
+
+  Lists are not synced: what a failing machine loses of them was not needed.
+  """
+  flags = os.O_WRONLY | os.O_APPEND | _NOT_A_LINK
+  descriptor = os.open(list_path(folder, writer), flags)
+  with os.fdopen(descriptor, "ab") as file:
+    file.writelines(line.encode() for line in _lines({name: rows}))
+
+
+def _lines(files):
+  """A list's lines."""
+  return [
+    f"{_sum_of_line(rows, name)} {rows} {name}\n"
+    for name, rows in files.items()
+  ]
+
+
+def _sum_of_line(rows, name):
+  return f"{zlib.crc32(f'{rows} {name}'.encode()):08x}"
+
+
+def lists_of_writers(folder: Path) -> list[int]:
+  """The writers that have a list."""
+  return [
+    int(path.stem.removeprefix("_files-w")) for path in folder.glob(_LISTS)
+  ]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
   """The folder's manifest, checked; None if there is none."""
-  path = folder / MANIFEST
+  for name in (MANIFEST, _EARLIER_MANIFEST):
+    path = folder / name
+    try:
+      return _checked_manifest(path, path.read_bytes())
+    except FileNotFoundError:
+      pass
+  return None
+
+
+def _checked_manifest(path, content):
   try:
-    text = path.read_text(encoding="utf-8")
-  except FileNotFoundError:
-    return None
+    text = content.decode("utf-8")
   except UnicodeDecodeError as error:
     raise ValueError(_bad_manifest(path, f"not UTF-8: {error}")) from error
   try:
     manifest = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(_bad_manifest(path, f"not JSON: {error}")) from error
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise ValueError(_bad_manifest(path, f"its format is not {FORMAT!r}"))
+  if manifest.pop("check", None) not in (None, checksum(manifest)):
+    raise ValueError(_bad_manifest(path, "its checksum is another"))
   if manifest.get("version") != VERSION:
     raise ValueError(
       f"{path} is of version {manifest.get('version')!r}; this gradmimic_jax"
       f" reads version {VERSION}. Read it with the release that wrote it."
     )
+  prints = manifest.get("fingerprints")
   if (
     not isinstance(manifest.get("ledger_id"), str)
-    or manifest.get("id_kind") not in ID_TYPES
-    or not isinstance(manifest.get("fingerprints"), dict)
+    or manifest.get("id_kind") not in (*ID_TYPES,)
+    or not isinstance(prints, dict)
+    or not all(isinstance(value, str) for value in prints.values())
   ):
     raise ValueError(
       _bad_manifest(path, "ledger_id, id_kind or fingerprints is not right")
     )
   return manifest
+
+
+def write_manifest(
+  folder: Path, manifest: Mapping[str, Any], *, writer: int
+) -> bool:
+  """Writes the manifest unless there is one; whether it was written."""
+  sealed = {**manifest, "check": checksum(manifest)}
+  text = json.dumps(sealed, indent=2, sort_keys=True) + "\n"
+  return write_once(folder / MANIFEST, text.encode(), writer=writer)
+
+
+def checksum(value: Any) -> str:
+  """Eight hex digits that tell JSON-like values apart."""
+  return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def group_by_steps(files: Sequence[RowFile]) -> list[list[RowFile]]:
@@ -218,7 +381,7 @@ def schema(id_kind: str) -> pa.Schema:
 
 def write_atomically(path: Path, content: Any) -> None:
   """Writes a file so that it is there whole or not at all."""
-  temporary = path.with_name(f".{path.name}.tmp")
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
   _write(temporary, content)
   os.replace(temporary, path)
   _sync(path.parent)
@@ -235,7 +398,9 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
   Returns:
     Whether it was written. The file is there, and whole, in either case.
   """
-  temporary = path.with_name(f".{path.name}.w{writer:05d}.tmp")
+  temporary = path.with_name(
+    f".{path.name}.w{writer:05d}.{uuid.uuid4().hex}.tmp"
+  )
   _write(temporary, content)
   try:
     os.link(temporary, path)  # fails where there is a file, as a rename doesn't
@@ -246,7 +411,7 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
     # A file system without hard links. What a kill cuts off here is refused by
     # name when it is read.
     try:
-      _write(path, content, mode="xb")
+      _write(path, content)
     except FileExistsError:
       return False
   finally:
@@ -254,8 +419,10 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
   return True
 
 
-def _write(path, content, mode="wb"):
-  with open(path, mode) as file:
+def _write(path, content):
+  """Writes a file that must not be there, nor a link in its place."""
+  flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_A_LINK
+  with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
     try:
       file.write(content)
       file.flush()
@@ -277,7 +444,11 @@ def _sync(folder):
 def remove_temporary_files(folder: Path, *, writer: int) -> None:
   """Removes what a killed write of this writer left behind."""
   mine = f"w{writer:05d}"
-  for pattern in (f".rows-*-{mine}-*.parquet.tmp", f".{MANIFEST}.{mine}.tmp"):
+  for pattern in (
+    f".rows-*-{mine}-*.tmp",
+    f".{MANIFEST}.{mine}.*tmp",
+    f".{list_path(folder, writer).name}.*tmp",
+  ):
     for path in folder.glob(pattern):
       path.unlink(missing_ok=True)
 

@@ -1,9 +1,10 @@
 """The ledger: every sample's scores, weights and losses, kept on disk.
 
 A ledger is a folder of Parquet files, one a flush, beside a small JSON
-manifest. Files are only ever added: each is written under a temporary name and
-renamed once its bytes are on the disk, so a killed run leaves either a whole
-file or none. Several processes write one ledger, each its own files.
+manifest and each writer's list of its files. Files are only ever added: each is
+written under a temporary name and renamed once its bytes are on the disk, so a
+killed run leaves either a whole file or none. Several processes write one
+ledger, each its own files.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ class ScoreLedger:
     * A kill at any moment loses at most the rows that were not flushed.
     * What is read back does not depend on which writer wrote which rows: a run
       may go on with another number of writers.
-    * A file that is damaged, or that another ledger wrote, is refused by name.
-      Nothing is skipped in silence.
+    * A file that is damaged or lost, or that another ledger wrote, is refused
+      by name. Nothing is skipped in silence.
+    * Whatever reads a folder of Parquet files reads this one:
+      `pandas.read_parquet(path)`, `pyarrow.dataset.dataset(path)`, DuckDB,
+      `polars.scan_parquet(path, hidden_file_prefix="_")`. A run that was
+      interrupted may have recorded some (id, step) twice, with the same
+      values: drop duplicates of the two.
     * What is read back does not depend on how the appends were cut into files.
 
   | edge case                                | behaviour                     |
@@ -63,6 +69,7 @@ class ScoreLedger:
   | no ids in an append (all were padding)   | nothing is recorded           |
   | a sample seen twice in an epoch          | `matrix` has the latest step  |
   | a sample not seen in an epoch            | `matrix` has NaN              |
+  | a file was lost                          | refused by name; see `recover`|
   | temporary files of a killed flush        | ignored; removed by that      |
   |                                          | writer's next flush           |
   | two writers open at a time write the     | one row, of either            |
@@ -76,12 +83,15 @@ class ScoreLedger:
     writer: which of the processes this is that write the ledger at a time, >=
       0. When a run goes on, its writers open the ledger after all earlier ones
       have ended.
+    recover: whether a ledger that lost files may be opened, by who can record
+      their rows again: see `first_lost_step` and `forget_from`. It can't be
+      read before.
 
   Raises:
     TypeError: fingerprints that aren't strings by name; a writer that isn't an
       integer.
-    ValueError: a negative writer, a ledger with other fingerprints, a damaged
-      or foreign file, a manifest that is missing, damaged or of another
+    ValueError: a negative writer, a ledger with other fingerprints, a damaged,
+      lost or foreign file, a manifest that is missing, damaged or of another
       version.
 
   Example:
@@ -109,6 +119,7 @@ class ScoreLedger:
     *,
     fingerprints: Mapping[str, str] | None = None,
     writer: int = 0,
+    recover: bool = False,
   ):
     self.path = Path(path)
     self.writer = _count("writer", writer, 2**31 - 1)
@@ -123,11 +134,13 @@ class ScoreLedger:
     self._known: dict[
       str, row_files.RowFile
     ] = {}  # files whose footer was checked
-    self._cleaned = False
+    self._listing = False  # whether this writer's list is up to date
     # Refuse a bad ledger now, not after hours of training. One process reading
     # all files is enough.
     if self.writer:
       self._read_manifest()
+    elif recover:
+      self._look()
     else:
       self._files()
 
@@ -148,6 +161,54 @@ class ScoreLedger:
     """The epochs that have rows, ascending: the columns of `matrix`."""
     self.flush()
     return tuple(sorted({e for file in self._files() for e in file.epochs}))
+
+  @property
+  def lost_files(self) -> tuple[str, ...]:
+    """The names of files that are not there any more."""
+    return tuple(self._look()[1])
+
+  @property
+  def first_lost_step(self) -> int | None:
+    """Where to record again from: the first step whose rows were lost.
+
+    None where no file is lost. 0 where it isn't known which rows were in it.
+    """
+    files, lost = self._look()
+    if lost:
+      return min(map(_first_step, lost))
+    return 0 if self._numbers_lack(files) else None
+
+  def forget_from(self, step: int) -> None:
+    """Removes the files of a step and later ones, to record these again.
+
+    Called by one process while no other one writes. A file whose rows began
+    before stays: what is appended again counts.
+
+    Args:
+      step: not after `first_lost_step`.
+
+    Raises:
+      ValueError: rows of earlier steps were lost, too.
+    """
+    lost = self.first_lost_step
+    if lost is not None and lost < step:
+      raise ValueError(
+        f"the ledger at {self.path} lost rows from step {lost} on, before"
+        f" {step}. Record from there."
+      )
+    if self._manifest is None:
+      return
+    for file in self._look()[0]:
+      if file.first_step >= step:
+        file.path.unlink(missing_ok=True)
+        del self._known[file.path.name]
+    ledger_id = self._manifest["ledger_id"]
+    for writer in row_files.lists_of_writers(self.path):
+      listed = row_files.read_own_list(self.path, writer, ledger_id)
+      kept = {
+        name: rows for name, rows in listed.items() if _first_step(name) < step
+      }
+      row_files.write_list(self.path, writer, ledger_id, kept)
 
   def append(
     self,
@@ -213,12 +274,11 @@ class ScoreLedger:
     if not self._buffer:
       return None
     self.path.mkdir(parents=True, exist_ok=True)
-    if not self._cleaned:
-      row_files.remove_temporary_files(self.path, writer=self.writer)
-      self._cleaned = True
     if self._manifest is None:
       self._begin()
     assert self._manifest is not None
+    if not self._listing:
+      row_files.remove_temporary_files(self.path, writer=self.writer)
     if self._manifest["id_kind"] != self._id_kind:
       raise TypeError(
         f"the rows in memory have {self._id_kind} ids, but the ledger at"
@@ -236,6 +296,7 @@ class ScoreLedger:
       "last_step": max(steps),
       "epochs": sorted({rows.epoch for rows in self._buffer}),
     }
+    about["check"] = row_files.checksum([about, len(table)])
     metadata = {row_files.FORMAT: json.dumps(about)}
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -253,6 +314,11 @@ class ScoreLedger:
       content,
     )
     row_files.write_atomically(path, content)
+    # A kill before this line leaves a file that counts, though not listed.
+    if self._listing:
+      row_files.add_to_list(self.path, self.writer, path.name, len(table))
+    else:
+      self._begin_list()
     self._buffer = []  # only now: a failed write can be tried again
     return path
 
@@ -384,8 +450,26 @@ class ScoreLedger:
 
   def _files(self) -> list[row_files.RowFile]:
     """The ledger's files in order of writing; refuses any that isn't its."""
+    files, lost = self._look()
+    what = None
+    if lost:
+      more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+      what = f"{self.path / lost[0]} is missing{more}"
+    elif (number := self._numbers_lack(files)) is not None:
+      what = f"{self.path} has no file number {number}, and later ones"
+    if what is not None:
+      raise ValueError(
+        f"{what}: the ledger at {self.path} lost rows. Restore the file from a"
+        " copy, or record its steps again (`recover`; the command of a run"
+        " that isn't finished does)."
+      )
+    return files
+
+  def _look(self) -> tuple[list[row_files.RowFile], list[str]]:
+    """The files that are there, in order of writing; the names of lost ones."""
     if self._manifest is None:
       self._read_manifest()
+    listed = self._listed() or {}  # before looking at what is there
     paths = sorted(self.path.glob("*.parquet"))
     if paths and self._manifest is None:
       self._read_manifest()  # another writer may have begun right now
@@ -399,7 +483,29 @@ class ScoreLedger:
       if path.name not in self._known:
         self._known[path.name] = row_files.inspect(path, self._manifest or {})
     files = [self._known[path.name] for path in paths]
-    return sorted(files, key=row_files.order_of_writing)
+    there = {row_files.parts_of(file.path.name): file for file in files}
+    lost = []
+    for name, rows in sorted(listed.items()):
+      file = there.get(row_files.parts_of(name))
+      if file is None:
+        if not (self.path / name).exists():  # network file systems list late
+          lost.append(name)
+      elif file.n_rows != rows:
+        raise ValueError(
+          f"{file.path} has {file.n_rows} rows, and the list beside it says"
+          f" {rows}. Restore it from a copy."
+        )
+    return sorted(files, key=row_files.order_of_writing), lost
+
+  def _listed(self) -> dict[str, int] | None:
+    """The rows of all files that were ever written; None: nobody listed any."""
+    if self._manifest is None:
+      return None
+    return row_files.read_lists(self.path, self._manifest["ledger_id"])
+
+  def _numbers_lack(self, files: list[row_files.RowFile]) -> int | None:
+    """What `missing_number` says of a ledger that has no lists."""
+    return row_files.missing_number(files) if self._listed() is None else None
 
   def _read_manifest(self) -> None:
     """Takes the manifest's word for kind and fingerprints, if there is one."""
@@ -424,12 +530,27 @@ class ScoreLedger:
       "id_kind": self._id_kind,
       "fingerprints": self.fingerprints,
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    path = self.path / row_files.MANIFEST
-    if row_files.write_once(path, text.encode(), writer=self.writer):
+    if row_files.write_manifest(self.path, manifest, writer=self.writer):
       self._manifest = manifest
     else:
       self._read_manifest()
+
+  def _begin_list(self) -> None:
+    """Takes over this writer's list, with what was kept from it."""
+    assert self._manifest is not None
+    ledger_id = self._manifest["ledger_id"]
+    listed = row_files.read_own_list(self.path, self.writer, ledger_id)
+    for path in sorted(self.path.glob("*.parquet")):
+      parts = row_files.parts_of(path.name)
+      if parts and parts.writer == self.writer and path.name not in listed:
+        listed[path.name] = row_files.inspect(path, self._manifest).n_rows
+    row_files.write_list(self.path, self.writer, ledger_id, listed)
+    self._listing = True
+
+
+def _first_step(name: str) -> int:
+  parts = row_files.parts_of(name)
+  return parts.first_step if parts else 0
 
 
 def _checked_fingerprints(
@@ -459,7 +580,8 @@ def _compare_fingerprints(
       raise ValueError(
         f"the ledger at {path} was made with other inputs: fingerprint"
         f" {name!r} is {found.get(name)!r} there and {asked.get(name)!r} here."
-        " Use another folder, or the inputs it was made with."
+        f" Use another folder, or the inputs it was made with, which"
+        f" {row_files.MANIFEST} names."
       )
 
 

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import threading
+import uuid
 
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -484,8 +486,8 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 
 def test_a_missing_manifest_is_refused(tmp_path):
   write(tmp_path, random_appends(12))
-  (tmp_path / "manifest.json").unlink()
-  with pytest.raises(ValueError, match=r"but no\s+manifest.json"):
+  (tmp_path / "_manifest.json").unlink()
+  with pytest.raises(ValueError, match=r"but no\s+_manifest.json"):
     ScoreLedger(tmp_path)
 
 
@@ -502,8 +504,8 @@ def test_a_missing_manifest_is_refused(tmp_path):
   ],
 )
 def test_a_bad_manifest_is_refused(tmp_path, content, message):
-  (tmp_path / "manifest.json").write_bytes(content)
-  with pytest.raises(ValueError, match=r"manifest.json") as caught:
+  (tmp_path / "_manifest.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"_manifest.json") as caught:
     ScoreLedger(tmp_path)
   assert message in str(caught.value)
 
@@ -530,7 +532,7 @@ def test_fingerprints_are_kept_and_compared(tmp_path):
   ]:
     with pytest.raises(ValueError, match=message):
       ScoreLedger(tmp_path, fingerprints=other)
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  manifest = json.loads((tmp_path / "_manifest.json").read_text())
   assert manifest["fingerprints"] == prints
   assert manifest["id_kind"] == "integer"
 
@@ -624,3 +626,198 @@ def test_no_file_holds_a_pickle(tmp_path):
   np.save(tmp_path / "ids.npy", ids, allow_pickle=False)
   for path in row_files(tmp_path):
     assert b"pandas" not in path.read_bytes()
+
+
+# Files that were lost.
+
+
+def test_a_lost_file_is_refused_by_name(tmp_path):
+  write(tmp_path, random_appends(19))
+  files = row_files(tmp_path)
+  assert len(files) == 4
+  for lost in files:  # the first and the last one, too
+    content = lost.read_bytes()
+    lost.unlink()
+    for open_it in (
+      ScoreLedger,
+      lambda path: ScoreLedger(path, writer=1).matrix(),
+    ):
+      with pytest.raises(ValueError, match=f"{lost.name} is missing: .*lost r"):
+        open_it(tmp_path)
+    ledger = ScoreLedger(tmp_path, recover=True)
+    assert ledger.lost_files == (lost.name,)
+    assert ledger.first_lost_step == int(lost.name.split("-")[1])
+    for read in (ScoreLedger.table, ScoreLedger.matrix, len):
+      with pytest.raises(ValueError, match=lost.name):
+        read(ledger)
+    lost.write_bytes(content)
+  files[1].unlink()
+  files[3].unlink()
+  with pytest.raises(ValueError, match=f"{files[1].name} is missing, and 1 mo"):
+    ScoreLedger(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lost_rows_are_recorded_again(tmp_path, seed):
+  """Whoever wrote them, and however the run had come there."""
+  rng = np.random.default_rng(seed)
+  appends = random_appends(seed)
+  whole = write(tmp_path / "whole", appends).table()
+  run = tmp_path / "run"
+  for start, end in ((0, 8), (5, len(appends))):  # killed after a checkpoint
+    for ledger in write_shares(run, appends[start:end], rng, writers=3):
+      ledger.flush()
+  for path in rng.permutation(row_files(run))[: rng.integers(1, 4)]:
+    path.unlink()
+  ledger = ScoreLedger(run, recover=True)
+  lost = ledger.first_lost_step
+  if lost + 1 < len(appends):
+    with pytest.raises(ValueError, match=f"lost rows from step {lost} on"):
+      ledger.forget_from(lost + 1)
+  saved = int(rng.integers(0, lost + 1))
+  ledger.forget_from(saved)
+  assert ledger.first_lost_step is None
+  for ledger in write_shares(run, appends[saved:], rng, writers=2):
+    ledger.flush()
+  assert ScoreLedger(run).table().equals(whole)
+
+
+def test_a_kill_before_a_file_is_listed(tmp_path, monkeypatch):
+  appends = random_appends(20)
+  write(tmp_path, appends[:10])
+  listed = (tmp_path / "_files-w00000.txt").read_bytes()
+  write(tmp_path, appends[10:])
+  # Neither the line of the last file was written, nor all of the one before.
+  (tmp_path / "_files-w00000.txt").write_bytes(listed[:-20])
+  want = brute_force_matrix(appends, "scores")[1]
+  np.testing.assert_array_equal(ScoreLedger(tmp_path).matrix()[1], want)
+  write(tmp_path, appends[-1:])  # takes over what is there
+  row_files(tmp_path)[-2].unlink()
+  with pytest.raises(ValueError, match="is missing"):
+    ScoreLedger(tmp_path)
+
+
+def read_or_told(read):
+  """What came, or None and the error that came in its place."""
+  try:
+    return read(), ""
+  except ValueError as error:
+    return None, str(error)
+
+
+def counts_of(path):
+  ledger = ScoreLedger(path)
+  return len(ledger), ledger.epochs
+
+
+@pytest.mark.parametrize("name", ["_files-w00000.txt", "_manifest.json"])
+def test_a_garbled_list_or_manifest_is_never_believed(tmp_path, name):
+  write(tmp_path, random_appends(21), fingerprints={"data": "digits"})
+  want = ScoreLedger(tmp_path).table()
+  file = tmp_path / name
+  whole = file.read_bytes()
+  rng = np.random.default_rng(0)
+  contents = [b"", bytes(len(whole)), whole + whole, b"[" * 10**5]
+  for at in rng.integers(0, len(whole), 60):
+    content = bytearray(whole)
+    content[at] ^= 1 << rng.integers(8)
+    contents.append(bytes(content))
+  for content in contents:
+    file.write_bytes(content)
+    found, text = read_or_told(lambda: ScoreLedger(tmp_path).table())
+    assert name in text if found is None else found.equals(want)
+    assert "\n" not in text
+  # A list that is cut off is one that a kill has left.
+  for size in range(0, len(whole) if "files" in name else 0, 5):
+    file.write_bytes(whole[:size])
+    found, _ = read_or_told(lambda: ScoreLedger(tmp_path).table())
+    assert found is None or found.equals(want)
+
+
+def test_a_garbled_footer_gives_no_other_counts(tmp_path):
+  write(tmp_path, random_appends(22))
+  garbled = row_files(tmp_path)[0]
+  whole = garbled.read_bytes()
+  want = counts_of(tmp_path)
+  footer = int.from_bytes(whole[-8:-4], "little")
+  for at in range(len(whole) - 8 - footer, len(whole), 13):
+    content = bytearray(whole)
+    content[at] ^= 1 << at % 8
+    garbled.write_bytes(bytes(content))
+    found, text = read_or_told(lambda: counts_of(tmp_path))
+    assert garbled.name in text if found is None else found == want
+  twin = row_files(tmp_path)[1]
+  garbled.write_bytes(twin.read_bytes())
+  with pytest.raises(ValueError, match=f"{garbled.name} is torn.*another file"):
+    ScoreLedger(tmp_path)
+
+
+def as_an_earlier_release(path):
+  """Names of before there were lists, and a manifest that readers look at."""
+  for file in path.glob("_files-*"):
+    file.unlink()
+  manifest = json.loads((path / "_manifest.json").read_text())
+  del manifest["check"]
+  (path / "manifest.json").write_text(json.dumps(manifest))
+  (path / "_manifest.json").unlink()
+
+
+def test_a_ledger_without_lists_opens_and_goes_on(tmp_path):
+  appends = random_appends(23)
+  write(tmp_path, appends[:10], flush_every=3)
+  as_an_earlier_release(tmp_path)
+  write(tmp_path, appends[10:])
+  want = brute_force_matrix(appends, "scores")[1]
+  np.testing.assert_array_equal(ScoreLedger(tmp_path).matrix()[1], want)
+  for lost in row_files(tmp_path):  # its own list has the earlier ones, too
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"{lost.name} is missing"):
+      ScoreLedger(tmp_path)
+    lost.write_bytes(content)
+
+
+def test_a_gap_in_a_ledger_without_lists_is_seen(tmp_path):
+  write(tmp_path, random_appends(24))
+  as_an_earlier_release(tmp_path)
+  row_files(tmp_path)[1].unlink()
+  with pytest.raises(ValueError, match="no file number 2, and later ones"):
+    ScoreLedger(tmp_path)
+  ledger = ScoreLedger(tmp_path, recover=True)
+  assert ledger.first_lost_step == 0
+  ledger.forget_from(0)
+  assert len(ledger) == 0
+
+
+def test_others_read_the_folder_as_it_is(tmp_path):
+  appends = random_appends(25)
+  ids = np.array([f"{i:03d}" for i in range(200)] + ["NA", ""])
+  for rows in appends:
+    rows["ids"] = ids[rows["ids"]]
+  appends[0]["ids"][:2] = "NA", ""
+  want = write(tmp_path, appends).table()
+  pandas = pytest.importorskip("pandas")
+  order = ["step", "id"]
+  found = pandas.read_parquet(tmp_path).sort_values(order, ignore_index=True)
+  table = pyarrow.dataset.dataset(tmp_path).to_table()
+  for got in (found, table.to_pandas().sort_values(order, ignore_index=True)):
+    assert got["id"].tolist() == want["id"].to_pylist()
+    np.testing.assert_array_equal(got["score"], want["score"].to_numpy())
+
+
+def test_what_lies_in_a_temporary_files_place_is_not_written_to(
+  tmp_path, monkeypatch
+):
+  victim = tmp_path / "victim"
+  monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
+  ledger = ScoreLedger(tmp_path / "ledger")
+  ledger.append([1], [1.0], step=0, epoch=0)
+  (tmp_path / "ledger").mkdir()
+  name = f"._manifest.json.w00000.{uuid.UUID(int=7).hex}.tmp"
+  (tmp_path / "ledger" / name).symlink_to(victim)
+  monkeypatch.setattr(
+    ledger_lib.row_files, "remove_temporary_files", lambda *_, **__: None
+  )
+  with pytest.raises(FileExistsError):
+    ledger.flush()
+  assert not victim.exists()

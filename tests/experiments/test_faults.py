@@ -20,6 +20,8 @@ from etils import epath
 import gradmimic_jax as gm
 from experiments import (
   checkpoint,
+  checksums,
+  claims as claims_lib,
   preemption,
   step_log,
   steps,
@@ -268,6 +270,27 @@ def test_a_run_that_is_asked_to_leave_saves_first(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_job_on_a_workdir_is_refused(
+  start, undisturbed, tmp_path, count
+):
+  """At once, with one line; several processes of a job are one run."""
+  run = tmp_path / "run"
+  begun = Begun(start, run, count=2)
+  begun.saves()
+  for process in (second := start(run, count=count)):
+    _, words = process.communicate(timeout=BOUND)
+    assert process.returncode == 1
+    (line,) = (line for line in words.splitlines() if "is in use" in line)
+    assert f"process {begun.processes[0].pid} on" in line
+    assert "Traceback" not in words
+  assert len(second) == count
+  assert all(process.poll() is None for process in begun.processes)
+  processes.finish(begun.processes)
+  assert_same_run(run, undisturbed(2))
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(
   start, undisturbed, tmp_path, request
 ):
@@ -294,6 +317,33 @@ def test_a_process_that_hangs_ends_the_others(
   processes.finish(start(run))
   assert_same_run(run, undisturbed(2))
   show(request, "from a hang to the other's end", needed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["train", "study"])
+def test_a_job_that_is_asked_to_leave_before_its_loop_ends_well(
+  tmp_path, digits_dir, job
+):
+  """While it imports, reads data, compiles, and between two runs."""
+  command = [
+    *("-m", f"experiments.{job}"),
+    *processes.flags_of(
+      "configs/digits.py:seeds=1",
+      tmp_path / "run",
+      **{"data.data_dir": digits_dir, "num_epochs": 400},
+    ),
+  ]
+  for seconds in (1, 3, 5, 7, 9, 12, 16):
+    (process,) = processes.start(command, count=1)
+    time.sleep(seconds)
+    for _ in range(2):
+      if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+      time.sleep(0.01)
+    _, words = process.communicate(timeout=GRACE)
+    assert process.returncode == 0, words
+    assert "Traceback" not in words
+    assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
 @pytest.fixture
@@ -439,6 +489,217 @@ def meanwhile(monkeypatch):
     monkeypatch.setattr(steps, "make_train_step", make_eventful)
 
   return meanwhile
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+  """A copy of that run, to be damaged; its result is gone."""
+  run = tmp_path / "run"
+  shutil.copytree(whole, run)
+  (run / train.RESULT_FILE).unlink()
+  return run
+
+
+def flip(path, at=0.5):
+  """Changes one bit of a file."""
+  content = bytearray(path.read_bytes())
+  content[int(at * len(content))] ^= 4
+  path.write_bytes(content)
+
+
+def largest(folder):
+  files = (path for path in folder.rglob("*") if path.is_file())
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+  config, whole, damaged, caplog
+):
+  file = largest(damaged / checkpoint.FOLDER / "18")
+  flip(file)
+  with caplog.at_level("WARNING", logger="absl"):
+    train.train_and_evaluate(config, damaged)
+  assert f"{file} is damaged" in caplog.text
+  assert "goes on from checkpoint 12, not 18" in caplog.text
+  assert_same_run(damaged, whole)
+
+
+def test_a_damaged_checkpoint_with_none_before_it_is_named(config, damaged):
+  shutil.rmtree(damaged / checkpoint.FOLDER / "12")
+  file = damaged / checkpoint.FOLDER / "18" / "data" / "metadata"
+  flip(file)
+  with pytest.raises(
+    ValueError, match=r"18/data/metadata is damaged.*no checkpoint before it"
+  ):
+    train.train_and_evaluate(config, damaged)
+  flip(file)
+  assert train.train_and_evaluate(config, damaged)["steps"] == 18
+
+
+def test_a_checkpoint_of_an_earlier_release_is_taken(config, damaged, caplog):
+  for file in damaged.rglob("checksums_*.txt"):
+    file.unlink()
+  copy = damaged.with_name("copy")
+  shutil.copytree(damaged, copy)
+  with caplog.at_level("WARNING", logger="absl"):
+    assert train.train_and_evaluate(config, damaged)["steps"] == 18
+  assert "18 has no checksums; it is taken as it is" in caplog.text
+  (copy / checkpoint.FOLDER / "18" / "data" / "metadata").write_text("{")
+  with caplog.at_level("WARNING", logger="absl"):
+    assert train.train_and_evaluate(config, copy)["steps"] == 18
+  assert "18 can't be read" in caplog.text
+
+
+def test_a_fault_of_another_kind_removes_nothing(config, damaged, monkeypatch):
+  def fail(*_):
+    raise ValueError("no room on the device")
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_read", fail)
+  with pytest.raises(ValueError, match="no room"):
+    train.train_and_evaluate(config, damaged)
+  assert checkpoint.steps(damaged) == [12, 18]
+
+
+def test_every_byte_of_a_checkpoint_counts(damaged):
+  folder = damaged / checkpoint.FOLDER / "18"
+  for part in range(3):
+    assert checksums.check(folder, part, 3)
+  left_out = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+  files = [
+    path
+    for path in folder.rglob("*")
+    if path.is_file() and path.name not in left_out
+  ]
+  assert len(files) > 10
+  for path in files:
+    content = path.read_bytes()
+    for changed in (
+      b"",
+      content[:-1],
+      content + b"\0",
+      bytes(len(content)),
+      *(
+        content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        for at in np.linspace(0, len(content) - 1, 9).astype(int)
+      ),
+    ):
+      path.write_bytes(changed)
+      with pytest.raises(ValueError, match=path.name):
+        checksums.check(folder)
+    path.write_bytes(content)
+    if not path.match("checksums_*"):
+      path.unlink()
+      with pytest.raises(ValueError, match=f"{path.name} is missing"):
+        checksums.check(folder)
+      path.write_bytes(content)
+  (folder / "state" / "more").touch()
+  with pytest.raises(ValueError, match="more has no checksum"):
+    checksums.check(folder)
+  (folder / "state" / "more").unlink()
+  twelve = folder.rename(folder.with_name("24"))
+  with pytest.raises(ValueError, match=r"is of another one .checkpoint 18"):
+    checksums.check(twelve)
+
+
+def test_a_reference_that_is_damaged_is_named(make_config, whole, tmp_path):
+  teacher = tmp_path / "teacher"
+  shutil.copytree(whole, teacher)
+  config = make_config(
+    **{"method": "grad_mimic", "mimic.reference": str(teacher)}
+  )
+  flip(largest(teacher / checkpoint.FOLDER / "18"))
+  with pytest.raises(ValueError, match=r"teacher/checkpoints/18/.* is damaged"):
+    train.train_and_evaluate(config, tmp_path / "run")
+  shutil.rmtree(teacher / checkpoint.FOLDER)
+  shutil.copytree(whole / checkpoint.FOLDER, teacher / checkpoint.FOLDER)
+  result = json.loads((teacher / train.RESULT_FILE).read_text())
+  del result["checksum"]  # as another run's
+  (teacher / train.RESULT_FILE).write_text(
+    json.dumps({**result, "fingerprint": "0" * 16})
+  )
+  with pytest.raises(ValueError, match=r"checkpoints/18 is of another run"):
+    train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_rows_that_were_lost_are_recorded_again(config, whole, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(whole, run)
+  lost = sorted((run / train.LEDGER_FOLDER).glob("rows-*"))[-1]
+  lost.unlink()
+  with pytest.raises(
+    ValueError, match=rf"{lost.name} is missing.*To record them.*result\.json"
+  ):
+    train.train_and_evaluate(config, run)
+  (run / train.RESULT_FILE).unlink()
+  train.train_and_evaluate(config, run)
+  assert_same_run(run, whole)
+
+
+def test_rows_that_no_checkpoint_is_before(config, damaged):
+  (damaged / "ledger" / "_manifest.json").unlink()
+  for file in (damaged / train.LEDGER_FOLDER).iterdir():
+    file.unlink()
+  with pytest.raises(
+    ValueError, match=r"ledger: rows of steps from 0 on were lost\. The oldest"
+  ):
+    train.train_and_evaluate(config, damaged)
+  assert checkpoint.steps(damaged) == [12, 18]
+
+
+def test_metrics_that_were_lost_are_written_again(config, whole, damaged):
+  file = damaged / writers.METRICS_FILE
+  lines = file.read_text().splitlines(keepends=True)
+  last = next(i for i, line in enumerate(lines) if '"step": 14' in line)
+  file.write_text("".join(lines[:last]))
+  assert 12 <= writers.recorded_steps(file) < 15
+  train.train_and_evaluate(config, damaged)
+  assert_same_run(damaged, whole)
+
+
+def test_metrics_of_another_run_are_refused(tmp_path):
+  writers.MetricsWriter(tmp_path, first_step=0, fingerprint="ours").close()
+  writers.MetricsWriter(tmp_path, first_step=0, fingerprint="ours").close()
+  with pytest.raises(
+    ValueError, match=r"metrics\.jsonl is of another run.*'ours', .*'theirs'"
+  ):
+    writers.MetricsWriter(tmp_path, first_step=0, fingerprint="theirs")
+
+
+@pytest.mark.parametrize(
+  ("old", "new"), [(b"0.", b"1."), (b"{", b"[" * 10**5), (b'"step"', b'"stop"')]
+)
+def test_metrics_that_are_damaged_are_named(tmp_path, old, new):
+  writer = writers.MetricsWriter(tmp_path, first_step=0)
+  for step in range(3):
+    writer.write(step, {"train_loss": 0.5})
+  writer.close()
+  file = tmp_path / writers.METRICS_FILE
+  assert writers.recorded_steps(file) == 3
+  file.write_bytes(file.read_bytes().replace(old, new, 1))
+  with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged.*line 1"):
+    writers.read_metrics(file)
+
+
+@pytest.fixture
+def job(monkeypatch):
+  """This process is a job, as `cli.run` makes it one."""
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(preemption, "_job", False)
+  preemption.listen()
+  yield
+  preemption._asked.clear()
+  signal.signal(signal.SIGTERM, before)
+
+
+def test_a_job_that_has_nothing_to_save_leaves_at_once(job, capfd):
+  with pytest.raises(preemption.PreemptedError) as left:
+    ask_to_leave()
+  assert left.value.code == 0
+  ask_to_leave()  # is asked again, on its way
+  assert capfd.readouterr().err.count("SIGTERM: there was nothing to sa") == 1
+  # What swallows the error can't keep a job from leaving.
+  with pytest.raises(preemption.PreemptedError, match="from what is finished"):
+    claims_lib.share([1], lambda item: item)
 
 
 def ask_to_leave():

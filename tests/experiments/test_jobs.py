@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ from experiments import (
   select,
   tables,
   train,
+  workdir,
 )
-from experiments.data import pipeline
+from experiments.data import noise, pipeline
 from experiments.tasks import classification
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -261,6 +263,35 @@ def test_tables_have_no_formulas():
     "'=1+1,-0.5,-2.0,,",
     "'@a,''b,,,True",
   ]
+
+
+def test_files_of_other_runs_are_refused(scored, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(scored, run)
+  own = select.fingerprints_of(run)
+  assert own == gm.ScoreLedger(run / "ledger").fingerprints
+
+  def refused(name, *words):
+    with pytest.raises(ValueError, match=name) as caught:
+      select.fingerprints_of(run)
+    assert all(word in str(caught.value) for word in words)
+    shutil.copy(scored / name, run / name)
+
+  labels, ids = noise.load(run / "labels.npz")
+  others = noise.apply_noise(
+    labels.clean_labels, rate=0.5, num_classes=10, seed=9
+  )
+  noise.save(run / "labels.npz", others, ids)
+  refused("labels.npz", own["labels"].split()[-1])
+  for name, change in (
+    ("run.json", {"seed": 5}),
+    ("config.json", {"batch_size": 7}),
+    ("result.json", {"fingerprints": {**own, "learner": "0" * 16}}),
+  ):
+    found = workdir.read_json(run / name)
+    workdir.write_json(run / name, found | change, sealed=True)
+    refused(name)
+  assert select.fingerprints_of(run) == own
 
 
 class TestFilters:

@@ -1,7 +1,12 @@
 """Jobs that build on each other: tuning, shared references, tables, costs."""
 
 import json
+import os
 import re
+import signal
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import gradmimic_jax as gm
 from configs import results as results_config, sweep as sweep_config
 from experiments import (
   costs,
+  preemption,
   published,
   results,
   study,
@@ -86,6 +92,54 @@ def test_a_failed_cell_is_told_and_run_again(tmp_path, digits_dir):
   before = (folder / "a.json").stat().st_mtime_ns
   sweep.run_sweep(sweep_of(short), folder)
   assert (folder / "a.json").stat().st_mtime_ns == before
+
+
+LEAVING = """
+import pathlib, signal, sys
+def leave(*_):
+  pathlib.Path(sys.argv[1]).write_text("saved")
+  sys.exit()
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path(sys.argv[1]).touch()
+signal.pause()
+"""
+
+
+def test_a_sweep_that_is_asked_to_leave_asks_its_job(tmp_path):
+  """And waits until that has saved."""
+  file = tmp_path / "saved"
+
+  def ask(*_):
+    raise preemption.PreemptedError("asked")
+
+  def when_started():
+    while not file.exists():
+      time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.signal(signal.SIGTERM, ask)
+  try:
+    threading.Thread(target=when_started).start()
+    with pytest.raises(preemption.PreemptedError):
+      sweep._run([sys.executable, "-c", LEAVING, str(file)], tmp_path / "log")
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert file.read_text() == "saved"
+
+
+def test_a_cell_that_was_asked_to_leave_is_not_done(tmp_path, monkeypatch):
+  """Though a job that leaves has status 0 where nobody asks for another."""
+  monkeypatch.setattr(sweep, "_arguments", lambda *_: ["-c", LEFT])
+  folder = tmp_path / "sweep"
+  with pytest.raises(preemption.PreemptedError, match="a was asked to leave"):
+    sweep.run_sweep(sweep_of("a: train --config=x"), folder)
+  assert not (folder / "a.json").exists()
+  assert not (folder / "a.claim").exists()
+
+
+LEFT = (
+  "import os, sys; sys.exit(int(os.environ['GRADMIMIC_STATUS_OF_SIGTERM']))"
+)
 
 
 @pytest.fixture(scope="module")
