@@ -533,7 +533,7 @@ def others_as_if_masked(actual, masked, row):
     jax.tree.leaves(grads), jax.tree.leaves(masked_grads), strict=True
   ):
     assert np.all(np.isfinite(expected))
-    np.testing.assert_array_equal(leaf, 0)
+    np.testing.assert_array_equal(leaf, expected)
 
 
 def without(row):

@@ -294,15 +294,14 @@ def test_keep_is_never_taken_for_positions(tmp_path, keep):
   ],
 )
 def test_keep_that_says_nothing_is_refused(keep, message):
-  selection = Selection(
-    np.array([10, 11, 12]),
-    np.array(keep),
-    np.zeros(3),
-    np.zeros((3, 1), np.int8),
-    {},
-  )
   with pytest.raises(ValueError, match=message):
-    filters.of_selection(selection)
+    Selection(
+      np.array([10, 11, 12]),
+      np.array(keep),
+      np.zeros(3),
+      np.zeros((3, 1), np.int8),
+      {},
+    )
 
 
 def test_fingerprints_go_along():

@@ -100,24 +100,27 @@ def test_bic_is_that_of_the_maximum_likelihood():
   )
   evidence, _, _ = populations.compare(x, np.ones(300))
   jacobian = 2 * 300 * math.log(scale)
+
+  def penalty(k):
+    return k * math.log(300) * 300 / (300 - k - 2)
+
   pairs = populations._pair_costs(points)
   # The pseudo-observations cost a little.
-  cost = 2 * best.fun + 5 * math.log(300)
+  cost = 2 * best.fun + penalty(5)
   assert pairs["Gaussians"][0] + jacobian == pytest.approx(cost, abs=1.5)
   singles = populations._single_costs(points)
-  log_n = math.log(300)
-  for name, want in {
-    "Gaussian": stats.norm.logpdf(x, x.mean(), x.std()).sum(),
-    "power 1": stats.laplace.logpdf(x, *stats.laplace.fit(x)).sum(),
-    "uniform": -300 * math.log(np.ptp(x)),
+  for name, (parameters, want) in {
+    "Gaussian": (2, stats.norm.logpdf(x, x.mean(), x.std()).sum()),
+    "power 1": (3, stats.laplace.logpdf(x, *stats.laplace.fit(x)).sum()),
+    "uniform": (3, -300 * math.log(np.ptp(x))),
   }.items():
     got = singles[name] + jacobian
-    assert got == pytest.approx(-2 * want + 2 * log_n, abs=1.5), name
+    assert got == pytest.approx(-2 * want + penalty(parameters), abs=1.5), name
   gamma = stats.gamma.rvs(2, size=300, random_state=rng)
   points, _, scale = populations.points_of(gamma, np.ones(300))
   want = stats.gamma.logpdf(gamma, *stats.gamma.fit(gamma)).sum()
   got = populations._single_costs(points)["gamma"] + 600 * math.log(scale)
-  assert got == pytest.approx(-2 * want + 3 * log_n, abs=2.0)
+  assert got == pytest.approx(-2 * want + penalty(3), abs=2.0)
   two_found = evidence.two
   assert two_found.share[0] == pytest.approx(0.3, abs=0.02)
   d = math.sqrt(2) * 3 / math.hypot(0.5, 0.3)

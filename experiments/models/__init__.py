@@ -104,7 +104,7 @@ def _split(config, input_shape, num_classes, seed):
       f"config.model.name is {config.name!r}; expected one of"
       f" {', '.join(MODELS)}."
     )
-  if config.get("size", "") not in ("", "pretrained"):
+  if getattr(config, "size", "") not in ("", "pretrained"):
     raise ValueError(
       f"config.model.size is {config.size!r}; expected '' (as config.model.vit"
       " has it) or 'pretrained' (as the weights have it)."

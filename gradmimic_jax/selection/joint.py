@@ -22,7 +22,9 @@ ABOVE = 0.7  # share above the mark from which a lone population is kept
 BELOW = 0.95  # share below it from which a lone population is dropped
 _FEW = 20  # of fewer, with a mark, each is judged by its own side
 _NEAR_MARK = 0.25  # how far the upper group may lie below the mark, relative
-_ROUNDS = 2  # of weighing steps by how well they tell the two kinds apart
+_ROUNDS = 4  # of weighing steps by how well they tell the two kinds apart
+_LEAST_STEP = 1.01  # a round goes on if it moves the two apart by so much
+_FEW_FAR = 3  # samples off the scale below that may be a population
 _DRAWS = 100  # bootstrap samples of the clean fraction
 _SURE = 1e-6  # no probability of the model is closer to 0 or 1
 # Of a sample that is off the scale below in all steps, in one population.
@@ -80,24 +82,20 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
   ]
   if all(notes):
     return _nothing(scores, notes)
-  rows = _fitted_rows(scores, units)
-  pool, evidence, fitted = _choose_pool(scores[rows], units, mark)
-  pair, gain = _believed(evidence, mark), evidence.gain
-  for _ in range(_ROUNDS):
-    if pair is None:
-      break
-    better = _weighed(scores[rows], pool, pair, mark)
-    if better is None:
-      break
-    again, fit_again = _compared(scores[rows], better)
-    # The weights are there to tell the two apart; if they don't, they stay.
-    closer = _believed(again, mark)
-    if closer is None or closer.separation < pair.separation:
-      break
-    pool, evidence, fitted, pair = better, again, fit_again, closer
-    # Weights that were made to tell two apart are paid for, one by one.
-    free = np.count_nonzero(pool.weight) - 1
-    gain = max(gain, again.gain - free * math.log(len(rows)))
+  found = _fitted(scores[_fitted_rows(scores, units, out=False)], units, mark)
+  far = _off_scale(scores, units)
+  if far.sum() >= _FEW_FAR:
+    # Or they are the lower population, and all others are one.
+    rows = _fitted_rows(scores, units, out=True)
+    other = _fitted(scores[rows], units, mark)
+    if other.pair and not (found.pair and found.gain >= other.gain):
+      found = other
+  pool, pair, gain, evidence = (
+    found.pool,
+    found.pair,
+    found.gain,
+    found.evidence,
+  )
   x, noise = pool(scores)
   seen = ~np.isnan(x)
   two = populations.probability_of_two(gain) if pair else 0.0
@@ -109,9 +107,8 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
     odds = pair.log_odds(x[seen], noise[seen])
     lower = np.clip(0.5 * (1 - np.tanh(0.5 * odds)), _SURE, 1 - _SURE)
     probability[seen] = 1 - two * lower
-    points, (shift, scale) = fitted
     draws = populations.resampled_shares(
-      points, pair, shift, scale, _DRAWS, seed
+      found.points, pair, *found.unit, _DRAWS, seed
     )
   population, cuts = "", np.full(scores.shape[1], np.nan)
   if pair and two > 0.5:
@@ -128,7 +125,7 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
       cuts = np.where(pool.weight > 0, mark, np.nan)
     elif mark is not None:
       population = _by_the_mark(x[seen], mark, probability, seen)
-    probability[_off_scale(scores, units)] = _OFF_SCALE_PROBABILITY
+    probability[far] = _OFF_SCALE_PROBABILITY
     notes = [note or population for note in notes]
     if np.isnan(cuts).all():
       cuts = _one_sided_cuts(scores, notes, population)
@@ -174,19 +171,61 @@ def _nothing(scores: np.ndarray, notes: list[str]) -> Joint:
   )
 
 
+class _Fit(NamedTuple):
+  """A pool of the steps, and what it shows."""
+
+  pool: pooling.Pool
+  evidence: populations.Evidence
+  pair: populations.Two | None  # if it is believed
+  gain: float  # BIC of one population - BIC of two
+  points: populations.Points
+  unit: tuple[float, float]  # shift and scale of the points
+
+
+def _fitted(
+  scores: np.ndarray,
+  units: tuple[pooling.Unit | None, ...],
+  mark: float | None,
+) -> _Fit:
+  """All steps alike; then, if that is two populations, as well as they tell."""
+  found = _choose_pool(scores, units, mark)
+  for _ in range(_ROUNDS):
+    if found.pair is None:
+      break
+    pool = _weighed(scores, found.pool, found.pair, mark)
+    if pool is None:
+      break
+    again = _compared(scores, pool, mark)
+    # The weights are there to tell the two apart; if they don't, they stay.
+    further = (again.pair.separation if again.pair else 0) / (
+      found.pair.separation
+    )
+    if further < 1:
+      break
+    # Weights that were made to tell two apart are paid for, one by one.
+    free = np.count_nonzero(pool.weight) - 1
+    gain = max(found.gain, again.gain - free * math.log(len(scores)))
+    found = again._replace(gain=gain)
+    if further < _LEAST_STEP:
+      break
+  return found
+
+
 def _fitted_rows(
-  scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
+  scores: np.ndarray, units: tuple[pooling.Unit | None, ...], *, out: bool
 ) -> np.ndarray:
   """Rows to fit: on the scale in all steps; evenly by score if many.
 
   A few samples a million times as far out as all others would be a population
-  of their own.
+  of their own; with `out` those below are taken in.
   """
   whole = np.ones(len(scores), bool)
   for unit, column in zip(units, scores.T, strict=True):
     if unit is not None and not unit.constant:
       z = unit.z(column)
-      whole &= ~((z < unit.low) | (z > unit.high))
+      whole &= ~(z > unit.high)
+      if not out:
+        whole &= ~(z < unit.low)
   some = np.isfinite(scores).any(axis=1)
   if whole[some].mean() < 0.9:
     whole[:] = True  # they aren't few
@@ -198,35 +237,73 @@ def _fitted_rows(
   return rows
 
 
-def _compared(scores, pool):
+def _compared(
+  scores: np.ndarray, pool: pooling.Pool, mark: float | None
+) -> _Fit:
+  """What a pool shows."""
   x, noise = pool(scores)
   seen = ~np.isnan(x)
-  evidence, points, units = populations.compare(x[seen], noise[seen])
-  return evidence, (points, units)
+  evidence, points, unit = populations.compare(x[seen], noise[seen])
+  pair = _believed(evidence, mark)
+  return _Fit(pool, evidence, pair, evidence.gain, points, unit)
 
 
-def _choose_pool(scores, units, mark):
+def _choose_pool(
+  scores: np.ndarray,
+  units: tuple[pooling.Unit | None, ...],
+  mark: float | None,
+) -> _Fit:
   """All steps alike, on the scale that makes the pooled scores likelier.
 
   Both are densities of the scores in units of their step: what asinh does to
   a density is its slope, the geometric mean over a sample's steps.
+
+  If that shows one population, steps are also weighed by what they have in
+  common (their first principal component): where few steps tell something,
+  all alike would drown them.
   """
-  curved = pooling.even_pool(units, curved=True)
-  bent, fit_bent = _compared(scores, curved)
-  if mark is not None:
-    return curved, bent, fit_bent
-  linear = pooling.even_pool(units, curved=False)
-  straight, fit_straight = _compared(scores, linear)
-  log_slope, count = np.zeros(len(scores)), np.zeros(len(scores))
-  for step, column in enumerate(scores.T):
-    z = linear.y(column, step)
-    seen = ~np.isnan(z)
-    np.add(log_slope, 0.5 * np.log1p(z * z), out=log_slope, where=seen)
-    count += seen
-  slope = float((log_slope / np.maximum(count, 1)).sum())
-  if bent.cost + 2 * slope < straight.cost:
-    return curved, bent, fit_bent
-  return linear, straight, fit_straight
+  found = _compared(scores, pooling.even_pool(units, curved=True), mark)
+  if mark is None:
+    linear = pooling.even_pool(units, curved=False)
+    straight = _compared(scores, linear, mark)
+    log_slope, count = np.zeros(len(scores)), np.zeros(len(scores))
+    for step, column in enumerate(scores.T):
+      z = linear.y(column, step)
+      seen = ~np.isnan(z)
+      np.add(log_slope, 0.5 * np.log1p(z * z), out=log_slope, where=seen)
+      count += seen
+    slope = float((log_slope / np.maximum(count, 1)).sum())
+    if found.evidence.cost + 2 * slope >= straight.evidence.cost:
+      found = straight
+  if found.pair is None or found.gain <= 0:
+    common = _in_common(scores, found.pool)
+    if common is not None:
+      again = _compared(scores, common, mark)
+      # One more try is one more chance to see what isn't there.
+      again = again._replace(gain=again.gain - math.log(len(scores)))
+      if again.pair and again.gain > 0:
+        return again
+  return found
+
+
+def _in_common(scores: np.ndarray, pool: pooling.Pool) -> pooling.Pool | None:
+  """The pool with the first principal component's weights, none below 0."""
+  used = np.flatnonzero(pool.weight)
+  if len(used) < 3:
+    return None
+  y = np.stack([pool.y(scores[:, step], step) for step in used.tolist()], 1)
+  seen = ~np.isnan(y)
+  count = np.maximum(seen.sum(0), 1)
+  y = np.where(seen, y - np.where(seen, y, 0).sum(0) / count, 0)
+  deviation = np.sqrt((y * y).sum(0) / count)
+  y = y / np.where(deviation > 0, deviation, 1)
+  both = np.maximum(seen.T.astype(np.float64) @ seen, 1)
+  _, vectors = np.linalg.eigh((y.T @ y) / both)
+  first = vectors[:, -1]
+  first = np.maximum(first if first.sum() >= 0 else -first, 0)
+  weight = np.zeros(len(pool.weight))
+  weight[used] = first / np.where(deviation > 0, deviation, np.inf)
+  return pool._replace(weight=weight) if weight.any() else None
 
 
 def _believed(

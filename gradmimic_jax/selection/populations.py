@@ -24,7 +24,7 @@ _GAUSSIAN, _HEAVY, _HEAVIER = 1e8, 4.0, 1.5
 # side: without them a component shrinks onto a single point.
 _PRIOR_VARIANCE = 0.01
 _PRIOR_SAMPLES = 0.5
-_LEAST_SAMPLES = 1.5  # a component with fewer is an outlier, no population
+_LEAST_SAMPLES = 3.0  # a component with fewer is outliers, no population
 _START_SHARES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99)
 _START_GAPS = 4  # the widest gaps between points, further places to start at
 _STARTS_KEPT = 3
