@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from generated_scores import broken, f1, make, run
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from scipy import integrate, optimize, stats
 
 import gradmimic_jax as gm
@@ -121,11 +121,12 @@ def test_bic_is_that_of_the_maximum_likelihood():
   want = stats.gamma.logpdf(gamma, *stats.gamma.fit(gamma)).sum()
   got = populations._single_costs(points)["gamma"] + 600 * math.log(scale)
   assert got == pytest.approx(-2 * want + penalty(3), abs=2.0)
-  two_found = evidence.two
-  assert two_found.share[0] == pytest.approx(0.3, abs=0.02)
-  d = math.sqrt(2) * 3 / math.hypot(0.5, 0.3)
-  assert two_found.separation == pytest.approx(d, rel=0.15)
-  assert evidence.probability > 1 - 1e-9
+  found = pairs["Gaussians"][1]
+  assert found.share[0] == pytest.approx(best.x[0], abs=0.01)
+  d = math.sqrt(2) * (best.x[3] - best.x[1]) / math.hypot(best.x[2], best.x[4])
+  assert found.separation == pytest.approx(d, rel=0.05)
+  assert populations.probability_of_two(evidence.gain) > 1 - 1e-9
+  assert populations.probability_of_two(0.0) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,12 @@ MATRICES = st.builds(
   rate=st.sampled_from([0.0, 0.05, 0.3, 0.6, 0.95]),
   distance=st.sampled_from([0.0, 2.0, 5.0, 30.0]),
 )
-FEW = settings(max_examples=12, deadline=None, derandomize=True)
-MANY = settings(max_examples=400, deadline=None, derandomize=True)
+# No shrinking: an example is a second, and its numbers are small already.
+UNSHRUNK = settings(
+  deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
+)
+FEW = settings(UNSHRUNK, max_examples=6)
+MANY = settings(UNSHRUNK, max_examples=200)
 
 
 def drawn(options):
@@ -194,7 +199,7 @@ def check_symmetries(options):
   copied = select(np.repeat(scores, 2, axis=1))
   for other, tolerance in (
     (shuffled.keep_probability[np.argsort(order)], 1e-6),
-    (moved.keep_probability, 1e-4),
+    (moved.keep_probability, 1e-3),
     (copied.keep_probability, 0.02),
   ):
     np.testing.assert_allclose(other, got.keep_probability, atol=tolerance)
@@ -247,7 +252,7 @@ def test_guarantees_on_many_matrices(options):
   st.integers(1, 5),
   st.sampled_from(["float16", "float32", "float64"]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(UNSHRUNK, max_examples=15)
 def test_finite_scores_of_any_size_never_crash(seed, n, n_steps, dtype):
   rng = np.random.default_rng(seed)
   low, high = {"float16": (-7, 4), "float32": (-44, 38)}.get(dtype, (-308, 308))

@@ -22,6 +22,7 @@ ABOVE = 0.7  # share above the mark from which a lone population is kept
 BELOW = 0.95  # share below it from which a lone population is dropped
 _FEW = 20  # of fewer, with a mark, each is judged by its own side
 _NEAR_MARK = 0.25  # how far the upper group may lie below the mark, relative
+_OFF_MARK = 0.1  # how far the lower group must lie below it, likewise
 _ROUNDS = 4  # of weighing steps by how well they tell the two kinds apart
 _LEAST_STEP = 1.01  # a round goes on if it moves the two apart by so much
 _FEW_FAR = 3  # samples off the scale below that may be a population
@@ -76,6 +77,86 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
     What the model says of the samples and of the steps.
   """
   units = tuple(pooling.unit_of(column, mark) for column in scores.T)
+  steps, of = _distinct_steps(scores, units)
+  found = _fit_in_order(
+    scores[:, steps], tuple(units[step] for step in steps), mark, seed
+  )
+
+  def moved(step: int, value: float) -> float:
+    """A score of the step that this one is a copy of, in this one's unit."""
+    mine, theirs = units[step], units[steps[of[step]]]
+    if mine is None or theirs is None or mine == theirs:
+      return value
+    return _unscaled((value - theirs.center) / theirs.scale, mine)
+
+  about = dict(found.about)
+  if "weights" in about:
+    copies = np.bincount(of)
+    about["weights"] = [about["weights"][k] / int(copies[k]) for k in of]
+  return found._replace(
+    cuts=np.array([moved(t, float(found.cuts[k])) for t, k in enumerate(of)]),
+    notes=[found.notes[k] for k in of],
+    fits=[
+      {
+        name: moved(t, value) if name.endswith("mean") else value
+        for name, value in found.fits[k].items()
+      }
+      for t, k in enumerate(of)
+    ],
+    about=about,
+  )
+
+
+def _distinct_steps(
+  scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
+) -> tuple[list[int], list[int]]:
+  """The steps that are no copies, and which of them each step is [T].
+
+  They come in an order that doesn't depend on theirs, nor on their units:
+  sums depend on the order of their terms in the last digits, and what is
+  fitted round by round would depend on those.
+  """
+  keys: list[tuple[int, float, int]] = []
+  for step, (unit, column) in enumerate(zip(units, scores.T, strict=True)):
+    if unit is None or unit.constant:
+      keys.append((0, 0.0, step))
+      continue
+    z = np.clip(unit.z(column), unit.low, unit.high)
+    seen = ~np.isnan(z)
+    keys.append(
+      (int(seen.sum()), round(float(np.sort(z[seen]).mean()), 6), step)
+    )
+  steps: list[int] = []
+  of = [0] * len(keys)
+  for *_, step in sorted(keys):
+    last = steps[-1] if steps else step
+    if not steps or not _are_copies(scores, units, last, step):
+      steps.append(step)
+    of[step] = len(steps) - 1
+  return steps, of
+
+
+def _are_copies(
+  scores: np.ndarray,
+  units: tuple[pooling.Unit | None, ...],
+  one: int,
+  other: int,
+) -> bool:
+  """Whether two steps say the same, each in its unit."""
+  mine, theirs = units[one], units[other]
+  if mine is None or theirs is None or mine.constant or theirs.constant:
+    return False
+  a, b = mine.z(scores[:, one]), theirs.z(scores[:, other])
+  return bool(np.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True))
+
+
+def _fit_in_order(
+  scores: np.ndarray,
+  units: tuple[pooling.Unit | None, ...],
+  mark: float | None,
+  seed: int,
+) -> Joint:
+  """Fits the joint model; see `fit`."""
   notes = [
     "no finite score" if unit is None else _EQUAL if unit.constant else ""
     for unit in units
@@ -83,8 +164,8 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
   if all(notes):
     return _nothing(scores, notes)
   found = _fitted(scores[_fitted_rows(scores, units, out=False)], units, mark)
-  far = _off_scale(scores, units)
-  if far.sum() >= _FEW_FAR:
+  ever, far = _off_scale(scores, units)
+  if ever.sum() >= _FEW_FAR:
     # Or they are the lower population, and all others are one.
     rows = _fitted_rows(scores, units, out=True)
     other = _fitted(scores[rows], units, mark)
@@ -200,7 +281,7 @@ def _fitted(
     further = (again.pair.separation if again.pair else 0) / (
       found.pair.separation
     )
-    if further < 1:
+    if further < 1 or not _on_its_side(scores, again, units, mark):
       break
     # Weights that were made to tell two apart are paid for, one by one.
     free = np.count_nonzero(pool.weight) - 1
@@ -230,9 +311,9 @@ def _fitted_rows(
   if whole[some].mean() < 0.9:
     whole[:] = True  # they aren't few
   rows = np.flatnonzero(whole & some)
+  x, _ = pooling.even_pool(units, curved=True)(scores)
+  rows = rows[np.argsort(x[rows], kind="stable")]
   if len(rows) > FIT_SIZE:
-    x, _ = pooling.even_pool(units, curved=True)(scores)
-    rows = rows[np.argsort(x[rows], kind="stable")]
     rows = rows[np.linspace(0, len(rows) - 1, FIT_SIZE).astype(np.int64)]
   return rows
 
@@ -281,9 +362,34 @@ def _choose_pool(
       again = _compared(scores, common, mark)
       # One more try is one more chance to see what isn't there.
       again = again._replace(gain=again.gain - math.log(len(scores)))
-      if again.pair and again.gain > 0:
+      if again.gain > 0 and _on_its_side(scores, again, units, mark):
         return again
   return found
+
+
+def _on_its_side(
+  scores: np.ndarray,
+  found: _Fit,
+  units: tuple[pooling.Unit | None, ...],
+  mark: float | None,
+) -> bool:
+  """Whether there is a pair whose lower one is below the mark in all steps.
+
+  That is, by the median over all steps alike: some steps, weighed up, may show
+  two groups of their own, such as early ones that know nothing.
+  """
+  if found.pair is None:
+    return False
+  if mark is None:
+    return True
+  x, noise = found.pool(scores)
+  even, _ = pooling.even_pool(units, curved=True)(scores)
+  seen = ~np.isnan(x)
+  lower = found.pair.log_odds(x[seen], noise[seen]) < 0
+  if lower.all() or not lower.any():
+    return True
+  low, high = np.median(even[seen][lower]), np.median(even[seen][~lower])
+  return bool(low < min(0, -_OFF_MARK * high))
 
 
 def _in_common(scores: np.ndarray, pool: pooling.Pool) -> pooling.Pool | None:
@@ -314,7 +420,11 @@ def _believed(
   if pair is None or pair.separation < populations.LEAST_SEPARATION:
     return None
   low, high = pair.mode
-  if mark is not None and not (low < 0 and high > _NEAR_MARK * low):
+  # Of samples that are learned scores are about zero, on either side of it;
+  # but a lower group about zero is none of wrong labels.
+  if mark is not None and not (
+    low < min(0, -_OFF_MARK * high) and high > _NEAR_MARK * low
+  ):
     return None
   return pair
 
@@ -428,6 +538,11 @@ def _cuts(pool: pooling.Pool, two: populations.Two) -> np.ndarray:
 def _score_at(pool: pooling.Pool, unit: pooling.Unit, y: float) -> float:
   """The score at which y is."""
   z = math.sinh(min(max(y, -700.0), 700.0)) if pool.curved else y
+  return _unscaled(z, unit)
+
+
+def _unscaled(z: float, unit: pooling.Unit) -> float:
+  """The score at which z is, as large as a number can be at most."""
   largest = np.finfo(np.float64).max
   with np.errstate(over="ignore"):
     return float(
@@ -489,14 +604,18 @@ def _one_sided_cuts(scores, notes, population):
   return cuts
 
 
-def _off_scale(scores, units):
-  """Samples that are off the scale below in every step they have."""
-  below = np.isfinite(scores).any(axis=1)
+def _off_scale(
+  scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Samples [N] off the scale below in a step, and in every step they have."""
+  always = np.isfinite(scores).any(axis=1)
+  ever = np.zeros(len(scores), bool)
   for unit, column in zip(units, scores.T, strict=True):
     if unit is not None:
       z = unit.z(column)
-      below &= np.isnan(z) | (z < unit.low)
-  return below
+      always &= np.isnan(z) | (z < unit.low)
+      ever |= z < unit.low
+  return ever, always
 
 
 def _dependence(pool: pooling.Pool) -> dict[str, float | None]:

@@ -317,7 +317,8 @@ def _untied(x: np.ndarray) -> np.ndarray:
   value that came m times becomes m places between its neighbours' middles, as
   far as the usual gap goes; of only two values each is a population.
   """
-  start = np.flatnonzero(np.r_[True, x[1:] != x[:-1]])
+  # What differs by rounding alone is the same.
+  start = np.flatnonzero(np.r_[True, np.diff(x) > 1e-9 * (x[-1] - x[0])])
   if len(start) in (len(x), 1, 2):
     return x
   value, size = x[start], np.diff(np.r_[start, len(x)])
