@@ -279,7 +279,9 @@ def test_scores_that_say_little(tmp_path, scores, words):
 def test_without_votes_the_scores_rank(tmp_path):
   scores = np.random.default_rng(0).normal(0, 1, (100, 1))
   scores[7] = np.nan
-  selection = gm.select(scores)
+  selection = gm.select(
+    scores, binarize=lambda scores, seed: gm.selection.Cut(np.nan, "no idea")
+  )
   assert np.isnan(selection.keep_probability).all()
   data = Page(gm.report(scores, selection, tmp_path / "a.html")).data
   worst = [entry["row"] for entry in data["galleries"]["worst"]]

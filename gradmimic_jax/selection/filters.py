@@ -179,7 +179,8 @@ def of_selection(selection: Selection, source: str = "selection") -> Filter:
 
   Example:
     >>> from gradmimic_jax.selection import select
-    >>> kept = of_selection(select([[1.0], [-1.0], [2.0]]), "mimic")
+    >>> found = select([[1.0], [-1.0], [2.0]], binarize="threshold")
+    >>> kept = of_selection(found, "mimic")
     >>> kept, (~kept).ids
     (<Filter 'mimic': 2 of 3 ids>, array([1]))
   """

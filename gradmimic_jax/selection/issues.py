@@ -58,9 +58,9 @@ def find_label_issues(
 
   Example:
     >>> scores = [[0.9, 1.1], [-1.2, -0.8], [1.0, np.nan], [-2.0, -3.0]]
-    >>> find_label_issues(scores)
+    >>> find_label_issues(scores, mark=0.0)
     array([False,  True, False,  True])
-    >>> find_label_issues(scores, return_indices_ranked_by="quality")
+    >>> find_label_issues(scores, mark=0.0, return_indices_ranked_by="quality")
     array([3, 1])
   """
   ranking = return_indices_ranked_by
@@ -93,9 +93,9 @@ def find_label_issues(
 def label_quality_scores(scores: Any, **options: Any) -> np.ndarray:
   """Every sample's label quality, in [0, 1], high = good.
 
-  A monotone map of the scores pooled over the steps, calibrated on the keep
-  probabilities: of the samples with a quality about .7 some 70 % should be
-  clean, as far as the votes can tell.
+  It is the keep probability, but for a thousandth that ranks: of the samples
+  with a quality about .7 some 70 % should be clean, as far as the scores can
+  tell.
 
   Args:
     scores: raw scores [N, T], high = good, the ledger that holds them, or a
@@ -103,11 +103,12 @@ def label_quality_scores(scores: Any, **options: Any) -> np.ndarray:
     **options: for `select`.
 
   Returns:
-    float64 [N]; nan where a sample has no finite score, or nothing has a vote.
+    float64 [N]; nan where a sample has no finite score.
 
   Example:
-    >>> label_quality_scores([[0.9, 1.1], [-1.2, -0.8], [1.0, np.nan]]).round(1)
-    array([1., 0., 1.])
+    >>> scores = [[0.9, 1.1], [-1.2, -0.8], [1.0, np.nan]]
+    >>> label_quality_scores(scores, mark=0.0).round(2)
+    array([0.75, 0.25, 0.67])
   """
   quality = selection_of(scores, options).quality
   if quality is None:
@@ -141,7 +142,8 @@ def discover_members(
       outside 1 ... N; no sample has a quality.
 
   Example:
-    >>> found = discover_members([[3.0], [2.0], [-1.0]], members=[0])
+    >>> scores = [[3.0], [2.0], [-1.0]]
+    >>> found = discover_members(scores, mark=0.0, members=[0])
     >>> found.ids, found.jaccard, found.auroc
     (array([0, 1]), 0.5, 1.0)
 
@@ -203,9 +205,10 @@ def subset(
 
   Example:
     >>> scores = [[3.0], [2.0], [1.0], [-1.0]]
-    >>> subset(scores, 2)
+    >>> subset(scores, 2, mark=0.0)
     array([0, 1])
-    >>> subset(scores, 0.5, labels=[0, 0, 0, 1], class_balanced=True)
+    >>> balanced = {"labels": [0, 0, 0, 1], "class_balanced": True}
+    >>> subset(scores, 0.5, mark=0.0, **balanced)
     array([0, 3])
   """
   if class_balanced and labels is None:

@@ -57,7 +57,7 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
     P(clean_i) = 1 - P(two) P(lower_i | x_i, two)
 
   x is one population or two, by `populations.compare`, with P(two) =
-  1 / (1 + exp(-(BIC_1 - BIC_2) / 2)). In turn with the two populations, a_t
+  1 / (1 + exp(-(BIC_1 - BIC_2 - 4) / 2)). In turn with the two populations, a_t
   is the middle of a step's two means, b_t their distance, and w >= 0 the
   direction in which the two are furthest apart, C w = b, with C the steps'
   covariance on samples of one kind (pooled over both, shrunk to one common
@@ -356,13 +356,15 @@ def _choose_pool(
     slope = float((log_slope / np.maximum(count, 1)).sum())
     if found.evidence.cost + 2 * slope >= straight.evidence.cost:
       found = straight
-  if found.pair is None or found.gain <= 0:
+  if found.pair is None or found.gain <= populations.LEAST_GAIN:
     common = _in_common(scores, found.pool)
     if common is not None:
       again = _compared(scores, common, mark)
       # One more try is one more chance to see what isn't there.
       again = again._replace(gain=again.gain - math.log(len(scores)))
-      if again.gain > 0 and _on_its_side(scores, again, units, mark):
+      if again.gain > populations.LEAST_GAIN and _on_its_side(
+        scores, again, units, mark
+      ):
         return again
   return found
 

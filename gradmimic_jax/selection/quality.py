@@ -203,7 +203,7 @@ def removal_curve(
 
   Example:
     >>> from gradmimic_jax.selection import select
-    >>> curve = removal_curve(select([[-2.0], [1.0], [-1.0]]))
+    >>> curve = removal_curve(select([[-2.0], [1.0], [-1.0]], binarize="threshold"))
     >>> curve.removed, curve.precision, curve.recommended
     (array([1, 2, 3]), array([1.  , 1. , 0.66666667]), 2)
   """
@@ -252,7 +252,7 @@ def class_table(
 
   Example:
     >>> from gradmimic_jax.selection import select
-    >>> selection = select([[2.0], [1.0], [-1.0]], aggregate="majority")
+    >>> selection = select([[2.0], [1.0], [-1.0]], binarize="threshold")
     >>> table = class_table(selection, [0, 0, 1], names=["cat", "dog"])
     >>> table["Class Name"].to_pylist(), table["Label Issues"].to_pylist()
     (['dog', 'cat'], [1, 0])
