@@ -243,6 +243,9 @@ class ScoreLedger:
     step = _count("step", step, 2**63 - 1)
     epoch = _count("epoch", epoch, 2**31 - 1)
     raw_ids = np.asarray(ids)
+    if isinstance(ids, (list, tuple)) and raw_ids.dtype.kind in "US":
+      # NumPy would turn 5 among strings into "5".
+      raw_ids = np.array(ids, object)
     if raw_ids.ndim != 1:
       raise ValueError(
         f"ids has shape {raw_ids.shape}; expected [n], one id a sample."
@@ -626,9 +629,8 @@ def _checked_ids(ids: np.ndarray) -> tuple[str, pa.Array]:
     kind, checked = "integer", pa.array(ids.astype(np.int64, copy=True))
   elif ids.dtype.kind in "UTO":
     try:
-      # StringDType ("T") reaches Arrow only by way of objects.
-      strings = ids if ids.dtype.kind == "U" else ids.astype(object)
-      kind, checked = "string", pa.array(strings, pa.string())
+      # By way of objects: Arrow ends a NumPy string at its first NUL.
+      kind, checked = "string", pa.array(ids.astype(object), pa.string())
     except pa.ArrowException as error:
       raise TypeError(f"ids are not all strings: {error}.") from error
     if checked.null_count:

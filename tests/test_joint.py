@@ -269,7 +269,7 @@ def test_finite_scores_of_any_size_never_crash(seed, n, n_steps, dtype):
     json.dumps(got.diagnostics, allow_nan=False)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_generated_sets_come_out_right(seed):
   assert broken(make(seed)) == []
 

@@ -203,7 +203,8 @@ def removal_curve(
 
   Example:
     >>> from gradmimic_jax.selection import select
-    >>> curve = removal_curve(select([[-2.0], [1.0], [-1.0]], binarize="threshold"))
+    >>> found = select([[-2.0], [1.0], [-1.0]], binarize="threshold")
+    >>> curve = removal_curve(found)
     >>> curve.removed, curve.precision, curve.recommended
     (array([1, 2, 3]), array([1.  , 1. , 0.66666667]), 2)
   """
