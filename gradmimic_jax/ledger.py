@@ -243,7 +243,7 @@ class ScoreLedger:
     step = _count("step", step, 2**63 - 1)
     epoch = _count("epoch", epoch, 2**31 - 1)
     raw_ids = np.asarray(ids)
-    if isinstance(ids, (list, tuple)) and raw_ids.dtype.kind in "US":
+    if isinstance(ids, (list, tuple)) and raw_ids.dtype.kind == "U":
       # NumPy would turn 5 among strings into "5".
       raw_ids = np.array(ids, object)
     if raw_ids.ndim != 1:

@@ -40,7 +40,7 @@ def files(tmp_path_factory):
   (folders["pair"] / "vocab.json").write_text(json.dumps(IDS))
   (folders["pair"] / "merges.txt").write_text(text)
   (folders["txt"] / "bpe_simple_vocab_16e6.txt").write_text(text)
-  packed = gzip.compress(text.encode(, mtime=0))
+  packed = gzip.compress(text.encode(), mtime=0)
   (folders["gz"] / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed)
   made = tokenizer.load(folders["pair"])._pieces
   # As Hugging Face writes it: it would add the ends, cut and pad by itself.
@@ -190,12 +190,12 @@ def test_files_that_are_no_tokenizer(tmp_path):
     ("vocab.json", b'{"a": -1}', "can't be read as a tokenizer"),
     (
       "bpe_simple_vocab_16e6.txt.gz",
-      gzip.compress(b"a b\n" * (20 << 20, mtime=0), 1),
+      gzip.compress(b"a b\n" * (20 << 20), 1, mtime=0),
       "more than 67108864 bytes",
     ),
     (
       "bpe_simple_vocab_16e6.txt.gz",
-      gzip.compress(bytes(range(256, mtime=0)) * 99)[:90],
+      gzip.compress(bytes(range(256)) * 99, mtime=0)[:90],
       "EOFError",
     ),
   ],
