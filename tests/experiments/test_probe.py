@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -276,7 +275,7 @@ def test_only_what_is_missing_is_done_again(grid, tmp_path, capsys):
   before = json.loads(cell.read_text())["runs"]
   # A damaged result, and a claim as a killed process leaves it.
   cell.write_text("{")
-  content = {"host": socket.gethostname(), "pid": 2**22 + 1, "token": "x"}
+  content = {"host": claims._host(), "pid": 2**22 + 1, "token": "x"}
   cell.with_suffix(".claim").write_text(json.dumps(content))
   probe.run_grid(config, copy)
   assert trained(capsys) == ["grad_mimic"]
