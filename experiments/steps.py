@@ -348,8 +348,11 @@ def _valid(values, mask):
 
 
 def _valid_mean(values, mask):
+  """The mean of what is finite; NaN if nothing of what came is."""
   valid, weights = _valid(values, mask)
-  return jnp.sum(jnp.where(valid, values, 0) * weights)
+  lost = jnp.any(mask) & ~jnp.any(valid)
+  mean = jnp.sum(jnp.where(valid, values, 0) * weights)
+  return jnp.where(lost, jnp.asarray(jnp.nan, mean.dtype), mean)
 
 
 def _mean(pullback, values, mask):
