@@ -57,7 +57,7 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
     P(clean_i) = 1 - P(two) P(lower_i | x_i, two)
 
   x is one population or two, by `populations.compare`, with P(two) =
-  1 / (1 + exp(-(BIC_1 - BIC_2 - 4) / 2)). In turn with the two populations, a_t
+  1 / (1 + exp(-(BIC_1 - BIC_2 - 2) / 2)). In turn with the two populations, a_t
   is the middle of a step's two means, b_t their distance, and w >= 0 the
   direction in which the two are furthest apart, C w = b, with C the steps'
   covariance on samples of one kind (pooled over both, shrunk to one common

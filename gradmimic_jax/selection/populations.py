@@ -151,9 +151,9 @@ class Evidence(NamedTuple):
 
 
 def probability_of_two(gain: float) -> float:
-  """Probability that there are two populations, 1 / (1 + exp(-(gain - 4) / 2)).
+  """Probability that there are two populations, 1 / (1 + exp(-(gain - 2) / 2)).
 
-  That is Bayes' rule, as BIC approximates it, with odds of 1 to e^2 for two
+  That is Bayes' rule, as BIC approximates it, with odds of 1 to e for two
   beforehand: many pairs were tried, and to split what is one costs most of a
   clean data set.
 
@@ -163,7 +163,7 @@ def probability_of_two(gain: float) -> float:
   return 0.5 * (1 + math.tanh(0.25 * (gain - LEAST_GAIN)))
 
 
-LEAST_GAIN = 4.0  # of BIC, from which two populations are the likelier
+LEAST_GAIN = 2.0  # of BIC, from which two populations are the likelier
 # Two equal Gaussians closer than this have one peak.
 LEAST_SEPARATION = 2.0
 
