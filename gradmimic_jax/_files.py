@@ -295,7 +295,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.BufferedRandom]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
-  _sync(path.parent)
+  sync(path.parent)
   _remove_leftovers(path.parent, beginning)
 
 
@@ -313,7 +313,8 @@ def write_bytes(path: str | os.PathLike[str], content: Any) -> None:
     file.write(content)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+  """Waits until what a folder lists is on the disk."""
   if os.name == "posix":  # elsewhere a folder can't be opened to be synced
     opened = os.open(folder, os.O_RDONLY)
     try:

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gradmimic_jax import _files
+
 FORMAT = "gradmimic_jax.ledger"
 VERSION = 1
 FIELDS = ("score", "weight", "loss")
@@ -384,7 +386,7 @@ def write_atomically(path: Path, content: Any) -> None:
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
   _write(temporary, content)
   os.replace(temporary, path)
-  _sync(path.parent)
+  _files.sync(path.parent)
 
 
 def write_once(path: Path, content: Any, *, writer: int) -> bool:
@@ -404,7 +406,7 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
   _write(temporary, content)
   try:
     os.link(temporary, path)  # fails where there is a file, as a rename doesn't
-    _sync(path.parent)
+    _files.sync(path.parent)
   except FileExistsError:
     return False
   except OSError:
@@ -430,15 +432,6 @@ def _write(path, content):
     except OSError:  # such as a full disk, which a part of a file keeps full
       path.unlink(missing_ok=True)
       raise
-
-
-def _sync(folder):
-  if os.name == "posix":  # elsewhere a folder can't be opened to be synced
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-      os.fsync(opened)
-    finally:
-      os.close(opened)
 
 
 def remove_temporary_files(folder: Path, *, writer: int) -> None:
