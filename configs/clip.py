@@ -1,12 +1,12 @@
 """Every field of CLIP's jobs, with its default. Their configs start from here.
 
-`configs/common.py` is the same for classification. A field that is not here is
+`configs/base.py` is the same for classification. A field that is not here is
 refused, on the command line and in code.
 """
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 # Fields of `experiments.models.clip.CLIP` that a size may be given others of.
 _SIZES = (
@@ -27,7 +27,7 @@ _SIZES = (
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The defaults, locked."""
-  common.parse_arg(arg)
+  base.parse_arg(arg)
   config = config_dict.ConfigDict()
 
   # Initialisation and order. Runs of one seed start from the same parameters:
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # Pairs at a time; the held-out loss tells a pair from so many.
   config.eval_batch_size = 192
   config.loss = "clip"  # or "sigmoid" (with model.clip.logit_bias)
-  common.add_running(config)
+  base.add_running(config)
 
   config.data = config_dict.ConfigDict()
   config.data.name = "shapes"  # drawn in memory, or "shards"
@@ -115,7 +115,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   # "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs",
   # "output_agreement", "rho", "rho_topk" or "random": see the table in
-  # experiments/methods.py.
+  # experiments/methods/table.py.
   config.method = "sgd"
   config.mimic = config_dict.ConfigDict()
   # Of grad_mimic: toward the reference's "weights", or its "outputs": the

@@ -7,7 +7,7 @@ python -m experiments.clip_filters --workdir=runs/datacomp_filters \
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     The config.
   """
   config = config_dict.ConfigDict()
-  config.run = common.parse_arg(arg, run="")["run"]
+  config.run = base.parse_arg(arg, run="")["run"]
   # DataComp's metadata: a Parquet file or a folder of them. Without it there
   # are no CLIP scores, no basic filtering, and the pool is what the run saw.
   config.metadata = config_dict.placeholder(str)

@@ -22,7 +22,7 @@ run's ledger.
 
 from ml_collections import config_dict
 
-from configs import clip, common
+from configs import base, clip
 
 # Samples seen, of as many pairs in the pool.
 _SCALES = {"small": 12_800_000, "medium": 128_000_000}
@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Raises:
     ValueError: an unknown argument or scale.
   """
-  values = common.parse_arg(
+  values = base.parse_arg(
     arg,
     scale="small",
     method="grad_mimic",

@@ -8,7 +8,7 @@ about a minute on 2 CPU cores.
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -20,8 +20,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Returns:
     The config, locked.
   """
-  values = common.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
-  config = common.get_config().unlock()
+  values = base.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
+  config = base.get_config().unlock()
   config.noise.rate = values["rate"]
   # A run takes seconds: no need to save forty times.
   config.checkpoint.every_epochs = 10

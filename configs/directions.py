@@ -18,7 +18,7 @@ add `--config.noise.path=<a table with the columns id and worst>`.
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 _METHODS = (
   "sgd",
@@ -57,16 +57,14 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Raises:
     ValueError: an unknown argument, reference or noise.
   """
-  values = common.parse_arg(
-    arg, reference="foreign", noise="symmetric", seeds=3
-  )
+  values = base.parse_arg(arg, reference="foreign", noise="symmetric", seeds=3)
   for name, known in (("reference", _REFERENCES), ("noise", _NOISES)):
     if values[name] not in known:
       raise ValueError(
         f"config argument {name}={values[name]!r}; expected one of"
         f" {', '.join(known)}."
       )
-  config = common.get_config().unlock()
+  config = base.get_config().unlock()
   config.update_from_flattened_dict(
     {
       "batch_size": 64,

@@ -28,7 +28,7 @@ flips; the mimic layer is the head's weight matrix.
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 # Splits and epochs of each set.
 _SETS = {
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Raises:
     ValueError: an unknown argument, data set or protocol.
   """
-  values = common.parse_arg(
+  values = base.parse_arg(
     arg, dataset="cifar10", protocol="probe", seeds=3, rate=0.4
   )
   for name, known in (("dataset", _SETS), ("protocol", _PROTOCOLS)):
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         f" {', '.join(known)}."
       )
   train_split, test_split, epochs = _SETS[values["dataset"]]
-  config = common.get_config().unlock()
+  config = base.get_config().unlock()
   config.update_from_flattened_dict(
     {
       "batch_size": 32,
@@ -130,7 +130,7 @@ def probe() -> config_dict.ConfigDict:
 
 def vit_b16() -> config_dict.ConfigDict:
   """A ViT-B/16; its pooling is that of the published weights."""
-  config = common.vit()
+  config = base.vit()
   config.patch_size = 16
   config.width = 768
   config.depth = 12

@@ -6,7 +6,7 @@ python -m experiments.score --config=configs/score.py:learner=runs/learner \
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     The config, locked.
   """
   config = config_dict.ConfigDict()
-  config.learner = common.parse_arg(arg, learner="")["learner"]
+  config.learner = base.parse_arg(arg, learner="")["learner"]
   # Of which steps; empty takes all checkpoints that the run has kept. Each is
   # an epoch of the ledger.
   config.steps = config_dict.placeholder(tuple)
@@ -28,8 +28,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.split = config_dict.placeholder(str)
   config.data_dir = config_dict.placeholder(str)  # None: the learner's
   config.method = "grad_mimic"
-  config.mimic = common.get_config().unlock().mimic
+  config.mimic = base.get_config().unlock().mimic
   config.batch_size = 512
-  config.mesh = common.get_config().mesh
+  config.mesh = base.get_config().mesh
   config.flush_every = 64  # batches; so many at most are scored twice
   return config.lock()

@@ -6,7 +6,7 @@ python -m experiments.select --config=configs/select.py:run=runs/scores \
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -20,8 +20,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     The config, locked.
   """
   config = config_dict.ConfigDict()
-  config.run = common.parse_arg(arg, run="")["run"]
-  config.select = common.get_config().unlock().select
+  config.run = base.parse_arg(arg, run="")["run"]
+  config.select = base.get_config().unlock().select
   config.select.binarize = "auto"
   config.select.aggregate = "label_model"
   return config.lock()

@@ -16,7 +16,7 @@ random1 and aggre>`.
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import base
 
 _ALL = (
   "sgd",
@@ -63,9 +63,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Raises:
     ValueError: an unknown argument or study.
   """
-  values = common.parse_arg(
-    arg, study="digits", seeds=0, data_dir="", labels=""
-  )
+  values = base.parse_arg(arg, study="digits", seeds=0, data_dir="", labels="")
   studies = {"digits": _digits, "cifar10": _cifar10}
   if values["study"] not in studies:
     raise ValueError(
@@ -127,7 +125,7 @@ def _cifar10(values):
     "study.tune.weighting_values": (0.1, 0.3, 0.5, 0.7),
   }
   probe = "configs/label_noise.py:dataset=cifar10,protocol=probe"
-  cells = [_line("backbone", "train", "configs/common.py", backbone)]
+  cells = [_line("backbone", "train", "configs/base.py", backbone)]
   cells.append(
     _line("probe_tuning", "tune", probe, heads | noises["symmetric"] | tuned_on)
   )
@@ -302,7 +300,7 @@ def _digits(values):
     "study.tune.weighting_values": (0.2, 0.4, 0.7),
   }
   cells = [
-    _line("backbone", "train", "configs/common.py", backbone),
+    _line("backbone", "train", "configs/base.py", backbone),
     _line("probe_tuning", "tune", probe, common_fields | tuned_on),
     _line(
       "probe_symmetric",
@@ -348,7 +346,7 @@ def _results(title, cells):
   return _line(
     "results",
     "results",
-    "configs/results.py",
+    "configs/compare.py",
     {
       "title": f"{title} under label noise",
       "probe": folders("probe_"),

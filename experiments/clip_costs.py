@@ -1,87 +1,15 @@
 """What CLIP's steps cost, against a plain one: time and memory.
 
 python -m experiments.clip_costs --workdir=runs/clip_costs \
-  --config=configs/clip_shapes.py:layers=image_last_mlp+all \
+  --config=configs/shapes.py:layers=image_last_mlp+all \
   --config.mimic.reference=<workdir of a finished run>
 
 Measured as in `experiments.costs`, at each of `study.cost_batch_sizes`, with
 the first of `study.weightings`.
 """
 
-import pathlib
-from typing import Any
-
-from configs import clip as clip_config
-from experiments import (
-  cli,
-  clip_data,
-  clip_train,
-  costs,
-  tables,
-  workdir as workdir_lib,
-)
-from experiments.clip_study_runs import BASELINE, settings_of
-
-COSTS_FILE = costs.COSTS_FILE
-
-
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
-  """Measures a step of each method of the study, at each batch size.
-
-  Args:
-    config: as `configs/clip.py` describes it, with `mimic.reference`.
-    workdir: gets `costs.json`.
-
-  Returns:
-    What is in `costs.json`: `batches`, for each batch size and run of the study
-    `time` and `memory` relative to the plain step's, and `milliseconds`.
-
-  Raises:
-    ValueError: an unknown field or name, or a workdir of another config.
-    FileNotFoundError: a reference that is not there.
-  """
-  folder = workdir_lib.claim(workdir, config, clip_config, free=("study.",))
-  settings = settings_of(config)
-  found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
-  for size in config.study.cost_batch_sizes:
-    sized = config.copy_and_resolve_references().unlock()
-    sized.batch_size = size
-    # The step alone is looked at.
-    sized.samples_seen = 100 * size
-    sized.data.train_size = max(sized.data.train_size, size)
-    data = clip_data.load(sized)
-    steps = {
-      name: _step(sized, folder, data, settings[name])
-      for name in dict.fromkeys((BASELINE, *settings))
-    }
-    found["batches"][str(size)] = costs.compare(steps, BASELINE)
-    # After each size: the next may be too large for the machine.
-    workdir_lib.write_json(folder / COSTS_FILE, found)
-  return found
-
-
-def _step(config, folder, data, overrides):
-  copy = config.copy_and_resolve_references().unlock()
-  copy.update_from_flattened_dict(overrides)
-  run = clip_train.Run(copy.lock(), folder, data)
-  taken = run.take(run.data.batches.batch(0))
-  return costs.TimedStep(
-    run.train_step, run.state, taken.reference, taken.batch
-  )
-
-
-def main(config: Any, workdir: str) -> None:
-  """Measures, then prints the tables."""
-  found = measure(config, workdir)
-  rows = [
-    [size, name, *(tables.number(entry[k], 2) for k in ("time", "memory"))]
-    for size, entries in found["batches"].items()
-    for name, entry in entries.items()
-  ]
-  for line in tables.markdown(["batch", "step", "time", "memory"], rows):
-    print(line)
-  print(f"  {pathlib.Path(workdir) / COSTS_FILE}")
-
+from experiments.benchmarks.clip_methods import main
+from experiments.runtime import cli
 
 if __name__ == "__main__":
   cli.run(main, exclusive=True)

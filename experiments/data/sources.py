@@ -15,7 +15,8 @@ import PIL
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.data import digits, images as images_lib
+from experiments.data import digits
+from experiments.data.pairs import images as images_lib
 
 _FORMATS = images_lib.formats_of(images_lib.OPTIONAL_FORMATS)
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -17,18 +17,16 @@ import optax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from configs import clip as clip_config, common
-from experiments import (
-  checkpoint,
-  clip_features,
-  distributed,
-  methods,
-  models,
-  sharding,
-  steps,
-)
+from configs import base, clip as clip_config
+from experiments import methods, models
 from experiments.models import clip
-from experiments.tasks import classification, contrastive
+from experiments.runtime import checkpoint, distributed, sharding
+from experiments.tasks.classification import losses as classification
+from experiments.tasks.contrastive import (
+  evaluation as clip_features,
+  losses as contrastive,
+)
+from experiments.training import steps
 
 BATCH = 16
 CLASSES = 5
@@ -36,7 +34,7 @@ CLASSES = 5
 
 def classifier(simple):
   """A small transformer with arrays that are large enough to divide."""
-  config = common.get_config().unlock()
+  config = base.get_config().unlock()
   config.model.name = "vit"
   config.model.vit.update(width=128, depth=1, heads=2, mlp_width=512)
   if simple:

@@ -1,0 +1,59 @@
+"""How well `gm.check_reference` tells references of both basins apart.
+
+python -m experiments.basins --workdir=runs/basins \
+  --config=configs/benchmark/check_reference.py:data=digits
+
+`data=cifar10` takes a prepared CIFAR-10 (`--config.data.data_dir=...`).
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+# For each set of data: the fields that differ from the defaults.
+_DATA = {
+  "digits": {"num_epochs": 30},
+  "cifar10": {
+    "num_epochs": 6,
+    "data.name": "cifar10",
+    "data.train_split": "train[:8000]",
+    "data.test_split": "test[:2000]",
+    "model.name": "convnet",
+    "model.widths": (64, 128),
+    "model.patch_size": 2,
+    "batch_size": 64,
+    "optimizer.learning_rate": 3e-3,
+  },
+}
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """A training run's fields, and which runs to compare, locked.
+
+  Args:
+    arg: `data`: `"digits"` or `"cifar10"`.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    ValueError: an unknown argument or data.
+  """
+  data = base.parse_arg(arg, data="digits")["data"]
+  if data not in _DATA:
+    raise ValueError(
+      f"config argument data={data!r}; expected one of {', '.join(_DATA)}."
+    )
+  config = base.get_config().unlock()
+  config.basins = config_dict.ConfigDict()
+  config.basins.seeds = (0, 1, 2)
+  config.basins.rates = (0.0, 0.2, 0.4, 0.6)  # of the learners' label noise
+  config.basins.foreign = 1000  # added to the seed of foreign references
+  # Learners are checked at initialisation and after so many epochs; poor
+  # references are those of the first epoch.
+  config.basins.epochs = (0, 1, 3, 6)
+  config.basins.samples = 512  # of the learner's training data, in each check
+  config.update_from_flattened_dict(_DATA[data])
+  if data == "digits":
+    config.basins.epochs = (0, 1, 3, 30)
+  return config.lock()

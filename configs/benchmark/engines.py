@@ -1,0 +1,114 @@
+"""What a mimic step costs, relative to a plain step of the same model.
+
+python -m experiments.benchmark --config=configs/benchmark/engines.py \
+  --workdir=runs/b
+
+Prints a table; leaves `benchmark.json` and figures. It takes six to seven
+minutes on 2 CPU cores, which should have nothing else to do; on an accelerator,
+`configs/benchmark/engines.py:sizes=accelerator` adds a ViT-B/16 at 224 pixels.
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """Every field of a benchmark, locked.
+
+  Args:
+    arg: `sizes`: `"cpu"`, or `"accelerator"` for larger models too.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    ValueError: an unknown argument or sizes.
+  """
+  sizes = base.parse_arg(arg, sizes="cpu")["sizes"]
+  models = {
+    "cpu": ("vit_small", "mlp", "probe"),
+    "accelerator": ("vit_small", "mlp", "probe", "vit_b16"),
+  }
+  if sizes not in models:
+    raise ValueError(
+      f"config argument sizes={sizes!r}; expected one of {', '.join(models)}."
+    )
+  config = config_dict.ConfigDict()
+  config.device = ""  # "cpu", "gpu", "tpu"; "" is JAX's default
+  # jax_default_matmul_precision, such as "highest"; None is the backend's own
+  # (which may be less than float32: it shows in the errors).
+  config.matmul_precision = config_dict.placeholder(str)
+  config.seed = 0  # of parameters and batches
+  config.models = models[sizes]  # which of the sections below
+  config.layers = ("head", "last_mlp", "all")
+  # "streaming" is the per-sample engine in microbatches; "optax" the optax
+  # transformation, fed by vmap(value_and_grad); "outputs" the forward engine
+  # toward a reference's stored outputs, where the others go toward weights.
+  config.engines = (
+    "forward",
+    "per_sample",
+    "streaming",
+    "auto",
+    "optax",
+    "outputs",
+  )
+  config.microbatch_size = 8  # of "streaming"
+
+  # Batches up to this size are compared with float64, which is slow.
+  config.largest_compared = 32 if sizes == "cpu" else 128
+
+  config.timing = config_dict.ConfigDict()
+  # Pairs (plain step, mimic step) are timed until both are reached.
+  config.timing.pairs = 2
+  config.timing.seconds = 0.3
+  # Steps shorter than this are timed several in a row.
+  config.timing.shortest = 0.005
+
+  config.vit_small = _model("vit", input_shape=(32, 32, 3))
+  config.mlp = _model("mlp", input_shape=(8, 8, 1))
+  config.probe = _model("mlp", input_shape=(1, 1, 768))
+  config.probe.widths = ()  # nothing but a head on features
+  config.vit_b16 = _model("vit", input_shape=(224, 224, 3))
+  config.vit_b16.num_classes = 1000
+  config.vit_b16.batch_sizes = (64,)
+  config.vit_b16.vit.patch_size = 16
+  config.vit_b16.vit.width = 768
+  config.vit_b16.vit.depth = 12
+  config.vit_b16.vit.heads = 12
+  config.vit_b16.vit.mlp_width = 3072
+  config.vit_b16.vit.dtype = "bfloat16"
+
+  # How the ratios grow: one size of a small ViT at a time, the others as in
+  # `model`. An empty tuple leaves a size out.
+  config.sweep = config_dict.ConfigDict()
+  config.sweep.model = _model("vit", input_shape=(32, 32, 3))
+  config.sweep.model.batch_sizes = (32,)
+  config.sweep.model.vit.patch_size = 8
+  config.sweep.model.vit.width = 96
+  config.sweep.model.vit.depth = 2
+  config.sweep.model.vit.mlp_width = 384
+  config.sweep.batch_size = (8, 32, 128)
+  config.sweep.depth = (1, 2, 4)
+  config.sweep.width = (48, 96, 192)  # mlp_width grows with it
+  config.sweep.lines = ("auto/head", "auto/all")
+
+  # FLOPs alone, which are counted without compiling: attention grows faster
+  # with the tokens than the mimic layers do.
+  config.tokens = config_dict.ConfigDict()
+  config.tokens.model = _model("vit", input_shape=(32, 32, 3))
+  config.tokens.model.batch_sizes = (32,)
+  config.tokens.image_sizes = (32, 48, 56)  # 64, 144, 196 tokens
+  config.tokens.lines = ("auto/last_mlp",)
+  return config.lock()
+
+
+def _model(name, input_shape):
+  config = config_dict.ConfigDict()
+  config.name = name
+  config.widths = (256, 256)
+  config.vit = base.vit()
+  config.input_shape = input_shape
+  config.num_classes = 10
+  config.batch_sizes = (32, 128)
+  return config

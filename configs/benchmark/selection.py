@@ -1,0 +1,34 @@
+"""What the offline stage costs on millions of samples.
+
+  python -m experiments.scale --config=configs/benchmark/selection.py \
+  --workdir=runs/scale
+
+Prints a table; leaves `scale.json` and figures. It takes some minutes on 2 CPU
+cores, which should have nothing else to do, and up to 4 GB of memory and disk.
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """How many samples, and how they are selected; locked.
+
+  Args:
+    arg: none.
+
+  Returns:
+    The config, locked.
+  """
+  base.parse_arg(arg)
+  config = config_dict.ConfigDict()
+  config.samples = (1_000_000, 2_000_000, 5_000_000, 10_000_000)
+  config.steps = 5  # each sees every sample
+  config.batch_size = 65_536  # rows an append
+  config.noise_rate = 0.3
+  config.seed = 0
+  config.select = config_dict.ConfigDict()
+  config.select.binarize = "gmm"
+  config.select.aggregate = "label_model"
+  return config.lock()

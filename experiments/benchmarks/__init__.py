@@ -1,0 +1,1 @@
+"""What steps, loops and selections cost, and how right they are."""

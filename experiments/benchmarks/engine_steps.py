@@ -1,0 +1,326 @@
+"""Measures mimic steps of one model at one batch size against a plain step.
+
+The plain step is a jitted `jax.value_and_grad` of the mean loss; the mimic step
+gives the loss, the scores and the reweighted gradient. Neither updates anything
+with an optimizer. The optax transformation is fed by vmap(value_and_grad) and
+stands alone in its chain. Errors are relative to the largest entry of what
+vmap(grad) gives in float64.
+"""
+
+import concurrent.futures
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments import models
+from experiments.benchmarks import float64
+from experiments.tasks.classification import losses as classification
+
+RATIOS = ("time", "flops", "memory")
+ERRORS = ("score_error", "gradient_error")
+_TEMPERATURE = 1.0
+
+
+class Case(NamedTuple):
+  """A row of a table."""
+
+  key: str  # of its entry in `benchmark.json`
+  section: Any  # the model's fields
+  batch_size: int
+  layers: str
+  engine: str
+
+
+class _Candidate(NamedTuple):
+  """A mimic step, traced but not compiled."""
+
+  engine: str  # which one it is, if the case says auto
+  lowered: Any
+  args: tuple[Any, ...]
+  read: Callable[[Any], tuple[Any, Any]]  # output -> scores or None, gradient
+
+
+def patterns(section: Any) -> dict[str, str | None]:
+  """What the names of mimic layers mean in a model, as `layers=` takes it."""
+  if section.name == "vit":
+    last = f"^blocks/{section.vit.depth - 1}/mlp/"
+  elif section.widths:
+    last = f"^body/{len(section.widths) - 1}/"
+  else:  # nothing but a head
+    return {"head": "^head/"}
+  return {"head": "^head/", "last_mlp": last, "all": None}
+
+
+class Setup:
+  """One model at one batch size: its data, its plain step, the truth."""
+
+  def __init__(self, section: Any, batch_size: int, config: Any):
+    """Draws parameters and a batch.
+
+    Args:
+      section: the model's fields.
+      batch_size: of the batch.
+      config: as `configs/benchmark/engines.py` describes it.
+    """
+    self.config, self.section = config, section
+    self.outputs_fn, self.losses_fn, self.params = _model(section, config.seed)
+    self.batch = _batch(section, batch_size, config.seed)
+    self._truth: dict[str, Any] = {}
+
+  def count(self, case: Case) -> dict[str, Any]:
+    """The case's entry with FLOPs only, as traced: nothing is compiled."""
+    candidate = self._candidate(case)
+    counts = candidate.lowered.cost_analysis(), self._lowered.cost_analysis()
+    ratio = _ratio(*counts, "flops")
+    return _entry(candidate.engine) | {"flops": ratio}
+
+  def measure(
+    self,
+    cases: Sequence[Case],
+    keep: Callable[[Case, dict[str, Any]], None],
+    compare: bool,
+  ) -> None:
+    """Measures cases of this model and batch size.
+
+    Args:
+      cases: what to measure.
+      keep: called with each case and its entry, as soon as it is there. A ratio
+        or error is None where it has no meaning or the case did not fit into
+        memory.
+      compare: whether to compare with float64.
+    """
+    # XLA leaves cores idle when it compiles one program. All is compiled before
+    # anything is timed. "auto" is another engine by the same name.
+    workers = max(2, (os.cpu_count() or 1) // 2)
+    programs: dict[tuple[str, str], tuple[_Candidate, Any]] = {}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+      for case in cases:
+        if self._program(case) not in programs:
+          candidate = self._candidate(case)
+          compiling = pool.submit(candidate.lowered.compile)
+          programs[self._program(case)] = candidate, compiling
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in cases:
+      program = self._program(case)
+      if program not in entries:
+        entries[program] = self._measure(case, *programs[program], compare)
+      keep(case, entries[program])
+
+  def _measure(self, case, candidate, compiling, compare):
+    entry = _entry(candidate.engine)
+    plain = functools.partial(self.plain, self.params, self.batch)
+    try:
+      compiled = compiling.result()
+      output = jax.block_until_ready(compiled(*candidate.args))  # warm-up
+      entry["memory"] = _ratio(_memory(compiled), _memory(self.plain), "temp")
+      # A scan's body is counted once, however often it runs.
+      if case.engine != "streaming":
+        entry["flops"] = _ratio(
+          compiled.cost_analysis(), self.plain.cost_analysis(), "flops"
+        )
+      if compare:
+        scores, grads = jax.device_get(candidate.read(output))
+        true_scores, true_grads = self._exact(case)
+        entry["gradient_error"] = float64.error(grads, true_grads)
+        if scores is not None:
+          entry["score_error"] = float64.error(scores, true_scores)
+      del output
+      entry |= _time(
+        plain, lambda: compiled(*candidate.args), self.config.timing
+      )
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      entry["failed"] = "out of memory"
+    return entry
+
+  @functools.cached_property
+  def _lowered(self):
+    def step(params, batch):
+      return jax.value_and_grad(lambda p: jnp.mean(self.losses_fn(p, batch)))(
+        params
+      )
+
+    return jax.jit(step).lower(self.params, self.batch)
+
+  @functools.cached_property
+  def plain(self) -> Any:
+    """The plain step, compiled and warm."""
+    compiled = self._lowered.compile()
+    jax.block_until_ready(compiled(self.params, self.batch))
+    return compiled
+
+  @functools.cached_property
+  def reference(self) -> Any:
+    """A step down the mean gradient.
+
+    Scores then differ as they do in training, where some samples agree with the
+    reference and some don't.
+    """
+    _, grads = jax.device_get(self.plain(self.params, self.batch))
+    return jax.device_put(
+      jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * g, self.params, grads)
+    )
+
+  @functools.cached_property
+  def reference_outputs(self) -> jax.Array:
+    """The reference's logits for the batch, computed once."""
+    return jax.jit(self.outputs_fn)(self.reference, self.batch)
+
+  def _program(self, case):
+    """What tells the case's program from that of the others."""
+    if case.engine != "auto":
+      return case.layers, case.engine
+    return case.layers, self._step(case).engine
+
+  def _step(self, case):
+    options = {
+      "outputs": {"direction": gm.toward_outputs(self.outputs_fn)},
+      "streaming": {"microbatch_size": self.config.microbatch_size},
+    }.get(case.engine, {"engine": case.engine})
+    return gm.mimic_value_and_grad(
+      self.losses_fn,
+      layers=patterns(self.section)[case.layers],
+      weighting=gm.softmax(_TEMPERATURE),
+      **options,
+    )
+
+  def _candidate(self, case):
+    if case.engine == "optax":
+      return self._transformation(case)
+    step = self._step(case)
+    outputs = case.engine == "outputs"
+    reference = self.reference_outputs if outputs else self.reference
+    args = (self.params, reference, self.batch)
+    return _Candidate(
+      step.engine,  # type: ignore[attr-defined]
+      jax.jit(step).lower(*args),
+      args,
+      lambda output: (output[0][1].scores, output[1]),
+    )
+
+  def _transformation(self, case):
+    tx = gm.reweight_by_mimic_score(
+      self.reference,
+      layers=patterns(self.section)[case.layers],
+      weighting=gm.softmax(_TEMPERATURE),
+    )
+
+    def loss_of_one(params, sample):
+      return self.losses_fn(params, jax.tree.map(lambda x: x[None], sample))[0]
+
+    per_sample = jax.vmap(jax.value_and_grad(loss_of_one), in_axes=(None, 0))
+
+    def step(params, state, batch):
+      losses, rows = per_sample(params, batch)
+      grads, state = tx.update(rows, state, params)
+      return jnp.mean(losses), grads, state
+
+    args = (self.params, tx.init(self.params), self.batch)
+    return _Candidate(
+      "optax",
+      jax.jit(step).lower(*args),
+      args,
+      lambda output: (None, output[1]),
+    )
+
+  def _exact(self, case):
+    """True scores and gradient of a case; all cases' are found at once."""
+    if not self._truth:
+      wide = self.section.copy_and_resolve_references().unlock()
+      wide.vit.dtype = None
+      outputs_fn, losses_fn, _ = _model(wide, self.config.seed)
+      trees = {False: float64.weights_gap(self.params, self.reference)}
+      if "outputs" in self.config.engines:
+        trees[True] = float64.outputs_descent(
+          outputs_fn, self.params, self.reference_outputs, self.batch
+        )
+      directions = {
+        _name(layers, outputs): float64.unit_vector(tree, pattern)
+        for layers, pattern in patterns(self.section).items()
+        for outputs, tree in trees.items()
+        if layers in self.config.layers
+      }
+      self._truth = float64.answers(
+        losses_fn, self.params, self.batch, directions, _TEMPERATURE
+      )
+    return self._truth[_name(case.layers, case.engine == "outputs")]
+
+
+def _name(layers, outputs):
+  return f"{layers}, toward outputs" if outputs else layers
+
+
+def _entry(engine):
+  return {"engine": engine} | dict.fromkeys((*RATIOS, *ERRORS))
+
+
+def _model(section, seed):
+  """`(params, batch) -> logits`, `-> losses [B]`, and params."""
+  apply, params = models.create(
+    section,
+    input_shape=section.input_shape,
+    num_classes=section.num_classes,
+    seed=seed,
+  )
+  with_hits = classification.make_losses_fn(apply)
+  return (
+    classification.make_outputs_fn(apply),
+    lambda params, batch: with_hits(params, batch)[0],
+    params,
+  )
+
+
+def _batch(section, size, seed):
+  rng = np.random.default_rng(seed)
+  images = rng.normal(size=(size, *section.input_shape)).astype(np.float32)
+  labels = rng.integers(section.num_classes, size=size)
+  return {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
+
+
+def _time(plain, candidate, timing) -> dict[str, Any]:
+  """Times two warm steps in turn: the median of the pairs' ratios."""
+  calls = max(1, math.ceil(timing.shortest / _seconds(plain, 1)))
+  pairs: list[tuple[float, float]] = []
+  until = time.perf_counter() + timing.seconds
+  while len(pairs) < timing.pairs or time.perf_counter() < until:
+    pairs.append((_seconds(plain, calls), _seconds(candidate, calls)))
+  ratios = [b / a for a, b in pairs]
+  low, middle, high = np.percentile(ratios, [25, 50, 75])
+  return {
+    "time": float(middle),
+    "time_quartiles": [float(low), float(high)],
+    "pairs": len(pairs),
+    "plain_seconds": float(np.median([a for a, _ in pairs])),
+  }
+
+
+def _seconds(step, calls):
+  """Seconds a call, of several in a row."""
+  start = time.perf_counter()
+  for _ in range(calls):
+    output = step()
+    # An accelerator queues calls, as in training; a CPU could overlap them.
+    if next(iter(jax.tree.leaves(output)[0].devices())).platform == "cpu":
+      jax.block_until_ready(output)
+  jax.block_until_ready(output)
+  return (time.perf_counter() - start) / calls
+
+
+def _memory(compiled):
+  analysis = compiled.memory_analysis()
+  return None if analysis is None else {"temp": analysis.temp_size_in_bytes}
+
+
+def _ratio(ours, plain, field):
+  """Of two counts, or None where a backend doesn't tell."""
+  ours, plain = (counts and counts.get(field) for counts in (ours, plain))
+  return ours / plain if ours and plain else None

@@ -1,0 +1,262 @@
+"""Measures what a mimic step costs, relative to a plain step.
+
+A table of models, batch sizes, mimic layers and engines; a sweep over the sizes
+of a small vision transformer; and how FLOPs fall with the number of tokens. An
+interrupted run goes on where it stopped.
+"""
+
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from configs.benchmark import engines as benchmark_config
+from experiments.benchmarks import engine_steps as measure
+from experiments.benchmarks.engine_steps import ERRORS, RATIOS, Case
+from experiments.runtime import workdir as workdir_lib
+from gradmimic_jax.reporting import figures
+
+RESULT_FILE = "benchmark.json"
+SWEPT = ("batch_size", "depth", "width")
+# What a part of the results shows, and what its rows begin with.
+PARTS = {
+  "cases": ((*RATIOS, *ERRORS), ("model", "batch", "layers", "engine")),
+  "sweep": (RATIOS, ("size", "value", "layers", "engine")),
+  "tokens": (("flops",), ("size", "value", "layers", "engine")),
+}
+
+
+def run_benchmark(config: Any, workdir: Any) -> dict[str, Any]:
+  """Measures all cases; goes on where an interrupted run stopped.
+
+  Args:
+    config: as `configs/benchmark/engines.py` describes it.
+    workdir: the benchmark's folder. Gets `benchmark.json`, which grows by an
+      entry a case, and figures.
+
+  Returns:
+    What is in `benchmark.json`: the machine, and for each case of the table and
+    point of the sweep its ratios and errors. A ratio is None where it has no
+    meaning or the case did not fit into memory.
+
+  Raises:
+    ValueError: an unknown field, name or device, or a workdir of another config
+      or machine.
+  """
+  folder = workdir_lib.claim(workdir, config, benchmark_config)
+  with _settings(config) as device:
+    results = _start(folder / RESULT_FILE, device)
+    for part in PARTS:
+      groups = itertools.groupby(
+        cases_of(part, config), lambda case: case.key.split("/")[:2]
+      )
+      for _, group in groups:
+        _measure(part, list(group), config, results, folder / RESULT_FILE)
+  draw(config, folder, results)
+  return results
+
+
+def _measure(part, cases, config, results, file):
+  """Measures what is left of the cases of one model and batch size."""
+  done = results[part]
+
+  def keep(case, entry):
+    print(f"{part}: {case.key}", flush=True)
+    done[case.key] = entry
+    workdir_lib.write_json(file, results)
+
+  left = []
+  for case in cases:
+    twin = _twin(case, cases_of(part, config), done)
+    if case.key in done:
+      continue
+    if twin is None:
+      left.append(case)
+    else:
+      keep(case, done[twin])
+  if not left:
+    return
+  size = left[0].batch_size
+  setup = measure.Setup(left[0].section, size, config)
+  if part == "tokens":
+    for case in left:
+      keep(case, setup.count(case))
+  else:
+    compare = part == "cases" and size <= config.largest_compared
+    setup.measure(left, keep, compare=compare)
+
+
+def _twin(case, others, done):
+  """The key of an earlier case of the same model and sizes, if there is one.
+
+  The sizes of a sweep meet in its base.
+  """
+  return next(
+    (x.key for x in others if x.key in done and x[1:] == case[1:]), None
+  )
+
+
+def cases_of(part: str, config: Any) -> list[Case]:
+  """The cases of a part, those of one model and batch size side by side."""
+  return {
+    "cases": table_cases,
+    "sweep": sweep_cases,
+    "tokens": token_cases,
+  }[part](config)
+
+
+def table_cases(config: Any) -> list[Case]:
+  """The rows of the table, those of one model and batch size side by side."""
+  return [
+    Case(f"{name}/{size}/{layers}/{engine}", config[name], size, layers, engine)
+    for name in config.models
+    for size in config[name].batch_sizes
+    for layers in config.layers
+    if layers in measure.patterns(config[name])
+    for engine in config.engines
+  ]
+
+
+def sweep_cases(config: Any) -> list[Case]:
+  """The points of the sweep, those of one size side by side."""
+  base = config.sweep.model
+  cases = []
+  for axis in SWEPT:
+    for value in config.sweep[axis]:
+      section = base.copy_and_resolve_references().unlock()
+      size = value if axis == "batch_size" else base.batch_sizes[0]
+      if axis != "batch_size":
+        section.vit[axis] = value
+      if axis == "width":
+        section.vit.mlp_width = base.vit.mlp_width * value // base.vit.width
+      for line in config.sweep.lines:
+        engine, layers = line.split("/")
+        key = f"{axis}/{value}/{layers}/{engine}"
+        cases.append(Case(key, section, size, layers, engine))
+  return cases
+
+
+def token_cases(config: Any) -> list[Case]:
+  """The numbers of tokens at which FLOPs are counted."""
+  base = config.tokens.model
+  cases = []
+  for side in config.tokens.image_sizes:
+    section = base.copy_and_resolve_references().unlock()
+    section.input_shape = (side, side, base.input_shape[-1])
+    tokens = (side // base.vit.patch_size) ** 2
+    for line in config.tokens.lines:
+      engine, layers = line.split("/")
+      key = f"tokens/{tokens}/{layers}/{engine}"
+      cases.append(Case(key, section, base.batch_sizes[0], layers, engine))
+  return cases
+
+
+@contextlib.contextmanager
+def _settings(config) -> Iterator[jax.Device]:
+  """The device and precision that the config asks for."""
+  try:
+    device = jax.devices(config.device or None)[0]
+  except RuntimeError as error:
+    raise ValueError(
+      f"config.device is {config.device!r}, and JAX finds no such device here;"
+      f" expected one of {jax.default_backend()}, cpu, or '' for the default."
+    ) from error
+  with (
+    jax.default_device(device),
+    jax.default_matmul_precision(config.matmul_precision),
+  ):
+    yield device
+
+
+def _start(file: pathlib.Path, device: jax.Device) -> dict[str, Any]:
+  """What an earlier run on this kind of machine measured, or nothing yet."""
+  machine = workdir_lib.machine(device)
+  if not file.exists():
+    return {"machine": machine} | {part: {} for part in PARTS}
+  sections = dict.fromkeys(("machine", *PARTS), dict)
+  results = workdir_lib.read_json(file, sections)
+  for field, value in machine.items():
+    theirs = results["machine"].get(field)
+    if theirs != value and field != "date":
+      raise ValueError(
+        f"{file} was measured with {field} {theirs!r} and this machine has"
+        f" {value!r}; ratios of two machines don't mix: choose another"
+        " --workdir."
+      )
+  return results
+
+
+def draw(
+  config: Any, folder: pathlib.Path, results: dict[str, Any]
+) -> list[pathlib.Path]:
+  """Draws the time ratios of the table, and the sweep if there is one."""
+  paths = []
+  for name in config.models:
+    bars: dict[str, dict[str, float]] = {}
+    for case in table_cases(config):
+      model, size, layers, engine = case.key.split("/")
+      ratio = results["cases"][case.key]["time"]
+      if model == name and ratio is not None:
+        bars.setdefault(f"{layers}\n{size}", {})[engine] = ratio
+    if bars:
+      paths.append(
+        figures.ratio_bars(
+          bars,
+          folder / f"time_{name}.png",
+          title=f"{name}: mimic layers and batch size",
+          ylabel="time / plain step",
+        )
+      )
+  curves: dict[str, Any] = {
+    ratio: {axis: {} for axis in SWEPT if config.sweep[axis]}
+    for ratio in RATIOS
+  }
+  for case in sweep_cases(config):
+    axis, value, layers, engine = case.key.split("/")
+    for ratio in RATIOS:
+      y = results["sweep"][case.key][ratio]
+      if y is not None:
+        line = curves[ratio][axis].setdefault(f"{engine}, {layers}", ([], []))
+        line[0].append(int(value))
+        line[1].append(y)
+  if results["sweep"]:
+    paths.append(
+      figures.ratio_curves(
+        curves, folder / "sweep.png", title="ratio to a plain step"
+      )
+    )
+  return paths
+
+
+def table(config: Any, results: dict[str, Any]) -> str:
+  """The parts as text, one below the other."""
+  lines = []
+  for part, (columns, start) in PARTS.items():
+    cases = cases_of(part, config)
+    if not cases:
+      continue
+    head = "{:<10} {:>5}  {:<8} {:<18}".format(*start)
+    lines += ["", head + "".join(f"{name:>15}" for name in columns)]
+    for case in cases:
+      entry = results[part][case.key]
+      *first, engine = case.key.split("/")
+      if engine == "auto":
+        engine = f"auto ({entry['engine']})"
+      row = "{:<10} {:>5}  {:<8} {:<18}".format(*first, engine)
+      for name in columns:
+        value, form = entry[name], ".1e" if name in ERRORS else ".3f"
+        row += f"{'-' if value is None else format(value, form):>15}"
+      lines.append(row + f"  {entry.get('failed', '')}".rstrip())
+  return "\n".join(lines[1:])
+
+
+def main(config: Any, workdir: str) -> None:
+  """Runs the benchmark, then prints the table and where the rest is."""
+  results = run_benchmark(config, workdir)
+  machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
+  print(f"\nratios to a plain step ({machine}):\n")
+  print(table(config, results))
+  print(f"\nfigures and {RESULT_FILE}: {workdir}")

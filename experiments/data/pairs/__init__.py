@@ -1,0 +1,1 @@
+"""Image-text pairs: drawn in memory, or read from shards."""

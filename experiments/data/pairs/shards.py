@@ -1,0 +1,494 @@
+"""Batches of image-text pairs streamed from webdataset shards.
+
+Shards are read in place: a header at a time, seeking past what a filter leaves
+out, each shard by one process. The `webdataset` package was read and left
+aside: its pipelines have no state to save, so a run can't go on with the very
+next sample; it reads members of any size into memory (a sparse member claims
+terabytes in 512 bytes), opens names that start with "pipe:" as shell commands,
+and takes the rest of a damaged shard for its end. What is here is a grain
+iterator: checkpoints hold its state as they hold that of any other.
+
+The order is one of windows. Shards are permuted, the samples that follow one
+another in them are collected into windows, and each window is permuted; both
+permutations are drawn from the seed and the place. So the state is that place,
+a few numbers, and a restored stream reads one window again to go on exactly.
+
+A batch is a dict of NumPy arrays:
+
+  image  uint8 [B, S, S, 3]
+  text   int32 [B, L], what the tokenizer made of the captions
+  uid    str [B], 32 hexadecimal digits, "" for padding; none twice in a batch
+  index  int64 [B], the sample's place in this process's stream, -1 for padding
+  mask   bool [B], False for padding
+"""
+
+import concurrent.futures
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+
+from experiments.data import streams
+from experiments.data.pairs import (
+  images,
+  in_memory as image_text,
+  limits as limits_lib,
+  shard_files,
+  shard_samples,
+)
+from experiments.data.pairs.shard_samples import Parts, Sample, Statistics
+
+Tokenizer = Callable[[list[str]], np.ndarray]
+
+# Before this many, a few broken samples are a large share.
+_ENOUGH = 1000
+_END = object()
+
+
+class ShardStream(grain.IterDataset):
+  """Pairs from shards, shuffled, filtered, decoded and batched.
+
+  Guarantees:
+    * The same arguments give the same batches, bit for bit, whatever the number
+      of threads, and after a restore at any batch.
+    * A broken sample or shard is counted in `statistics` and passed over. Only
+      if their share is above `max_broken_share` is it an error.
+    * Each shard is read by one process an epoch, each sample of it once. No
+      uid is twice in a batch: of copies that meet there, and of samples of two
+      epochs at the turn, the second is left out and counted.
+    * Nothing is written to disk, and no limit of `limits` is exceeded.
+
+  Each process goes through its own shards: processes may differ in how many
+  samples an epoch has. Run for a number of steps, not of epochs.
+
+  Args:
+    shards: Paths, folders or patterns; see `shard_files.expand`.
+    tokenizer: `(captions [n]) -> int [n, L]`; it cuts what is too long.
+    batch_size: Rows in a batch of this process, B.
+    image_size: Height and width of the images in pixels, S.
+    seed: Not negative; None reads everything in its order, for evaluation.
+    num_epochs: When to stop; None goes on for ever. The last batch is padded.
+    keep: Uids to keep: the path of a DataComp subset file, a Filter, or uids;
+      None keeps all.
+    window: Samples that are shuffled at once, held in memory as stored.
+    uid_source: "json", or "name" for shards that have no uids.
+    parts: Which files make a sample: extensions of images, captions and JSON,
+      and the JSON's field for captions; see `shard_samples.Parts`.
+    process_index: Which process this is.
+    process_count: Of how many.
+    max_broken_share: Share of broken samples above which reading stops, once
+      a thousand have been looked at or an epoch is over.
+    num_threads: Decoding threads; 0 decodes in place.
+    limits: What is believed of the files.
+
+  Raises:
+    FileNotFoundError: If a shard is not there.
+    TypeError: If `parts` is something else.
+    ValueError: If a value is out of range, or there are fewer shards than
+      processes. While reading: if too much is broken, or nothing is left.
+  """
+
+  def __init__(
+    self,
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    image_size: int,
+    seed: int | None,
+    num_epochs: int | None = None,
+    keep: Any = None,
+    window: int = 4096,
+    uid_source: str = "json",
+    parts: Parts = shard_samples.PARTS,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_broken_share: float = 0.1,
+    num_threads: int = 8,
+    limits: limits_lib.Limits = limits_lib.DEFAULT,
+  ):
+    super().__init__()
+    for name, value, least in (
+      ("batch_size", batch_size, 1),
+      ("image_size", image_size, 1),
+      ("seed", 0 if seed is None else seed, 0),
+      ("num_epochs", 1 if num_epochs is None else num_epochs, 1),
+      ("window", window, 1),
+      ("process_count", process_count, 1),
+      ("num_threads", num_threads, 0),
+    ):
+      if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= process_index < process_count:
+      raise ValueError(
+        f"process_index must lie in 0 .. {process_count - 1}, got"
+        f" {process_index}"
+      )
+    if not 0 <= max_broken_share <= 1:
+      raise ValueError(
+        f"max_broken_share must lie in [0, 1], got {max_broken_share}"
+      )
+    if not isinstance(parts, Parts):
+      raise TypeError(f"parts must be shard_samples.Parts, got {parts!r}")
+    self.paths = _expand(shards, uid_source)
+    if len(self.paths) < process_count:
+      raise ValueError(
+        f"{len(self.paths)} shards for {process_count} processes; expected at"
+        " least one for each: write smaller shards"
+      )
+    self.tokenizer = tokenizer
+    self.batch_size, self.image_size = batch_size, image_size
+    self.seed, self.num_epochs = seed, num_epochs
+    self.keep = shard_samples.kept_uids(keep)
+    self.window, self.uid_source, self.parts = window, uid_source, parts
+    self.process_index, self.process_count = process_index, process_count
+    self.max_broken_share, self.num_threads = max_broken_share, num_threads
+    self.limits = limits
+    self.fingerprint = self._fingerprint()
+
+  def __iter__(self) -> "ShardIterator":
+    return ShardIterator(self)
+
+  def order(self, epoch: int) -> list[str]:
+    """The shards that this process reads in an epoch, in that order."""
+    numbers = np.arange(len(self.paths))
+    if self.seed is not None:
+      rng = np.random.default_rng((self.seed, streams.SHARDS, epoch))
+      numbers = rng.permutation(numbers)
+    mine = numbers[self.process_index :: self.process_count]
+    return [self.paths[number] for number in mine]
+
+  def _fingerprint(self) -> str:
+    """A hash of what decides which samples come when; not of the folder."""
+    settings = {
+      "shards": [[os.path.basename(p), os.path.getsize(p)] for p in self.paths],
+      "batch_size": self.batch_size,
+      "image_size": self.image_size,
+      "seed": self.seed,
+      "num_epochs": self.num_epochs,
+      "window": self.window,
+      "uid_source": self.uid_source,
+      "process": [self.process_index, self.process_count],
+      "parts": repr(self.parts),
+      "limits": repr(self.limits),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(b"all" if self.keep is None else self.keep.tobytes())
+    return digest.hexdigest()[:32]
+
+
+class _Place(NamedTuple):
+  """Where a window begins."""
+
+  epoch: int
+  shard: int  # In the order of the epoch.
+  record: int  # Samples before it in that shard, broken ones included.
+
+
+class ShardIterator(grain.DatasetIterator):
+  """Goes through a `ShardStream`; its state is a small JSON dict.
+
+  Attributes:
+    statistics: What was found so far; restored with the state.
+    epoch: The pass over the shards in which the last batch began.
+  """
+
+  def __init__(self, stream: ShardStream):
+    """Starts at the beginning."""
+    super().__init__()
+    self._stream = stream
+    self._pool = None
+    if stream.num_threads:
+      self._pool = concurrent.futures.ThreadPoolExecutor(stream.num_threads)
+    self._start_at(_Place(0, 0, 0), Statistics(), samples_before_epoch=0)
+
+  def _start_at(self, place, statistics, samples_before_epoch):
+    self.statistics = statistics
+    self._samples_before_epoch = samples_before_epoch
+    self._window: list[Sample] | None = None  # None: not read yet.
+    self._taken = 0  # Of the window.
+    self._place = place  # Where the window begins.
+    self.epoch = place.epoch
+    self._next = place  # Where the next one does.
+    self._reader: Iterator[Sample | None] | None = None
+    self._reader_place = place
+
+  def get_state(self) -> dict[str, Any]:
+    """Where the stream is, for `set_state`."""
+    return {
+      "fingerprint": self._stream.fingerprint,
+      "place": list(self._place),
+      "has_window": self._window is not None,
+      "taken": self._taken,
+      "samples_before_epoch": self._samples_before_epoch,
+      "statistics": copy.deepcopy(self.statistics.as_dict()),
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to where the stream was.
+
+    Args:
+      state: What `get_state` gave.
+
+    Raises:
+      ValueError: If it is the state of a stream of other data or settings.
+    """
+    image_text.check_state(state, self._stream.fingerprint)
+    place = _Place(*state["place"])
+    self._start_at(place, Statistics(), state["samples_before_epoch"])
+    if state["has_window"]:
+      self._read_window(place)
+    self._taken = state["taken"]
+    # Instead of what reading the window again has counted; in place, for the
+    # shard that is open counts here.
+    vars(self.statistics).update(copy.deepcopy(state["statistics"]))
+
+  def close(self) -> None:
+    """Closes the shard that is open and ends the threads."""
+    super().close()
+    self._reader = None
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    self._assert_not_closed()
+    size = self._stream.batch_size
+    rows: list[tuple[Sample, np.ndarray]] = []
+    seen: set[str] = set()
+    while len(rows) < size:
+      samples = self._take(size - len(rows))
+      if not samples:
+        break
+      if not seen:
+        self.epoch = self._place.epoch
+      fresh = []
+      for sample in samples:
+        if sample.uid in seen:
+          # Two like pairs would be each other's negatives, and a ledger holds
+          # one row of a sample a step.
+          self.statistics.add_noted(
+            "uid twice in a batch, left out", sample.shard, sample.key
+          )
+        else:
+          seen.add(sample.uid)
+          fresh.append(sample)
+      rows += self._decode(fresh)
+      self._check_broken(_ENOUGH)
+    if not rows:
+      raise StopIteration
+    return self._batch(rows)
+
+  def _take(self, count: int) -> Sequence[Sample]:
+    """The next samples of the window, up to `count`; none at the end."""
+    while self._window is None or self._taken == len(self._window):
+      epochs = self._stream.num_epochs
+      if epochs is not None and self._next.epoch == epochs:
+        return ()
+      if self._read_window(self._next):
+        self._check_broken(_ENOUGH)
+      else:
+        self._end_epoch()
+    taken = self._window[self._taken : self._taken + count]
+    self._taken += len(taken)
+    return taken
+
+  def _read_window(self, place: _Place) -> bool:
+    """Reads and shuffles the window at a place; whether there was a sample."""
+    stream = self._stream
+    order = stream.order(place.epoch)
+    window: list[Sample] = []
+    uids: set[str] = set()
+    size, (epoch, shard, record) = 0, place
+    while shard < len(order) and len(window) < stream.window:
+      if size >= stream.limits.window_bytes:
+        break
+      sample = self._next_of(order[shard], _Place(epoch, shard, record))
+      if sample is _END:
+        shard, record = shard + 1, 0
+        continue
+      record += 1
+      if sample is None:
+        continue
+      if sample.uid in uids:
+        self.statistics.add_noted("uid repeated", sample.shard, sample.key)
+      uids.add(sample.uid)
+      window.append(sample)
+      size += len(sample.image) + len(sample.caption)
+    if stream.seed is not None:
+      rng = np.random.default_rng((stream.seed, streams.WINDOW, *place))
+      window = [window[row] for row in rng.permutation(len(window))]
+    self._place, self._next = place, _Place(epoch, shard, record)
+    self._window, self._taken = window, 0
+    return bool(window)
+
+  def _next_of(self, path: str, place: _Place) -> Any:
+    """The sample at a place, None if it is broken; _END after the last."""
+    if self._reader is None or self._reader_place != place:
+      self._reader = shard_samples.read(
+        path,
+        self.statistics,
+        skip=place.record,
+        keep=self._stream.keep,
+        uid_source=self._stream.uid_source,
+        parts=self._stream.parts,
+        limits=self._stream.limits,
+      )
+    sample = next(self._reader, _END)
+    self._reader_place = place._replace(record=place.record + 1)
+    if sample is _END:
+      self._reader = None
+    return sample
+
+  def _end_epoch(self) -> None:
+    self._check_broken(1)
+    if self.statistics.samples == self._samples_before_epoch:
+      raise ValueError(
+        "an epoch brought no sample that wasn't in the batch already: the"
+        " shards of this process are all broken, the filter is for other data,"
+        f" or they have fewer than batch_size={self._stream.batch_size}"
+        f" samples.{self.statistics.advice()}\n{self.statistics}"
+      )
+    if self.statistics.broken or self.statistics.noted:
+      logging.warning("After epoch %d: %s", self._next.epoch, self.statistics)
+    self._place = self._next = _Place(self._next.epoch + 1, 0, 0)
+    self._window, self._taken = None, 0
+    self._samples_before_epoch = self.statistics.samples
+
+  def _check_broken(self, enough: int) -> None:
+    found, most = self.statistics, self._stream.max_broken_share
+    if found.read >= enough and found.broken_share > most:
+      raise ValueError(
+        f"{found.broken_share:.1%} of the samples that were looked at are"
+        f" broken, more than max_broken_share={most:.1%}; mend the shards, or"
+        f" raise it.{found.advice()}\n{found}"
+      )
+
+  def _decode(
+    self, samples: Sequence[Sample]
+  ) -> list[tuple[Sample, np.ndarray]]:
+    def decode(sample: Sample) -> np.ndarray | images.BadImageError:
+      try:
+        return images.decode(
+          sample.image,
+          size=self._stream.image_size,
+          formats=self._stream.parts.formats,
+          limits=self._stream.limits,
+        )
+      except images.BadImageError as error:
+        return error
+      except BaseException as error:
+        error.add_note(f"in the image of {sample.key!a} in {sample.shard!a}")
+        raise
+
+    run = map if self._pool is None else self._pool.map
+    sound = []
+    for sample, image in zip(samples, run(decode, samples), strict=True):
+      if isinstance(image, images.BadImageError):
+        self.statistics.add_broken(
+          image.reason, sample.shard, sample.key, image.detail
+        )
+      else:
+        sound.append((sample, image))
+    self.statistics.samples += len(sound)
+    return sound
+
+  def _batch(
+    self, rows: Sequence[tuple[Sample, np.ndarray]]
+  ) -> dict[str, np.ndarray]:
+    count, size = len(rows), self._stream.batch_size
+    text = np.asarray(self._stream.tokenizer([row.caption for row, _ in rows]))
+    if text.ndim != 2 or len(text) != count or text.dtype.kind not in "iu":
+      raise ValueError(
+        f"the tokenizer gave {text.dtype} {text.shape} for {count} captions;"
+        " expected integers [n, L]"
+      )
+    # A real row, so that a model's statistics and finiteness don't suffer.
+    source = np.where(np.arange(size) < count, np.arange(size), 0)
+    mask = np.arange(size) < count
+    first = self.statistics.samples - count
+    uids = [row.uid for row, _ in rows] + [""] * (size - count)
+    return {
+      "image": np.stack([image for _, image in rows])[source],
+      "text": text.astype(np.int32)[source],
+      "uid": np.array(uids, "<U32"),
+      "index": np.where(mask, first + np.arange(size), -1).astype(np.int64),
+      "mask": mask,
+    }
+
+
+def survey(
+  shards: str | os.PathLike | Iterable[str | os.PathLike],
+  *,
+  uid_source: str = "json",
+  parts: Parts = shard_samples.PARTS,
+  limits: limits_lib.Limits = limits_lib.DEFAULT,
+) -> tuple[np.ndarray, Statistics]:
+  """The uids of all samples in shards, without reading images or captions.
+
+  It is how repeated uids are found however far apart they are, and what the
+  pool of a filter is.
+
+  Args:
+    shards: As for `ShardStream`.
+    uid_source: As for `ShardStream`.
+    parts: As for `ShardStream`.
+    limits: What is believed of the files.
+
+  Returns:
+    Uids str [N] in the order of the shards, repeats included, and what was
+    found; `samples` are those with a uid. Each copy counts as "uid repeated".
+
+  Raises:
+    FileNotFoundError: If a shard is not there.
+    ValueError: If `uid_source` is none, or would make one uid of two samples.
+  """
+  statistics = Statistics()
+  uids: list[str] = []
+  seen: set[str] = set()
+  for path in _expand(shards, uid_source):
+    for sample in shard_samples.read(
+      path,
+      statistics,
+      uid_source=uid_source,
+      parts=parts,
+      with_content=False,
+      limits=limits,
+    ):
+      if sample is None:
+        continue
+      if sample.uid in seen:
+        statistics.add_noted("uid repeated", sample.shard, sample.key)
+      seen.add(sample.uid)
+      uids.append(sample.uid)
+  statistics.samples = len(uids)
+  if statistics.broken:
+    logging.warning("%s%s", statistics, statistics.advice())
+  return np.array(uids, "<U32"), statistics
+
+
+def _expand(shards, uid_source: str) -> list[str]:
+  """The shards' paths, of which uids can be made where that is asked for."""
+  if uid_source not in shard_samples.UID_SOURCES:
+    raise ValueError(
+      f"uid_source must be one of {shard_samples.UID_SOURCES}, got"
+      f" {uid_source!r}"
+    )
+  paths = shard_files.expand(shards)
+  if uid_source == "name":
+    # Folders don't count: the same data elsewhere have the same uids.
+    by_name: dict[str, str] = {}
+    for path in paths:
+      other = by_name.setdefault(os.path.basename(path), path)
+      if other != path:
+        raise ValueError(
+          f"the shards {other!r} and {path!r} have one name, and with"
+          " uid_source='name' their samples would have the same uids; rename"
+          " one of the files"
+        )
+  return paths

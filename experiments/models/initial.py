@@ -1,0 +1,186 @@
+"""Where training starts: new parameters, or weights that are there already."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import config_dict
+
+from experiments import models
+from experiments.models.pretrained import (
+  clip as clip_pretrained,
+  files as weight_files,
+  vit as pretrained,
+)
+from experiments.runtime import checkpoint, workdir as workdir_lib
+
+
+def create(
+  config: Any,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
+  place: Callable[[Any], Any] = lambda params: params,
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+  """As `models.create`, with the weights that `config.pretrained` names.
+
+  Args:
+    config: `config.model`. `pretrained` is None, the workdir of a finished run,
+      or published weights as `pretrained.load` takes them. The head is always a
+      new one.
+    input_shape: of one image, `(H, W, C)`.
+    num_classes: width of the head.
+    seed: of what is initialised.
+    place: puts parameters where they are to be; weights are loaded straight to
+      there.
+
+  Returns:
+    `apply(params, images [B, H, W, C]) -> logits [B, num_classes]`, and params.
+
+  Raises:
+    ValueError: weights of another architecture or of other images, or an
+      unfinished run's.
+    FileNotFoundError: weights that are not there.
+  """
+  source = config.get("pretrained")
+  if source is not None and not is_run(source):
+    config = pretrained.sized(config, channels=input_shape[-1])
+  apply, params = models.create(
+    config, input_shape=input_shape, num_classes=num_classes, seed=seed
+  )
+  params = place(params)
+  if source is None:
+    return apply, params
+  if is_run(source):
+    loaded = _of_run(pathlib.Path(source), config, tuple(input_shape), place)
+  elif config.name != "vit":
+    raise ValueError(
+      f"config.model.pretrained is {source!r} and config.model.name"
+      f" {config.name!r}; expected the workdir of a finished run of that model,"
+      " or published weights and config.model.name='vit'."
+    )
+  else:
+    loaded = pretrained.load(
+      source, params, input_shape=input_shape, vit=config.vit.to_dict()
+    )
+  return apply, {**loaded, "head": params["head"]}
+
+
+def sized(config: Any) -> Any:
+  """A job's config with the sizes of the weights that its model starts from.
+
+  Done before anything else is, so that what is kept of a config stands by
+  itself.
+
+  Args:
+    config: any job's; with `config.model.size="pretrained"` the model's fields
+      are those of the weights that `config.model.pretrained` names.
+
+  Returns:
+    The same, or a copy with other fields.
+
+  Raises:
+    FileNotFoundError: weights that are not there.
+    ValueError: weights beside which nothing tells their sizes.
+  """
+  model = config.model
+  if model.get("size") != pretrained.SIZE:
+    return config
+  source = model.get("pretrained")
+  if source is None or is_run(source):
+    raise ValueError(
+      f"config.model.size is {pretrained.SIZE!r} and config.model.pretrained"
+      f" {source!r}; expected published weights."
+    )
+  module = clip_pretrained if "clip" in model else pretrained
+  copy = config.copy_and_resolve_references().unlock()
+  copy.model = module.sized(model)
+  return copy.lock()
+
+
+def for_data(
+  config: Any,
+  data: Any,
+  *,
+  seed: int,
+  place: Callable[[Any], Any] = lambda params: params,
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+  """`create`, for the images and classes of what `train.load_data` returns."""
+  return create(
+    config,
+    input_shape=data.train.images.shape[1:],
+    num_classes=data.train.num_classes,
+    seed=seed,
+    place=place,
+  )
+
+
+def scaling(source: str) -> tuple[list[float], list[float]]:
+  """What the images' channels are scaled by for weights from `source`.
+
+  Args:
+    source: as `config.model.pretrained`, but not None.
+
+  Returns:
+    Mean and standard deviation per channel, of pixels scaled to [0, 1]. Where
+    else the weights' own preparation of images differs, a log line says so.
+
+  Raises:
+    FileNotFoundError: there are no such weights.
+    ValueError: what is said about images can't be read.
+  """
+  if is_run(source):
+    shown = shown_to(pathlib.Path(source))
+    return shown["mean"], shown["std"]
+  wanted = pretrained.preprocessing(source)
+  if wanted.interpolation != "bilinear" or wanted.crop_fraction != 1:
+    logging.warning(
+      "%s asks for %s images of which the middle %.3g is kept; they are resized"
+      " bilinearly and not cropped.",
+      source,
+      wanted.interpolation,
+      wanted.crop_fraction,
+    )
+  return list(wanted.mean), list(wanted.std)
+
+
+def is_run(source: str) -> bool:
+  """Whether that is a run's workdir; published folders have a config too."""
+  folder = pathlib.Path(source)
+  return (folder / workdir_lib.CONFIG_FILE).exists() and not (
+    folder / weight_files.WEIGHTS
+  ).exists()
+
+
+def shown_to(folder: pathlib.Path) -> dict[str, Any]:
+  """What a finished run's model was made for: shape, classes, mean and std."""
+  if not (folder / workdir_lib.RESULT_FILE).exists():
+    raise FileNotFoundError(
+      f"there is no finished run in {folder}, which config.model.pretrained"
+      " names: give that run's own command (again) first."
+    )
+  return workdir_lib.read_input(folder)
+
+
+def _of_run(folder, config, input_shape, place):
+  shown = shown_to(folder)
+  section = workdir_lib.read_model(folder)
+  theirs = config_dict.ConfigDict(section)
+  if models.sizes(theirs) != models.sizes(config) or (
+    tuple(shown["shape"]) != input_shape
+  ):
+    raise ValueError(
+      f"the run in {folder}, which config.model.pretrained names, has the model"
+      f" {models.sizes(theirs)} for images {tuple(shown['shape'])}; expected"
+      f" {models.sizes(config)} for images {input_shape}."
+    )
+  _, like = models.create(
+    config,
+    input_shape=input_shape,
+    num_classes=shown["num_classes"],
+    seed=0,
+  )
+  return checkpoint.load_params(folder, place(like))

@@ -1,0 +1,1 @@
+"""Published weights and the settings they were trained with."""

@@ -1,0 +1,1 @@
+"""How jobs run: configs, workdirs, files, devices; nothing about learning."""

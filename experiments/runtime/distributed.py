@@ -1,0 +1,323 @@
+"""Several processes and devices: meeting, dividing, agreeing.
+
+Every process runs the same program. What only one may do (print, write a
+result, claim a run) the first one does, and the others learn what came of it.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from orbax.checkpoint import multihost
+
+from experiments.runtime import sharding
+
+# Seconds; as `start` takes it, if it isn't told otherwise.
+HEARTBEAT_TIMEOUT = 40
+# Seconds that processes which have finished wait for the last one.
+_SHUTDOWN_TIMEOUT = 120
+_LONG = 7 * 24 * 3600  # seconds: longer than the first process is ever alone
+
+_meetings = itertools.count()
+Result = TypeVar("Result")
+
+
+def start(
+  *,
+  detect: bool = False,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+) -> None:
+  """Meets the other processes of the job, if there are to be any.
+
+  Args:
+    detect: whether JAX is to find out by itself, as on Cloud TPU, Slurm or Open
+      MPI.
+    coordinator: "host:port" of the first process. Any of these three makes
+      processes meet; what is None, JAX finds out.
+    num_processes: how many there are.
+    process_id: which one this is.
+    heartbeat_timeout: seconds without a sign of life after which a process
+      counts as lost, which ends the others; the same in all of them.
+
+  Raises:
+    ValueError: what is missing can't be found out, or a number is out of range.
+  """
+  asked = any(x is not None for x in (coordinator, num_processes, process_id))
+  if not (detect or asked) or jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(
+      f"the job's processes can't meet: {error} Expected --distributed on a"
+      " cluster that JAX knows, or all of --coordinator=host:port,"
+      " --num_processes=N and --process_id=0 .. N-1."
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this is the process that prints and writes for all."""
+  return jax.process_index() == 0
+
+
+class Devices:
+  """The mesh of a run, and how its arrays get there.
+
+  On a single device there is no mesh: everything stays as it is.
+
+  Attributes:
+    mesh: with the axes "data" and "fsdp"; None for a single device.
+    rows: sharding of what has a row a sample; None for a single device.
+    whole: sharding of what every device has whole; None for a single device.
+    count: how many devices there are.
+    process: which process this is, and of how many.
+  """
+
+  def __init__(self, sizes: Mapping[str, int], *, batch_size: int):
+    """Takes devices.
+
+    Args:
+      sizes: `config.mesh`: how many along "data" and "fsdp"; one of them may be
+        -1, for all that are left. Several processes must take all.
+      batch_size: rows in a batch of all processes.
+
+    Raises:
+      ValueError: there are not as many, or they don't divide a batch.
+    """
+    data, fsdp = _sizes(sizes["data"], sizes["fsdp"])
+    self.count = data * fsdp
+    if batch_size % self.count:
+      raise ValueError(
+        f"config.batch_size is {batch_size} on {self.count} devices; expected"
+        " a multiple of their number: change it, or --config.mesh.data."
+      )
+    self.process = (jax.process_index(), jax.process_count())
+    self.mesh = self.rows = self.whole = None
+    if self.count > 1:
+      self.mesh = jax.make_mesh(
+        (data, fsdp),
+        (sharding.DATA, sharding.FSDP),
+        (AxisType.Auto, AxisType.Auto),
+        devices=jax.devices()[: self.count],
+      )
+      self.rows = NamedSharding(self.mesh, sharding.ROWS)
+      self.whole = NamedSharding(self.mesh, sharding.WHOLE)
+
+  @classmethod
+  def alone(cls) -> "Devices":
+    """This process's default device, whatever other processes do."""
+    devices = cls.__new__(cls)
+    devices.count, devices.process = 1, (0, 1)
+    devices.mesh = devices.rows = devices.whole = None
+    return devices
+
+  def agree(self, here: bool) -> bool:
+    """Whether it is so in every process that takes part."""
+    return here if self.process[1] == 1 else agree(here)
+
+  def divided(self, size: int) -> int:
+    """The smallest number of rows from `size` on that all devices can share."""
+    return -(-size // self.count) * self.count
+
+  def shardings(self, tree: Any) -> Any:
+    """Of a tree of parameters and their like; None for a single device."""
+    if self.mesh is None:
+      return None
+    return sharding.of_tree(tree, self.mesh)
+
+  def place(self, tree: Any) -> Any:
+    """Parameters that every process has alike, by the rule for parameters."""
+    return self._spread(tree, self.shardings)
+
+  def place_whole(self, tree: Any) -> Any:
+    """What every process has alike, whole on every device."""
+    return self._spread(
+      tree, lambda tree: jax.tree.map(lambda _: self.whole, tree)
+    )
+
+  def place_rows(self, tree: Any) -> Any:
+    """What every process has alike: rows divided where their number allows it.
+
+    What has no rows, or a number of them that the devices don't divide, is
+    whole on every device.
+    """
+
+    def sharding_of(leaf):
+      shape = np.shape(leaf)
+      return self.rows if shape and shape[0] % self.count == 0 else self.whole
+
+    return self._spread(tree, lambda tree: jax.tree.map(sharding_of, tree))
+
+  def compute(self, make: Callable[..., Any], *args: Any) -> Any:
+    """What `make(*args)` gives, by the rule for parameters from the start."""
+    if self.mesh is None:
+      return make(*args)
+    shardings = self.shardings(jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=shardings)(*args)
+
+  def put(self, batch: Any) -> Any:
+    """This process's rows of a batch, on the devices."""
+    if self.rows is None:
+      return jax.device_put(batch)
+    if jax.process_count() == 1:
+      return jax.device_put(batch, self.rows)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(self.rows, x), batch
+    )
+
+  def _spread(self, tree, shardings_of):
+    if self.mesh is None:
+      return jax.device_put(tree)
+    if jax.process_count() == 1:
+      return jax.device_put(tree, shardings_of(tree))
+    return jax.tree.map(spread, tree, shardings_of(tree))
+
+
+def spread(array: Any, to: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process has whole, of which each device takes its part.
+
+  Args:
+    array: anything like an array.
+    to: sharding, over the devices of all processes.
+
+  Returns:
+    The global array.
+  """
+  host = np.asarray(array)
+  return jax.make_array_from_callback(host.shape, to, lambda at: host[at])
+
+
+def own_rows(tree: Any) -> Any:
+  """Numbers, and of what has a row a sample this process's rows.
+
+  Args:
+    tree: of scalars and of arrays `[B, ...]` whose rows are divided as
+      `Devices.rows` has it, B the rows of all processes.
+
+  Returns:
+    The tree as NumPy arrays.
+  """
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return jax.tree.map(_own_rows, tree)
+
+
+def _own_rows(array):
+  if array.is_fully_replicated:
+    return np.asarray(array)
+  parts = {
+    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
+  }
+  return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+
+
+def from_first(tree: Any) -> Any:
+  """What the first process has, in every process: arrays of the same shapes."""
+  if jax.process_count() == 1:
+    return tree
+  return multihost_utils.broadcast_one_to_all(tree)
+
+
+def agree(here: bool) -> bool:
+  """Whether it is so in every process."""
+  if jax.process_count() == 1:
+    return bool(here)
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
+
+
+def texts_of_all(text: str) -> list[str]:
+  """What each process has to say, in their order, in every process."""
+  if jax.process_count() == 1:
+    return [text]
+  mine = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(mine)] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    row[:size].tobytes().decode()
+    for row, size in zip(np.asarray(rows), sizes, strict=True)
+  ]
+
+
+def meet() -> None:
+  """Waits until all processes are here, however long they take.
+
+  Unlike a collective this keeps no device waiting, and the end of a process
+  that is waited for ends it.
+  """
+  if jax.process_count() > 1:
+    multihost.sync_global_processes(
+      f"meeting {next(_meetings)}",
+      timeout=_LONG,
+      processes=set(range(jax.process_count())),
+    )
+
+
+def by_first(work: Callable[[], Result]) -> Result:
+  """Lets the first process do something, while the others wait for it.
+
+  Args:
+    work: gives what JSON can hold.
+
+  Returns:
+    The result, in every process.
+
+  Raises:
+    RuntimeError: in the others, where the first one raised something.
+  """
+  if jax.process_count() == 1:
+    return work()
+  told, failure = "", None
+  if is_first():
+    try:
+      told = json.dumps({"result": work()})
+    except Exception as error:
+      failure, told = error, json.dumps({"error": str(error)})
+  meet()
+  found = json.loads(texts_of_all(told)[0])
+  if failure is not None:
+    raise failure
+  if "error" in found:
+    raise RuntimeError(f"the first process has failed: {found['error']}")
+  return found["result"]
+
+
+def _sizes(data, fsdp):
+  """The mesh's sides, as numbers."""
+  found = jax.device_count()
+  named = f"config.mesh is data={data}, fsdp={fsdp}"
+  if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:
+    raise ValueError(
+      f"{named}; expected numbers of devices, of which one may be -1, for all"
+      " that are left."
+    )
+  if -1 in (data, fsdp):
+    given = max(data, fsdp)
+    if found % given:
+      raise ValueError(
+        f"{named}, and there are {found} devices; expected a number that"
+        " divides them."
+      )
+    data, fsdp = (found // given if x == -1 else x for x in (data, fsdp))
+  count, processes = data * fsdp, jax.process_count()
+  if count > found or (processes > 1 and count < found):
+    raise ValueError(
+      f"{named}, and there are {found} devices of {processes} process(es);"
+      " expected at most as many, or -1 for all. Several processes take all."
+    )
+  return data, fsdp

@@ -1,0 +1,80 @@
+"""Which arrays are divided over devices, and along which axis.
+
+The mesh has two axes. A batch's rows are divided over both. Parameters, the
+optimizer's state and a reference are divided over "fsdp" by the rule of
+`spec_of`, and are whole on each of the devices along "data".
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.training import steps
+
+DATA, FSDP = "data", "fsdp"
+ROWS = PartitionSpec((DATA, FSDP))
+WHOLE = PartitionSpec()
+# Smaller arrays are whole everywhere: dividing them would save nothing.
+LEAST_SIZE = 2**16
+
+
+def spec_of(
+  shape: tuple[int, ...], fsdp: int, *, least_size: int = LEAST_SIZE
+) -> PartitionSpec:
+  """How an array is divided: along its largest axis that fsdp divides.
+
+  Args:
+    shape: the array's.
+    fsdp: devices along the axis of that name.
+    least_size: elements of the smallest array to divide.
+
+  Returns:
+    A spec of "fsdp" at one axis, the last one of those that are equally large;
+    or of none, where the array is small or no axis can be divided.
+  """
+  axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+  if fsdp == 1 or math.prod(shape) < least_size or not axes:
+    return WHOLE
+  axis = max(axes, key=lambda axis: (shape[axis], axis))
+  return PartitionSpec(*[None] * axis, FSDP)
+
+
+def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
+  """A tree of shardings.
+
+  Args:
+    tree: of arrays, or of anything that has a shape.
+    mesh: with the axes "data" and "fsdp".
+    least_size: as in `spec_of`.
+
+  Returns:
+    A like tree of NamedShardings.
+  """
+  fsdp = mesh.shape[FSDP]
+  return jax.tree.map(
+    lambda leaf: NamedSharding(
+      mesh, spec_of(leaf.shape, fsdp, least_size=least_size)
+    ),
+    tree,
+  )
+
+
+def of_step(state: steps.TrainState, mesh: Mesh | None) -> Any:
+  """What a train step puts out, for `steps.make_train_step`.
+
+  Args:
+    state: the step's.
+    mesh: with the axes "data" and "fsdp"; None for a single device.
+
+  Returns:
+    The beginning of a tree of shardings: the state by the rule, metrics whole
+    everywhere, and what there is of each sample divided like the samples. None
+    for a single device.
+  """
+  if mesh is None:
+    return None
+  return of_tree(state, mesh), steps.StepOutput(
+    NamedSharding(mesh, WHOLE), NamedSharding(mesh, ROWS)
+  )

@@ -1,0 +1,445 @@
+"""A run's folder: which config it belongs to, what is finished in it."""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from configs import base
+from gradmimic_jax import _files
+
+CONFIG_FILE = "config.json"
+INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
+RESULT_FILE = "result.json"  # is there once a run has finished
+# Fields that say how a run is carried out, not what it is.
+RUNNING = ("mesh.", "faults.", "log_every", "profile_steps")
+# Fields that any run may be continued with others of: those, and what points
+# elsewhere.
+ALWAYS_FREE = (
+  *RUNNING,
+  "mimic.reference",
+  "mimic.outputs",
+  "data.filter",
+  "model.pretrained",
+  "noise.matrix",
+  "noise.path",
+)
+_SEAL = "checksum"
+_MAX_JSON = 1 << 30  # bytes; features' descriptions have every sample's id
+_REMEDY = "Choose another --workdir, or delete that folder to start over."
+# How C++ libraries say that a disk is full.
+_FULL_DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT))
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file so that readers see the old one or the new, not a part.
+
+  Several processes, of several hosts, may write the same file.
+  """
+  _files.write_bytes(path, content)
+
+
+def write_json(path: pathlib.Path, value: Any, *, sealed: bool = False) -> None:
+  """Writes JSON, all or nothing.
+
+  Args:
+    path: the file.
+    value: its content; an object, if it is to be sealed.
+    sealed: whether to add a checksum, which `read_json` takes out again.
+  """
+  if sealed:
+    value = {**value, _SEAL: _seal(value)}
+  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+  write_bytes(path, text.encode())
+
+
+def read_json(
+  path: pathlib.Path,
+  fields: Mapping[str, type] | None = None,
+  *,
+  sealed: bool = True,
+) -> Any:
+  """Reads what `write_json` wrote.
+
+  Args:
+    path: the file.
+    fields: of an object: names that must be there, and the types of their
+      values. None: it may be no object.
+    sealed: whether to compare a seal, if there is one, and to take it out.
+
+  Returns:
+    Its content.
+
+  Raises:
+    OSError: it isn't there, or can't be read.
+    ValueError: it is damaged; the file is named.
+  """
+  found = _files.read_json(
+    path,
+    kind=object if fields is None else dict,
+    max_bytes=_MAX_JSON,
+    remedy=_REMEDY,
+  )
+  if not isinstance(found, dict):
+    return found
+  with _files.named(path, remedy=_REMEDY):
+    for name, kind in (fields or {}).items():
+      if not isinstance(found.get(name), kind):
+        raise ValueError(f"its {name} is {str(found.get(name))[:80]!r}")
+  if sealed and found.get(_SEAL, expected := _seal(found)) != expected:
+    raise ValueError(
+      f"{path} is damaged (its {_SEAL} is {str(found[_SEAL])[:40]!r}, not"
+      f" {expected!r}). {_REMEDY}"
+    )
+  if sealed:
+    found.pop(_SEAL, None)
+  return found
+
+
+def _seal(value):
+  # Runs of one config have the same files but for the time that they took.
+  kept = {k: v for k, v in value.items() if k not in (_SEAL, "seconds")}
+  return fingerprint(kept)
+
+
+def read_input(folder: pathlib.Path, *, checked: bool = True) -> dict[str, Any]:
+  """What a run's model was made for, and is shown: its `input.json`.
+
+  Args:
+    folder: the run's.
+    checked: whether to compare it with what the finished run says of it.
+
+  Returns:
+    Its content: shape, num_classes, mean and std.
+
+  Raises:
+    OSError: there is none.
+    ValueError: it is damaged, or another run's.
+  """
+  file = folder / INPUT_FILE
+  fields = {"shape": list, "num_classes": int, "mean": list, "std": list}
+  shown = read_json(file, fields, sealed=checked)
+  if checked:
+    _check_owner(file, "input", shown)
+  return shown
+
+
+def read_model(folder: pathlib.Path) -> dict[str, Any]:
+  """The section `model` of a run's config."""
+  return read_json(folder / CONFIG_FILE, {"model": dict})["model"]
+
+
+def check_config(
+  folder: pathlib.Path, free: tuple[str, ...], prints: Mapping[str, str]
+) -> None:
+  """Raises ValueError where a run's `config.json` is that of another one.
+
+  Args:
+    folder: the run's.
+    free: what its job leaves out of the fingerprint, beside `ALWAYS_FREE`.
+    prints: fingerprints that the run left elsewhere; of earlier releases'
+      configs nothing is said.
+  """
+  file = folder / CONFIG_FILE
+  found = read_json(file, {}, sealed=False)
+  if found.pop(_SEAL, None) is None or "config" not in prints:
+    return
+  mine = fingerprint(without(found, (*free, *ALWAYS_FREE)))
+  if mine != prints["config"]:
+    raise ValueError(
+      f"{file} is of another run: its fingerprint is {mine!r}, and by"
+      f" {RESULT_FILE} or the ledger beside it {prints['config']!r}. Restore"
+      " what doesn't belong there."
+    )
+
+
+def of_result(folder: pathlib.Path) -> dict[str, str]:
+  """The fingerprints in a finished run's `result.json`; {}: there are none."""
+  file = folder / RESULT_FILE
+  if not file.exists():
+    return {}
+  found = read_json(file, {}).get("fingerprints", {})
+  return found if isinstance(found, dict) else {}
+
+
+def _check_owner(file, name, content):
+  """Raises ValueError where a file is not of the run whose result is beside."""
+  own, found = of_result(file.parent).get(name), fingerprint(content)
+  if own not in (None, found):
+    raise ValueError(
+      f"{file} is of another run: its fingerprint is {found!r}, and that in"
+      f" {RESULT_FILE} is {own!r}. Restore the one that doesn't belong there."
+    )
+
+
+def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
+  """What a finished run left in its `result.json`.
+
+  Args:
+    file: that file.
+    expected: the fingerprint of the run that would be trained now.
+
+  Returns:
+    Its content.
+
+  Raises:
+    ValueError: it is damaged, or has another fingerprint.
+  """
+  result = read_json(file, {"fingerprint": str})
+  if "fingerprints" in result and _SEAL not in read_json(file, sealed=False):
+    raise ValueError(f"{file} is damaged (it has no {_SEAL}). {_REMEDY}")
+  if result["fingerprint"] != expected:
+    raise ValueError(
+      f"{file} stems from other data, or another reference, filter, backbone or"
+      f" start (fingerprint {result['fingerprint']!r}, expected {expected!r})."
+      " Choose another --workdir, or delete that one to start over."
+    )
+  return result
+
+
+def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  """Writes an `.npz` file, all or nothing."""
+  content = io.BytesIO()
+  np.savez_compressed(content, **arrays)
+  write_bytes(path, content.getvalue())
+
+
+def fingerprint(*parts: Any) -> str:
+  """Sixteen hex digits that tell JSON-like values apart."""
+  text = json.dumps(parts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def machine(device: jax.Device | None = None) -> dict[str, Any]:
+  """What a result was measured on (None: the default device), and when."""
+  device = device or jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device": device.device_kind,
+    "cpu_cores": os.cpu_count(),
+    "jax": jax.__version__,
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """The config as JSON reads it back."""
+  return json.loads(config.to_json())
+
+
+def without(
+  config: config_dict.ConfigDict | dict[str, Any], fields: tuple[str, ...]
+) -> dict[str, Any]:
+  """The config's `{"dotted.field": value}`, less fields that begin so."""
+  flat = _flat(config if isinstance(config, dict) else as_dict(config))
+  return {k: v for k, v in flat.items() if not k.startswith(fields)}
+
+
+def check(
+  path: str | os.PathLike,
+  config: config_dict.ConfigDict,
+  fields: types.ModuleType = base,
+  *,
+  free: tuple[str, ...] = (),
+) -> pathlib.Path:
+  """Raises unless `path` may be, or become, the workdir of this config.
+
+  Args:
+    path: the folder, which need not be there.
+    config: what is going to run in it.
+    fields: the module of `configs` whose `get_config()` has every field there
+      is for this kind of job.
+    free: beginnings of the fields that may differ from an earlier run's. Those
+      in `ALWAYS_FREE` may in any case: of paths to other inputs it is the
+      contents that count, and the run's fingerprint has those.
+
+  Returns:
+    The folder's path.
+
+  Raises:
+    ValueError: the config has a field that doesn't exist or lacks one, or the
+      folder belongs to another config; the field that differs is named.
+    PermissionError: the folder can't be written to, or made.
+  """
+  check_fields(config, fields)
+  folder = pathlib.Path(path)
+  _check_writable(folder)
+  file = folder / CONFIG_FILE
+  if file.exists():
+    mine = as_dict(config)
+    for field, theirs, ours in _differences(read_json(file, {}), mine):
+      if not field.startswith((*ALWAYS_FREE, *free)):
+        raise ValueError(
+          f"workdir {folder} belongs to another config: {field} is {theirs!r}"
+          f" there and {ours!r} here ({CONFIG_FILE}). Choose another --workdir,"
+          " or delete that one to start over."
+        )
+  elif folder.exists() and any(
+    entry.suffix != ".tmp" and not entry.match(".lock*")
+    for entry in folder.iterdir()
+  ):
+    raise ValueError(
+      f"workdir {folder} is not empty and has no {CONFIG_FILE}; expected a new"
+      " folder or one that an earlier run of this config made."
+    )
+  return folder
+
+
+def _check_writable(folder):
+  there = folder
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  # Also tells of a file system that is mounted read-only.
+  if not os.access(there, os.W_OK):
+    raise PermissionError(
+      f"workdir {folder} can't be written to: {there} is read-only, or belongs"
+      " to somebody else. Choose another --workdir."
+    )
+
+
+def check_room(
+  folder: pathlib.Path, size: int, *, beside: str, what: str
+) -> None:
+  """Raises unless there is room for what a job is going to write.
+
+  Args:
+    folder: the run's.
+    size: bytes of it.
+    beside: the name of its folder; what an earlier run left there counts as
+      room, as it will be replaced.
+    what: it is, for the message.
+
+  Raises:
+    OSError: the disk is too full.
+  """
+  found = folder / beside
+  there = sum(
+    path.stat().st_size for path in found.rglob("*") if path.is_file()
+  )
+  free = shutil.disk_usage(folder).free
+  if free < size - there:
+    raise OSError(
+      f"{what} in {folder} may take {_megabytes(size - there)}, and the disk"
+      f" has {_megabytes(free)} left. Make room, lower config.checkpoint.keep,"
+      " or choose another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what libraries raise on a full disk into one line that says so.
+
+  Args:
+    folder: the run's.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    OSError: the block failed for want of room.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not _is_full_disk(error):
+      raise
+    free = _megabytes(shutil.disk_usage(folder).free)
+    raise OSError(
+      f"the disk of {folder} is full ({free} left). The last checkpoint is"
+      " whole: make room, and the same command goes on from there."
+    ) from error
+
+
+def _is_full_disk(error):
+  """Whether the error, or one that led to it, is for want of room."""
+  seen = []
+  while error is not None and error not in seen:
+    seen.append(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if any(text in str(error) for text in _FULL_DISK):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _megabytes(size):
+  return f"{size / 1e6:,.1f} MB"
+
+
+def claim(
+  path: str | os.PathLike,
+  config: config_dict.ConfigDict,
+  fields: types.ModuleType = base,
+  *,
+  free: tuple[str, ...] = (),
+) -> pathlib.Path:
+  """Makes `path` the workdir of this config, after `check`.
+
+  A job claims its workdir once it knows that the config can run, so that a
+  mistake can be mended in the same workdir.
+
+  Args:
+    path: the folder; made if it is missing.
+    config: as in `check`.
+    fields: as in `check`.
+    free: as in `check`.
+
+  Returns:
+    The folder's path.
+
+  Raises:
+    ValueError: as `check`.
+  """
+  folder = check(path, config, fields, free=free)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / CONFIG_FILE, as_dict(config), sealed=True)
+  return folder
+
+
+def check_fields(
+  config: config_dict.ConfigDict, fields: types.ModuleType = base
+) -> None:
+  """Raises ValueError unless the config has exactly the fields there are."""
+  known, given = _flat(as_dict(fields.get_config())), _flat(as_dict(config))
+  file = fields.__name__.replace(".", "/") + ".py"
+  for field in given:
+    if field not in known:
+      raise ValueError(
+        f"unknown config field {field!r}; {file} lists the fields there are."
+      )
+  for field in known:
+    if field not in given:
+      raise ValueError(f"config field {field!r} is missing; start from {file}.")
+
+
+def _differences(theirs, ours):
+  a, b = _flat(theirs), _flat(ours)
+  absent = "(absent)"
+  return [
+    (field, a.get(field, absent), b.get(field, absent))
+    for field in sorted(a.keys() | b.keys())
+    if a.get(field, absent) != b.get(field, absent)
+  ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

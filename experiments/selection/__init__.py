@@ -1,0 +1,1 @@
+"""From a run's ledger to selections and filters."""

@@ -1,0 +1,377 @@
+"""Puts finished studies together: the paper's tables, and ours beside them."""
+
+import functools
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from configs import compare as results_config
+from experiments.benchmarks import methods as costs_lib
+from experiments.reporting import tables
+from experiments.runtime import workdir as workdir_lib
+from experiments.studies import (
+  published,
+  summary as study_report,
+  tuning as tune,
+)
+from gradmimic_jax.reporting import figures
+
+PAGE_FILE = "tables.md"
+_PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
+_REFERENCE = "reference"
+
+
+def write(config: Any, workdir: Any) -> pathlib.Path:
+  """Writes all tables and figures.
+
+  Args:
+    config: as `configs/compare.py` describes it.
+    workdir: gets `tables.md`, each also as CSV, and figures.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    FileNotFoundError: a folder that is not there or not finished.
+    ValueError: an unknown field, or a file that can't be read.
+  """
+  workdir_lib.check_fields(config, results_config)
+  groups = {
+    title: _load(folders)
+    for title, folders in (
+      (_PROBING, config.probe),
+      (_FINETUNING, config.finetune),
+    )
+    if folders
+  }
+  if not groups:
+    raise ValueError(
+      "config.probe and config.finetune are empty; expected at least one"
+      " folder of a finished experiments.probe or experiments.study."
+    )
+  ablations = [
+    (label, _load([folder]))
+    for label, _, folder in (item.partition("=") for item in config.ablations)
+  ]
+  costs = None
+  if config.costs is not None:
+    costs = workdir_lib.read_json(
+      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE), {}
+    )
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = [f"# {config.title}", "", *_about(groups)]
+  for title, summaries in groups.items():
+    rows = _rows(summaries)
+    slug = title.lower().replace(" ", "_").replace("-", "_")
+    _write_csv(folder / f"{slug}.csv", rows)
+    theirs = functools.partial(
+      published.accuracy,
+      summaries[0]["dataset"],
+      finetuned=title == _FINETUNING,
+    )
+    lines += ["", f"## {title}", "", *_accuracies(rows, costs, theirs)]
+    lines += _subsets(rows)
+    dataset = summaries[0]["dataset"] if title == _PROBING else ""
+    lines += _detections(rows, config.method, dataset)
+    lines += _quality(
+      rows, config.method, folder / f"quality_{slug}.png", title
+    )
+  if costs is not None:
+    lines += ["", *_cost_notes(costs)]
+  if ablations:
+    lines += ["", "## Ablations", "", *_ablations(ablations, folder)]
+  if config.tuning:
+    lines += ["", "## Settings found by tuning", "", *_tuned(config, folder)]
+  page = folder / PAGE_FILE
+  workdir_lib.write_bytes(page, ("\n".join(lines) + "\n").encode())
+  return page
+
+
+def _there(path):
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"there is no {path}; expected the folder of a job that has finished."
+    )
+  return path
+
+
+def _load(folders):
+  return [
+    workdir_lib.read_json(
+      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE), {}
+    )
+    for folder in folders
+  ]
+
+
+def _about(groups):
+  first = next(iter(groups.values()))[0]
+  machines = {
+    (s["machine"]["device"], s["machine"]["cpu_cores"])
+    for summaries in groups.values()
+    for s in summaries
+  }
+  dates = sorted(
+    {s["machine"]["date"] for group in groups.values() for s in group}
+  )
+  where = ", ".join(
+    f"{device}, {cores} CPU cores" for device, cores in machines
+  )
+  return [
+    f"{first['dataset']}; mean ± standard error over the seeds"
+    f" {', '.join(map(str, first['seeds']))}; {where}; {' to '.join(dates)}.",
+  ]
+
+
+def _rows(summaries):
+  """Every summary's rows with the noise in words."""
+  rows = []
+  for summary in summaries:
+    rates = dict.fromkeys(
+      row["noise_rate"]
+      for row in summary["rows"]
+      if row["method"] != _REFERENCE
+    )
+    for row in summary["rows"]:
+      # A reference has clean labels: it stands beside every noise.
+      shown = rates if row["method"] == _REFERENCE else [row["noise_rate"]]
+      for rate in shown:
+        rows.append({"noise": f"{summary['noise']} {rate:.2f}", **row})
+  return rows
+
+
+def _write_csv(path, rows):
+  workdir_lib.write_bytes(path, tables.csv_text(rows).encode())
+
+
+def _label(row):
+  value = row.get("value")
+  return row["method"] if value is None else f"{row['method']} {value:g}"
+
+
+def _is_whole(row):
+  """Whether the run was on all of the data."""
+  return row.get("keep") is None and row.get("chosen_by") is None
+
+
+def _accuracies(rows, costs, theirs):
+  whole = [row for row in rows if _is_whole(row)]
+  noises = list(dict.fromkeys(row["noise"] for row in whole))
+  header = ["method", *noises]
+  measured = costs["methods"] if costs else {}
+  beside = any(
+    theirs(row["method"], rate) is not None
+    for row in whole
+    for rate in published.RATES
+  )
+  if costs:
+    header += ["time", "memory"]
+  if beside:
+    header += ["published .4 / .5 / .6"]
+  lines = []
+  for label in dict.fromkeys(_label(row) for row in whole):
+    of_method = {r["noise"]: r for r in whole if _label(r) == label}
+    name = next(iter(of_method.values()))["method"]
+    cells = [tables.accuracy(of_method.get(noise)) for noise in noises]
+    if costs:
+      entry = measured.get(name, {})
+      cells += [tables.number(entry.get(k), 2) for k in ("time", "memory")]
+    if beside:
+      values = [theirs(name, rate) for rate in published.RATES]
+      cells.append(
+        "-"
+        if not any(values)
+        else " / ".join(tables.number(value, 4) for value in values)
+      )
+    lines.append([label, *cells])
+  return ["Test accuracy:", "", *tables.markdown(header, lines)]
+
+
+def _subsets(rows):
+  """Accuracy after training on a part of the data, chosen or by chance."""
+  parts = [row for row in rows if row.get("keep") is not None]
+  if not parts:
+    return []
+  keeps = sorted({row["keep"] for row in parts}, reverse=True)
+  keys = dict.fromkeys(
+    (row["noise"], row["chosen_by"] or "random") for row in parts
+  )
+  found = {
+    (row["noise"], row["chosen_by"] or "random", row["keep"]): row
+    for row in parts
+  }
+  return [
+    "",
+    "Test accuracy of plain training on a share of the data:",
+    "",
+    *tables.markdown(
+      ["noise", "chosen by", *(f"{100 * keep:g} %" for keep in keeps)],
+      [
+        [*key, *(tables.accuracy(found.get((*key, keep))) for keep in keeps)]
+        for key in keys
+      ],
+    ),
+  ]
+
+
+def _binarizers(rows):
+  return [
+    key.removeprefix("f1_")
+    for key in dict.fromkeys(key for row in rows for key in row)
+    if key.startswith("f1_")
+  ]
+
+
+def _of_method(rows, method):
+  return [
+    row
+    for row in rows
+    if row["method"] == method and row.get("auroc") is not None
+  ]
+
+
+def _detections(rows, method, dataset):
+  scored, names = _of_method(rows, method), _binarizers(rows)
+  if not scored or not names:
+    return []
+  lines = []
+  for row in scored:
+    cells = []
+    for name in names:
+      theirs = None
+      if row["noise"].startswith("symmetric"):
+        theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
+      text = tables.number(row[f"f1_{name}"])
+      cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
+    lines.append([row["noise"], tables.number(row["auroc"]), *cells])
+  return [
+    "",
+    f"Mislabelled samples found by the scores of {method}: AUROC of the mean"
+    " score, F1 by binariser (published, where there is one):",
+    "",
+    *tables.markdown(["noise", "AUROC", *names], lines),
+  ]
+
+
+def _quality(rows, method, path, title):
+  scored, names = _of_method(rows, method), _binarizers(rows)
+  if len(scored) < 2 or not names:
+    return []
+  noise = [1 - row["clean_fraction"] for row in scored]
+  lines = [
+    [
+      row["noise"],
+      tables.number(row["clean_fraction"]),
+      *(
+        f"{tables.number(row[f'estimate_{name}'])}"
+        f" ({tables.number(row[f'kept_{name}'])})"
+        for name in names
+      ),
+    ]
+    for row in scored
+  ]
+  correlations = [
+    tables.number(_pearson(noise, [row[f"kept_{name}"] for row in scored]))
+    for name in names
+  ]
+  order = np.argsort(noise)
+  shares = {name: [row[f"kept_{name}"] for row in scored] for name in names} | {
+    "truth": [1 - rate for rate in noise]
+  }
+  figures.learning_curves(
+    {
+      name: [(np.take(noise, order), np.take(share, order))]
+      for name, share in shares.items()
+    },
+    path,
+    title=f"{title}: share kept by the scores of {method}",
+    xlabel="share of labels that are wrong",
+    ylabel="share of samples kept",
+  )
+  return [
+    "",
+    "Quality of the data: estimated clean fraction (and share kept), and"
+    " Pearson's r of the share kept with the noise rate"
+    f" (published: {published.QUALITY_CORRELATION}):",
+    "",
+    *tables.markdown(
+      ["noise", "truth", *names],
+      [*lines, ["r with the noise", "", *correlations]],
+    ),
+    "",
+    f"![share kept against noise]({path.name})",
+  ]
+
+
+def _pearson(a, b):
+  if np.std(a) == 0 or np.std(b) == 0:
+    return None
+  return float(np.corrcoef(a, b)[0, 1])
+
+
+def _cost_notes(costs):
+  about = costs["machine"]
+  return [
+    "Time and memory are those of a fine-tuning step, optimizer included, of"
+    f" batch {costs['batch_size']}, relative to sgd's"
+    f" ({costs['methods']['sgd']['milliseconds']:.1f} ms; {about['device']},"
+    f" {about['cpu_cores']} CPU cores, {about['date']}): medians of rounds that"
+    " time all methods in turn, and the compiler's count of temporary memory."
+    " The reference's outputs are found before training and not counted.",
+  ]
+
+
+def _ablations(ablations, folder):
+  rows = []
+  for label, summaries in ablations:
+    for row in _rows(summaries):
+      if _is_whole(row):
+        rows.append({"setting": label, **row})
+  _write_csv(folder / "ablations.csv", rows)
+  noises = list(dict.fromkeys(row["noise"] for row in rows))
+  found = {(row["setting"], _label(row), row["noise"]): row for row in rows}
+  keys = dict.fromkeys((row["setting"], _label(row)) for row in rows)
+  return tables.markdown(
+    ["setting", "method", *noises, "AUROC"],
+    [
+      [
+        *key,
+        *(tables.accuracy(found.get((*key, noise))) for noise in noises),
+        " / ".join(
+          tables.number(found.get((*key, noise), {}).get("auroc"))
+          for noise in noises
+        ),
+      ]
+      for key in keys
+    ],
+  )
+
+
+def _tuned(config, folder):
+  lines = []
+  for path in map(pathlib.Path, config.tuning):
+    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE), {})
+    shutil.copy(
+      _there(path / tune.TABLE_FILE), folder / f"{path.name}_{tune.TABLE_FILE}"
+    )
+    for method, entry in settings.items():
+      lines.append(
+        [
+          path.name,
+          method,
+          ", ".join(f"{k} {v}" for k, v in entry["set"].items()),
+          tables.number(entry["accuracy"], 4),
+          str(entry["settings"]),
+        ]
+      )
+  return tables.markdown(
+    ["tuning", "method", "best", "held-out accuracy", "settings tried"], lines
+  )
+
+
+def main(config: Any, workdir: str) -> None:
+  """Writes the tables, then prints where they are."""
+  print(write(config, workdir))

@@ -1,0 +1,1 @@
+"""Grids of linear heads on stored features."""

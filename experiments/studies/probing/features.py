@@ -1,0 +1,341 @@
+"""Features of a frozen backbone: computed once an image, kept on disk.
+
+With random flips there are two rows an image, as it is and mirrored, so that a
+head on stored features sees exactly what it would see on top of the backbone.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import config_dict
+
+from experiments import models
+from experiments.data import pipeline, sources
+from experiments.models import initial
+from experiments.models.pretrained import (
+  files as weight_files,
+  vit as pretrained,
+)
+from experiments.runtime import checkpoint, claims, workdir as workdir_lib
+from gradmimic_jax import _files
+
+# Changes with the way in which features are computed.
+_VERSION = 1
+# Of the preprocessing that was published: "normalise to mean .5 std .5".
+_PUBLISHED = (0.5, 0.5)
+
+
+class Features(NamedTuple):
+  """One split's features, and all of the split that a head's training needs."""
+
+  values: np.ndarray  # float32 [V, N, D] on disk; V 2: as they are, mirrored
+  labels: np.ndarray  # int32 [N]
+  ids: np.ndarray  # str [N]
+  num_classes: int
+  class_names: tuple[str, ...]
+  fingerprint: str  # of backbone, preprocessing and images
+
+
+class Backbone(NamedTuple):
+  """A model up to its head, and what it must be shown."""
+
+  # Makes `(params, images) -> [B, D]` and params: where features are read back
+  # there is no need for either.
+  make: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
+  shape: tuple[int, ...] | None  # of an image; None takes any
+  mean: Any  # per channel; None: of the training images
+  std: Any
+  fingerprint: str  # of the files that it comes from
+
+
+def load(config: Any, cache: pathlib.Path) -> tuple[Features, Features]:
+  """Features of the training and the test split, from disk where they are.
+
+  Images are not decoded if their features are there. Of several processes that
+  ask for the same features, one computes them and the others wait.
+
+  Args:
+    config: as `configs/label_noise.py` describes it.
+    cache: the folder that keeps features; made if it is missing. May be shared
+      by any number of studies.
+
+  Returns:
+    Of `config.data.train_split` and `config.data.test_split`. The test images
+    are never mirrored.
+
+  Raises:
+    ValueError: a backbone that doesn't fit the images, or an unknown option.
+    FileNotFoundError: a data set or a backbone that is not there.
+  """
+  backbone = _backbone(config)
+  name, where = config.data.name, config.data.data_dir
+  stored = {
+    split: sources.stored_fingerprint(name, split, data_dir=where)
+    for split in (config.data.train_split, config.data.test_split)
+  }
+  cache.mkdir(parents=True, exist_ok=True)
+
+  def of_split(split, flip):
+    fingerprint = workdir_lib.fingerprint(
+      _VERSION,
+      backbone.fingerprint,
+      # Without scaling of its own, the training images' holds for both splits.
+      stored[config.data.train_split] if backbone.mean is None else "",
+      stored[split],
+      config.data.image_size,
+      flip,
+    )
+    return _cached(
+      cache / f"{fingerprint}.npy",
+      lambda file: _compute(file, config, split, flip, backbone),
+    )
+
+  return (
+    of_split(config.data.train_split, bool(config.data.flip)),
+    of_split(config.data.test_split, False),
+  )
+
+
+def _cached(file, compute) -> Features:
+  """What is in a file and its description, made where it isn't sound."""
+  found = _read(file)
+  if found is not None:
+    return found
+  with claims.hold(file.with_suffix(".claim")):
+    found = _read(file)  # someone may have been faster
+    if found is None:
+      compute(file)
+      found = _read(file)
+  if found is None:
+    raise OSError(f"{file} can't be read back; is the disk full?")
+  return found
+
+
+def _about_file(file):
+  return file.with_suffix(".json")
+
+
+def _read(file) -> Features | None:
+  """The features, or None unless they are there, whole and as described."""
+  if not (file.exists() and _about_file(file).exists()):
+    return None
+  try:
+    about = workdir_lib.read_json(_about_file(file), {})
+    total = about.pop("fingerprint")
+    if workdir_lib.fingerprint(about) != total or (
+      _sum_of(file) != about["sha256"]
+    ):
+      raise ValueError("its content is not what was written")
+    return Features(
+      values=np.load(file, mmap_mode="r", allow_pickle=False),
+      labels=np.asarray(about["labels"], np.int32),
+      ids=np.asarray(about["ids"]),
+      num_classes=about["num_classes"],
+      class_names=tuple(about["class_names"]),
+      fingerprint=file.stem,
+    )
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    logging.warning("%s is damaged (%s); it is computed again.", file, error)
+    return None
+
+
+def _compute(file, config, split, flip, backbone):
+  """Writes a split's features and their description, all or nothing."""
+  data = _images(config, split)
+  if backbone.shape not in (None, data.images.shape[1:]):
+    raise ValueError(
+      f"the backbone {config.model.pretrained} is for images"
+      f" {backbone.shape} and those of {config.data.name} are"
+      f" {data.images.shape[1:]}; set config.data.image_size, or take another"
+      " backbone."
+    )
+  scaling = {"mean": backbone.mean, "std": backbone.std}
+  if backbone.mean is None:
+    scaling = _scaling_of(_images(config, config.data.train_split).images)
+  views = [data.images]
+  if flip:
+    views.append(data.images[:, :, ::-1])
+  apply, params = backbone.make()
+  apply = jax.jit(apply)
+  values = None
+  with _files.replacing(file) as content:
+    for view, images in enumerate(views):
+      start = 0
+      for part in _in_batches(apply, params, images, config, scaling):
+        if values is None:
+          shape = (len(views), len(images), part.shape[1])
+          values = _mapped(content, shape)
+        rows = part[: len(images) - start]  # the last batch is padded
+        values[view, start : start + len(rows)] = rows
+        start += len(rows)
+    if not all(np.isfinite(view).all() for view in values):
+      raise ValueError(
+        f"features of {config.data.name} by {config.model.pretrained} are not"
+        " finite; expected a backbone that suits the images' scaling."
+      )
+    values.flush()
+    content.seek(0)
+    digest = hashlib.file_digest(content, "sha256").hexdigest()
+  about = {
+    "sha256": digest,
+    "labels": data.labels.tolist(),
+    "ids": data.ids.tolist(),
+    "num_classes": data.num_classes,
+    "class_names": list(data.class_names),
+    "backbone": backbone.fingerprint,
+    "images": data.fingerprint,
+  }
+  about["fingerprint"] = workdir_lib.fingerprint(about)
+  workdir_lib.write_json(_about_file(file), about)
+
+
+def _mapped(file, shape):
+  """An `.npy` file's array, in the file that is open."""
+  np.lib.format.write_array_header_1_0(
+    file,
+    {
+      "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+      "fortran_order": False,
+      "shape": shape,
+    },
+  )
+  file.flush()
+  return np.memmap(file, np.float32, "r+", offset=file.tell(), shape=shape)
+
+
+def _in_batches(apply, params, images, config, scaling):
+  """Features of padded batches, each fetched while the next is computed."""
+  ahead = None
+  for batch in pipeline.eval_batches(
+    images,
+    np.zeros(len(images), np.int32),
+    batch_size=config.eval_batch_size,
+    **scaling,
+  ):
+    part = apply(params, batch["image"])
+    if ahead is not None:
+      yield np.asarray(ahead, np.float32)
+    ahead = part
+  yield np.asarray(ahead, np.float32)
+
+
+def _images(config, split):
+  return sources.of_config(config.data, split)
+
+
+def _scaling_of(images):
+  """Mean and standard deviation per channel, as the general loop has them."""
+  pixels = images.reshape(-1, images.shape[-1])
+  return {
+    "mean": (pixels.mean(axis=0) / 255).tolist(),
+    "std": np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist(),
+  }
+
+
+def _backbone(config) -> Backbone:
+  """The backbone that `config.model.pretrained` names."""
+  source = config.model.pretrained
+  scales = ("model", "published")
+  if config.probe.scaling not in scales:
+    raise ValueError(
+      f"config.probe.scaling is {config.probe.scaling!r}; expected one of"
+      f" {', '.join(scales)}."
+    )
+  if source is None:
+    backbone = _pixels(config)
+  elif initial.is_run(source):
+    backbone = _of_run(pathlib.Path(source))
+  else:
+    backbone = _published(config, source)
+  if config.probe.scaling == "published":
+    mean, std = _PUBLISHED
+    backbone = backbone._replace(mean=mean, std=std)
+  return backbone._replace(
+    fingerprint=workdir_lib.fingerprint(
+      backbone.fingerprint, backbone.shape, backbone.mean, backbone.std
+    )
+  )
+
+
+def _pixels(config) -> Backbone:
+  if config.model.name != "mlp" or config.model.widths:
+    raise ValueError(
+      "config.model.pretrained is None, and a frozen backbone of random weights"
+      " is of no use; expected the workdir of a finished run, a .safetensors"
+      ' file or "hf://owner/name" (or, to train a head on the pixels,'
+      " config.model.name='mlp' with config.model.widths=())."
+    )
+
+  def flatten(params, images):
+    del params
+    return images.reshape(images.shape[0], -1)
+
+  return Backbone(lambda: (flatten, {}), None, None, None, "pixels")
+
+
+def _of_run(folder) -> Backbone:
+  shown = initial.shown_to(folder)
+  section = workdir_lib.read_model(folder)
+  section.pop("pretrained", None)  # where that run's own weights came from
+  shape = tuple(shown["shape"])
+
+  def make():
+    apply, like = models.create_features(
+      config_dict.ConfigDict(section),
+      input_shape=shape,
+      num_classes=shown["num_classes"],
+      seed=0,
+    )
+    return apply, checkpoint.load_params(folder, like)
+
+  stored = folder / checkpoint.FOLDER
+  files = sorted(path for path in stored.rglob("*") if path.is_file())
+  named = [(str(path.relative_to(stored)), _sum_of(path)) for path in files]
+  return Backbone(
+    make,
+    shape,
+    shown["mean"],
+    shown["std"],
+    workdir_lib.fingerprint(named, section),
+  )
+
+
+def _published(config, source) -> Backbone:
+  size = config.data.image_size
+  if config.model.name != "vit" or not size:
+    raise ValueError(
+      f"config.model.pretrained is {source!r}, config.model.name"
+      f" {config.model.name!r} and config.data.image_size {size}; expected the"
+      " workdir of a finished run, or the weights of a 'vit' and the side of"
+      " its images in pixels, such as 224."
+    )
+  shape = (size, size, 3)
+  model = pretrained.sized(config.model)
+  vit = model.vit.to_dict()
+
+  def make():
+    apply, like = models.create_features(
+      model, input_shape=shape, num_classes=1, seed=0
+    )
+    return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
+
+  mean, std = _PUBLISHED
+  if config.probe.scaling == "model":
+    mean, std = initial.scaling(source)
+  return Backbone(
+    make,
+    shape,
+    mean,
+    std,
+    workdir_lib.fingerprint(_sum_of(weight_files.find(source)), vit),
+  )
+
+
+def _sum_of(file):
+  with open(file, "rb") as content:
+    return hashlib.file_digest(content, "sha256").hexdigest()

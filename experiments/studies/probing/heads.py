@@ -1,0 +1,328 @@
+"""Many heads on the same features, trained in one program.
+
+An epoch is one `lax.scan` over its batches, vmapped over seeds (which have
+their own initialisation, batches and reference) and, within each, over runs
+that share all of these: those of different noise rates and weighting values. A
+step is the one of the general loop; where that would need every sample's
+gradient, scores come in closed form instead.
+"""
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gradmimic_jax as gm
+from experiments import methods, models
+from experiments.data import pipeline
+from experiments.methods import Method
+from experiments.tasks.classification import losses as classification
+from experiments.training import reference as reference_lib, steps
+from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
+
+
+class Batches(NamedTuple):
+  """An epoch's T batches of B, as positions; leading axes may be added."""
+
+  index: np.ndarray  # int32 [T, B], of a sample; padding has a real one
+  row: np.ndarray  # int32 [T, B], of its features, mirrored or not
+  mask: np.ndarray  # bool [T, B], False for padding
+  # Of the independent batches that come with them, if the method wants any.
+  other_index: np.ndarray | None
+  other_row: np.ndarray | None
+
+
+class Given(NamedTuple):
+  """What runs don't share; axes [S, ...] and [S, K, ...] for S seeds x K."""
+
+  labels: Any  # int32 [S, K, N]
+  values: Any  # [S, K], of the weighting; None: as the config has it
+  reference: Any  # a head [S, ...], or a batch [S, M, ...]; None
+
+
+class Head(NamedTuple):
+  """A linear head as the general loop has it, and its first parameters."""
+
+  apply: Callable[[Any, jax.Array], jax.Array]
+  params: Any  # [S, ...]
+
+
+def create(width: int, num_classes: int, seeds: list[int]) -> Head:
+  """A head for features `[B, width]`, initialised once for each seed."""
+  section = types.SimpleNamespace(name="mlp", widths=())
+  made = [
+    models.create(
+      section, input_shape=(1, 1, width), num_classes=num_classes, seed=seed
+    )
+    for seed in seeds
+  ]
+  params = jax.device_get([p for _, p in made])
+  return Head(made[0][0], jax.tree.map(lambda *xs: np.stack(xs), *params))
+
+
+def batches(
+  config: Any,
+  method: Method | None,
+  *,
+  num_samples: int,
+  indices: np.ndarray | None = None,
+) -> Iterator[Batches]:
+  """What the general loop trains on, an epoch at a time, as positions.
+
+  Args:
+    config: the run's: `seed`, `batch_size`, `num_epochs`, `data.flip`.
+    method: the run's, or None.
+    num_samples: N.
+    indices: positions of the samples to train on; None: all.
+
+  Yields:
+    The Batches of each epoch. Mirrored features are those N rows on.
+  """
+  # The pipeline itself says what is where: samples are labelled with their own
+  # position, and have an image of two pixels that tells if it was mirrored.
+  images = np.broadcast_to(
+    np.array([0, 255], np.uint8).reshape(1, 1, 2, 1), (num_samples, 1, 2, 1)
+  )
+  labels = np.arange(num_samples, dtype=np.int32)
+  others = None
+  if method is not None and method.direction == "noisy_gradient":
+    split = types.SimpleNamespace(images=images, labels=labels, fingerprint="")
+    data = types.SimpleNamespace(
+      train=split, labels=split, indices=indices, mean=[0.0], std=[1.0]
+    )
+    others = reference_lib.load(config, method, None, data)
+  iterator = pipeline.train_batches(
+    images,
+    labels,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    num_epochs=config.num_epochs,
+    indices=indices,
+    flip=config.data.flip,
+  )
+  rows = num_samples if indices is None else len(indices)
+  count = pipeline.steps_per_epoch(rows, config.batch_size)
+  for _ in range(config.num_epochs):
+    parts = []
+    for _ in range(count):
+      batch = next(iterator)
+      other = (None, None)
+      if others is not None:
+        beside = others.for_batch(batch["index"], batch.get("flipped"))
+        other = _positions(beside, num_samples)
+      parts.append(
+        Batches(*_positions(batch, num_samples), batch["mask"], *other)
+      )
+    yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
+
+
+def _positions(batch, num_samples):
+  """Of the samples, and of their features."""
+  mirrored = batch["image"][:, 0, 0, 0] > 0
+  index = np.asarray(batch["label"], np.int32)
+  return index, index + np.int32(num_samples) * mirrored
+
+
+def make_epoch(
+  head: Head, tx: optax.GradientTransformation, name: str, config: Any
+) -> Callable[..., Any]:
+  """One epoch of one method, for S seeds x K runs at once.
+
+  Args:
+    head: what is trained.
+    tx: the optimizer.
+    name: of the method.
+    config: `config.mimic`; its temperature (or, with weights that have none,
+      its fraction) gives way to the values that are given.
+
+  Returns:
+    `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,
+    metrics {name: [S, K]}, samples {name: [T, S, K, B]})`; metrics are means
+    over the steps, but for `nonfinite`, a sum.
+  """
+  losses_fn = classification.make_losses_fn(head.apply)
+  outputs_fn = classification.make_outputs_fn(head.apply)
+
+  def run_step(state, labels, value, reference, images, batch):
+    mimic = mimic_view(config, value)
+    method = methods.create(name, mimic)
+    direction = method and method.direction
+    if direction == "outputs":
+      reference = head.apply(reference, images[0])
+    elif direction == "noisy_gradient":
+      reference = {"image": images[1], "label": labels[batch.other_index]}
+    step = _make_step(losses_fn, tx, method, mimic, outputs_fn)
+    return step(
+      state,
+      reference,
+      {"image": images[0], "label": labels[batch.index], "mask": batch.mask},
+    )
+
+  over_runs = jax.vmap(run_step, in_axes=(0, 0, 0, None, None, None))
+
+  def seed_step(state, labels, value, reference, features, batch):
+    images = [features[batch.row]]
+    if batch.other_row is not None:
+      images.append(features[batch.other_row])
+    return over_runs(state, labels, value, reference, images, batch)
+
+  over_seeds = jax.vmap(seed_step, in_axes=(0, 0, 0, 0, None, 0))
+
+  def epoch(states, given, features, batches):
+    def body(states, batch):
+      states, output = over_seeds(
+        states, given.labels, given.values, given.reference, features, batch
+      )
+      return states, (output.metrics, output.samples)
+
+    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
+    states, (metrics, samples) = jax.lax.scan(body, states, by_step)
+    sums = {key: jnp.sum(value, axis=0) for key, value in metrics.items()}
+    count = by_step.mask.shape[0]
+    means = {
+      key: value if key == "nonfinite" else value / count
+      for key, value in sums.items()
+    }
+    return states, means, samples
+
+  return epoch
+
+
+def init_states(
+  head: Head, tx: optax.GradientTransformation, runs: int
+) -> steps.TrainState:
+  """States `[S, K, ...]` before the first step; a seed's runs start alike."""
+  states = []
+  for i in range(len(jax.tree.leaves(head.params)[0])):
+    params = jax.tree.map(lambda x, i=i: x[i], head.params)
+    states.append(jax.device_get(steps.init_state(params, tx)))
+  # By NumPy, which has nothing to compile.
+  return jax.tree.map(
+    lambda *xs: jnp.asarray(
+      np.stack([np.broadcast_to(x, (runs, *np.shape(x))) for x in xs])
+    ),
+    *states,
+  )
+
+
+def make_evaluate(head: Head) -> Callable[..., dict[str, jax.Array]]:
+  """`evaluate(params [S, K, ...], features, labels) -> loss, accuracy [S, K]`.
+
+  One run after the other: their logits together may be large.
+  """
+  losses_fn = classification.make_losses_fn(head.apply)
+
+  def evaluate(params, features, labels):
+    def of_run(params):
+      losses, hits = losses_fn(params, {"image": features, "label": labels})
+      return {
+        "loss": jnp.mean(losses),
+        "accuracy": jnp.mean(hits.astype(losses.dtype)),
+      }
+
+    return jax.lax.map(lambda p: jax.lax.map(of_run, p), params)
+
+  return evaluate
+
+
+def value_field(config: Any) -> str:
+  """The field of `config.mimic` that the grid's values are of."""
+  return "temperature" if config.weighting == "softmax" else "fraction"
+
+
+def reads_value(name: str, config: Any) -> bool:
+  """Whether that method looks at the field of the grid's values at all."""
+  seen = []
+
+  class Recorder:
+    def __getattr__(self, field):
+      seen.append(field)
+      return config[field]
+
+  methods.create(name, Recorder())
+  return value_field(config) in seen
+
+
+def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
+  """`config.mimic` with another weighting value, which may be traced."""
+  fields = {field: config[field] for field in config}
+  if value is not None:
+    fields[value_field(config)] = value
+  return types.SimpleNamespace(**fields)
+
+
+def _make_step(losses_fn, tx, method, config, outputs_fn):
+  """The general loop's step, or the same numbers by closed forms."""
+  score = method and method.score
+  ours = (None, methods.RANDOM, methods.OUTPUT_AGREEMENT)
+  if score not in ours and method.detached:
+    kind = gm.scores.get(score)
+    if kind.needs_norms or kind.needs_gram:
+      return _closed_step(losses_fn, tx, method, kind, config, outputs_fn)
+  return steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+
+
+def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
+  """For scores that look at all samples' gradients, which are never made."""
+  direction_fn = steps.direction_of(
+    method.direction, losses_fn, classification.outputs_of(outputs_fn)
+  )
+
+  def step(state, reference, batch):
+    params, mask = state.params, batch["mask"]
+    features, outputs = batch["image"], outputs_fn(params, batch)
+    losses, hits = losses_fn(params, batch)
+    errors = gm.linear_head.errors(outputs, batch["label"])
+    # In flattening order: bias, then kernel.
+    has_bias, has_kernel = layers_lib.choose(config.layers, params)
+    if not has_kernel:
+      raise ValueError(
+        f"config.mimic.layers is {config.layers!r}; expected layers with"
+        " head/kernel among them for a method that looks at gradient norms."
+      )
+    direction, distance = None, jnp.zeros([])
+    if score.needs_descents:
+      toward = direction_fn(params, reference, batch)["head"]
+      pair = (toward["kernel"], toward["bias"] if has_bias else None)
+      direction, distance = pair, optax.tree.norm(pair)
+    scores = gm.linear_head.scores(
+      features,
+      errors,
+      score=score,
+      direction=direction,
+      has_bias=has_bias,
+      mask=mask,
+    )
+    valid = mask & jnp.isfinite(losses) & jnp.isfinite(scores)
+    weights = weighting_lib.guarded(method.weighting, scores, valid, state.step)
+    kernel, bias = gm.linear_head.gradient(features, errors, weights)
+    equal = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
+    if config.scope == "layers" and not has_bias:
+      bias = gm.linear_head.gradient(features, errors, equal)[1]
+    grads = {"head": {"bias": bias, "kernel": kernel}}
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    state = steps.TrainState(
+      state.step + 1, optax.apply_updates(params, updates), opt_state
+    )
+    count = jnp.maximum(jnp.sum(mask), 1)
+    metrics = {
+      "loss": jnp.sum(jnp.where(valid, losses, 0) * equal),
+      "accuracy": jnp.sum(mask & hits) / count,
+      "nonfinite": jnp.sum(mask & ~valid),
+      "distance": distance,
+      "effective_sample_size": gm.effective_sample_size(weights),
+      "grad_norm": optax.tree.norm(grads),
+    }
+    unknown = jnp.where(mask, jnp.nan, 0)
+    samples = {
+      "score": jnp.where(valid, scores, unknown),
+      "weight": weights,
+      "loss": jnp.where(valid, losses, unknown),
+    }
+    return state, steps.StepOutput(metrics, samples)
+
+  return step

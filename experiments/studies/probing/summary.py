@@ -1,0 +1,261 @@
+"""What came out of a grid of heads: detection, tables and figures."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.reporting import tables
+from experiments.runtime import workdir as workdir_lib
+from experiments.studies import detection
+from gradmimic_jax import _files
+from gradmimic_jax.reporting import figures
+
+SUMMARY_FILE = "summary.json"
+TABLE_FILES = ("results.csv", "results.md")
+
+
+def detections(
+  config: Any, folder: pathlib.Path, result: dict[str, Any]
+) -> list[dict[str, Any]]:
+  """How well a cell's scores find the mislabelled samples, run by run.
+
+  Args:
+    config: the grid's; `select` and `study.binarizers` are looked at.
+    folder: of the runs' `.npz` files.
+    result: a cell's.
+
+  Returns:
+    For each run its AUROC and, for each binariser, F1 and the kept fraction;
+    nothing where there are no scores. Kept beside the runs' files.
+  """
+  wanted = workdir_lib.fingerprint(
+    config.select.to_dict(), list(config.study.binarizers)
+  )
+  files = [run["samples"] for run in result["runs"]]
+  name = f"{files[0].removesuffix('.npz')}_selected_{wanted}.json"
+  if (folder / name).exists():
+    return workdir_lib.read_json(folder / name)
+  found = [_detection(config, folder / file) for file in files]
+  workdir_lib.write_json(folder / name, found)
+  return found
+
+
+@contextlib.contextmanager
+def samples(file: pathlib.Path) -> Iterator[Any]:
+  """The arrays that a run left, each read where it is asked for.
+
+  Args:
+    file: the run's.
+
+  Yields:
+    The arrays by name.
+
+  Raises:
+    OSError: there is no such file.
+    ValueError: it is damaged.
+  """
+  remedy = "Delete its cell's file in the folder cells, to train it again."
+  with (
+    _files.named(file, "archive of arrays", remedy),
+    np.load(file, allow_pickle=False) as arrays,
+  ):
+    yield arrays
+
+
+def _detection(config, file):
+  with samples(file) as arrays:
+    if "score" not in arrays:
+      return {}
+    wrong = arrays["labels"] != arrays["clean_labels"]
+    return detection.measure(config, arrays["score"], arrays["weight"], wrong)
+
+
+def write(
+  config: Any, folder: pathlib.Path, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """Writes `summary.json`, the tables and the figures.
+
+  Args:
+    config: the grid's.
+    folder: the grid's.
+    results: of all cells.
+
+  Returns:
+    What is in `summary.json`.
+  """
+  rows = _rows(config, folder, results)
+  summary = {
+    "dataset": config.data.name,
+    "noise": config.noise.column or config.noise.kind,
+    "seeds": list(config.study.seeds),
+    "num_epochs": config.num_epochs,
+    "seconds": round(sum(result["seconds"] for result in results), 1),
+    "machine": results[0]["machine"],
+    "rows": rows,
+  }
+  paths = [folder / SUMMARY_FILE, *(folder / name for name in TABLE_FILES)]
+  paths += _draw(config, folder, results)
+  summary["files"] = [str(path) for path in paths]
+  workdir_lib.write_bytes(
+    folder / TABLE_FILES[0], tables.csv_text(rows).encode()
+  )
+  workdir_lib.write_bytes(folder / TABLE_FILES[1], markdown(summary).encode())
+  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
+  return summary
+
+
+def _rows(config, folder, results):
+  """A row for each method, value and rate: means over the seeds."""
+  plain = [r["seconds_per_step"] for r in results if r["method"] == "sgd"]
+  groups: dict[Any, list[Any]] = {}
+  for result in results:
+    found = detections(config, folder / "samples", result)
+    for run, entry in zip(result["runs"], found, strict=True):
+      key = result["method"], run["value"], run["rate"]
+      groups.setdefault(key, []).append((result, run, entry))
+  rows = []
+  for (method, value, rate), members in groups.items():
+    runs = [run for _, run, _ in members]
+    row = {"method": method, "value": value, "rate": rate, "runs": len(runs)}
+    row["noise_rate"] = float(np.mean([run["noise_rate"] for run in runs]))
+    for field in ("test_accuracy", "test_loss"):
+      last = [run["curves"][field][-1] for run in runs]
+      row[field], row[f"{field}_error"] = tables.mean_and_error(last)
+    row["nonfinite"] = sum(
+      sum(run["curves"]["train_nonfinite"]) for run in runs
+    )
+    times = [result["seconds_per_step"] for result, _, _ in members]
+    row["seconds_per_step"] = float(np.mean(times))
+    row["time_over_sgd"] = None
+    if plain:
+      row["time_over_sgd"] = float(np.mean(times) / np.mean(plain))
+    row |= detection.mean(config, [entry for _, _, entry in members])
+    rows.append(row)
+  return rows
+
+
+def markdown(summary: dict[str, Any]) -> str:
+  """The tables of accuracy and of detection, as Markdown."""
+  rows = summary["rows"]
+  rates = list(dict.fromkeys(r["rate"] for r in rows if not _is_clean(r)))
+  about = summary["machine"]
+  lines = [
+    f"# {summary['dataset']}, {summary['noise']} noise: linear probing",
+    "",
+    f"{summary['num_epochs']} epochs, seeds"
+    f" {', '.join(map(str, summary['seeds']))}; {about['device']},"
+    f" {about['cpu_cores']} CPU cores, {about['date']}.",
+    "",
+    "Test accuracy by noise rate, mean ± standard error over the seeds, and the"
+    " time of a step relative to sgd's:",
+    "",
+    *tables.markdown(
+      ["method", *(f"{rate:g}" for rate in rates), "time"],
+      [
+        [
+          _label(*key),
+          *(tables.accuracy(found.get(rate, found.get(0.0))) for rate in rates),
+          tables.number(next(iter(found.values()))["time_over_sgd"], 2),
+        ]
+        for key, found in _by_method(rows).items()
+      ],
+    ),
+  ]
+  scored = [row for row in rows if row["auroc"] is not None]
+  if scored:
+    names = [key.removeprefix("f1_") for key in scored[0] if key[:3] == "f1_"]
+    lines += [
+      "",
+      "Mislabelled samples found: AUROC of the mean score, and F1 and share of"
+      " samples kept by binariser:",
+      "",
+      *tables.markdown(
+        ["method", "rate", "clean", "AUROC", *names],
+        [
+          [
+            _label(row["method"], row["value"]),
+            f"{row['rate']:g}",
+            tables.number(row["clean_fraction"]),
+            tables.number(row["auroc"]),
+            *(_found(row, name) for name in names),
+          ]
+          for row in scored
+        ],
+      ),
+    ]
+  return "\n".join(lines) + "\n"
+
+
+def _by_method(rows):
+  """`{(method, value): {rate: row}}`."""
+  found: dict[Any, Any] = {}
+  for row in rows:
+    found.setdefault((row["method"], row["value"]), {})[row["rate"]] = row
+  return found
+
+
+def _found(row, name):
+  kept = tables.number(row[f"kept_{name}"])
+  return f"{tables.number(row[f'f1_{name}'])} ({kept})"
+
+
+def _is_clean(row):
+  return row["method"] == "reference"
+
+
+def _label(method, value):
+  return method if value is None else f"{method} {value:g}"
+
+
+def _draw(config, folder, results):
+  """Learning curves, a file for each rate and field; histograms of scores."""
+  curves: dict[Any, dict[str, list[Any]]] = {}
+  for result in results:
+    for run in result["runs"]:
+      name = _label(result["method"], run["value"])
+      rates = config.probe.rates if name == "reference" else [run["rate"]]
+      for rate in rates:
+        curves.setdefault(rate, {}).setdefault(name, []).append(run["curves"])
+  paths = []
+  for rate, by_name in curves.items():
+    for field in ("test_accuracy", "test_loss"):
+      paths.append(
+        figures.learning_curves(
+          {
+            name: [(range(len(run[field])), run[field]) for run in runs]
+            for name, runs in by_name.items()
+          },
+          folder / f"{field}_{rate:g}.png",
+          title=f"{config.data.name}, {config.noise.kind} noise {rate:g}",
+          xlabel="epoch",
+          ylabel=field.replace("_", " "),
+        )
+      )
+  return paths + _draw_scores(config, folder, results)
+
+
+def _draw_scores(config, folder, results):
+  """Of the first seed's first mimic method and value, a file for each rate."""
+  first = config.study.seeds[0]
+  drawn: dict[float, pathlib.Path] = {}
+  for result in results:
+    for run in result["runs"]:
+      if not result["method"].startswith("grad_mimic") or run["seed"] != first:
+        continue
+      if run["rate"] in drawn:
+        continue
+      with samples(folder / "samples" / run["samples"]) as arrays:
+        scores = arrays["score"]
+        wrong = arrays["labels"] != arrays["clean_labels"]
+      seen = ~np.isnan(scores).all(axis=1)
+      drawn[run["rate"]] = figures.score_histograms(
+        scores[seen],
+        wrong[seen],
+        folder / f"scores_{run['rate']:g}.png",
+        title=f"{config.data.name}, {config.noise.kind} noise {run['rate']:g}:"
+        f" scores of {_label(result['method'], run['value'])}, seed {first}",
+      )
+  return list(drawn.values())

@@ -1,0 +1,159 @@
+"""Tunes every method of a study with the same budget, on held-out samples.
+
+Each method is run with every learning rate of `config.study.tune`; where it has
+a weighting whose strength is set (a temperature or a fraction) with every value
+of that too, and where it looks at gradients with every choice of layers. What
+does best on `config.data.test_split`, which must not be the split that results
+are reported on, is written to `tuned.json`: give it to a study as
+`config.study.tuned`.
+"""
+
+import itertools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from configs import base, label_noise
+from experiments import methods
+from experiments.reporting import tables
+from experiments.runtime import workdir as workdir_lib
+from experiments.studies import runner as study
+from experiments.studies.probing import grid as probe, heads
+
+TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
+_FREE = ("study.", "probe.", "select.", "checkpoint.", "noise.rate")
+
+
+def tune(config: Any, workdir: Any) -> dict[str, Any]:
+  """Tries all settings of all methods; goes on where it was stopped.
+
+  Args:
+    config: a study's (or a grid of heads', if it has a section `probe`);
+      `study.tune` has the settings.
+    workdir: gets the runs' folders, `tuning.csv` with all that was tried, and
+      `tuned.json`.
+
+  Returns:
+    What is in `tuned.json`: for each method its best setting (`set`), its mean
+    accuracy over seeds and noise rates, and how many settings it had.
+
+  Raises:
+    ValueError: an unknown field or name, or a workdir of another config.
+    FileNotFoundError: a data set that is not there.
+  """
+  fields = label_noise if "probe" in config else base
+  workdir_lib.check(workdir, config, fields, free=_FREE)
+  if not config.study.tune.learning_rates:
+    raise ValueError(
+      "config.study.tune.learning_rates is empty; expected at least one."
+    )
+  if "probe" in config and config.study.tune.layers:
+    raise ValueError(
+      "config.study.tune.layers is for whole networks; a grid of heads has just"
+      " one layer. Leave it empty."
+    )
+  tried = _heads if "probe" in config else _runs
+  folder = workdir_lib.claim(workdir, config, fields, free=_FREE)
+  rows = tried(config, folder)
+  best: dict[str, Any] = {}
+  for row in rows:
+    entry = best.setdefault(row["method"], {"accuracy": -1.0, "settings": 0})
+    entry["settings"] += 1
+    if row["test_accuracy"] > entry["accuracy"]:
+      entry["accuracy"] = row["test_accuracy"]
+      entry["set"] = {
+        key: value
+        for key, value in row.items()
+        if "." in key and value is not None
+      }
+  workdir_lib.write_bytes(folder / TABLE_FILE, tables.csv_text(rows).encode())
+  workdir_lib.write_json(folder / TUNED_FILE, best)
+  return best
+
+
+def _value_field(config):
+  return f"mimic.{heads.value_field(config.mimic)}"
+
+
+def _runs(config, folder):
+  """By the general loop: a run for each setting and seed."""
+  runs, settings = [], {}
+  if study.needs_reference(config):
+    runs += [
+      study.Run(seed, study.REFERENCE, study.reference_overrides(config, seed))
+      for seed in config.study.seeds
+    ]
+  needs = tuple(run.name for run in runs[:1])
+  for method in config.study.methods:
+    values, layers = (None,), (None,)
+    if heads.reads_value(method, config.mimic):
+      values = tuple(config.study.tune.weighting_values) or values
+    if methods.reads_layers(methods.create(method, config.mimic)):
+      layers += tuple(config.study.tune.layers)
+    for rate, value, chosen in itertools.product(
+      config.study.tune.learning_rates, values, layers
+    ):
+      setting = {"optimizer.learning_rate": rate}
+      name = f"{method}_rate{rate:g}"
+      if value is not None:
+        setting[_value_field(config)] = value
+        name += f"_value{value:g}"
+      if chosen is not None:
+        setting["mimic.layers"] = chosen
+        name += f"_layers{workdir_lib.fingerprint(chosen)[:4]}"
+      settings[name] = {"method": method, **setting}
+      runs += [
+        study.Run(seed, name, {"method": method, **setting}, needs)
+        for seed in config.study.seeds
+      ]
+  results = study.run_all(config, folder, runs)
+  return [
+    setting
+    | {"test_accuracy": _mean(results[name], "test_accuracy")}
+    | {"test_loss": _mean(results[name], "test_loss")}
+    for name, setting in settings.items()
+  ]
+
+
+def _heads(config, folder):
+  """As grids of heads: one for each learning rate."""
+  rows = []
+  for rate in config.study.tune.learning_rates:
+    copy = config.copy_and_resolve_references().unlock()
+    copy.optimizer.learning_rate = rate
+    copy.probe.weighting_values = tuple(config.study.tune.weighting_values)
+    copy.study.binarizers = ()
+    if copy.probe.features is None:
+      copy.probe.features = str(folder / "features")
+    grid = probe.run_grid(copy.lock(), folder / f"rate{rate:g}")
+    found: dict[Any, list[Any]] = {}
+    for row in grid["rows"]:
+      if row["method"] != probe.REFERENCE:
+        found.setdefault((row["method"], row["value"]), []).append(row)
+    rows += [
+      {
+        "method": method,
+        "optimizer.learning_rate": rate,
+        _value_field(config): value,
+        "test_accuracy": _mean(members, "test_accuracy"),
+        "test_loss": _mean(members, "test_loss"),
+      }
+      for (method, value), members in found.items()
+    ]
+  return rows
+
+
+def _mean(entries, field):
+  return float(np.mean([entry[field] for entry in entries]))
+
+
+def main(config: Any, workdir: str) -> None:
+  """Tunes, then prints the best settings and where they are."""
+  for name, entry in tune(config, workdir).items():
+    shown = ", ".join(f"{key}={value}" for key, value in entry["set"].items())
+    print(
+      f"{name:<26} {entry['accuracy']:.4f}  {shown}"
+      f"  (best of {entry['settings']})"
+    )
+  print(f"  {pathlib.Path(workdir) / TUNED_FILE}")

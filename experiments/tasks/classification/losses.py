@@ -1,0 +1,84 @@
+"""Image classification with integer labels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gradmimic_jax as gm
+from experiments.tasks.base import Outputs
+
+Apply = Callable[[Any, jax.Array], jax.Array]
+
+
+def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Cross-entropy per sample, with hits as aux.
+
+  Args:
+    apply: `(params, images [B, H, W, C]) -> logits [B, C]`.
+
+  Returns:
+    `losses_fn(params, batch) -> (losses [B], hits bool [B])`, for a batch with
+    `image` and `label`.
+  """
+
+  def losses_fn(params, batch):
+    return losses_and_hits(apply(params, batch["image"]), batch)
+
+  return losses_fn
+
+
+def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
+  """`outputs_fn(params, batch) -> logits [B, C]`, for a batch with `image`."""
+
+  def outputs_fn(params, batch):
+    return apply(params, batch["image"])
+
+  return outputs_fn
+
+
+def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
+  """What classification makes of logits `outputs_fn(params, batch)`."""
+  return Outputs(
+    outputs_fn, losses_and_hits, gm.toward_outputs(outputs_fn), agreement
+  )
+
+
+def losses_of(logits: jax.Array, batch: Any) -> jax.Array:
+  """Cross-entropy `[B]` of logits `[B, C]` with the batch's `label`."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+
+def losses_and_hits(
+  logits: jax.Array, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+  """`losses_of`, and bool `[B]`: whether the likeliest class is the label."""
+  hits = jnp.argmax(logits, axis=-1) == batch["label"]
+  return losses_of(logits, batch), hits
+
+
+def agreement(logits: jax.Array, reference: jax.Array, batch: Any) -> jax.Array:
+  """Mimic scores `[B]` in the space of logits `[B, C]`, by the labels."""
+  return gm.scores.output_agreement(
+    lambda logits: losses_of(logits, batch), logits, reference
+  )
+
+
+def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:
+  """`KL(softmax(reference) || softmax(logits))` per sample.
+
+  Args:
+    reference: the reference's logits `[B, C]`, constants.
+    logits: the learner's `[B, C]`.
+
+  Returns:
+    Divergences `[B]`; NaN, with gradient 0, where the reference's logits are
+    not finite.
+  """
+  known = jnp.all(jnp.isfinite(reference), axis=-1)
+  # Zero times NaN is NaN: such a row must not get into the computation.
+  targets = jax.nn.log_softmax(jnp.where(known[:, None], reference, 0))
+  gaps = targets - jax.nn.log_softmax(logits)
+  return jnp.where(known, jnp.sum(jnp.exp(targets) * gaps, axis=-1), jnp.nan)

@@ -1,0 +1,291 @@
+"""What a CLIP run trains and is evaluated on: `shapes`, or streamed shards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+import gradmimic_jax as gm
+from experiments.data import sources
+from experiments.data.pairs import (
+  in_memory as image_text,
+  shapes,
+  shard_samples,
+  shards,
+  tokenizer as tokenizers,
+)
+from experiments.models import clip
+from experiments.runtime import workdir as workdir_lib
+from gradmimic_jax.selection.uids import parse_uids
+
+NAMES = ("shapes", "shards")
+SHAPES = "shapes"
+# What stands for a class of a TFDS set.
+TEMPLATES = (
+  "a photo of a {}.",
+  "a picture of a {}.",
+  "a close-up photo of a {}.",
+  "a photo of the {}.",
+  "a photo of one {}.",
+  "a blurry photo of a {}.",
+  "a drawing of a {}.",
+)
+
+
+class ZeroShot(NamedTuple):
+  """Images, and the texts that stand for their classes."""
+
+  images: np.ndarray  # uint8 [M, S, S, 3]
+  labels: np.ndarray  # integers [M]
+  prompts: np.ndarray  # tokens [C, T, L]
+
+
+class Memory(NamedTuple):
+  """All training pairs, filter or not, where they are in memory."""
+
+  images: np.ndarray  # uint8 [N, S, S, 3]
+  text: np.ndarray  # tokens [N, L]
+  truth: shapes.Shapes
+
+
+class Data(NamedTuple):
+  """What a run trains and is evaluated on."""
+
+  batches: Any  # a grain data set of training batches
+  fingerprint: str  # of those, the same in all processes
+  held_out: tuple[np.ndarray, np.ndarray] | None  # images, tokens: clean pairs
+  zero_shot: ZeroShot | None
+  memory: Memory | None
+  train_pairs: int | None  # how many there are; None: as many as come
+
+
+def load(config: Any) -> Data:
+  """Training, held-out and zero-shot data as the config has them.
+
+  Args:
+    config: as `configs/clip.py` describes it.
+
+  Returns:
+    The Data.
+
+  Raises:
+    ValueError: an unknown name, a filter of other data, a tokenizer or a batch
+      size that doesn't fit.
+    FileNotFoundError: shards or a data set that are not there.
+  """
+  if config.data.name not in NAMES:
+    raise ValueError(
+      f"config.data.name is {config.data.name!r}; expected one of"
+      f" {', '.join(NAMES)}."
+    )
+  processes = jax.process_count()
+  if config.batch_size % processes:
+    raise ValueError(
+      f"config.batch_size is {config.batch_size} in {processes} processes;"
+      " expected a multiple of their number."
+    )
+  tokenize = tokenizer_of(config)
+  if config.data.name == SHAPES:
+    return _of_shapes(config, tokenize)
+  return _of_shards(config, tokenize)
+
+
+def tokenizer_of(config: Any) -> tokenizers.Tokenizer:
+  """The tokenizer that `config.data` names, for the model of the config.
+
+  Args:
+    config: as `configs/clip.py` describes it.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    ValueError: its vocabulary doesn't fit the model.
+    FileNotFoundError: it is not there.
+  """
+  sizes = clip.options(config.model)
+  length = {"context_length": sizes["context_length"]}
+  if config.data.tokenizer == SHAPES:
+    found = tokenizers.for_shapes(**length)
+  else:
+    found = tokenizers.load(config.data.tokenizer, **length)
+  found.check_fits(vocab_size=sizes["vocab_size"], **length)
+  return found
+
+
+def train_pairs(config: Any) -> shapes.Shapes:
+  """The training pairs of `shapes`, mis-captioned as the config has it."""
+  return _shapes(config, "train", config.data.train_size, config.noise.rate)
+
+
+def pool(config: Any) -> Memory:
+  """The same, with tokens as the model reads them."""
+  pairs = train_pairs(config)
+  return Memory(pairs.images, tokenizer_of(config)(_texts(pairs)), pairs)
+
+
+def _shapes(config, split, size, rate=0.0):
+  return shapes.load(
+    split,
+    size=size,
+    seed=config.data.seed,
+    image_size=config.data.image_size,
+    noise_rate=rate,
+    noise_kinds=tuple(config.noise.kinds),
+    context_length=clip.options(config.model)["context_length"],
+  )
+
+
+def _texts(pairs):
+  return pairs.captions.tolist()
+
+
+def _of_shapes(config, tokenize):
+  memory = pool(config)
+  uids = memory.truth.uids
+  indices = None
+  if config.data.filter is not None:
+    indices = _positions(config.data.filter, uids)
+
+  def batches(process):
+    return image_text.Pairs(
+      memory.images,
+      memory.text,
+      uids,
+      batch_size=config.batch_size // jax.process_count(),
+      seed=config.seed,
+      indices=indices,
+      drop_last=True,
+      process_index=process,
+      process_count=jax.process_count(),
+    )
+
+  held_out = _shapes(config, "held_out", config.data.held_out_size)
+  images = _shapes(config, "zero_shot", config.data.zero_shot_size)
+  return Data(
+    batches(jax.process_index()),
+    batches(0).fingerprint,
+    (held_out.images, tokenize(_texts(held_out))),
+    ZeroShot(
+      images.images, images.labels, _prompts(shapes.class_prompts(), tokenize)
+    ),
+    memory,
+    len(uids) if indices is None else len(indices),
+  )
+
+
+def _positions(path, uids):
+  """Where the uids of a subset file are; those that are missing are no loss."""
+  keep = gm.filters.Filter(shard_samples.kept_uids(path), path)
+  applied = keep.apply(parse_uids(uids))
+  if not applied.kept:
+    raise ValueError(
+      f"config.data.filter {path!r} keeps none of the {len(uids)} pairs: its"
+      f" {len(keep)} uids are of other data."
+    )
+  return np.flatnonzero(applied.mask)
+
+
+def _of_shards(config, tokenize):
+  section = config.data
+  if not section.shards:
+    raise ValueError(
+      "config.data.shards is empty; expected paths, folders or patterns, such"
+      " as --config.data.shards=\"('small/{00000000..00001287}.tar',)\"."
+    )
+  common = {
+    "tokenizer": tokenize,
+    "image_size": section.image_size,
+    "uid_source": section.uid_source,
+    "parts": shard_samples.Parts(**section.parts),
+    "max_broken_share": section.max_broken_share,
+    "num_threads": section.num_threads,
+  }
+
+  def batches(process):
+    return shards.ShardStream(
+      section.shards,
+      batch_size=config.batch_size // jax.process_count(),
+      seed=config.seed,
+      keep=section.filter,
+      window=section.window,
+      process_index=process,
+      process_count=jax.process_count(),
+      **common,
+    )
+
+  held_out = None
+  if section.held_out_shards:
+    held_out = _first(
+      shards.ShardStream(
+        section.held_out_shards,
+        batch_size=config.eval_batch_size,
+        seed=None,
+        num_epochs=1,
+        **common,
+      ),
+      section.held_out_size,
+    )
+  zero_shot = None
+  if section.zero_shot is not None:
+    zero_shot = _of_tfds(section, tokenize)
+  return Data(
+    batches(jax.process_index()),
+    workdir_lib.fingerprint(
+      batches(0).fingerprint,
+      None if held_out is None else held_out[1].tolist(),
+    ),
+    held_out,
+    zero_shot,
+    None,
+    None,
+  )
+
+
+def _first(stream, count):
+  """The first pairs of a stream: images and tokens."""
+  images, text = [], []
+  iterator = iter(stream)
+  while sum(map(len, images)) < count:
+    batch = next(iterator, None)
+    if batch is None:
+      break
+    images.append(batch["image"][batch["mask"]])
+    text.append(batch["text"][batch["mask"]])
+  iterator.close()
+  found = sum(map(len, images))
+  if found < count:
+    logging.warning(
+      "config.data.held_out_shards have %d pairs, fewer than"
+      " config.data.held_out_size=%d: evaluation goes by those.",
+      found,
+      count,
+    )
+  return np.concatenate(images)[:count], np.concatenate(text)[:count]
+
+
+def _of_tfds(section, tokenize):
+  found = sources.load(
+    section.zero_shot,
+    section.zero_shot_split,
+    data_dir=section.data_dir,
+    size=section.image_size,
+  )
+  # Spread over the split, in which classes may follow one another.
+  count = min(section.zero_shot_size, len(found.labels))
+  rows = np.linspace(0, len(found.labels) - 1, count).astype(int)
+  names = [name.replace("_", " ") for name in found.class_names]
+  prompts = [[text.format(name) for text in TEMPLATES] for name in names]
+  return ZeroShot(
+    found.images[rows], found.labels[rows], _prompts(prompts, tokenize)
+  )
+
+
+def _prompts(
+  prompts: Sequence[Sequence[str]], tokenize: Callable[..., np.ndarray]
+) -> np.ndarray:
+  """Tokens [C, T, L]."""
+  flat = tokenize([text for texts in prompts for text in texts])
+  return flat.reshape(len(prompts), len(prompts[0]), -1)

@@ -1,0 +1,143 @@
+"""GraNd as first published: gradient norms averaged over many short runs."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments.data import pipeline
+from experiments.models import initial
+from experiments.runtime import checkpoint, workdir as workdir_lib
+from experiments.tasks.classification import losses as classification
+from experiments.training import optimizer, steps
+
+_FIRST_SEED = 1000  # of the runs' initialisations, away from the learner's
+
+
+def offline_norms(config: Any, data: Any) -> np.ndarray:
+  """Every training sample's mean gradient norm over runs of their own.
+
+  `mean_r ||grad l_i(params_r)||` over the mimic layers, with `params_r` what
+  `config.mimic.grand_epochs` epochs of plain training on the same noisy labels
+  make of another initialisation.
+
+  Args:
+    config: the run's; `config.mimic` has `grand_runs`, `grand_epochs` and
+      `layers`.
+    data: what `train.load_data` returns.
+
+  Returns:
+    Norms, float32 `[N]`; NaN where one is not finite, and for samples that are
+    not trained on.
+
+  Raises:
+    ValueError: no run at all, or a negative number of epochs.
+  """
+  runs, epochs = _counts(config)
+  labels = data.labels.labels
+  scaling = {"mean": data.mean, "std": data.std}
+  rows = np.arange(len(labels)) if data.indices is None else data.indices
+  total_steps = epochs * pipeline.steps_per_epoch(len(rows), config.batch_size)
+  tx = optimizer.create(config.optimizer, total_steps=max(total_steps, 1))
+  made = []
+  for run in range(runs):
+    seed = _FIRST_SEED + config.seed * runs + run
+    apply, params = initial.for_data(config.model, data, seed=seed)
+    made.append((seed, params))
+  # One compilation for all: the runs differ in their parameters only.
+  losses_fn = classification.make_losses_fn(apply)
+  train_step = steps.make_train_step(losses_fn, tx, None, config.mimic)
+  norms_fn = jax.jit(
+    gm.mimic_scores(
+      lambda params, batch: losses_fn(params, batch)[0],
+      layers=config.mimic.layers,
+      score="gradient_norm",
+    )
+  )
+  total = np.zeros(len(rows))
+  for seed, params in made:
+    state = steps.init_state(params, tx)
+    if epochs:
+      for batch in pipeline.train_batches(
+        data.train.images,
+        labels,
+        batch_size=config.batch_size,
+        seed=seed,
+        num_epochs=epochs,
+        indices=data.indices,
+        flip=config.data.flip,
+        **scaling,
+      ):
+        state, _ = train_step(state, None, _shown(batch))
+    found = [
+      norms_fn(state.params, None, _shown(batch)).scores
+      for batch in pipeline.eval_batches(
+        data.train.images,
+        labels,
+        # Each sample has a gradient of its own: no more of them than in a step.
+        batch_size=min(config.batch_size, config.eval_batch_size),
+        indices=rows,
+        **scaling,
+      )
+    ]
+    total += np.concatenate(jax.device_get(found))[: len(rows)]
+  norms = np.full(len(labels), math.nan, np.float32)
+  norms[rows] = total / runs
+  return norms
+
+
+def fingerprint(config: Any, data: Any) -> str:
+  """Sixteen hex digits of all that `offline_norms` depends on.
+
+  Args:
+    config: the run's.
+    data: what `train.load_data` returns.
+
+  Returns:
+    The fingerprint, found without any training.
+
+  Raises:
+    ValueError: as `offline_norms`.
+  """
+  fields = workdir_lib.as_dict(config)
+  started = None
+  if fields["model"].pop("pretrained") is not None:  # a path; contents count
+    _, params = initial.for_data(config.model, data, seed=_FIRST_SEED)
+    started = checkpoint.fingerprint(params)
+  return workdir_lib.fingerprint(
+    "offline norms",
+    _FIRST_SEED,
+    _counts(config),
+    fields["mimic"]["layers"],
+    fields["model"],
+    started,
+    fields["optimizer"],
+    min(config.batch_size, config.eval_batch_size),
+    pipeline.fingerprint(
+      data.train.fingerprint,
+      data.labels.labels,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      indices=data.indices,
+      flip=config.data.flip,
+      mean=data.mean,
+      std=data.std,
+    ),
+  )
+
+
+def _counts(config):
+  """How many runs, and of how many epochs."""
+  runs, epochs = config.mimic.grand_runs, config.mimic.grand_epochs
+  if runs < 1 or epochs < 0:
+    raise ValueError(
+      f"config.mimic has grand_runs {runs} and grand_epochs {epochs}; expected"
+      " at least 1 and 0."
+    )
+  return runs, epochs
+
+
+def _shown(batch):
+  return {key: batch[key] for key in ("image", "label", "mask")}

@@ -1,0 +1,327 @@
+"""The loop that all training jobs go through, whatever they train.
+
+restore -> (eval -> save -> next batch -> step -> log), in that order.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments.runtime import (
+  checkpoint,
+  distributed,
+  metrics as writers,
+  preemption,
+  prefetch,
+  watchdog,
+  workdir as workdir_lib,
+)
+from experiments.training import step_log
+
+PROFILE_FOLDER = "profile"
+
+
+class Schedule(NamedTuple):
+  """What happens when, in steps."""
+
+  total_steps: int
+  eval_every: int  # the end is evaluated in any case
+  save_every: int  # and so is it saved
+  keep: int  # checkpoints
+  keep_every: int = 0  # and each that many steps, for ever; 0: none of these
+  log_every: int = 50  # writes of metrics and scores
+  profile_steps: tuple[int, ...] = ()  # first and end of what is traced
+  nonfinite_stop: int = 10  # skipped steps in a row that end the run; 0: none
+  stall_seconds: float = 1800  # without a step, until the process ends; 0: none
+
+
+def schedule(
+  config: Any,
+  *,
+  total_steps: int,
+  eval_every: int,
+  save_every: int,
+  keep_every: int = 0,
+) -> Schedule:
+  """A schedule with what all jobs' configs have in common.
+
+  Args:
+    config: with `checkpoint.keep` and the fields of `common.add_running`.
+    total_steps: as in Schedule, and so are all that follow.
+    eval_every: in steps.
+    save_every: in steps.
+    keep_every: in steps.
+
+  Returns:
+    The Schedule.
+
+  Raises:
+    ValueError: fields that make no sense.
+  """
+  check_counts(config, "log_every", "checkpoint.keep")
+  profile = tuple(config.profile_steps)
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+    raise ValueError(
+      f"config.profile_steps is {profile}; expected the first step to trace and"
+      " the one after the last, such as (100, 105), or ()."
+    )
+  return Schedule(
+    total_steps=total_steps,
+    eval_every=eval_every,
+    save_every=save_every,
+    keep=config.checkpoint.keep,
+    keep_every=keep_every,
+    log_every=config.log_every,
+    profile_steps=profile,
+    nonfinite_stop=config.faults.nonfinite_stop,
+    stall_seconds=config.faults.stall_seconds,
+  )
+
+
+class Taken(NamedTuple):
+  """A batch as a step takes it, and what the ledger says of its rows."""
+
+  ids: np.ndarray  # [B]
+  real: np.ndarray  # bool [B], False for padding
+  epoch: int  # the pass over the data that it belongs to
+  reference: Any  # what the step's method goes by
+  batch: Any  # what the model sees
+
+
+def run(
+  folder: pathlib.Path,
+  state: Any,
+  batches: Any,
+  *,
+  schedule: Schedule,
+  fingerprint: str,
+  train_step: Callable[..., Any],
+  take: Callable[[int, prefetch.Read], Taken],
+  evaluate: Callable[[Any], dict[str, float]],
+  ledger: gm.ScoreLedger | None = None,
+) -> dict[str, float]:
+  """Goes on from the newest checkpoint, or the beginning, to the end.
+
+  Killed at any point and started again, it ends with the same parameters, bit
+  for bit, and the same ledger. It goes on from the newest checkpoint that is
+  whole, and whose steps' metrics and scores are on record. Batches are read in
+  a thread; while a step runs, the next one's batch is put on the devices and
+  earlier ones' outputs are written.
+
+  Args:
+    folder: the run's; gets checkpoints and metrics.
+    state: the `steps.TrainState` before the first step.
+    batches: a grain iterator over batches; its place is in the checkpoints.
+    schedule: how long, and what how often.
+    fingerprint: of all that the run depends on.
+    train_step: `(state, reference, batch) -> (state, StepOutput)`.
+    take: `(step, ahead.Read) -> Taken`, called while the step before runs: puts
+      the batch on the devices.
+    evaluate: `params -> {name: number}`, to be written as they are named.
+    ledger: for the scores; None where the method has none.
+
+  Returns:
+    The last evaluation.
+
+  Raises:
+    step_log.NonFiniteError: too many steps in a row were skipped.
+    ValueError: what was saved is damaged or lost, and nothing before it is
+      left.
+    preemption.PreemptedError: after a SIGTERM; the run is saved.
+    OSError: the folder can't be written to, or the disk is full.
+  """
+  total = schedule.total_steps
+  with contextlib.ExitStack() as stack:
+
+    def closing(thing):
+      return stack.enter_context(contextlib.closing(thing))
+
+    stack.enter_context(workdir_lib.full_disk_named(folder))
+    stack.enter_context(
+      watchdog.watching(schedule.stall_seconds, what=f"the run in {folder}")
+    )
+    _check_room(folder, state, schedule)
+    asked = closing(preemption.Preemption())
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpointer(
+        folder,
+        keep=schedule.keep,
+        keep_every=schedule.keep_every,
+        fingerprint=fingerprint,
+      )
+    )
+    state = checkpoints.restore(
+      state, batches, *_recorded(folder, ledger, fingerprint)
+    )
+    step = int(state.step)
+    if distributed.is_first() and ledger is not None:
+      _forget_lost(ledger, step)
+    distributed.meet()
+    metrics = closing(
+      writers.metrics(folder, first_step=step, fingerprint=fingerprint)
+    )
+    bar = closing(writers.progress(total, step, folder.name))
+    trace = closing(_Trace(folder, *schedule.profile_steps))
+    log = step_log.StepLog(
+      folder,
+      metrics,
+      ledger,
+      every=schedule.log_every,
+      nonfinite_stop=schedule.nonfinite_stop,
+    )
+    position = batches.get_state()
+    reader = closing(prefetch.Reader(batches, count=total - step))
+    upcoming = None
+    while True:
+      finished = step == total
+      leaving = asked.reached()
+      saving = leaving or finished or (step and step % schedule.save_every == 0)
+      evaluating = finished or step % schedule.eval_every == 0
+      if evaluating or saving:
+        # Rows reach the disk before the checkpoint that counts on them.
+        log.flush(reader.waited)
+      if evaluating and not leaving:
+        watchdog.sign()
+        evaluation = evaluate(state.params)
+        metrics.write(step, evaluation)
+        metrics.flush()
+      if saving:
+        watchdog.sign()
+        checkpoints.save(step, state, prefetch.Position(position))
+      if leaving:
+        checkpoints.wait()
+        asked.leave(step, folder)
+      if finished:
+        return evaluation
+      if evaluating or saving:
+        log.restart(reader.waited)
+      read, taken = upcoming or _next(step, reader, log, take)
+      trace.before(step)
+      state, output = train_step(state, taken.reference, taken.batch)
+      log.add(step, taken, output, reader.waited)
+      position = read.position
+      step += 1
+      trace.after(step, output)
+      upcoming = _next(step, reader, log, take) if step < total else None
+      watchdog.sign()
+      bar.update()
+
+
+def _recorded(folder, ledger, fingerprint):
+  """Up to which step all is on record that a checkpoint counts on, and why.
+
+  Rows and lines reach the disk before the checkpoint: where they lack, they
+  were lost since, and their steps are to be made again.
+  """
+  limit, reason = None, ""
+  if distributed.is_first():
+    metrics = folder / writers.METRICS_FILE
+    limit = writers.recorded_steps(metrics, fingerprint)
+    reason = f"{metrics} lacks the lines of steps from {limit} on."
+    if ledger is not None:
+      lost = ledger.first_lost_step
+      if lost is None and not ledger.epochs:
+        lost = 0
+      if lost is not None and lost < limit:
+        where = ledger.path.joinpath(*ledger.lost_files[:1])
+        limit = lost
+        reason = f"{where}: rows of steps from {lost} on were lost."
+  told = distributed.texts_of_all(json.dumps([limit, reason]))[0]
+  return json.loads(told)
+
+
+def _forget_lost(ledger, step):
+  """Makes way for rows that are recorded again."""
+  if ledger.first_lost_step is not None:
+    ledger.forget_from(step)
+
+
+def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:
+  """Raises where a finished run lacks rows of its ledger.
+
+  Args:
+    folder: the run's.
+    ledger: opened so that it may lack files; None: there are no scores.
+
+  Raises:
+    ValueError: which file is missing, and what to do. In processes other than
+      the first, a RuntimeError.
+  """
+
+  def look():
+    remedy = (
+      f"To record them again, delete {folder / workdir_lib.RESULT_FILE} and"
+      " give the same command."
+    )
+    try:
+      epochs = ledger.epochs
+    except ValueError as error:
+      raise ValueError(f"{error} {remedy}") from error
+    if not epochs:
+      raise ValueError(f"{ledger.path} has lost all of its rows. {remedy}")
+
+  if ledger is not None:
+    distributed.by_first(look)
+
+
+def _next(step, reader, log, take):
+  read = reader.next(log.until_idle)
+  return read, take(step, read)
+
+
+def _check_room(folder, state, schedule):
+  """Raises before training where checkpoints would fill the disk."""
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  # The oldest goes once the newest is there.
+  count = schedule.keep + 1
+  if schedule.keep_every:
+    count += schedule.total_steps // schedule.keep_every
+  workdir_lib.check_room(
+    folder, size * count, beside=checkpoint.FOLDER, what=f"{count} checkpoints"
+  )
+
+
+class _Trace:
+  """A profile of some steps; of several processes, of the first one."""
+
+  def __init__(self, folder, first=-1, end=-1):
+    self._folder = folder / PROFILE_FOLDER
+    self._first, self._end = first, end
+    self._running = False
+
+  def before(self, step):
+    if step == self._first and jax.process_index() == 0:
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+      self._running = True
+
+  def after(self, step, output):
+    if self._running and step == self._end:
+      jax.block_until_ready(output)
+      self.close()
+
+  def close(self):
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+
+def nonfinite_samples(folder: pathlib.Path) -> int:
+  """How often a sample was left out because it was not finite."""
+  rows = writers.read_metrics(folder / writers.METRICS_FILE)
+  return int(sum(row.get("train_nonfinite", 0) for row in rows))
+
+
+def check_counts(config: Any, *fields: str) -> None:
+  """Raises ValueError unless these fields are at least 1."""
+  for field in fields:
+    value = config
+    for name in field.split("."):
+      value = value[name]
+    if value < 1:
+      raise ValueError(f"config.{field} is {value}; expected at least 1.")

@@ -1,0 +1,135 @@
+"""Whether a run's reference can guide it, asked before the first step."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+import gradmimic_jax as gm
+from experiments.data import pipeline, streams
+from experiments.runtime import distributed, workdir as workdir_lib
+from experiments.training import reference as reference_lib
+
+FILE = "reference_check.json"
+
+
+def check(
+  config: Any,
+  folder: pathlib.Path,
+  losses_fn: Callable[..., Any],
+  params: Any,
+  reference: reference_lib.Reference | None,
+  draw: Callable[[], Any],
+  *,
+  instead: str = "grad_mimic_outputs or output_agreement",
+) -> dict[str, Any] | None:
+  """Checks the reference's weights; stops a run that they would harm.
+
+  Args:
+    config: the run's.
+    folder: the run's; a reference that has passed is not checked again.
+    losses_fn: `(params, batch) -> (losses [B], aux)`.
+    params: the learner's parameters before the first step.
+    reference: the run's, or None.
+    draw: gives the batch to check on; `batch_of` has one.
+    instead: the methods to recommend where the weights would harm.
+
+  Returns:
+    What `save` writes, or None if there was nothing to check.
+
+  Raises:
+    ValueError: the reference lies in a foreign basin, and `config.mimic.force`
+      is not set.
+  """
+  if reference is None or reference.params is None:
+    return None
+  known = None
+  if (folder / FILE).exists():
+    fields = {"reference": str, "verdict": str}
+    known = workdir_lib.read_json(folder / FILE, fields)
+    if known["reference"] != reference.fingerprint:
+      known = None
+  # All processes check, or none.
+  if distributed.agree(known is not None) and (
+    known["verdict"] != "foreign basin" or config.mimic.force
+  ):
+    return known
+  report = gm.check_reference(
+    losses_fn,
+    params,
+    reference.params,
+    draw(),
+    layers=config.mimic.layers,
+    has_aux=True,
+  )
+  if report.verdict != "foreign basin" or config.mimic.force:
+    log = logging.info if report.verdict == "ok" else logging.warning
+    log("%s", report)
+    return as_json(report) | {"reference": reference.fingerprint}
+  raise ValueError(
+    f"the reference {config.mimic.reference} lies in a foreign basin (cosine"
+    f" with the learner's weights {report.weight_cosine:.3f}, barrier"
+    f" {report.barrier:.3g}): scores toward its weights would be worthless or"
+    f" inverted. Use the method {instead}, which needs only its outputs (in a"
+    " study, by --config.study.methods); or start from its initialisation (its"
+    " --config.seed; in a study, another workdir with"
+    " --config.study.reference.seed_offset=0); or give --config.mimic.force to"
+    " train all the same."
+  )
+
+
+def save(folder: pathlib.Path, checked: dict[str, Any] | None) -> None:
+  """Leaves what `check` returned in the run's folder."""
+  if checked is not None:
+    workdir_lib.write_json(folder / FILE, checked, sealed=True)
+
+
+def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
+  """Random training samples, with the labels that the learner is given.
+
+  Args:
+    data: what `train.load_data` returns.
+    samples: how many at most.
+    seed: of the draw.
+
+  Returns:
+    A batch as the pipeline makes it.
+
+  Raises:
+    ValueError: no samples were asked for.
+  """
+  if samples < 1:
+    raise ValueError(
+      f"config.mimic.check_samples is {samples}; expected at least 1."
+    )
+  rows = data.indices
+  if rows is None:
+    rows = np.arange(len(data.labels.labels))
+  rng = np.random.default_rng((seed, streams.CHECK))
+  chosen = rng.permutation(rows)[:samples]
+  (batch,) = pipeline.eval_batches(
+    data.train.images,
+    data.labels.labels,
+    batch_size=len(chosen),
+    indices=chosen,
+    mean=data.mean,
+    std=data.std,
+  )
+  return batch
+
+
+def as_json(report: gm.ReferenceReport) -> dict[str, Any]:
+  """The report's fields as JSON has them: numbers that aren't are null."""
+
+  def plain(value):
+    if isinstance(value, np.ndarray):
+      return [plain(x) for x in value.tolist()]
+    if isinstance(value, float) and not np.isfinite(value):
+      return None
+    return value
+
+  fields = dataclasses.asdict(report)
+  return {name: plain(value) for name, value in fields.items()}

@@ -1,0 +1,293 @@
+"""The benchmark end to end, small; and the vision transformer it measures."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from configs.benchmark import engines as benchmark_config
+from experiments import models
+from experiments.benchmarks import (
+  engine_steps as measure,
+  engines as benchmark,
+  float64,
+)
+
+
+@pytest.fixture
+def config():
+  config = benchmark_config.get_config().unlock()
+  config.update_from_flattened_dict(
+    {
+      "models": ("mlp",),
+      "layers": ("last_mlp",),
+      "microbatch_size": 3,
+      "largest_compared": 10,
+      "timing.pairs": 1,
+      "timing.seconds": 0.0,
+      "timing.shortest": 0.0,
+      "mlp.batch_sizes": (10,),
+      "mlp.widths": (16, 16),
+      "sweep.model.vit.patch_size": 16,
+      "sweep.model.vit.depth": 1,
+      "sweep.batch_size": (2,),
+      "sweep.depth": (),
+      "sweep.width": (),
+      "sweep.lines": ("auto/last_mlp",),
+      "tokens.image_sizes": (),
+    }
+  )
+  return config.lock()
+
+
+@pytest.mark.slow
+def test_a_benchmark_end_to_end(config, tmp_path, monkeypatch):
+  folder = tmp_path / "benchmark"
+  results = benchmark.run_benchmark(config, folder)
+  assert len(results["cases"]) == len(config.engines)
+  assert list(results["sweep"]) == ["batch_size/2/last_mlp/auto"]
+  assert results["sweep"]["batch_size/2/last_mlp/auto"]["score_error"] is None
+  for key, entry in results["cases"].items():
+    assert entry["time"] > 0
+    assert entry["gradient_error"] < 1e-5
+    assert (entry["flops"] is None) == key.endswith("/streaming")
+    if key.endswith("/optax"):
+      assert entry["score_error"] is None
+    else:
+      assert entry["score_error"] < 1e-5
+  forward, auto = (
+    results["cases"][f"mlp/10/last_mlp/{name}"] for name in ("forward", "auto")
+  )
+  assert auto == forward
+  assert 1 < auto["flops"] < 1.7
+  for name in ("time_mlp.png", "sweep.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+  stored = json.loads((folder / "benchmark.json").read_text())
+  assert stored == results
+  text = benchmark.table(config, results)
+  assert "auto (forward)" in text
+
+  # What a stop has left out is measured, and nothing else.
+  left_out = ["mlp/10/last_mlp/forward", "mlp/10/last_mlp/optax"]
+  for key in left_out:
+    del stored["cases"][key]
+  (folder / "benchmark.json").write_text(json.dumps(stored))
+  measured = []
+
+  def spy(self, cases, keep, compare):
+    assert compare
+    for case in cases:
+      measured.append(case.key)
+      keep(case, forward)
+
+  monkeypatch.setattr(measure.Setup, "measure", spy)
+  again = benchmark.run_benchmark(config, folder)
+  assert measured == left_out
+  assert again["cases"].keys() == results["cases"].keys()
+  monkeypatch.setattr(jax, "__version__", "0.0")
+  with pytest.raises(ValueError, match="measured with jax"):
+    benchmark.run_benchmark(config, folder)
+
+
+def test_every_engine_and_layer_has_its_row():
+  config = benchmark_config.get_config()
+  keys = [case.key for case in benchmark.table_cases(config)]
+  # Two batch sizes, six engines; a probe is nothing but a head.
+  assert len(keys) == len(set(keys)) == 2 * 6 * (3 + 3 + 1)
+  larger = benchmark_config.get_config("sizes=accelerator")
+  keys = {case.key for case in benchmark.table_cases(larger)} - set(keys)
+  assert len(keys) == 6 * 3
+  assert all(key.startswith("vit_b16/64/") for key in keys)
+
+
+def test_sizes_that_meet_in_the_base_are_measured_once(
+  config, tmp_path, monkeypatch
+):
+  config = config.unlock()
+  config.update_from_flattened_dict(
+    {"models": (), "sweep.batch_size": (32,), "sweep.depth": (1, 2)}
+  )
+  entry = dict.fromkeys(("engine", *measure.RATIOS, *measure.ERRORS), 1.0)
+  measured = []
+
+  def spy(self, cases, keep, compare):
+    assert not compare
+    for case in cases:
+      measured.append(case.key)
+      keep(case, entry)
+
+  monkeypatch.setattr(measure.Setup, "measure", spy)
+  results = benchmark.run_benchmark(config, tmp_path / "benchmark")
+  ours = [f"{x}/last_mlp/auto" for x in ("batch_size/32", "depth/2", "depth/1")]
+  assert measured == [ours[0], ours[1]]
+  assert set(results["sweep"]) == set(ours)
+
+
+@pytest.mark.slow
+def test_flops_of_the_last_block_fall_with_tokens():
+  config = benchmark_config.get_config()
+  ratios = []
+  for case in benchmark.token_cases(config):
+    setup = measure.Setup(case.section, case.batch_size, config)
+    ratios.append(setup.count(case)["flops"])
+  # Of the last MLP's two layers, three products of 4 width^2 each; of a plain
+  # step, three times 12 width^2 and attention's 2 tokens * width a block.
+  width, depth = config.tokens.model.vit.width, config.tokens.model.vit.depth
+  expected = [
+    1 + 12 * width / (3 * depth * (12 * width + 2 * tokens))
+    for tokens in (64, 144, 196)
+  ]
+  np.testing.assert_allclose(ratios, expected, atol=1e-3)
+  assert ratios[0] > 1.05 > ratios[1] > ratios[2]
+
+
+def test_the_error_column_sees_errors():
+  true = {"w": np.array([1.0, -4.0]), "b": np.array([2.0])}
+  ours = {"w": np.array([1.0, -4.0], np.float32), "b": np.array([2.5])}
+  assert float64.error(true, true) == 0
+  assert float64.error(ours, true) == 0.5 / 4
+
+
+def test_exact_answers_by_hand():
+  # losses (w x)^2 / 2 have gradients w x^2; the way to the reference is down.
+  x = np.array([1.0, 2.0, 3.0], np.float32)
+  params, reference = {"w": jnp.asarray(0.5)}, {"w": jnp.asarray(0.0)}
+  gap = float64.weights_gap(params, reference)
+  answers = float64.answers(
+    lambda params, batch: (params["w"] * batch["x"]) ** 2 / 2,
+    params,
+    {"x": jnp.asarray(x)},
+    {"all": float64.unit_vector(gap, None)},
+    2.0,
+  )
+  scores, grads = answers["all"]
+  assert scores.dtype == grads["w"].dtype == np.float64
+  np.testing.assert_allclose(scores, 0.5 * x**2, rtol=1e-12)
+  weights = np.exp(scores / 2) / np.exp(scores / 2).sum()
+  np.testing.assert_allclose(grads["w"], weights @ scores, rtol=1e-12)
+
+
+def test_the_way_to_outputs_by_hand():
+  # Logits w x of a linear model: minus the gradient is x^T (targets - outputs).
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(5, 3)), rng.normal(size=(3, 4))
+  targets = rng.normal(size=(5, 4))
+
+  def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+  descent = float64.outputs_descent(
+    lambda params, batch: batch @ params["w"], {"w": w}, targets, x
+  )
+  expected = x.T @ (softmax(targets) - softmax(x @ w)) / 5
+  assert descent["w"].dtype == np.float64
+  np.testing.assert_allclose(descent["w"], expected, rtol=1e-12)
+  (unit,) = float64.unit_vector(descent, None)
+  np.testing.assert_allclose(unit, expected / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("device", "abacus", "no such device"),
+    ("timing.pears", 1, "configs/benchmark/engines.py lists the fields"),
+  ],
+)
+def test_a_benchmark_refuses(config, tmp_path, field, value, message):
+  config = config.unlock()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=message):
+    benchmark.run_benchmark(config, tmp_path / "benchmark")
+
+
+def test_another_machine_is_refused_and_another_day_is_not(tmp_path):
+  file = tmp_path / benchmark.RESULT_FILE
+  device = jax.devices()[0]
+  results = benchmark._start(file, device)
+  assert set(results) == {"machine", *benchmark.PARTS}
+  results["machine"]["date"] = "2001-01-01"
+  results["cases"]["one"] = {"time": 1.0}
+  file.write_text(json.dumps(results))
+  assert benchmark._start(file, device) == results
+  results["machine"]["jax"] = "0.0.1"
+  file.write_text(json.dumps(results))
+  with pytest.raises(ValueError, match=r"jax '0\.0\.1' and this machine has"):
+    benchmark._start(file, device)
+
+
+def vit(**overrides):
+  config = base.get_config().unlock()
+  config.model.name = "vit"
+  config.update_from_flattened_dict(
+    {f"model.vit.{key}": value for key, value in overrides.items()}
+  )
+  return models.create(
+    config.model, input_shape=(32, 32, 3), num_classes=10, seed=0
+  )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+def test_a_vit_sees_every_patch_and_every_layer(pooling):
+  sizes = {"width": 24, "mlp_width": 48, "depth": 1}
+  apply, params = vit(pooling=pooling, **sizes)
+  images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+  logits = jax.jit(apply)(params, images)
+  assert logits.shape == (4, 10)
+  grads, by_pixel = jax.jit(
+    jax.grad(lambda p, x: jnp.sum(apply(p, x) ** 2), argnums=(0, 1))
+  )(params, images)
+  assert (np.abs(by_pixel) > 0).mean() > 0.99
+  assert params["blocks"][0]["mlp"]["fc1"]["kernel"].shape == (24, 48)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.isfinite(leaf).all()
+    # A bias of the keys shifts all attention logits of a query alike.
+    if "key" not in jax.tree_util.keystr(path):
+      assert np.abs(leaf).max() > 0
+  apply_bf16, _ = vit(pooling=pooling, dtype="bfloat16", **sizes)
+  rounded = jax.jit(apply_bf16)(params, images)
+  assert rounded.dtype == jnp.float32
+  np.testing.assert_allclose(rounded, logits, atol=0.05)
+
+
+@pytest.mark.slow
+def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
+  config = config.unlock()
+  sizes = {"width": 24, "mlp_width": 48, "depth": 1, "patch_size": 16}
+  config.update_from_flattened_dict(
+    {"layers": ("all",), "models": ("vit_b16",)}
+    | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
+    | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
+  )
+  assert config.vit_b16.vit.dtype == "bfloat16"
+  cases = benchmark.table_cases(config)
+  entries = {}
+  setup = measure.Setup(cases[0].section, cases[0].batch_size, config)
+  setup.measure(
+    cases, lambda case, entry: entries.update({case.engine: entry}), True
+  )
+  assert set(entries) == set(config.engines)
+  for engine, entry in entries.items():
+    assert 1e-4 < entry["gradient_error"] < 2e-2
+    if engine != "optax":
+      assert 1e-4 < entry["score_error"] < 2e-2
+
+
+def test_the_small_vit_has_its_size():
+  _, params = vit()
+  assert sum(x.size for x in jax.tree.leaves(params)) == 2_693_194
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"patch_size": 5}, "patch_size is 5"),
+    ({"heads": 5}, "heads is 5"),
+    ({"pooling": "max"}, "pooling is 'max'"),
+  ],
+)
+def test_a_vit_refuses(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    vit(**sizes)

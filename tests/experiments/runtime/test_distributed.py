@@ -1,0 +1,616 @@
+"""One program for one device and for many: rows, shards, meeting, restoring."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import processes
+import pytest
+import update_case
+from jax.sharding import PartitionSpec
+
+import gradmimic_jax as gm
+from configs import digits
+from experiments import models
+from experiments.data import pipeline
+from experiments.data.pairs import in_memory as image_text
+from experiments.runtime import checkpoint, distributed, sharding
+from experiments.training import steps, trainer as train
+
+CASE = str(pathlib.Path(update_case.__file__))
+
+
+def mesh_of(data, fsdp, batch_size=8):
+  return distributed.Devices(
+    {"data": data, "fsdp": fsdp}, batch_size=batch_size
+  )
+
+
+@pytest.mark.parametrize(
+  ("shape", "fsdp", "expected"),
+  [
+    ((1024, 64), 8, ("fsdp",)),
+    ((64, 1024), 8, (None, "fsdp")),
+    ((512, 512), 8, (None, "fsdp")),  # the last of equals
+    ((1023, 512), 8, (None, "fsdp")),  # the largest can't be divided
+    ((1023, 513), 8, ()),
+    ((64, 64), 8, ()),  # small
+    ((1024, 1024), 1, ()),
+    ((), 8, ()),
+  ],
+)
+def test_an_array_is_divided_along_its_largest_axis(shape, fsdp, expected):
+  assert sharding.spec_of(shape, fsdp) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(
+  ("data", "fsdp", "message"),
+  [
+    (9, 1, r"data=9, fsdp=1, and there are 8 devices of 1 process"),
+    (4, 4, "data=4, fsdp=4, and there are 8 devices"),
+    (-1, 3, "data=-1, fsdp=3, and there are 8 devices"),
+    (-1, -1, "of which one may be -1"),
+    (0, 1, "of which one may be -1"),
+    (3, 1, "batch_size is 8 on 3 devices"),
+  ],
+)
+def test_a_mesh_that_cannot_be_is_refused(data, fsdp, message):
+  with pytest.raises(ValueError, match=message):
+    mesh_of(data, fsdp)
+
+
+def test_a_mesh_takes_the_devices_that_are_left():
+  assert dict(mesh_of(-1, 2).mesh.shape) == {"data": 4, "fsdp": 2}
+  assert dict(mesh_of(2, -1).mesh.shape) == {"data": 2, "fsdp": 4}
+  assert dict(mesh_of(2, 1).mesh.shape) == {"data": 2, "fsdp": 1}
+
+
+def test_a_single_device_is_left_alone():
+  devices = mesh_of(1, 1)
+  assert devices.mesh is devices.rows is devices.whole is None
+  params = {"w": jnp.ones([512, 512])}
+  for put in (devices.place, devices.put, devices.place_rows):
+    placed = put(params)["w"]
+    assert placed.unsafe_buffer_pointer() == params["w"].unsafe_buffer_pointer()
+  made = devices.compute(lambda params: params, params)
+  assert made["w"] is params["w"]
+
+
+def test_processes_that_cannot_meet_are_told_how():
+  with pytest.raises(ValueError, match=r"can't meet.*--coordinator=host:port"):
+    distributed.start(coordinator="localhost:1", num_processes=2, process_id=2)
+
+
+class TestBatches:
+  """The same global batches, whoever makes their rows."""
+
+  IMAGES = np.random.default_rng(0).integers(0, 255, (44, 4, 4, 1), np.uint8)
+  LABELS = np.arange(44)
+
+  @pytest.mark.parametrize("count", [2, 4])
+  @pytest.mark.parametrize(
+    "make",
+    [
+      functools.partial(
+        pipeline.train_batches, seed=3, num_epochs=2, flip=True
+      ),
+      functools.partial(pipeline.eval_batches, indices=np.arange(5, 26)),
+    ],
+  )
+  def test_of_images(self, make, count):
+    batches = [
+      make(
+        self.IMAGES,
+        self.LABELS,
+        batch_size=8,
+        mean=0.5,
+        std=0.25,
+        process=process,
+      )
+      for process in ((0, 1), *((i, count) for i in range(count)))
+    ]
+    seen = 0
+    for whole, *parts in zip(*batches, strict=True):
+      for part in parts:
+        np.testing.assert_array_equal(part.pop("batch_index"), whole["index"])
+      for key, rows in whole.items():
+        np.testing.assert_array_equal(
+          rows, np.concatenate([part[key] for part in parts])
+        )
+      seen += int(whole["mask"].sum())
+    assert seen in (88, 21)
+    # Nothing of a state depends on who has it.
+    assert len({json.dumps(one.get_state()) for one in batches}) == 1
+
+  @pytest.mark.parametrize("count", [2, 4])
+  def test_of_pairs(self, count):
+    def make(process_index, process_count):
+      return image_text.Pairs(
+        self.IMAGES,
+        self.LABELS[:, None],
+        np.array([f"{i:032x}" for i in self.LABELS]),
+        batch_size=8 // process_count,
+        seed=0,
+        num_epochs=2,
+        process_index=process_index,
+        process_count=process_count,
+      )
+
+    sets = [make(0, 1), *(make(i, count) for i in range(count))]
+    iterators = [iter(one) for one in sets]
+    for whole, *parts in zip(*iterators, strict=True):
+      for key, rows in whole.items():
+        np.testing.assert_array_equal(
+          rows, np.concatenate([part[key] for part in parts])
+        )
+    assert len({one.fingerprint for one in sets}) == 1
+    iterators[0].set_state(iterators[-1].get_state())
+
+  def test_a_process_that_is_not_one_of_them_is_refused(self):
+    for process in ((2, 2), (-1, 2), (0, 3)):
+      with pytest.raises(ValueError, match=r"process is .* for batches of 8"):
+        pipeline.eval_batches(
+          self.IMAGES, self.LABELS, batch_size=8, process=process
+        )
+
+
+class TestFingerprints:
+  """Of parameters: exact, on the devices, however they are divided."""
+
+  W = np.random.default_rng(0).normal(size=(512, 256)).astype(np.float32)
+
+  def test_do_not_depend_on_the_sharding_and_gather_nothing(self):
+    params = {"w": self.W, "b": np.arange(3, dtype=np.float32)}
+    expected = checkpoint.fingerprint(params)
+    for sizes in ((1, 1), (8, 1), (1, 8), (2, 4)):
+      placed = mesh_of(*sizes).place(params)
+      assert checkpoint.fingerprint(placed) == expected
+    program = checkpoint._sums.lower(placed["w"]).compile().as_text()
+    assert "all-reduce" in program
+    assert "all-gather" not in program
+
+  def test_tell_values_places_dtypes_and_names_apart(self):
+    w = self.W
+    swapped, signs, last = w.copy(), w.copy(), w.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    signs[:2] *= -1
+    last[-1, -1] = np.nextafter(last[-1, -1], np.float32(9))
+    trees = [
+      {"w": w},
+      {"w": swapped},
+      {"w": signs},
+      {"w": last},
+      {"w": w.T},
+      {"w": w.reshape(256, 512)},
+      {"w": w.view(np.int32)},
+      {"w": w.astype(jnp.bfloat16)},
+      {"v": w},
+      {"w": np.zeros_like(w)},
+      {"w": np.zeros_like(w, bool)},
+    ]
+    assert len({checkpoint.fingerprint(tree) for tree in trees}) == len(trees)
+
+
+class TestCheckpoints:
+  """Read into the shardings that are asked for."""
+
+  class Iterator:
+    """What has a state."""
+
+    def __init__(self, state=None):
+      self.state = state
+
+    def get_state(self):
+      return self.state
+
+    def set_state(self, state):
+      self.state = state
+
+  def state(self, devices):
+    params = {
+      "w": jnp.arange(2.0**17).reshape(512, 256),
+      "blocks": {0: jnp.ones(3)},
+    }
+    tx = optax.adam(1e-3)
+    return devices.compute(
+      functools.partial(steps.init_state, tx=tx), devices.place(params)
+    )
+
+  def test_on_other_devices(self, tmp_path):
+    saved = self.state(mesh_of(2, 4))._replace(step=jnp.int32(7))
+    saver = checkpoint.Checkpointer(tmp_path, keep=1, fingerprint="a")
+    saver.save(7, saved, self.Iterator({"next_index": 7}))
+    saver.wait()
+    for sizes in ((1, 1), (8, 1), (1, 8)):
+      like, iterator = self.state(mesh_of(*sizes)), self.Iterator()
+      found = saver.restore(like, iterator)
+      assert iterator.state == {"next_index": 7}
+      for got, want, where in zip(
+        *map(jax.tree.leaves, (found, saved, like)), strict=True
+      ):
+        np.testing.assert_array_equal(got, want)
+        assert got.sharding.is_equivalent_to(where.sharding, got.ndim)
+    saver.close()
+    whole = checkpoint.load_params(tmp_path, self.state(mesh_of(1, 1)).params)
+    parts = checkpoint.load_params(tmp_path, self.state(mesh_of(1, 8)).params)
+    assert [shard.data.shape for shard in parts["w"].addressable_shards] == [
+      (64, 256)
+    ] * 8
+    assert not whole["w"].committed
+    np.testing.assert_array_equal(parts["w"], whole["w"])
+
+  def test_kept_are_the_newest_and_some_for_ever(self, tmp_path):
+    state = self.state(mesh_of(1, 1))
+    saver = checkpoint.Checkpointer(
+      tmp_path, keep=2, keep_every=3, fingerprint=""
+    )
+    for step in range(1, 9):
+      saver.save(step, state, self.Iterator())
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [3, 6, 7, 8]
+
+  def test_one_that_was_cut_off_is_never_seen(self, tmp_path):
+    state = self.state(mesh_of(1, 1))
+    saver = checkpoint.Checkpointer(tmp_path, keep=2, fingerprint="")
+    saver.save(1, state, self.Iterator(1))
+    saver.close()
+    folder = tmp_path / checkpoint.FOLDER
+    half = folder / "2.orbax-checkpoint-tmp"
+    (folder / "1").rename(half)  # a save ends with the other direction
+    assert checkpoint.steps(tmp_path) == []
+    saver = checkpoint.Checkpointer(tmp_path, keep=2, fingerprint="")
+    assert saver.restore(state, self.Iterator()) is state
+    saver.save(2, state, self.Iterator())
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [2]
+    assert not half.exists()
+
+  def test_places_of_other_processes_are_refused(self, tmp_path, monkeypatch):
+    """Of tar shards, that is: their places in the data differ."""
+    state = self.state(mesh_of(1, 1))
+    saver = checkpoint.Checkpointer(tmp_path, keep=2, fingerprint="")
+    with monkeypatch.context() as patch:
+      patch.setattr(distributed, "texts_of_all", lambda text: [text, '"b"'])
+      saver.save(1, state, self.Iterator("a"))
+    with pytest.raises(ValueError, match=r"by 2 processes.*there are 1"):
+      saver.restore(state, self.Iterator())
+    saver.close()
+
+
+def fields_of(config, *names):
+  """The config's fields, for a command line."""
+  return {
+    name: functools.reduce(lambda x, part: x[part], name.split("."), config)
+    for name in names
+  }
+
+
+# What `make_config` has otherwise than configs/digits.py, but for the mesh.
+OVERRIDES = (
+  "data.data_dir",
+  "num_epochs",
+  "batch_size",
+  "model.widths",
+  "optimizer.learning_rate",
+)
+
+
+def params_of(config, workdir):
+  """A run's last parameters."""
+  _, like = models.create(
+    config.model, input_shape=(8, 8, 1), num_classes=10, seed=0
+  )
+  return checkpoint.load_params(workdir, like)
+
+
+def assert_close(got, want, rtol):
+  """Trees whose difference is small beside them."""
+  ours, theirs = (
+    np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    for tree in (got, want)
+  )
+  assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs)
+
+
+def test_two_processes_train_as_one_does(make_config, tmp_path):
+  """Each with half of every batch, and of the large parameters."""
+  config = make_config(
+    **{
+      "num_epochs": 1,
+      "model.widths": (256, 256),
+      "optimizer.name": "sgd",
+      "method": "random",
+    }
+  )
+  fields = {
+    **fields_of(config, *OVERRIDES),
+    "optimizer.name": "sgd",
+    "method": "random",
+    "mesh.fsdp": 2,
+  }
+  started = processes.start(
+    [
+      *("-m", "experiments.train"),
+      *processes.flags_of(
+        "configs/digits.py:seeds=1", tmp_path / "two", **fields
+      ),
+    ],
+    count=2,
+  )
+  alone = train.train_and_evaluate(config, tmp_path / "one")
+  first, second = processes.finish(started)
+  together = json.loads((tmp_path / "two" / "result.json").read_text())
+  assert together["fingerprint"] in first  # which speaks for both
+  assert together["fingerprint"] not in second
+  assert together["fingerprint"] == alone["fingerprint"]
+  assert together["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)
+  assert_close(
+    *(params_of(config, tmp_path / name) for name in ("two", "one")), 1e-5
+  )
+  tables = [
+    gm.ScoreLedger(tmp_path / name / "ledger").table()
+    for name in ("two", "one")
+  ]
+  for column in ("id", "step", "epoch"):
+    assert tables[0][column].equals(tables[1][column])
+  for column in ("score", "weight", "loss"):
+    np.testing.assert_allclose(
+      *(table[column].to_numpy() for table in tables), rtol=1e-5, atol=1e-6
+    )
+
+
+MIMIC = (
+  ("classes", "grad_mimic", "forward"),
+  ("classes", "grad_mimic", "per_sample"),
+  ("pairs", "grad_mimic", "forward"),
+)
+PLAIN = (("classes", "sgd", "auto"), ("pairs", "sgd", "forward"))
+METHODS = {32: MIMIC + PLAIN, 64: MIMIC}  # by the bits of the numbers
+
+
+def run_cases(folder, fsdps, *, simple, **layout):
+  """The arrays of each case, and what each process held of large ones."""
+  name = "_".join(map(str, layout.values()))
+  methods = METHODS[layout["bits"]]
+  cases = [[*method, fsdp] for method in methods for fsdp in fsdps]
+  spec = json.dumps(
+    {"cases": cases, "folder": str(folder), "name": name, "simple": simple}
+  )
+  processes.finish(processes.start([CASE, spec], **layout), timeout=500)
+  held = [
+    json.loads((folder / f"{name}_{number}.json").read_text())
+    for number in range(layout["count"])
+  ]
+  found: dict[str, dict[str, np.ndarray]] = {}
+  with np.load(folder / f"{name}.npz") as stored:
+    for key in stored.files:
+      case, place = key.split("|")
+      found.setdefault(case, {})[place] = stored[key]
+  return found, held
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+  """Every case on one device of one process; in float64 if that is asked for.
+
+  Also leaves the references that all go toward.
+  """
+
+  @functools.cache
+  def run(bits, simple):
+    folder = tmp_path_factory.mktemp(f"updates{bits}")
+    layout = {"count": 1, "devices": 1, "bits": bits}
+    return folder, run_cases(folder, [1], simple=simple, **layout)[0]
+
+  return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("count", "devices", "bits"),
+  [
+    *((1, 2, 64), (1, 8, 64), (2, 4, 64), (4, 2, 64)),
+    *((1, 8, 32), (2, 1, 32), (2, 4, 32)),
+  ],
+)
+def test_an_update_is_the_single_devices(on_one_device, count, devices, bits):
+  """Whole or divided parameters, engines, tasks; weights are of the batch."""
+  # JAX's attention is float32 at most. And how a program is divided doesn't
+  # depend on whose the devices are: several processes don't compile attention.
+  simple = bits == 64 or count > 1
+  folder, alone = on_one_device(bits, simple)
+  fsdps = sorted({1, count * devices})
+  found, held = run_cases(
+    folder, fsdps, simple=simple, count=count, devices=devices, bits=bits
+  )
+  of_update, of_scores = {32: (1e-6, 1e-5), 64: (1e-12, 1e-12)}[bits]
+  assert len(found) == len(METHODS[bits]) * len(fsdps)
+  for case, arrays in found.items():
+    *method, fsdp = case.split()
+    expected = alone[" ".join([*method, "1"])]
+    assert arrays.keys() == expected.keys()
+    updates = [
+      {key: x for key, x in tree.items() if key.startswith("/update/")}
+      for tree in (arrays, expected)
+    ]
+    assert_close(*updates, of_update)
+    for key in arrays.keys() - updates[0].keys():
+      scale = np.abs(expected[key]).max()
+      np.testing.assert_allclose(
+        arrays[key], expected[key], rtol=0, atol=of_scores * max(scale, 1e-30)
+      )
+    # Each process holds its part of what is divided, learner and reference
+    # alike: a copy for each group of fsdp devices, of all processes together.
+    copies = count * devices // int(fsdp)
+    for tree in ("learner", "reference"):
+      for here, everywhere in (process[case][tree] for process in held):
+        assert here * count == everywhere * copies
+        assert everywhere or (tree == "reference" and "sgd" in case)
+
+
+def settings(digits_dir, **more):
+  """Of three epochs, at which a second job goes on by itself."""
+  return {
+    "data.data_dir": digits_dir,
+    "num_epochs": 3,
+    "batch_size": 256,
+    "model.widths": (256, 256),
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 1e-2,
+    "checkpoint.keep": 9,
+    **more,
+  }
+
+
+def run_job(job, config_file, workdir, *, count=1, devices=1, **fields):
+  """What the first process has printed."""
+  command = ["-m", f"experiments.{job}"]
+  command += processes.flags_of(config_file, workdir, **fields)
+  return processes.finish(
+    processes.start(command, count=count, devices=devices)
+  )[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, digits_dir):
+  """A run on clean labels."""
+  folder = tmp_path_factory.mktemp("reference") / "run"
+  fields = settings(digits_dir, **{"noise.rate": 0.0})
+  run_job("train", "configs/digits.py", folder, **fields)
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [((2, 2, 4), (1, 1, 1)), ((1, 1, 1), (4, 2, 8)), ((4, 1, 1), (2, 4, 2))],
+)
+def test_a_run_goes_on_with_other_processes_and_devices(
+  digits_dir, reference, tmp_path, before, after
+):
+  fields = settings(
+    digits_dir,
+    **{"method": "grad_mimic", "mimic.reference": str(reference)},
+  )
+
+  def start(workdir, count, devices, fsdp):
+    layout = {"count": count, "devices": devices, "mesh.fsdp": fsdp}
+    run_job("train", "configs/digits.py", workdir, **layout, **fields)
+
+  start(tmp_path / "run", *before)
+  whole = gm.ScoreLedger(tmp_path / "run" / "ledger").table()
+  config = digits_config(fields)
+  expected = params_of(config, tmp_path / "run")
+  first, *later = checkpoint.steps(tmp_path / "run")
+  for step in later:  # as if it had been cut off after the first epoch
+    shutil.rmtree(tmp_path / "run" / checkpoint.FOLDER / str(step))
+  (tmp_path / "run" / "result.json").unlink()
+  start(tmp_path / "run", *after)
+  assert checkpoint.steps(tmp_path / "run") == [first, *later]
+  assert_close(params_of(config, tmp_path / "run"), expected, 1e-5)
+  # The rows of the second and third epoch were written twice; they count once.
+  again = gm.ScoreLedger(tmp_path / "run" / "ledger").table()
+  for column in ("id", "step", "epoch"):
+    assert again[column].equals(whole[column])
+  for column in ("score", "weight", "loss"):
+    wanted = whole[column].to_numpy()
+    np.testing.assert_allclose(
+      again[column].to_numpy(), wanted, rtol=0, atol=1e-4 * wanted.std()
+    )
+
+
+def digits_config(fields):
+  """The config of a command line's fields."""
+  config = digits.get_config("").unlock()
+  config.update_from_flattened_dict(
+    {name: value for name, value in fields.items() if "." in name}
+  )
+  return config
+
+
+@pytest.mark.slow
+def test_a_data_set_is_scored_together(digits_dir, reference, tmp_path):
+  run_job(
+    "train", "configs/digits.py", tmp_path / "learner", **settings(digits_dir)
+  )
+  job = (
+    "score",
+    f"configs/score.py:learner={tmp_path / 'learner'}",
+  )
+  fields = {
+    "mimic.reference": reference,
+    "batch_size": 64,
+    "flush_every": 5,
+  }
+  for count, layout in (
+    (1, {}),
+    (2, {"devices": 2, "mesh.fsdp": 4}),
+    (4, {}),
+  ):
+    run_job(*job, tmp_path / str(count), count=count, **fields, **layout)
+  results = {
+    (tmp_path / str(count) / "result.json").read_text() for count in (1, 2, 4)
+  }
+  assert len(results) == 1
+  one, *others = (
+    gm.ScoreLedger(tmp_path / str(count) / "ledger").matrix()
+    for count in (1, 2, 4)
+  )
+  for ids, scores in others:
+    np.testing.assert_array_equal(ids, one[0])
+    np.testing.assert_allclose(scores, one[1], rtol=1e-4, atol=1e-5)
+  chosen = run_job(
+    "select",
+    f"configs/select.py:run={tmp_path / '2'}",
+    tmp_path / "filter",
+    count=2,
+  )
+  assert f"of {len(one[0]):,} samples" in chosen
+
+
+@pytest.mark.slow
+def test_a_study_is_made_together(digits_dir, tmp_path):
+  """The first process claims, filters and reports; all train every run."""
+  fields = {
+    **settings(digits_dir),
+    "num_epochs": 2,
+    "study.methods": "('sgd','grad_mimic','grad_mimic_outputs')",
+  }
+  texts = [
+    run_job(
+      "study",
+      "configs/digits.py:seeds=1",
+      tmp_path / str(count),
+      count=count,
+      **fields,
+    )
+    for count in (1, 2)
+  ]
+  found = [
+    json.loads((tmp_path / str(count) / "summary.json").read_text())["rows"]
+    for count in (1, 2)
+  ]
+  for one, two in zip(*found, strict=True):
+    assert one["method"] == two["method"]
+    assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.02)
+    assert two["train_samples"] == pytest.approx(one["train_samples"], rel=0.02)
+  assert all("seed 0: retrained_grad_mimic" in text for text in texts)
+  assert (tmp_path / "2" / "report_grad_mimic.html").exists()
+
+
+@pytest.mark.slow
+def test_jobs_of_one_process_refuse_several(digits_dir, tmp_path):
+  command = [
+    *("-m", "experiments.tune"),
+    *processes.flags_of("configs/digits.py", tmp_path / "run"),
+  ]
+  started = processes.start(command, count=2)
+  for process in started:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "error: this job is one for a single process" in errors
