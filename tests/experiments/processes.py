@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-_CACHE = ROOT / ".pytest_cache" / "jax"
+CACHE = ROOT / ".pytest_cache" / "jax"
 
 
 def flags_of(config_file: str, workdir: object, **fields) -> list[str]:
@@ -49,8 +49,8 @@ def start(
     "JAX_ENABLE_X64": str(int(bits == 64)),
     "PYTHONPATH": str(ROOT),
     # What one has compiled the others find.
-    "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_COMPILATIONCACHE_DIR": str(CACHE),
+    "JAX_PERSISTENTCACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   options = {
     "stdout": subprocess.PIPE,
