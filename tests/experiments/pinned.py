@@ -37,19 +37,18 @@ import orbax.checkpoint as ocp
 
 import gradmimic_jax as gm
 from configs import (
-  clip_shapes,
   digits,
   score as score_config,
   select as select_config,
+  shapes as clip_shapes,
 )
-from experiments import (
-  checkpoint,
-  clip_train,
-  score as score_job,
-  select as select_job,
+from experiments.runtime import checkpoint, metrics as writers
+from experiments.selection import files as select_job
+from experiments.training import (
+  clip_trainer as clip_train,
+  scoring as score_job,
   steps,
-  train as digits_train,
-  writers,
+  trainer as digits_train,
 )
 from tests.experiments import processes
 
