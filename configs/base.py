@@ -1,76 +1,48 @@
-"""Every field there is, with its default. The other configs start from here.
+"""What the configs of all tasks have in common, and how arguments are read.
 
-A field that is not here is refused, on the command line and in code.
+`configs/classification.py`, `configs/contrastive.py` and the like list every
+field of their task. A field that is not there is refused, on the command line
+and in code.
 """
 
 from ml_collections import config_dict
 
+_UNITS = ("epochs", "samples", "steps")
 
-def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """The defaults, locked."""
-  parse_arg(arg)
+
+def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
+  """The fields of every task, with their defaults; unlocked.
+
+  Args:
+    task: a name in `experiments.tasks`.
+    **durations: as `add_durations` takes them.
+
+  Returns:
+    The config.
+  """
   config = config_dict.ConfigDict()
 
+  config.task = task
   # Initialisation and batch order. Runs of one seed start from the same
   # parameters: that puts a reference into the learner's own basin.
   config.seed = 0
-  config.batch_size = 128
+  config.batch_size = 128  # of all devices together
   config.eval_batch_size = 512
-  config.num_epochs = 50
-  add_running(config)
-
-  config.data = config_dict.ConfigDict()
-  # Any prepared TFDS image-classification set; "digits" prepares itself.
-  config.data.name = "digits"
-  config.data.data_dir = config_dict.placeholder(str)
-  config.data.train_split = "train"
-  config.data.test_split = "test"
-  # Pixels that both sides of every image are resized to; 0: as they are.
-  config.data.image_size = 0
-  config.data.flip = False  # random horizontal flips
-  # Which samples to train on: a .npy file of ids, or a selection as .parquet
-  # or .csv. Ids are positions in the split or the set's own. None: all.
-  config.data.filter = config_dict.placeholder(str)
-
-  config.noise = config_dict.ConfigDict()
-  # "symmetric", "pair", "asymmetric", "confusion" or "file".
-  config.noise.kind = "symmetric"
-  # Exactly int(rate * N) labels are flipped; 0 with "confusion" and "file": as
-  # the matrix or the table has it.
-  config.noise.rate = 0.0
-  config.noise.seed = 0
-  # Of "asymmetric", such as "cat:dog,dog:cat"; None for CIFAR's usual one.
-  config.noise.mapping = config_dict.placeholder(str)
-  # Of "confusion": a .npy or .csv file, true classes by given ones.
-  config.noise.matrix = config_dict.placeholder(str)
-  # Of "file": a .csv or .parquet table, and its columns with labels and ids.
-  config.noise.path = config_dict.placeholder(str)
-  config.noise.column = config_dict.placeholder(str)
-  config.noise.id_column = config_dict.placeholder(str)
-  # Of "file": samples that the table lacks keep their labels.
-  config.noise.partial = False
-
-  config.model = config_dict.ConfigDict()
-  config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
-  # Where weights come from that are not initialised: the workdir of a finished
-  # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
-  # always a new one.
-  config.model.pretrained = config_dict.placeholder(str)
-  # Of the vit: "" is as `vit` has it; "pretrained" takes all of that from the
-  # weights that `pretrained` names and the config.json beside them.
-  config.model.size = ""
-  # Hidden widths of the mlp, or channels per stage of convnet and resnet.
-  config.model.widths = (256, 256)
-  # Of convnet and resnet: pixels taken together, in each direction.
-  config.model.patch_size = 1
-  config.model.blocks_per_stage = 1  # of the resnet
-  config.model.vit = vit()
+  config.checkpoint = config_dict.ConfigDict()
+  config.checkpoint.keep = 2  # the newest
+  add_durations(config, **durations)
+  _add_running(config)
 
   config.optimizer = config_dict.ConfigDict()
   config.optimizer.name = "adamw"  # "adamw" or "sgd" (with momentum .9)
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
+  config.optimizer.warmup_steps = 0  # a line up to the learning rate
   config.optimizer.weight_decay = 1e-5
+  config.optimizer.decaying = "all"  # or "matrices": no gains and biases
+  config.optimizer.b1 = 0.9  # of adamw, and so are these
+  config.optimizer.b2 = 0.999
+  config.optimizer.epsilon = 1e-8
 
   # "sgd", "grad_mimic", "distillation", "rho", "grand", "influence", "agra",
   # "grad_match_omp", ...: experiments/methods/table.py has a table of all.
@@ -80,9 +52,13 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # the "clean_gradient" of a few samples with true labels, or down the
   # "noisy_gradient" of an independent batch.
   config.mimic.direction = "weights"
-  # The workdir of a finished run. For its weights it must have the learner's
-  # architecture and should have its seed; for its outputs it may be any.
+  # The workdir of a finished run, or (of image-text pairs) published weights.
+  # For its weights it must have the learner's architecture and should have its
+  # seed; for its outputs it may be any.
   config.mimic.reference = config_dict.placeholder(str)
+  # What published weights are of, where it isn't the learner's own model.
+  config.mimic.reference_size = config_dict.placeholder(str)
+  config.mimic.reference_activation = config_dict.placeholder(str)
   # A .npy file of logits [N, C] in place of a reference's outputs, a row for
   # each sample of the train split; [2, N, C] has the mirrored images' too.
   config.mimic.outputs = config_dict.placeholder(str)
@@ -117,14 +93,14 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.select.threshold = 0.0  # of "threshold", on the raw score
   config.select.fraction = 0.5  # of "top_fraction"
 
-  config.checkpoint = config_dict.ConfigDict()
-  config.checkpoint.every_epochs = 1
-  config.checkpoint.keep = 2  # the newest
-  config.checkpoint.keep_every = 0  # and each that many epochs, for ever
-
   config.study = config_dict.ConfigDict()
   config.study.seeds = (0, 1, 2)
   config.study.methods = ("sgd", "grad_mimic")
+  # Every method with scores at all of these. Layers as `mimic.layers`;
+  # weightings such as "ess0.7" (an effective sample size of 70 % of the batch),
+  # "temperature0.05" or "top0.7". Empty: as `mimic` has them.
+  config.study.layers = ()
+  config.study.weightings = ()
   config.study.retrain = True  # on what each method's selection keeps
   # Shares of the data to train on: each method's best, and some by chance.
   config.study.keep_fractions = ()
@@ -133,6 +109,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # `select.threshold`), "gmm", "kmeans", "top_fraction", "auto", and "weight":
   # the published threshold, a weight of more than 1 / batch_size.
   config.study.binarizers = ()
+  # Filters to retrain on: "mimic_top30", "random30" and the like, percents of
+  # the pool, combined with - & | and parentheses.
+  config.study.filters = ()
+  # The run whose mimic scores filters go by; "": the first one with scores.
+  config.study.filter_by = ""
   # A folder of references, which studies may share; None: in the workdir.
   config.study.references = config_dict.placeholder(str)
   # The methods' own settings, as `experiments.tune` wrote them to a file.
@@ -144,23 +125,44 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.tune.weighting_values = ()
   # Of `mimic.layers`, besides that one, for methods that look at gradients.
   config.study.tune.layers = ()
+  # Batches at which steps are compared; empty: the config's own.
+  config.study.cost_batch_sizes = ()
   # How the reference differs from the learner. Empty and 0: not at all, but
-  # for its clean labels.
+  # for its clean data.
   config.study.reference = config_dict.ConfigDict()
   # Added to the seed: another initialisation and another batch order.
   config.study.reference.seed_offset = 0
-  config.study.reference.model = ""  # model name, for another architecture
-  config.study.reference.widths = ()  # of that model
   config.study.reference.num_epochs = 0
-  config.study.reference.train_split = ""
-  config.study.reference.noise_rate = 0.0  # symmetric, in its labels
-  # Trains it on the very split that everything is tested on: to see what such
-  # a reference would be worth, never to report an accuracy.
-  config.study.reference.test_leak = False
-  return config.lock()
+  config.study.reference.num_samples = 0
+  config.study.reference.num_steps = 0
+  config.study.reference.noise_rate = 0.0  # of its data
+  return config
 
 
-def add_running(config: config_dict.ConfigDict) -> None:
+def add_durations(config: config_dict.ConfigDict, **values: int) -> None:
+  """Sets how long a run is, and how often it is evaluated and saved.
+
+  Each in epochs, samples or steps, of which at most one is above 0: the length
+  `num_*`, `eval_every_*`, `checkpoint.every_*`, and `checkpoint.keep_every_*`
+  for checkpoints that are kept for good.
+
+  Args:
+    config: to set them in.
+    **values: what isn't 0, such as `num_epochs=50` or `save_every_steps=100`
+      (of `checkpoint.every_steps`).
+  """
+  for unit in _UNITS:
+    config[f"num_{unit}"] = values.pop(f"num_{unit}", 0)
+  for unit in _UNITS:
+    config[f"eval_every_{unit}"] = values.pop(f"eval_every_{unit}", 0)
+  for unit in _UNITS:
+    config.checkpoint[f"every_{unit}"] = values.pop(f"save_every_{unit}", 0)
+    config.checkpoint[f"keep_every_{unit}"] = 0
+  if values:
+    raise ValueError(f"there are no durations {', '.join(values)}.")
+
+
+def _add_running(config: config_dict.ConfigDict) -> None:
   """Adds how a run is carried out, which may change when it is continued."""
   # Over how many devices a batch's rows are divided, and over how many the
   # parameters too: a batch takes data * fsdp devices. -1: all that are left.
@@ -178,21 +180,6 @@ def add_running(config: config_dict.ConfigDict) -> None:
   # The first step and the one after the last that are traced for a profiler;
   # empty: none.
   config.profile_steps = ()
-
-
-def vit() -> config_dict.ConfigDict:
-  """What a vision transformer is made of; a small one for 32-pixel images."""
-  config = config_dict.ConfigDict()
-  config.patch_size = 4  # pixels; divides both sides of the images
-  config.width = 192
-  config.depth = 6  # blocks
-  config.heads = 3
-  config.mlp_width = 768
-  config.pooling = "mean"  # or "class_token"
-  config.norm_epsilon = 1e-6  # of the layer norms
-  # Of the activations, such as "bfloat16"; None is that of the parameters.
-  config.dtype = config_dict.placeholder(str)
-  return config
 
 
 def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:

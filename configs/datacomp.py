@@ -22,7 +22,7 @@ run's ledger.
 
 from ml_collections import config_dict
 
-from configs import base, clip
+from configs import base, contrastive
 
 # Samples seen, of as many pairs in the pool.
 _SCALES = {"small": 12_800_000, "medium": 128_000_000}
@@ -54,12 +54,12 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       f"config argument scale={values['scale']!r}; expected one of"
       f" {', '.join(_SCALES)}."
     )
-  config = clip.get_config().unlock()
+  config = contrastive.get_config().unlock()
   config.update_from_flattened_dict(
     {
-      "samples_seen": _SCALES[values["scale"]],
+      "num_samples": _SCALES[values["scale"]],
       "batch_size": 4096,
-      "eval_every": 250,
+      "eval_every_steps": 250,
       "eval_batch_size": 1000,
       "data.name": "shards",
       "data.tokenizer": "tokenizer.json",

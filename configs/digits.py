@@ -8,7 +8,7 @@ about a minute on 2 CPU cores.
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, classification
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     The config, locked.
   """
   values = base.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
-  config = base.get_config().unlock()
+  config = classification.get_config().unlock()
   config.noise.rate = values["rate"]
   # A run takes seconds: no need to save forty times.
   config.checkpoint.every_epochs = 10

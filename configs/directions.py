@@ -18,7 +18,7 @@ add `--config.noise.path=<a table with the columns id and worst>`.
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, classification
 
 _METHODS = (
   "sgd",
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         f"config argument {name}={values[name]!r}; expected one of"
         f" {', '.join(known)}."
       )
-  config = base.get_config().unlock()
+  config = classification.get_config().unlock()
   config.update_from_flattened_dict(
     {
       "batch_size": 64,

@@ -28,7 +28,7 @@ flips; the mimic layer is the head's weight matrix.
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, classification
 
 # Splits and epochs of each set.
 _SETS = {
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         f" {', '.join(known)}."
       )
   train_split, test_split, epochs = _SETS[values["dataset"]]
-  config = base.get_config().unlock()
+  config = classification.get_config().unlock()
   config.update_from_flattened_dict(
     {
       "batch_size": 32,
@@ -130,7 +130,7 @@ def probe() -> config_dict.ConfigDict:
 
 def vit_b16() -> config_dict.ConfigDict:
   """A ViT-B/16; its pooling is that of the published weights."""
-  config = base.vit()
+  config = classification.vit()
   config.patch_size = 16
   config.width = 768
   config.depth = 12

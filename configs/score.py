@@ -28,8 +28,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.split = config_dict.placeholder(str)
   config.data_dir = config_dict.placeholder(str)  # None: the learner's
   config.method = "grad_mimic"
-  config.mimic = base.get_config().unlock().mimic
+  config.mimic = base.get_config("").mimic
   config.batch_size = 512
-  config.mesh = base.get_config().mesh
+  config.mesh = base.get_config("").mesh
   config.flush_every = 64  # batches; so many at most are scored twice
   return config.lock()

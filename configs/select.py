@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """
   config = config_dict.ConfigDict()
   config.run = base.parse_arg(arg, run="")["run"]
-  config.select = base.get_config().unlock().select
+  config.select = base.get_config("").select
   config.select.binarize = "auto"
   config.select.aggregate = "label_model"
   return config.lock()

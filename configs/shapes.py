@@ -17,7 +17,7 @@ is a model of twice the width, which has no weights to go toward.
 
 from ml_collections import config_dict
 
-from configs import base, clip
+from configs import base, contrastive
 
 _REFERENCES = {
   "own": {},
@@ -78,7 +78,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   if not weightings:
     raise ValueError("config arguments ess and temperature are both empty.")
   directions = values["direction"].split("+")
-  config = clip.get_config().unlock()
+  config = contrastive.get_config().unlock()
   config.noise.rate = 0.3
   # A run takes a minute: no need to save it ten times.
   config.checkpoint.every_steps = 150

@@ -8,7 +8,7 @@ python -m experiments.basins --workdir=runs/basins \
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, classification
 
 # For each set of data: the fields that differ from the defaults.
 _DATA = {
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     raise ValueError(
       f"config argument data={data!r}; expected one of {', '.join(_DATA)}."
     )
-  config = base.get_config().unlock()
+  config = classification.get_config().unlock()
   config.basins = config_dict.ConfigDict()
   config.basins.seeds = (0, 1, 2)
   config.basins.rates = (0.0, 0.2, 0.4, 0.6)  # of the learners' label noise

@@ -10,7 +10,7 @@ minutes on 2 CPU cores, which should have nothing else to do; on an accelerator,
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, classification
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -107,7 +107,7 @@ def _model(name, input_shape):
   config = config_dict.ConfigDict()
   config.name = name
   config.widths = (256, 256)
-  config.vit = base.vit()
+  config.vit = classification.vit()
   config.input_shape = input_shape
   config.num_classes = 10
   config.batch_sizes = (32, 128)

@@ -10,7 +10,7 @@ It takes half an hour on 2 CPU cores that other jobs hold too; with
 
 from ml_collections import config_dict
 
-from configs import base, clip
+from configs import base, classification, contrastive
 
 # Every case is model/batch/devices/fsdp/step/layers/weighting: the batch is
 # that of all devices, fsdp of which share one copy of the parameters. Steps are
@@ -99,7 +99,7 @@ def _vit(image_size, num_classes, **sizes):
   config.name = "vit"
   config.image_size = image_size  # pixels, both sides
   config.num_classes = num_classes
-  config.vit = base.vit()
+  config.vit = classification.vit()
   config.vit.update(sizes)
   config.vit.mlp_width = 4 * config.vit.width
   return config
@@ -110,7 +110,7 @@ def _clip(image_size, size, **fields):
   config.name = "clip"
   config.image_size = image_size
   config.size = size
-  config.clip = clip.get_config().model.clip.copy_and_resolve_references()
-  config.clip.unlock()
+  clip = contrastive.get_config().model.clip
+  config.clip = clip.copy_and_resolve_references().unlock()
   config.clip.update(fields)
   return config

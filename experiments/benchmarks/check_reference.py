@@ -16,7 +16,10 @@ from configs.benchmark import check_reference as basins_config
 from experiments.data import pipeline
 from experiments.models import initial
 from experiments.runtime import checkpoint, workdir as workdir_lib
-from experiments.tasks.classification import losses as classification
+from experiments.tasks.classification import (
+  data as data_lib,
+  losses as classification,
+)
 from experiments.training import reference_check, trainer as train
 from gradmimic_jax.reporting import figures
 
@@ -81,13 +84,11 @@ def checks_of_seed(
   checks = []
   for rate in config.basins.rates:
     run_config, where = run(f"noise{rate:g}", seed, rate)
-    data = train.load_data(run_config)
+    data = data_lib.load_data(run_config)
     apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
     steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
-    batch = reference_check.batch_of(
-      data, samples=config.basins.samples, seed=seed
-    )
+    batch = data_lib.batch_of(data, samples=config.basins.samples, seed=seed)
     for epoch in epochs:
       learner = start
       if epoch:

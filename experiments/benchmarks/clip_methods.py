@@ -7,13 +7,12 @@ the first of `study.weightings`.
 import pathlib
 from typing import Any
 
-from configs import clip as clip_config
+from configs import base, contrastive
 from experiments.benchmarks import methods as costs
 from experiments.reporting import tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import prefetch, workdir as workdir_lib
 from experiments.studies.clip_plan import BASELINE, settings_of
-from experiments.tasks.contrastive import data as clip_data
-from experiments.training import clip_trainer as clip_train
+from experiments.training import trainer as train
 
 COSTS_FILE = costs.COSTS_FILE
 
@@ -22,7 +21,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """Measures a step of each method of the study, at each batch size.
 
   Args:
-    config: as `configs/clip.py` describes it, with `mimic.reference`.
+    config: as `configs/contrastive.py` describes it, with `mimic.reference`.
     workdir: gets `costs.json`.
 
   Returns:
@@ -33,18 +32,18 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a reference that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, clip_config, free=("study.",))
+  folder = workdir_lib.claim(workdir, config, contrastive, free=("study.",))
   settings = settings_of(config)
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes:
     sized = config.copy_and_resolve_references().unlock()
     sized.batch_size = size
     # The step alone is looked at.
-    sized.samples_seen = 100 * size
+    base.add_durations(sized, num_steps=100, eval_every_steps=100)
+    sized.checkpoint.every_steps = 100
     sized.data.train_size = max(sized.data.train_size, size)
-    data = clip_data.load(sized)
     steps = {
-      name: _step(sized, folder, data, settings[name])
+      name: _step(sized, folder, settings[name])
       for name in dict.fromkeys((BASELINE, *settings))
     }
     found["batches"][str(size)] = costs.compare(steps, BASELINE)
@@ -53,11 +52,11 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   return found
 
 
-def _step(config, folder, data, overrides):
+def _step(config, folder, overrides):
   copy = config.copy_and_resolve_references().unlock()
   copy.update_from_flattened_dict(overrides)
-  run = clip_train.Run(copy.lock(), folder, data)
-  taken = run.take(run.data.batches.batch(0))
+  run = train.Run(copy.lock(), folder)
+  taken = run.take(0, prefetch.Read(next(run.batches), None, 0))
   return costs.TimedStep(
     run.train_step, run.state, taken.reference, taken.batch
   )

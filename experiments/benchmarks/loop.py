@@ -34,7 +34,7 @@ def measure(
   """Measures the loop's overhead; goes over the data as often as it takes.
 
   Args:
-    config: as `configs/base.py` describes it.
+    config: as `configs/classification.py` describes it.
     workdir: the folder; gets what a run of `experiments.train` leaves there,
       and `overhead.json`.
     steps_a_round: how many steps of each kind are timed in turn.
@@ -53,18 +53,18 @@ def measure(
     raise ValueError(
       f"workdir {folder} was used before; expected a new one to measure in."
     )
-  run = train.Run(config, folder, train.load_data(config))
+  run = train.Run(config, folder)
   alone = _Alone(run, steps_a_round)
   total = _ROUNDS * steps_a_round
   loop.run(
     folder,
     run.state,
-    run.train_batches,
-    schedule=loop.schedule(
-      config,
+    run.batches,
+    schedule=run.schedule._replace(
       total_steps=total,
       eval_every=steps_a_round,
       save_every=steps_a_round,
+      keep_every=0,
     ),
     fingerprint=run.fingerprint,
     train_step=run.train_step,
@@ -102,7 +102,7 @@ class _Alone:
 
   def __init__(self, run: train.Run, count: int):
     self._step, self._count = run.train_step, count
-    batches = run.train_batches
+    batches = run.batches
     start = batches.get_state()
     read = prefetch.Read(next(batches), batches.get_state(), 0)
     batches.set_state(start)

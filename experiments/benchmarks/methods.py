@@ -28,7 +28,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """Measures a step of every method of `config.study.methods`.
 
   Args:
-    config: as `configs/base.py` describes it.
+    config: as `configs/classification.py` describes it.
     workdir: gets `costs.json`, and what methods keep in a run's folder.
 
   Returns:
@@ -53,8 +53,8 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
 def _step(config, folder, name):
   tuned = tuning.read(config.study.tuned).get(name, {})
   copy = study.derived(config, seed=config.seed, method=name, **tuned)
-  run = train.Run(copy, folder, train.load_data(copy))
-  taken = run.take(0, prefetch.Read(next(run.train_batches), None, None))
+  run = train.Run(copy, folder)
+  taken = run.take(0, prefetch.Read(next(run.batches), None, None))
   return TimedStep(run.train_step, run.state, taken.reference, taken.batch)
 
 

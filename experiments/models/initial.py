@@ -108,7 +108,7 @@ def for_data(
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """`create`, for the images and classes of what `train.load_data` returns."""
+  """`create`, for the images and classes of a classification task's data."""
   return create(
     config,
     input_shape=data.train.images.shape[1:],

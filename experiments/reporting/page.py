@@ -11,14 +11,15 @@ from absl import logging
 
 import gradmimic_jax as gm
 from configs import report as report_config
-from experiments import methods
 from experiments.data import filters
 from experiments.runtime import workdir as workdir_lib
 from experiments.selection import files as select
-from experiments.training import (
+from experiments.tasks.classification import (
+  data as data_lib,
   reference as reference_lib,
+)
+from experiments.training import (
   scoring as score,
-  trainer as train,
 )
 
 REPORT_FILE = "report.html"
@@ -111,9 +112,9 @@ def write(
   """
   config = select.config_of(run)
   config.model.pretrained = None  # images are shown as they are
-  data = train.load_data(config)
+  data = data_lib.load_data(config)
   prints = select.fingerprints_of(run)
-  truth = filters.own_labels(run / train.LABELS_FILE, prints)
+  truth = filters.own_labels(run / data_lib.LABELS_FILE, prints)
   if title is None:
     title = f"{config.data.name} {config.data.train_split}"
     if truth.rate:
@@ -141,12 +142,12 @@ def write(
   )
 
 
-def suggestions(config: Any, data: train.Data) -> np.ndarray | None:
+def suggestions(config: Any, data: data_lib.Data) -> np.ndarray | None:
   """What the reference takes each sample for.
 
   Args:
     config: of the run.
-    data: what `train.load_data` gave.
+    data: of the run.
 
   Returns:
     Classes [N]; None where the run's reference is none that has outputs, or it
@@ -154,15 +155,13 @@ def suggestions(config: Any, data: train.Data) -> np.ndarray | None:
   """
   if config.mimic.outputs is None and config.mimic.reference is None:
     return None
-  method = methods.create("distillation", config.mimic)
   try:
-    reference = reference_lib.load(config, method, None, data)
+    reference = reference_lib.load(config, "outputs", None, data)
   except (FileNotFoundError, ValueError, TypeError) as error:
     logging.warning("the report suggests no labels: %s", error)
     return None
-  assert reference is not None
-  rows = np.arange(len(data.train.labels))
-  return np.argmax(reference.for_batch(rows, None), axis=-1).astype(np.int32)
+  outputs = reference.for_batch({"index": np.arange(len(data.train.labels))})
+  return np.argmax(outputs, axis=-1).astype(np.int32)
 
 
 def _facts(config, run):

@@ -179,6 +179,14 @@ class Devices:
       lambda x: jax.make_array_from_process_local_data(self.rows, x), batch
     )
 
+  def put_own(self, batch: Any) -> Any:
+    """The same; on a single device the rows stay as they are."""
+    return batch if self.mesh is None else self.put(batch)
+
+  def place_shared(self, tree: Any) -> Any:
+    """`place_rows`; on a single device the rows stay as they are."""
+    return tree if self.mesh is None else self.place_rows(tree)
+
   def _spread(self, tree, shardings_of):
     if self.mesh is None:
       return jax.device_put(tree)

@@ -188,7 +188,7 @@ def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
   return next(step for step in itertools.count() if step not in steps)
 
 
-def progress(total: int, done: int, title: str) -> tqdm.tqdm:
+def progress(total: int | None, done: int, title: str) -> tqdm.tqdm:
   """A progress bar over steps; silent when the output is not a terminal."""
   return tqdm.tqdm(
     total=total,

@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.training import steps
-
 DATA, FSDP = "data", "fsdp"
 ROWS = PartitionSpec((DATA, FSDP))
 WHOLE = PartitionSpec()
@@ -58,23 +56,4 @@ def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
       mesh, spec_of(leaf.shape, fsdp, least_size=least_size)
     ),
     tree,
-  )
-
-
-def of_step(state: steps.TrainState, mesh: Mesh | None) -> Any:
-  """What a train step puts out, for `steps.make_train_step`.
-
-  Args:
-    state: the step's.
-    mesh: with the axes "data" and "fsdp"; None for a single device.
-
-  Returns:
-    The beginning of a tree of shardings: the state by the rule, metrics whole
-    everywhere, and what there is of each sample divided like the samples. None
-    for a single device.
-  """
-  if mesh is None:
-    return None
-  return of_tree(state, mesh), steps.StepOutput(
-    NamedSharding(mesh, WHOLE), NamedSharding(mesh, ROWS)
   )

@@ -7,6 +7,7 @@ import gradmimic_jax as gm
 from configs import select as select_config
 from experiments.data import filters, sources
 from experiments.runtime import workdir as workdir_lib
+from experiments.tasks.classification import data as data_lib
 from experiments.training import scoring as score, trainer as train
 
 SELECTION_FILE = "selection.parquet"
@@ -85,7 +86,7 @@ def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
         f" {name!r} is {theirs!r}, and the ledger's beside it {own[name]!r}."
         " Restore the one that doesn't belong there."
       )
-  labels = filters.own_labels(run / train.LABELS_FILE, own)
+  labels = filters.own_labels(run / data_lib.LABELS_FILE, own)
   train_set = sources.of_config(config.data, config.data.train_split)
   found = filters.fingerprints(config, train_set, labels)
   for name, value in found.items():

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments import methods
+from experiments.runtime import durations
 from experiments.selection import filters as clip_filters
 from experiments.tasks.contrastive import data as clip_data
-from experiments.training import clip_trainer as clip_train
+from experiments.tasks.contrastive.task import Contrastive
 
 REFERENCE = "reference"
 BASELINE = "sgd"
@@ -93,10 +94,10 @@ def settings_of(config: Any) -> dict[str, dict[str, Any]]:
   found: dict[str, dict[str, Any]] = {}
   weightings = {name: weighting(name) for name in config.study.weightings}
   for method in config.study.methods:
-    if method not in clip_train.METHODS:
+    if method not in Contrastive.methods:
       raise ValueError(
         f"config.study.methods has {method!r}; expected some of"
-        f" {', '.join(clip_train.METHODS)}."
+        f" {', '.join(Contrastive.methods)}."
       )
     made = methods.create(method, config.mimic)
     layers: tuple[str | None, ...] = (None,)
@@ -156,7 +157,6 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
   """What the reference's config has otherwise than the learner's."""
   wanted = config.study.reference
   fields = {
-    "samples_seen": wanted.samples_seen,
     "model.clip.image_width": wanted.width,
     "model.clip.text_width": wanted.width,
     "model.clip.image_depth": wanted.depth,
@@ -166,6 +166,7 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
     "seed": seed + wanted.seed_offset,
     "method": BASELINE,
     "noise.rate": 0.0,
+    **durations.overrides(wanted),
     **{field: value for field, value in fields.items() if value},
   }
 

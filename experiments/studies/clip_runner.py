@@ -11,7 +11,7 @@ same command: they share the runs.
 import functools
 from typing import Any
 
-from configs import clip as clip_config
+from configs import contrastive as clip_config
 from experiments.runtime import claims, distributed, workdir as workdir_lib
 from experiments.selection import filters as clip_filters
 from experiments.studies import (
@@ -19,7 +19,7 @@ from experiments.studies import (
   runner as study,
 )
 from experiments.studies.clip_plan import FILTERS, REFERENCE, derived, runs_of
-from experiments.training import clip_trainer as clip_train
+from experiments.training import trainer as clip_train
 
 # May change in a study's workdir: what is there already is still true.
 _FREE = (
@@ -37,7 +37,7 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
   Args:
-    config: as `configs/clip.py` describes it.
+    config: as `configs/contrastive.py` describes it.
     workdir: the study's folder. Gets a folder for each seed with a folder for
       each run and the filters' subset files in it, `summary.json`, a table,
       figures and a page about the first run with scores.

@@ -24,7 +24,7 @@ from experiments.studies.clip_records import (
   row_of,
 )
 from experiments.tasks.contrastive import data as clip_data
-from experiments.training import clip_trainer as clip_train, reference_check
+from experiments.training import reference_check, trainer as clip_train
 from gradmimic_jax.reporting import figures
 from gradmimic_jax.selection.uids import parse_uids
 
@@ -78,7 +78,7 @@ def write(
   best = best_of(rows)
   summary = {
     "seeds": list(config.study.seeds),
-    "samples_seen": config.samples_seen,
+    "samples_seen": results[BASELINE][0]["samples_seen"],
     "batch_size": config.batch_size,
     "train_pairs": config.data.train_size,
     "noise_rate": config.noise.rate,
@@ -378,7 +378,7 @@ def _page(config, folder, results, best):
     run={
       "pairs": config.data.train_size,
       "mis-captioned": f"{truth.is_noisy.mean():.1%}",
-      "samples seen": config.samples_seen,
+      "samples seen": results[BASELINE][0]["samples_seen"],
       "batch size": config.batch_size,
       "model": f"CLIP {config.model.size}",
       "run": name,

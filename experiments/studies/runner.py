@@ -22,6 +22,7 @@ from experiments.data import sources
 from experiments.runtime import (
   claims,
   distributed,
+  durations,
   locks,
   workdir as workdir_lib,
 )
@@ -31,6 +32,7 @@ from experiments.studies import (
   settings as tuning,
   summary as study_report,
 )
+from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
 REFERENCE = "reference"
@@ -68,8 +70,8 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
   Args:
-    config: as `configs/base.py` describes it; `config.study` names the seeds,
-      the methods and how the reference differs from the learner.
+    config: any task's; `config.study` names the seeds, the methods and how the
+      reference differs from the learner.
     workdir: the study's folder. Gets a folder for each seed with a folder for
       each run in it, `summary.json`, tables, figures and the report of the
       first method with scores.
@@ -233,7 +235,7 @@ def _shared_reference(config, there, run):
   """Trained once for all studies that name the same folder."""
   run_config = derived(config, **{"seed": run.seed, **run.overrides}).unlock()
   # Nothing of what is done with it is its own.
-  run_config.mimic = base.get_config().mimic
+  run_config.mimic = base.get_config("").mimic
   run_config.lock()
   name = workdir_lib.fingerprint(
     workdir_lib.without(
@@ -321,7 +323,6 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
   fields = {
     "model.name": wanted.model,
     "model.widths": tuple(wanted.widths),
-    "num_epochs": wanted.num_epochs,
     "data.train_split": config.data.test_split
     if wanted.test_leak
     else wanted.train_split,
@@ -331,7 +332,8 @@ def reference_overrides(config: Any, seed: int) -> dict[str, Any]:
     "method": "sgd",
     "noise.kind": "symmetric",
     "noise.rate": wanted.noise_rate,
-    **{f"noise.{name}": None for name in train.NOISE_OPTIONS},
+    **durations.overrides(wanted),
+    **{f"noise.{name}": None for name in data_lib.NOISE_OPTIONS},
     **{field: value for field, value in fields.items() if value},
     **own,
   }

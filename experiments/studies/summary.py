@@ -11,6 +11,7 @@ from experiments.reporting import page as report_lib, tables
 from experiments.runtime import metrics as writers, workdir as workdir_lib
 from experiments.selection import files as select_lib
 from experiments.studies import detection
+from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 from gradmimic_jax.reporting import figures
 
@@ -144,7 +145,7 @@ def _truth(run):
   """The labels that a run was given, and whose of its ledger are wrong."""
   ledger = gm.ScoreLedger(run / train.LEDGER_FOLDER)
   ids, scores = ledger.matrix("score")
-  labels = filters.own_labels(run / train.LABELS_FILE, ledger.fingerprints)
+  labels = filters.own_labels(run / data_lib.LABELS_FILE, ledger.fingerprints)
   return ids, scores, labels, labels.is_noisy[ids]
 
 

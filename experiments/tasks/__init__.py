@@ -1,1 +1,55 @@
-"""Tasks: what a batch's losses are, as the library wants them."""
+"""What is learned: a folder for each task, and one line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.runtime import distributed
+from experiments.tasks.base import Task
+from experiments.tasks.classification.task import Classification
+from experiments.tasks.contrastive.task import Contrastive
+
+TASKS: dict[str, type[Task]] = {
+  "classification": Classification,
+  "contrastive": Contrastive,
+}
+
+
+def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
+  """The task that `config.task` names.
+
+  Args:
+    config: a run's, or a study's.
+    where: it stands, for the error.
+
+  Returns:
+    Its class.
+
+  Raises:
+    ValueError: there is no such task.
+  """
+  name = config.get("task")
+  if name not in TASKS:
+    raise ValueError(
+      f"{where} has the task {name!r}; expected one of {', '.join(TASKS)}."
+    )
+  return TASKS[name]
+
+
+def create(
+  config: Any, devices: distributed.Devices, *, direction: str | None = None
+) -> Task:
+  """The task of a run, with its data and its model.
+
+  Args:
+    config: the run's.
+    devices: what to compute on.
+    direction: of the run's method; None: it has none.
+
+  Returns:
+    The Task.
+
+  Raises:
+    ValueError: no such task, or a field that makes no sense.
+    FileNotFoundError: data or weights that are not there.
+  """
+  return get(config)(config, devices, direction=direction)

@@ -1,11 +1,22 @@
-"""What a task makes of a model's outputs: of logits, or of features."""
+"""The seam: what jobs ask of a task, whatever is learned."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import abc
+import functools
+import pathlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
+import optax
 
 import gradmimic_jax as gm
+from experiments.runtime import (
+  distributed,
+  durations,
+  workdir as workdir_lib,
+)
 
 
 class Outputs(NamedTuple):
@@ -17,3 +28,206 @@ class Outputs(NamedTuple):
   direction: gm.Direction  # toward the reference's outputs for the batch
   # (outputs, the reference's, batch) -> scores [B], each sample's on its own
   agreement: Callable[[Any, Any, Any], jax.Array]
+
+
+class Reference(NamedTuple):
+  """What a run's steps go by."""
+
+  fingerprint: str  # of all that the steps are given
+  params: Any  # the reference's parameters; None if no step looks at them
+  # `for_batch(batch) -> what the train step takes`, for a batch as it was read;
+  # of several processes each gives its own rows.
+  for_batch: Callable[[Any], Any]
+
+
+class Rows(NamedTuple):
+  """A batch as it was read, taken apart."""
+
+  ids: np.ndarray  # [B], as ledgers have them
+  real: np.ndarray  # bool [B], False for padding
+  seen: dict[str, np.ndarray]  # what the model sees; `mask` is among it
+
+
+class Truth(NamedTuple):
+  """Which training samples are wrong, and how."""
+
+  ids: np.ndarray  # [N], as ledgers have them
+  kinds: np.ndarray  # text [N]: a kind of noise; "" is none
+
+  @property
+  def is_wrong(self) -> np.ndarray:
+    """Bool [N]."""
+    return self.kinds != ""
+
+
+class Headline(NamedTuple):
+  """The two metrics of an evaluation that studies report."""
+
+  loss: str
+  accuracy: str
+
+
+class Task(abc.ABC):
+  """A run's data, model and losses.
+
+  Attributes:
+    config: the run's, with fields that the task works out filled in.
+    devices: what it computes on.
+    params: the learner's, before the first step, on the devices.
+    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    outputs: what the task makes of a model's outputs.
+    batches: training batches, with grain's `get_state` and `set_state`.
+    steps_per_epoch: batches in a pass over the data; None: it has no end.
+    fingerprints: of all that a run depends on beside config and reference.
+    data_fingerprints: which data a filter of the run's scores belongs to.
+    last: closes the optimizer's chain; None: nothing does.
+  """
+
+  # The module of `configs` whose `get_config()` has every field there is.
+  configs: ClassVar[types.ModuleType]
+  # Methods that can train it; None: all.
+  methods: ClassVar[tuple[str, ...] | None] = None
+  headline: ClassVar[Headline]
+  # What to do where a reference's weights would harm.
+  instead: ClassVar[str] = "grad_mimic_outputs or output_agreement"
+
+  config: Any
+  devices: distributed.Devices
+  params: Any
+  losses_fn: Callable[..., Any]
+  outputs: Outputs
+  batches: Any
+  steps_per_epoch: int | None
+  fingerprints: dict[str, str]
+  data_fingerprints: dict[str, str]
+  last: optax.GradientTransformation | None = None
+
+  @abc.abstractmethod
+  def __init__(
+    self,
+    config: Any,
+    devices: distributed.Devices,
+    *,
+    direction: str | None = None,
+  ):
+    """Loads data, and makes the model.
+
+    Args:
+      config: the run's.
+      devices: what to compute on.
+      direction: of the run's method; None: it has none.
+    """
+
+  @classmethod
+  def of_learner(
+    cls,
+    config: Any,
+    devices: distributed.Devices,
+    folder: pathlib.Path,
+    *,
+    direction: str | None = None,
+  ) -> "Task":
+    """The task of a finished run, to score its data again.
+
+    Args:
+      config: the run's.
+      devices: what to compute on.
+      folder: the run's.
+      direction: of the method that scores.
+
+    Returns:
+      The Task.
+    """
+    del folder
+    return cls(config, devices, direction=direction)
+
+  @functools.cached_property
+  def total_steps(self) -> int:
+    """Steps of the run."""
+    return durations.steps(
+      self.config, "num", steps_per_epoch=self.steps_per_epoch
+    )
+
+  @property
+  def samples(self) -> int | None:
+    """How many a pass over all training samples has; None: nobody knows."""
+    return None
+
+  @abc.abstractmethod
+  def take(self, batch: dict[str, np.ndarray]) -> Rows:
+    """A training batch, taken apart."""
+
+  @abc.abstractmethod
+  def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over all training samples in order, from a batch on."""
+
+  @abc.abstractmethod
+  def evaluate(self, params: Any) -> dict[str, float]:
+    """The metrics of parameters, by the names that are written."""
+
+  def check_losses_fn(self) -> Callable[..., Any]:
+    """`losses_fn`, for the batch that a reference is checked on."""
+    return self.losses_fn
+
+  @abc.abstractmethod
+  def check_batch(self) -> Any:
+    """Training samples on which a reference is checked, on the devices."""
+
+  @abc.abstractmethod
+  def load_reference(self, direction: str) -> Reference:
+    """What a method's direction asks for.
+
+    Args:
+      direction: a method's; see `experiments.methods`.
+
+    Returns:
+      The Reference.
+
+    Raises:
+      ValueError: no reference, or one that doesn't fit.
+      FileNotFoundError: a reference that is not there.
+    """
+
+  def facts(self) -> dict[str, Any]:
+    """What `result.json` says of the data."""
+    return {}
+
+  def result_fingerprints(self) -> dict[str, str]:
+    """Whose the files beside `result.json` are, by their names."""
+    return {}
+
+  def save(self, folder: pathlib.Path) -> None:
+    """Leaves in a run's folder what later jobs need to know of its data."""
+    del folder
+
+  def close(self) -> None:
+    """Ends what reads batches."""
+    return None
+
+
+def finished_run(config: Any) -> pathlib.Path:
+  """The folder of the finished run that `config.mimic.reference` names.
+
+  Args:
+    config: a run's.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: none is named.
+    FileNotFoundError: there is no finished run.
+  """
+  where = config.mimic.reference
+  if where is None:
+    raise ValueError(
+      f"method {config.method!r} needs a reference: set"
+      " --config.mimic.reference to the workdir of a finished run, or use"
+      " experiments.study, which trains one."
+    )
+  if not (pathlib.Path(where) / workdir_lib.RESULT_FILE).exists():
+    raise FileNotFoundError(
+      f"there is no finished run in {where}, which config.mimic.reference"
+      " names: give that run's own command (again) first."
+    )
+  return pathlib.Path(where)

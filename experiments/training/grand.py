@@ -1,6 +1,8 @@
 """GraNd as first published: gradient norms averaged over many short runs."""
 
+import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -9,11 +11,61 @@ import numpy as np
 import gradmimic_jax as gm
 from experiments.data import pipeline
 from experiments.models import initial
-from experiments.runtime import checkpoint, workdir as workdir_lib
+from experiments.runtime import (
+  cache,
+  checkpoint,
+  distributed,
+  workdir as workdir_lib,
+)
+from experiments.tasks.base import Reference
 from experiments.tasks.classification import losses as classification
+from experiments.tasks.classification.data import Data
 from experiments.training import optimizer, steps
 
 _FIRST_SEED = 1000  # of the runs' initialisations, away from the learner's
+
+
+def load(
+  config: Any,
+  data: Data,
+  folder: pathlib.Path | None,
+  devices: distributed.Devices,
+) -> Reference:
+  """The norms `[B]` of a batch's samples, as a step's reference.
+
+  Computed when the first step asks for them: a finished run never does. Each
+  process does so for itself.
+
+  Args:
+    config: the run's.
+    data: the run's.
+    folder: keeps the norms; None keeps nothing.
+    devices: the run's.
+
+  Returns:
+    The Reference.
+
+  Raises:
+    ValueError: as `offline_norms`.
+  """
+  digest = fingerprint(config, data)
+
+  @functools.cache
+  def norms():
+    if folder is None:
+      return offline_norms(config, data)
+    file = folder / f"norms_{digest}.npy"
+    found = cache.read(file, (len(data.labels.labels),))
+    if found is None:
+      found = offline_norms(config, data)
+      if devices.process[0] == 0:
+        cache.write(file, found)
+    return found
+
+  def for_batch(batch):
+    return devices.put_own(norms()[np.maximum(batch["index"], 0)])
+
+  return Reference(digest, None, for_batch)
 
 
 def offline_norms(config: Any, data: Any) -> np.ndarray:
@@ -26,7 +78,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   Args:
     config: the run's; `config.mimic` has `grand_runs`, `grand_epochs` and
       `layers`.
-    data: what `train.load_data` returns.
+    data: what the task's `load_data` gave.
 
   Returns:
     Norms, float32 `[N]`; NaN where one is not finite, and for samples that are
@@ -93,7 +145,7 @@ def fingerprint(config: Any, data: Any) -> str:
 
   Args:
     config: the run's.
-    data: what `train.load_data` returns.
+    data: what the task's `load_data` gave.
 
   Returns:
     The fingerprint, found without any training.

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 import gradmimic_jax as gm
+from experiments import tasks
 from experiments.runtime import (
   checkpoint,
   distributed,
+  durations,
   metrics as writers,
   preemption,
   prefetch,
@@ -34,29 +36,19 @@ class Schedule(NamedTuple):
   eval_every: int  # the end is evaluated in any case
   save_every: int  # and so is it saved
   keep: int  # checkpoints
-  keep_every: int = 0  # and each that many steps, for ever; 0: none of these
+  keep_every: int = 0  # also keep every keep_every-th checkpoint; 0 keeps none
   log_every: int = 50  # writes of metrics and scores
   profile_steps: tuple[int, ...] = ()  # first and end of what is traced
   nonfinite_stop: int = 10  # skipped steps in a row that end the run; 0: none
   stall_seconds: float = 1800  # without a step, until the process ends; 0: none
 
 
-def schedule(
-  config: Any,
-  *,
-  total_steps: int,
-  eval_every: int,
-  save_every: int,
-  keep_every: int = 0,
-) -> Schedule:
-  """A schedule with what all jobs' configs have in common.
+def schedule(config: Any, task: tasks.Task) -> Schedule:
+  """The schedule of a run.
 
   Args:
-    config: with `checkpoint.keep` and the fields of `common.add_running`.
-    total_steps: as in Schedule, and so are all that follow.
-    eval_every: in steps.
-    save_every: in steps.
-    keep_every: in steps.
+    config: the run's.
+    task: the run's.
 
   Returns:
     The Schedule.
@@ -64,6 +56,12 @@ def schedule(
   Raises:
     ValueError: fields that make no sense.
   """
+
+  def steps(name, needed=True):
+    return durations.steps(
+      config, name, steps_per_epoch=task.steps_per_epoch, needed=needed
+    )
+
   check_counts(config, "log_every", "checkpoint.keep")
   profile = tuple(config.profile_steps)
   if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
@@ -72,11 +70,11 @@ def schedule(
       " the one after the last, such as (100, 105), or ()."
     )
   return Schedule(
-    total_steps=total_steps,
-    eval_every=eval_every,
-    save_every=save_every,
+    total_steps=task.total_steps,
+    eval_every=steps("eval_every"),
+    save_every=steps("checkpoint.every"),
     keep=config.checkpoint.keep,
-    keep_every=keep_every,
+    keep_every=steps("checkpoint.keep_every", needed=False),
     log_every=config.log_every,
     profile_steps=profile,
     nonfinite_stop=config.faults.nonfinite_stop,

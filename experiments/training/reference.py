@@ -1,387 +1,39 @@
-"""A run's reference: its weights, its outputs, or other samples.
+"""The reference, as a training step receives it."""
 
-Outputs are computed once for every sample, kept beside the reference's
-checkpoints, and shared by all runs that go by the same reference.
-"""
-
-import functools
-import hashlib
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from ml_collections import config_dict
-
-from experiments import models
-from experiments.data import pipeline, streams
 from experiments.methods import Method
-from experiments.runtime import (
-  cache,
-  checkpoint,
-  distributed,
-  workdir as workdir_lib,
-)
+from experiments.tasks import Task
+from experiments.tasks.base import Reference
 from experiments.training import grand
-from gradmimic_jax import _files
-
-INPUT_FILE = workdir_lib.INPUT_FILE
-
-
-class Reference(NamedTuple):
-  """What a run's steps go by."""
-
-  fingerprint: str  # of all that the steps are given
-  params: Any  # the reference's parameters; None if no step looks at them
-  # `(index [B], flipped [B] or None) -> what the train step takes`; an index of
-  # -1 is padding. Of several processes each gives its own rows, and as a third
-  # argument the index of the whole batch.
-  for_batch: Callable[..., Any]
 
 
 def load(
   config: Any,
   method: Method | None,
-  params: Any,
-  data: Any,
+  task: Task,
   folder: pathlib.Path | None = None,
-  devices: distributed.Devices | None = None,
 ) -> Reference | None:
-  """The reference that the method asks for.
+  """The reference that a method asks for.
 
   Args:
     config: the run's.
     method: the run's, or None.
-    params: the learner's parameters.
-    data: what `train.load_data` returns.
+    task: the run's.
     folder: the run's, which keeps what takes long to compute; None keeps
       nothing.
-    devices: the run's; None: `Devices.alone()`.
 
   Returns:
-    A Reference, or None for a method that needs none. Outputs are `[B, C]`
-    float32 for a batch.
+    A Reference, or None for a method that needs none.
 
   Raises:
-    ValueError: a reference of another architecture (where weights are looked
-      at), of other images or classes, or outputs of the wrong shape.
+    ValueError: no reference, or one that doesn't fit.
     TypeError: outputs that are not floating point.
     FileNotFoundError: a reference that is not there.
   """
   if method is None or method.direction is None:
     return None
-  devices = devices or distributed.Devices.alone()
-  if method.direction == "clean_gradient":
-    labels = data.labels.clean_labels
-    return _one_batch(data.train.images, labels, data.clean, data, devices)
-  if method.direction == "test_gradient":
-    rows = clean_positions(
-      data.test.labels,
-      per_class=config.mimic.clean_per_class,
-      num_classes=data.test.num_classes,
-      seed=config.seed,
-      split="test",
-    )
-    return _one_batch(data.test.images, data.test.labels, rows, data, devices)
-  if method.direction == "noisy_gradient":
-    return _independent_batches(config, data, devices)
   if method.direction == "offline_norms":
-    return _offline_norms(config, data, folder, devices)
-  if method.direction == "outputs":
-    if config.mimic.outputs is not None:
-      found = _logged_outputs(config.mimic.outputs, data)
-    else:
-      found = _outputs_of_run(_finished_run(config), config, data, devices)
-    return _from_outputs(*found, devices)
-  reference = checkpoint.load_params(_finished_run(config), params)
-  return Reference(
-    checkpoint.fingerprint(reference), reference, lambda *_: reference
-  )
-
-
-def clean_positions(
-  labels: np.ndarray,
-  *,
-  per_class: int,
-  num_classes: int,
-  seed: int,
-  split: str = "train",
-) -> np.ndarray:
-  """Draws the samples whose labels are taken for granted.
-
-  Args:
-    labels: the true labels, integers `[N]`.
-    per_class: how many of each class, k.
-    num_classes: how many classes there are, C.
-    seed: of the draw.
-    split: what they are drawn from, for error messages.
-
-  Returns:
-    Their positions `[k * C]`, rising.
-
-  Raises:
-    ValueError: k is less than 1, or a class has not more than k samples.
-  """
-  if per_class < 1:
-    raise ValueError(
-      f"config.mimic.clean_per_class is {per_class}; expected at least 1."
-    )
-  counts = np.bincount(labels, minlength=num_classes)
-  if counts.min() <= per_class:
-    raise ValueError(
-      f"config.mimic.clean_per_class is {per_class}, and class"
-      f" {counts.argmin()} has {counts.min()} {split} samples; expected fewer"
-      " than every class has, as train samples that are clean are not trained"
-      " on."
-    )
-  rng = np.random.default_rng((seed, streams.CLEAN))
-  chosen = [
-    rng.choice(np.flatnonzero(labels == c), per_class, replace=False)
-    for c in range(num_classes)
-  ]
-  return np.sort(np.concatenate(chosen))
-
-
-def input_of(data: Any) -> dict[str, Any]:
-  """What a run's model was made for, and is shown."""
-  return {
-    "shape": list(data.train.images.shape[1:]),
-    "num_classes": data.train.num_classes,
-    "mean": data.mean,
-    "std": data.std,
-  }
-
-
-def write_input(folder: pathlib.Path, data: Any) -> None:
-  """Leaves `input_of` in a run's folder."""
-  workdir_lib.write_json(folder / INPUT_FILE, input_of(data), sealed=True)
-
-
-def _gather(images, labels, rows, data):
-  """Images and labels of these rows, scaled as the learner sees them."""
-  (batch,) = pipeline.eval_batches(
-    images,
-    labels,
-    batch_size=len(rows),
-    indices=rows,
-    mean=data.mean,
-    std=data.std,
-  )
-  return {key: batch[key] for key in ("image", "label")}
-
-
-def _own(devices):
-  """What takes this process's rows to the devices that share a batch."""
-  return (lambda rows: rows) if devices.mesh is None else devices.put
-
-
-def _everyones(devices):
-  """The like for rows that all processes have alike."""
-  return (lambda rows: rows) if devices.mesh is None else devices.place_rows
-
-
-def _one_batch(images, labels, rows, data, devices):
-  batch = _gather(images, labels, rows, data)
-  fingerprint = checkpoint.fingerprint(batch)
-  batch = jax.tree.map(jnp.asarray, _everyones(devices)(batch))
-  return Reference(fingerprint, None, lambda *_: batch)
-
-
-def _independent_batches(config, data, devices):
-  """With each batch comes another, drawn from all that is trained on.
-
-  Which one depends on the seed and on what is in the batch: there is no state
-  to save, and a run that goes on where it was cut off sees the same ones.
-  """
-  labels = data.labels.labels
-  rows = np.arange(len(labels)) if data.indices is None else data.indices
-  size = min(config.batch_size, len(rows))
-  place = _everyones(devices)
-
-  def for_batch(index, flipped, batch_index=None):
-    if batch_index is not None:
-      index = batch_index
-    digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
-    entropy = int.from_bytes(digest, "little")
-    rng = np.random.default_rng((config.seed, streams.INDEPENDENT, entropy))
-    drawn = rng.choice(rows, size, replace=False)
-    batch = _gather(data.train.images, labels, drawn, data)
-    if flipped is not None:  # mirrored at random, as the batch is
-      mirrored = rng.random(size) < 0.5
-      batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
-    return place(batch)
-
-  fingerprint = workdir_lib.fingerprint(
-    "independent batches",
-    data.train.fingerprint,
-    _digest(labels),
-    _digest(rows),
-    config.seed,
-    size,
-  )
-  return Reference(fingerprint, None, for_batch)
-
-
-def _offline_norms(config, data, folder, devices):
-  """Computed when the first step asks for them: a finished run never does.
-
-  Each process does so for itself.
-  """
-  fingerprint = grand.fingerprint(config, data)
-
-  @functools.cache
-  def norms():
-    if folder is None:
-      return grand.offline_norms(config, data)
-    file = folder / f"norms_{fingerprint}.npy"
-    found = cache.read(file, (len(data.labels.labels),))
-    if found is None:
-      found = grand.offline_norms(config, data)
-      if devices.process[0] == 0:
-        cache.write(file, found)
-    return found
-
-  put = _own(devices)
-  return Reference(
-    fingerprint, None, lambda index, *_: put(norms()[np.maximum(index, 0)])
-  )
-
-
-def _finished_run(config):
-  where = config.mimic.reference
-  if where is None:
-    raise ValueError(
-      f"method {config.method!r} needs a reference: set"
-      " --config.mimic.reference to the workdir of a finished run, or use"
-      " experiments.study, which trains one."
-    )
-  if not (pathlib.Path(where) / workdir_lib.RESULT_FILE).exists():
-    raise FileNotFoundError(
-      f"there is no finished run in {where}, which config.mimic.reference"
-      " names: give that run's own command (again) first."
-    )
-  return pathlib.Path(where)
-
-
-def _from_outputs(fingerprint, outputs, devices):
-  put = _own(devices)
-
-  def for_batch(index, flipped, _=None):
-    rows = np.maximum(index, 0)  # padding gets a real row, as its image does
-    if outputs.ndim == 2:
-      return put(outputs[rows])
-    if flipped is None:
-      return put(outputs[0, rows])
-    return put(outputs[flipped.astype(int), rows])
-
-  return Reference(fingerprint, None, for_batch)
-
-
-def _logged_outputs(path, data):
-  """The fingerprint and the outputs of a file that the user brought."""
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(
-      f"config.mimic.outputs is {path!r}, and there is no such file; expected a"
-      " .npy file of the reference's logits [N, C]."
-    )
-  try:
-    outputs = _files.read_npy(path)
-  except ValueError as error:
-    raise ValueError(
-      f"config.mimic.outputs {path!r} can't be read ({error}); expected a .npy"
-      " file of the reference's logits [N, C]."
-    ) from error
-  shape = (len(data.train.labels), data.train.num_classes)
-  found = getattr(outputs, "shape", "(several arrays)")  # of an .npz file
-  if found not in (shape, (2, *shape)):
-    raise ValueError(
-      f"config.mimic.outputs {path!r} has shape {found}; expected {shape}, the"
-      " logits of every sample of config.data.train_split in its order, or"
-      f" {(2, *shape)}, followed by those of the mirrored images."
-    )
-  if outputs.dtype.kind != "f":
-    raise TypeError(
-      f"config.mimic.outputs {path!r} has dtype {outputs.dtype}; expected"
-      " floating-point logits, not classes or probabilities in integers."
-    )
-  outputs = outputs.astype(np.float32)
-  return _digest(outputs), outputs
-
-
-def _outputs_of_run(where, config, data, devices):
-  """The fingerprint and the outputs of a finished run's model."""
-  shown = _read_input(where, data)
-  section = workdir_lib.read_model(where)
-  if "pretrained" in section:
-    section["pretrained"] = None  # a path; what counts is in the parameters
-  apply, like = models.create(
-    config_dict.ConfigDict(section),
-    input_shape=tuple(shown["shape"]),
-    num_classes=shown["num_classes"],
-    seed=0,
-  )
-  params = checkpoint.load_params(where, devices.place(like))
-  flip = bool(config.data.flip)
-  fingerprint = workdir_lib.fingerprint(
-    checkpoint.fingerprint(params), section, shown, data.train.fingerprint, flip
-  )
-  shape = (len(data.train.images), shown["num_classes"])
-  file = where / f"outputs_{fingerprint}.npy"
-  outputs = cache.read(file, (2, *shape) if flip else shape)
-  if not devices.agree(outputs is not None):  # all processes compute, or none
-    apply = jax.jit(apply, out_shardings=devices.whole)
-    images = data.train.images
-    # The reference sees images scaled as they were when it was trained.
-    scaling = {"mean": shown["mean"], "std": shown["std"]}
-    outputs = _outputs(apply, params, images, config, scaling, devices)
-    if flip:
-      mirrored = images[:, :, ::-1]
-      mirrored = _outputs(apply, params, mirrored, config, scaling, devices)
-      outputs = np.stack([outputs, mirrored])
-    if devices.process[0] == 0:
-      cache.write(file, outputs)
-  return fingerprint, outputs
-
-
-def _read_input(where, data):
-  file = where / INPUT_FILE
-  if not file.exists():
-    raise FileNotFoundError(
-      f"there is no {INPUT_FILE} in {where}, which config.mimic.reference"
-      " names: give that run's own command again, which adds it."
-    )
-  shown = workdir_lib.read_input(where, checked=False)
-  ours = {
-    "shape": list(data.train.images.shape[1:]),
-    "num_classes": data.train.num_classes,
-  }
-  theirs = {key: shown[key] for key in ours}
-  if theirs != ours:
-    raise ValueError(
-      f"the reference in {where} was made for {theirs} ({INPUT_FILE}) and the"
-      f" learner's data is {ours}; expected the same image shape and number of"
-      " classes."
-    )
-  return workdir_lib.read_input(where)
-
-
-def _outputs(apply, params, images, config, scaling, devices):
-  batches = pipeline.eval_batches(
-    images,
-    np.zeros(len(images), np.int32),
-    batch_size=devices.divided(config.eval_batch_size),
-    process=devices.process,
-    **scaling,
-  )
-  put = _own(devices)
-  # Fetched at once: fetching batch by batch would make each wait.
-  parts = [apply(params, put(batch["image"])) for batch in batches]
-  return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
-
-
-def _digest(outputs):
-  digest = hashlib.sha256(repr(outputs.shape).encode())
-  digest.update(outputs.tobytes())
-  return digest.hexdigest()[:16]
+    return grand.load(config, task.data, folder, task.devices)
+  return task.load_reference(method.direction)

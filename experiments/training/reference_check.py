@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data import pipeline, streams
 from experiments.runtime import distributed, workdir as workdir_lib
 from experiments.training import reference as reference_lib
 
@@ -85,40 +84,6 @@ def save(folder: pathlib.Path, checked: dict[str, Any] | None) -> None:
   """Leaves what `check` returned in the run's folder."""
   if checked is not None:
     workdir_lib.write_json(folder / FILE, checked, sealed=True)
-
-
-def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
-  """Random training samples, with the labels that the learner is given.
-
-  Args:
-    data: what `train.load_data` returns.
-    samples: how many at most.
-    seed: of the draw.
-
-  Returns:
-    A batch as the pipeline makes it.
-
-  Raises:
-    ValueError: no samples were asked for.
-  """
-  if samples < 1:
-    raise ValueError(
-      f"config.mimic.check_samples is {samples}; expected at least 1."
-    )
-  rows = data.indices
-  if rows is None:
-    rows = np.arange(len(data.labels.labels))
-  rng = np.random.default_rng((seed, streams.CHECK))
-  chosen = rng.permutation(rows)[:samples]
-  (batch,) = pipeline.eval_batches(
-    data.train.images,
-    data.labels.labels,
-    batch_size=len(chosen),
-    indices=chosen,
-    mean=data.mean,
-    std=data.std,
-  )
-  return batch
 
 
 def as_json(report: gm.ReferenceReport) -> dict[str, Any]:

@@ -5,14 +5,12 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
-from configs import base, score as score_config
-from experiments import methods, models
-from experiments.data import filters, noise, pipeline
+from configs import score as score_config
+from experiments import methods, tasks
 from experiments.runtime import (
   checkpoint,
   distributed,
@@ -20,7 +18,6 @@ from experiments.runtime import (
   metrics as writers,
   workdir as workdir_lib,
 )
-from experiments.tasks.classification import losses as classification
 from experiments.training import (
   reference as reference_lib,
   steps,
@@ -63,20 +60,18 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
   folder = pathlib.Path(workdir)
   with locks.hold(folder):
     run_config = learners_config(config)
-    scoring = _Pass(config, run_config, folder)
+    scoring = _Scoring(config, run_config, folder)
     if distributed.is_first():
       workdir_lib.claim(workdir, config, score_config, free=FREE)
       workdir_lib.write_json(
         folder / RUN_FILE, workdir_lib.as_dict(run_config), sealed=True
       )
-      noise.save(
-        folder / train.LABELS_FILE, scoring.data.labels, scoring.data.train.ids
-      )
+      scoring.task.save(folder)
     distributed.meet()
-    scoring.to_the_end(folder)
+    samples = scoring.to_the_end(folder)
     result = {
       "checkpoints": scoring.checkpoints,
-      "samples": len(scoring.data.train.labels),
+      "samples": samples,
       "fingerprints": scoring.fingerprints,
       "run": workdir_lib.fingerprint(workdir_lib.as_dict(run_config)),
     }
@@ -104,7 +99,7 @@ def learners_config(config: Any) -> Any:
     config: as `configs/score.py` describes it.
 
   Returns:
-    A config with every field of `configs/base.py`.
+    A config with every field of its task.
 
   Raises:
     FileNotFoundError: the learner is no run's folder.
@@ -126,6 +121,11 @@ def learners_config(config: Any) -> Any:
   if config.method != "grand_offline":  # which starts where the learner did
     run.model.pretrained = None  # what came of it is in the checkpoints
   if config.split is not None:
+    if "train_split" not in run.data:
+      raise ValueError(
+        f"config.split is {config.split!r}, and the data of {config.learner}"
+        " has no splits; leave it out."
+      )
     run.data.train_split = config.split
   if config.data_dir is not None:
     run.data.data_dir = config.data_dir
@@ -160,43 +160,36 @@ def complete(section: dict[str, Any], file: pathlib.Path) -> Any:
       defaults[key] = value
     return defaults
 
-  defaults = workdir_lib.as_dict(base.get_config())
+  task = tasks.get(section, where=str(file))
+  defaults = workdir_lib.as_dict(task.configs.get_config())
   return config_dict.ConfigDict(merged(defaults, section, ""))
 
 
-class _Pass:
-  """What scores batches, and which."""
+class _Scoring:
+  """Scores batches of a task with a run's checkpoints."""
 
   def __init__(self, config: Any, run: Any, folder: pathlib.Path):
-    self.config, self.run = config, run
-    self.devices = distributed.Devices(
-      config.mesh, batch_size=config.batch_size
-    )
+    self.config = config
+    devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
+    self.devices = devices
     self.learner = pathlib.Path(config.learner)
-    data = train.load_data(run)
-    shown = self.learner / reference_lib.INPUT_FILE
-    if shown.exists():  # images are scaled as the learner saw them
-      scaling = workdir_lib.read_input(self.learner)
-      data = data._replace(mean=scaling["mean"], std=scaling["std"])
-    self.data = data
-    apply, params = models.create(
-      run.model,
-      input_shape=data.train.images.shape[1:],
-      num_classes=data.train.num_classes,
-      seed=run.seed,
-    )
-    self.params = self.devices.place(params)
     method = methods.create(config.method, config.mimic)
+    self.task = task = tasks.get(run).of_learner(
+      run, devices, self.learner, direction=method and method.direction
+    )
+    if task.samples is None and devices.process[1] > 1:
+      raise ValueError(
+        "shards are scored by a single process, as each would have another"
+        f" number of batches; there are {devices.process[1]}."
+      )
     self.score_step = steps.make_score_step(
-      classification.make_losses_fn(apply),
+      task.losses_fn,
       method,
-      config.mimic,
-      classification.make_outputs_fn(apply),
-      out_shardings=self.devices.rows,
+      task.config.mimic,
+      outputs=task.outputs,
+      out_shardings=devices.rows,
     )
-    self.reference = reference_lib.load(
-      run, method, self.params, data, folder, self.devices
-    )
+    self.reference = reference_lib.load(task.config, method, task, folder)
     self.checkpoints = list(config.steps or checkpoint.steps(self.learner))
     if not self.checkpoints:
       raise FileNotFoundError(
@@ -213,32 +206,16 @@ class _Pass:
         workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
       ),
       "learner": learner,
-      **filters.fingerprints(run, data.train, data.labels),
+      **task.data_fingerprints,
     }
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
-    self.batches_a_pass = pipeline.steps_per_epoch(
-      len(data.train.labels), config.batch_size
-    )
 
   def _params_of(self, step):
-    return checkpoint.load_params(self.learner, self.params, step=step)
+    return checkpoint.load_params(self.learner, self.task.params, step=step)
 
-  def _batches(self, first):
-    """The pass from one of its batches on."""
-    rows = range(first * self.config.batch_size, len(self.data.train.labels))
-    return pipeline.eval_batches(
-      self.data.train.images,
-      self.data.labels.labels,
-      batch_size=self.config.batch_size,
-      indices=rows,
-      mean=self.data.mean,
-      std=self.data.std,
-      process=self.devices.process,
-    )
-
-  def to_the_end(self, folder: pathlib.Path) -> None:
-    """Scores what is left to score."""
+  def to_the_end(self, folder: pathlib.Path) -> int:
+    """Scores what is left to score; how many samples a pass has."""
     ledger = gm.ScoreLedger(
       folder / LEDGER_FOLDER,
       fingerprints=self.fingerprints,
@@ -247,49 +224,57 @@ class _Pass:
     )
     progress = folder / PROGRESS_FILE
     own = workdir_lib.fingerprint(self.fingerprints)
-    done = self._done(ledger, progress, own) if distributed.is_first() else 0
-    done = int(distributed.from_first(np.int32(done)))
-    total = self.batches_a_pass * len(self.checkpoints)
+    found = [0]
+    if distributed.is_first():
+      found = self._done(ledger, progress, own)
+    done, *starts = json.loads(distributed.texts_of_all(json.dumps(found))[0])
+    starts = starts or [0]
     pending: list[Any] = []
 
     def flush(position):
       fetched = distributed.own_rows([output for *_, output in pending])
-      for (at, index, _), output in zip(pending, fetched, strict=True):
-        real = index >= 0
+      for (at, epoch, rows, _), output in zip(pending, fetched, strict=True):
         ledger.append(
-          index[real],
-          output["score"][real],
-          losses=output["loss"][real],
+          rows.ids[rows.real],
+          output["score"][rows.real],
+          losses=output["loss"][rows.real],
           step=at,
-          epoch=at // self.batches_a_pass,
+          epoch=epoch,
         )
       pending.clear()
       ledger.flush()
       distributed.meet()
       if distributed.is_first():
-        counts = {"batches": position, "of": total, "fingerprint": own}
-        workdir_lib.write_json(progress, counts, sealed=True)
+        about = {"batches": position, "starts": starts, "fingerprint": own}
+        workdir_lib.write_json(progress, about, sealed=True)
 
-    with contextlib.closing(writers.progress(total, done, "score")) as bar:
-      for epoch in range(done // self.batches_a_pass, len(self.checkpoints)):
+    count = self.task.samples
+    if count is not None:
+      count = -(-count // self.config.batch_size) * len(self.checkpoints)
+    with contextlib.closing(writers.progress(count, done, "score")) as bar:
+      while len(starts) <= len(self.checkpoints):
+        epoch = len(starts) - 1
         params = self._params_of(self.checkpoints[epoch])
-        start = epoch * self.batches_a_pass
-        first = max(done - start, 0)
-        for at, batch in enumerate(self._batches(first), start + first):
-          index, whole = batch.pop("index"), batch.pop("batch_index", None)
-          reference = self.reference and self.reference.for_batch(
-            index, None, whole
+        at = max(done, starts[epoch])
+        for batch in self.task.passes(at - starts[epoch]):
+          rows = self.task.take(batch)
+          output = self.score_step(
+            params,
+            self.reference and self.reference.for_batch(batch),
+            self.devices.put(rows.seen),
           )
-          output = self.score_step(params, reference, self.devices.put(batch))
-          pending.append((at, index, output))
+          pending.append((at, epoch, rows, output))
+          at += 1
           if len(pending) >= self.config.flush_every:
-            flush(at + 1)
-            bar.update(at + 1 - bar.n)  # scored, not only asked for
-      if pending:
-        flush(total)
+            flush(at)
+            bar.update(at - bar.n)  # scored, not only asked for
+        starts.append(at)
+        flush(at)
+        bar.update(at - bar.n)
+    return self.task.samples or len(ledger.matrix()[0])
 
   def _done(self, ledger, progress, own):
-    """How many batches have been scored, and are on record.
+    """How many batches are scored and on record, and where passes begin.
 
     Rows reach the disk before the count of them: what a kill cuts off in
     between is scored again, and a ledger has one row for it all the same.
@@ -303,15 +288,20 @@ class _Pass:
       )
       ledger.forget_from(lost)
     if not (progress.exists() and ledger.epochs):
-      return 0
-    found = workdir_lib.read_json(progress, {"batches": int})
+      return [0]
+    found = workdir_lib.read_json(progress, {"batches": int, "starts": list})
     if found.get("fingerprint", own) != own:
       raise ValueError(
         f"{progress} is of another job: its fingerprint is"
         f" {found['fingerprint']!r}, expected {own!r}. Delete it to score all"
         " again."
       )
-    return found["batches"] if lost is None else min(found["batches"], lost)
+    if lost is None:
+      return [found["batches"], *found["starts"]]
+    return [
+      min(found["batches"], lost),
+      *(start for start in found["starts"] if start <= lost),
+    ]
 
 
 def main(config: Any, workdir: str) -> None:

@@ -9,6 +9,7 @@ import optax
 
 import gradmimic_jax as gm
 from experiments.methods import OUTPUT_AGREEMENT, RANDOM, Method
+from experiments.runtime import sharding
 from experiments.tasks.base import Outputs
 from experiments.tasks.classification import losses as classification
 from gradmimic_jax import layers
@@ -33,6 +34,26 @@ class StepOutput(NamedTuple):
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   """The state before the first step."""
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
+  """The shardings of what a train step puts out, for `make_train_step`.
+
+  Args:
+    state: the step's.
+    mesh: with the axes "data" and "fsdp"; None for a single device.
+
+  Returns:
+    The beginning of a tree of shardings: the state by the rule, metrics whole
+    everywhere, and what there is of each sample divided like the samples. None
+    for a single device.
+  """
+  if mesh is None:
+    return None
+  return sharding.of_tree(state, mesh), StepOutput(
+    jax.sharding.NamedSharding(mesh, sharding.WHOLE),
+    jax.sharding.NamedSharding(mesh, sharding.ROWS),
+  )
 
 
 def make_train_step(
@@ -72,6 +93,8 @@ def make_train_step(
   """
   if outputs is None and outputs_fn is not None:
     outputs = classification.outputs_of(outputs_fn)
+  if outputs_fn is None and outputs is not None:
+    outputs_fn = outputs.of
   if method is None:
     gradient = _plain_gradient(losses_fn)
   elif method.score is None:
@@ -106,6 +129,7 @@ def make_score_step(
   config: Any,
   outputs_fn: Callable[..., jax.Array] | None = None,
   *,
+  outputs: Outputs | None = None,
   out_shardings: Any = None,
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
   """A jitted step that scores a batch and changes nothing.
@@ -115,6 +139,7 @@ def make_score_step(
     method: whose scores.
     config: `config.mimic`: `layers`, `engine`.
     outputs_fn: `(params, batch) -> logits [B, C]`.
+    outputs: of tasks other than classification, in place of outputs_fn.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
@@ -129,7 +154,6 @@ def make_score_step(
       "config.method gives no scores that say anything about the samples;"
       " expected one that has, such as grad_mimic."
     )
-  outputs = None
   if outputs_fn is not None:
     outputs = classification.outputs_of(outputs_fn)
   if method.score == OUTPUT_AGREEMENT:
@@ -144,42 +168,11 @@ def make_score_step(
 
   def score_step(params, reference, batch):
     if method.score == "excess_loss":
-      reference = classification.losses_of(reference, batch)
+      reference, _ = outputs.losses_and_hits(reference, batch)
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
   return jax.jit(score_step, out_shardings=out_shardings)
-
-
-def make_eval_step(
-  losses_fn: Callable[..., Any],
-) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """A jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`, sums."""
-
-  def eval_step(params, batch):
-    losses, hits = losses_fn(params, batch)
-    mask = batch["mask"]
-    return {
-      "loss": jnp.sum(jnp.where(mask, losses, 0)),
-      "hits": jnp.sum(mask & hits),
-      "count": jnp.sum(mask),
-    }
-
-  return jax.jit(eval_step)
-
-
-def evaluate(
-  eval_step: Callable[[Any, Any], dict[str, jax.Array]],
-  params: Any,
-  batches: Any,
-) -> dict[str, float]:
-  """Mean loss and accuracy over all batches."""
-  sums = [eval_step(params, batch) for batch in batches]
-  total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
-  return {
-    "loss": total["loss"] / total["count"],
-    "accuracy": total["hits"] / total["count"],
-  }
 
 
 def direction_of(

@@ -45,10 +45,9 @@ from configs import (
 from experiments.runtime import checkpoint, metrics as writers
 from experiments.selection import files as select_job
 from experiments.training import (
-  clip_trainer as clip_train,
   scoring as score_job,
   steps,
-  trainer as digits_train,
+  trainer,
 )
 from tests.experiments import processes
 
@@ -65,7 +64,6 @@ _BOTH = {
   "log_every": 5,
   "faults.nonfinite_stop": 10,
   "checkpoint.keep": 2,
-  "checkpoint.keep_every": 0,
   "data.filter": None,
   "noise.rate": 0.4,
   "model.pretrained": None,
@@ -105,8 +103,8 @@ FIELDS = {
   CONTRASTIVE: {
     **_BOTH,
     "batch_size": 16,
-    "samples_seen": 96,
-    "eval_every": 2,
+    "num_samples": 96,
+    "eval_every_steps": 2,
     "eval_batch_size": 16,
     "loss": "clip",
     "checkpoint.every_steps": 2,
@@ -155,8 +153,7 @@ def make_config(task, root, fields):
 
 def train(task, root, folder, fields):
   """Trains to the end; the result."""
-  job = {CLASSIFICATION: digits_train, CONTRASTIVE: clip_train}[task]
-  return job.train_and_evaluate(make_config(task, root, fields), folder)
+  return trainer.train_and_evaluate(make_config(task, root, fields), folder)
 
 
 def interrupted(count):
@@ -188,7 +185,7 @@ def train_in_two_processes(root, folder, fields):
   flags = processes.flags_of("configs/digits.py", folder, **given)
   command = ["-m", "experiments.train", *flags]
   processes.finish(processes.start(command, count=2))
-  return json.loads((folder / digits_train.RESULT_FILE).read_text())
+  return json.loads((folder / trainer.RESULT_FILE).read_text())
 
 
 def score(root, folder, *, learner, reference):
@@ -226,7 +223,7 @@ def load_params(folder):
 
 def load_ledger(folder):
   """The ledger in a run's folder; None if it has none."""
-  path = folder / digits_train.LEDGER_FOLDER
+  path = folder / trainer.LEDGER_FOLDER
   return gm.ScoreLedger(path) if path.exists() else None
 
 
@@ -418,7 +415,13 @@ def differences(found, expected):
 # ---- The summary, for other machines. ----
 
 FILE = pathlib.Path(__file__).with_name("pinned.json")
+# Relative to an array's norm. Compiled with all optimizations, these runs come
+# out within 2.4e-7 (classification) and 2.4e-6 (contrastive): other CPUs round
+# like that. A change of a step's mathematics is far above.
 TOLERANCE = 1e-4
+# A softmax doesn't see it: its gradient is 0 but for rounding, which Adam
+# scales up. Those leaves have no value to agree on.
+_ROUNDING = "attention/key/bias"
 _WHOLE = ("result/", "metrics/")  # kept as they are
 _SUMMED = (
   *_WHOLE[:1],
@@ -443,7 +446,7 @@ def summarize(arrays):
   return {
     name: _summary(name, array)
     for name, array in arrays.items()
-    if name.startswith(_SUMMED)
+    if name.startswith(_SUMMED) and not name.endswith(_ROUNDING)
   }
 
 

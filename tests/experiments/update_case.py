@@ -17,7 +17,10 @@ import optax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from configs import base, clip as clip_config
+from configs import (
+  classification as classification_config,
+  contrastive as contrastive_config,
+)
 from experiments import methods, models
 from experiments.models import clip
 from experiments.runtime import checkpoint, distributed, sharding
@@ -34,7 +37,7 @@ CLASSES = 5
 
 def classifier(simple):
   """A small transformer with arrays that are large enough to divide."""
-  config = base.get_config().unlock()
+  config = classification_config.get_config().unlock()
   config.model.name = "vit"
   config.model.vit.update(width=128, depth=1, heads=2, mlp_width=512)
   if simple:
@@ -57,7 +60,7 @@ def classifier(simple):
 
 def pairs(simple, rows):
   """A small CLIP."""
-  config = clip_config.get_config().unlock()
+  config = contrastive_config.get_config().unlock()
   config.model.clip.update(
     image_width=128, image_depth=1, image_mlp_width=512, text_depth=1
   )
@@ -134,7 +137,7 @@ def update(task, method, engine, devices, folder, simple):
     tx,
     chosen,
     config.mimic,
-    out_shardings=sharding.of_step(state, devices.mesh),
+    out_shardings=steps.make_shardings(state, devices.mesh),
     **outputs,
   )
   number, count = devices.process

@@ -17,7 +17,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from configs import base as common_config, clip as clip_config
+from configs import (
+  classification as classification_config,
+  contrastive as contrastive_config,
+)
 from experiments import methods, models
 from experiments.benchmarks.pod.collectives import Collective, collectives
 from experiments.models import clip
@@ -196,7 +199,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
     method,
     config.mimic,
     **more,
-    out_shardings=sharding.of_step(state, mesh),
+    out_shardings=steps.make_shardings(state, mesh),
   )
   shapes = Shapes(
     _placed(state, sharding.of_tree(state, mesh)),
@@ -238,7 +241,7 @@ def layers_pattern(case: Case, section: Any, params: Any) -> str | None:
 
 def _job_config(case, section, params):
   """The job's own config, with what the case says."""
-  made = clip_config if section.name == "clip" else common_config
+  made = contrastive_config if section.name == "clip" else classification_config
   config = made.get_config().unlock()
   config.method = "sgd" if case.step == PLAIN else "grad_mimic_weights"
   config.mimic.weighting = case.weighting
@@ -280,7 +283,11 @@ def _contrastive(case, section, config, apply, rows):
   }
   return (
     contrastive.make_losses_fn(apply, config.loss, sharding=rows),
-    optimizer.for_contrastive(config.optimizer, total_steps=_TOTAL_STEPS),
+    optimizer.create(
+      config.optimizer,
+      total_steps=_TOTAL_STEPS,
+      last=contrastive.keep_logit_scale(),
+    ),
     batch,
     {"outputs": contrastive.outputs_of(apply, config.loss, sharding=rows)},
   )

@@ -28,7 +28,8 @@ from experiments.studies.probing import (
   heads,
   summary as probe_report,
 )
-from experiments.training import optimizer, reference as reference_lib
+from experiments.tasks.classification import data as data_lib
+from experiments.training import optimizer
 
 CELLS, SAMPLES = "cells", "samples"
 REFERENCE = "reference"
@@ -452,7 +453,7 @@ class _Grid:
     )
 
   def _clean(self, config, split, name):
-    return reference_lib.clean_positions(
+    return data_lib.clean_positions(
       split.labels,
       per_class=config.mimic.clean_per_class,
       num_classes=split.num_classes,

@@ -20,8 +20,11 @@ import gradmimic_jax as gm
 from experiments import methods, models
 from experiments.data import pipeline
 from experiments.methods import Method
-from experiments.tasks.classification import losses as classification
-from experiments.training import reference as reference_lib, steps
+from experiments.tasks.classification import (
+  losses as classification,
+  reference as reference_lib,
+)
+from experiments.training import steps
 from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 
 
@@ -94,7 +97,7 @@ def batches(
     data = types.SimpleNamespace(
       train=split, labels=split, indices=indices, mean=[0.0], std=[1.0]
     )
-    others = reference_lib.load(config, method, None, data)
+    others = reference_lib.load(config, method.direction, None, data)
   iterator = pipeline.train_batches(
     images,
     labels,
@@ -112,7 +115,7 @@ def batches(
       batch = next(iterator)
       other = (None, None)
       if others is not None:
-        beside = others.for_batch(batch["index"], batch.get("flipped"))
+        beside = others.for_batch(batch)
         other = _positions(beside, num_samples)
       parts.append(
         Batches(*_positions(batch, num_samples), batch["mask"], *other)

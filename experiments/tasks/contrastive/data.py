@@ -54,6 +54,7 @@ class Data(NamedTuple):
   """What a run trains and is evaluated on."""
 
   batches: Any  # a grain data set of training batches
+  one_pass: Callable[[], Any]  # one of all pairs, each once and in order
   fingerprint: str  # of those, the same in all processes
   held_out: tuple[np.ndarray, np.ndarray] | None  # images, tokens: clean pairs
   zero_shot: ZeroShot | None
@@ -65,7 +66,7 @@ def load(config: Any) -> Data:
   """Training, held-out and zero-shot data as the config has them.
 
   Args:
-    config: as `configs/clip.py` describes it.
+    config: as `configs/contrastive.py` describes it.
 
   Returns:
     The Data.
@@ -96,7 +97,7 @@ def tokenizer_of(config: Any) -> tokenizers.Tokenizer:
   """The tokenizer that `config.data` names, for the model of the config.
 
   Args:
-    config: as `configs/clip.py` describes it.
+    config: as `configs/contrastive.py` describes it.
 
   Returns:
     The tokenizer.
@@ -149,23 +150,25 @@ def _of_shapes(config, tokenize):
   if config.data.filter is not None:
     indices = _positions(config.data.filter, uids)
 
-  def batches(process):
+  def pairs(process, **order):
     return image_text.Pairs(
       memory.images,
       memory.text,
       uids,
       batch_size=config.batch_size // jax.process_count(),
-      seed=config.seed,
-      indices=indices,
-      drop_last=True,
       process_index=process,
       process_count=jax.process_count(),
+      **order,
     )
+
+  def batches(process):
+    return pairs(process, seed=config.seed, indices=indices, drop_last=True)
 
   held_out = _shapes(config, "held_out", config.data.held_out_size)
   images = _shapes(config, "zero_shot", config.data.zero_shot_size)
   return Data(
     batches(jax.process_index()),
+    lambda: pairs(jax.process_index(), seed=None, num_epochs=1),
     batches(0).fingerprint,
     (held_out.images, tokenize(_texts(held_out))),
     ZeroShot(
@@ -204,17 +207,19 @@ def _of_shards(config, tokenize):
     "num_threads": section.num_threads,
   }
 
-  def batches(process):
+  def stream(process, **order):
     return shards.ShardStream(
       section.shards,
       batch_size=config.batch_size // jax.process_count(),
-      seed=config.seed,
-      keep=section.filter,
       window=section.window,
       process_index=process,
       process_count=jax.process_count(),
+      **order,
       **common,
     )
+
+  def batches(process):
+    return stream(process, seed=config.seed, keep=section.filter)
 
   held_out = None
   if section.held_out_shards:
@@ -233,6 +238,7 @@ def _of_shards(config, tokenize):
     zero_shot = _of_tfds(section, tokenize)
   return Data(
     batches(jax.process_index()),
+    lambda: stream(jax.process_index(), seed=None, num_epochs=1),
     workdir_lib.fingerprint(
       batches(0).fingerprint,
       None if held_out is None else held_out[1].tolist(),

@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.methods import Method
 from experiments.models import clip, initial
 from experiments.models.clip import Features
 from experiments.models.pretrained import clip as clip_pretrained
@@ -19,12 +18,13 @@ from experiments.runtime import (
   distributed,
   workdir as workdir_lib,
 )
+from experiments.tasks.base import Reference
 from experiments.tasks.contrastive import (
   data as clip_data,
   evaluation as clip_features,
 )
-from experiments.training import reference as reference_lib
 
+_DIRECTIONS = ("weights", "outputs")
 # What of the data section has to be the learner's too: how images and captions
 # become arrays.
 _SAME = ("data.image_size", "data.tokenizer")
@@ -41,37 +41,38 @@ class Model(NamedTuple):
 
 def load(
   config: Any,
-  method: Method | None,
+  direction: str,
   params: Any,
   data: clip_data.Data,
   devices: distributed.Devices,
-) -> reference_lib.Reference | None:
-  """The reference that the method asks for.
+) -> Reference:
+  """The reference that a direction asks for.
 
   Args:
-    config: as `configs/clip.py` describes it.
-    method: the run's, or None.
+    config: as `configs/contrastive.py` describes it.
+    direction: "weights" or "outputs".
     params: the learner's parameters.
     data: the run's.
     devices: the run's.
 
   Returns:
-    A Reference, or None for a method that needs none. Its `for_batch(batch)`
-    gives weights, or Features for the batch. Features of pairs in memory are
-    found once and kept beside the reference's checkpoints.
+    A Reference. Its `for_batch(batch)` gives weights, or Features for the
+    batch. Features of pairs in memory are found once and kept beside the
+    reference's checkpoints.
 
   Raises:
-    ValueError: no reference, or one of another architecture (where weights are
-      looked at), of other images or another tokenizer.
+    ValueError: another direction, no reference, or one of another architecture
+      (where weights are looked at), of other images or another tokenizer.
     FileNotFoundError: a reference that is not there.
   """
-  if method is None or method.direction is None:
-    return None
-  if method.direction == "weights":
-    model = model_of(config, like=params, place=devices.place)
-    return reference_lib.Reference(
-      model.fingerprint, model.params, lambda _: model.params
+  if direction not in _DIRECTIONS:
+    raise ValueError(
+      f"config.mimic.direction is {direction!r}; expected 'weights' or"
+      " 'outputs'."
     )
+  if direction == "weights":
+    model = model_of(config, like=params, place=devices.place)
+    return Reference(model.fingerprint, model.params, lambda _: model.params)
   model = model_of(config, place=devices.place)
   if data.memory is not None:
     found = features_of_pool(config, model, data.memory, devices)
@@ -83,14 +84,14 @@ def load(
         *devices.put((found.image[rows], found.text[rows])), *scales
       )
 
-    return reference_lib.Reference(model.fingerprint, None, stored)
+    return Reference(model.fingerprint, None, stored)
   apply = jax.jit(model.apply)
 
   def computed(batch):
     seen = devices.put({key: batch[key] for key in ("image", "text")})
     return apply(model.params, seen["image"], seen["text"])
 
-  return reference_lib.Reference(model.fingerprint, None, computed)
+  return Reference(model.fingerprint, None, computed)
 
 
 def model_of(
@@ -102,7 +103,7 @@ def model_of(
   """The model that `config.mimic.reference` names.
 
   Args:
-    config: as `configs/clip.py` describes it.
+    config: as `configs/contrastive.py` describes it.
     like: parameters whose structure and shapes it must have; None: its own.
     place: puts its own parameters where they are to be; weights are loaded
       straight to there.
@@ -134,7 +135,7 @@ def features_of_pool(
   """A model's features of all training pairs; found once.
 
   Args:
-    config: as `configs/clip.py` describes it.
+    config: as `configs/contrastive.py` describes it.
     model: whose.
     memory: the pairs.
     devices: what to compute on.

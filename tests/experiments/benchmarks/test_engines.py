@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from configs import classification
 from configs.benchmark import engines as benchmark_config
 from experiments import models
 from experiments.benchmarks import (
@@ -219,7 +219,7 @@ def test_another_machine_is_refused_and_another_day_is_not(tmp_path):
 
 
 def vit(**overrides):
-  config = base.get_config().unlock()
+  config = classification.get_config().unlock()
   config.model.name = "vit"
   config.update_from_flattened_dict(
     {f"model.vit.{key}": value for key, value in overrides.items()}

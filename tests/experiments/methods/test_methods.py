@@ -11,8 +11,13 @@ import pytest
 import gradmimic_jax as gm
 from experiments import methods, models
 from experiments.data import pipeline
-from experiments.tasks.classification import losses as classification
-from experiments.training import grand, reference, steps, trainer as train
+from experiments.runtime import distributed
+from experiments.tasks.classification import (
+  data as data_lib,
+  losses as classification,
+  reference,
+)
+from experiments.training import grand, steps, trainer as train
 
 
 def outputs_fn(params, batch):
@@ -286,23 +291,26 @@ def table():
 class TestIndependentBatches:
   def make(self, make_config, **overrides):
     config = make_config(method="agra", batch_size=40, **overrides)
-    data = train.load_data(config)
+    data = data_lib.load_data(config)
     method = methods.create("agra", config.mimic)
-    return data, reference.load(config, method, None, data)
+    return data, reference.load(config, method.direction, None, data)
 
   def test_they_depend_on_the_batch_and_the_seed_alone(self, make_config):
     index = np.arange(40, dtype=np.int32)
     data, one = self.make(make_config)
     _, same = self.make(make_config)
-    batch = one.for_batch(index, None)
+    batch = one.for_batch({"index": index})
     assert one.fingerprint == same.fingerprint
     jax.tree.map(
-      np.testing.assert_array_equal, batch, same.for_batch(index, None)
+      np.testing.assert_array_equal, batch, same.for_batch({"index": index})
     )
     _, other = self.make(make_config, seed=5)
     assert one.fingerprint != other.fingerprint
     padded = np.where(index < 39, index, -1)
-    for found in (other.for_batch(index, None), one.for_batch(padded, None)):
+    for found in (
+      other.for_batch({"index": index}),
+      one.for_batch({"index": padded}),
+    ):
       assert found["image"].shape == (40, 8, 8, 1)
       assert (found["image"] != batch["image"]).any()
     # Labels are those that are trained on, half of them wrong.
@@ -314,8 +322,8 @@ class TestIndependentBatches:
   def test_they_are_mirrored_as_the_batch_is(self, make_config):
     index = np.arange(40, dtype=np.int32)
     _, given = self.make(make_config)
-    batch = given.for_batch(index, np.zeros(40, bool))
-    plain = given.for_batch(index, None)["image"]
+    batch = given.for_batch({"index": index, "flipped": np.zeros(40, bool)})
+    plain = given.for_batch({"index": index})["image"]
     turned = (batch["image"] == plain[:, :, ::-1]).all(axis=(1, 2, 3))
     upright = (batch["image"] == plain).all(axis=(1, 2, 3))
     assert (turned | upright).all()
@@ -326,7 +334,7 @@ class TestIndependentBatches:
     data, given = self.make(
       make_config, **{"data.filter": str(tmp_path / "kept.npy")}
     )
-    rows = rows_of(given.for_batch(np.arange(40), None)["image"], data)
+    rows = rows_of(given.for_batch({"index": np.arange(40)})["image"], data)
     np.testing.assert_array_equal(np.sort(rows), np.arange(100, 130))
 
 
@@ -347,10 +355,10 @@ def test_samples_of_the_test_split_are_there_by_name_only(make_config):
   config = make_config(
     method="influence_test_leak", **{"mimic.clean_per_class": 2}
   )
-  data = train.load_data(config)
+  data = data_lib.load_data(config)
   assert data.clean is None
   method = methods.create(config.method, config.mimic)
-  batch = reference.load(config, method, None, data).for_batch(None, None)
+  batch = reference.load(config, method.direction, None, data).for_batch({})
   np.testing.assert_array_equal(np.bincount(batch["label"]), [2] * 10)
   (shown,) = pipeline.eval_batches(
     data.test.images,
@@ -380,7 +388,7 @@ class TestOfflineNorms:
       **overrides,
     }
     config = make_config(method="grand_offline", **fields)
-    return config, train.load_data(config)
+    return config, data_lib.load_data(config)
 
   @pytest.mark.slow
   def test_they_are_means_over_initialisations(self, make_config):
@@ -406,11 +414,10 @@ class TestOfflineNorms:
       right.append(gm.linear_head.gradient_norms(features, errors))
     assert np.abs(right[0] - right[1]).max() > 0.1
     np.testing.assert_allclose(norms, np.mean(right, axis=0), rtol=1e-4)
-    method = methods.create("grand_offline", config.mimic)
-    given = reference.load(config, method, None, data)
+    given = grand.load(config, data, None, distributed.Devices.alone())
     index = np.array([7, -1, 2])
     np.testing.assert_array_equal(
-      given.for_batch(index, None), norms[[7, 0, 2]]
+      given.for_batch({"index": index}), norms[[7, 0, 2]]
     )
 
   @pytest.mark.slow
@@ -427,8 +434,8 @@ class TestOfflineNorms:
   ):
     def load(**overrides):
       config, data = self.make(make_config, **overrides)
-      method = methods.create("grand_offline", config.mimic)
-      return reference.load(config, method, None, data, tmp_path)
+      alone = distributed.Devices.alone()
+      return grand.load(config, data, tmp_path, alone)
 
     with monkeypatch.context() as patch:
       patch.setattr(grand, "offline_norms", None)  # can't be called
@@ -437,18 +444,18 @@ class TestOfflineNorms:
       prints = {load(**fields).fingerprint for fields in ({}, *others)}
       assert len(prints) == 4
     index = np.arange(30)
-    norms = given.for_batch(index, None)
+    norms = given.for_batch({"index": index})
     assert (norms > 0).all()
     with monkeypatch.context() as patch:
       patch.setattr(grand, "offline_norms", None)
       again = load()
-      np.testing.assert_array_equal(again.for_batch(index, None), norms)
+      np.testing.assert_array_equal(again.for_batch({"index": index}), norms)
     assert again.fingerprint == given.fingerprint
     file = tmp_path / f"norms_{given.fingerprint}.npy"
     file.write_bytes(file.read_bytes()[:-1])
     with monkeypatch.context() as patch:
       patch.setattr(grand, "offline_norms", lambda *_: 2 * norms)
-      damaged = load().for_batch(index, None)
+      damaged = load().for_batch({"index": index})
     np.testing.assert_array_equal(damaged, 2 * norms)
 
   @pytest.mark.slow

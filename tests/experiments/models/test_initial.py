@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import base
+from configs import classification
 from experiments import models
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, sharding
 from experiments.studies import runner as study
+from experiments.tasks.classification import data as data_lib
 from experiments.training import grand, trainer as train
 
 
@@ -39,9 +40,9 @@ def test_a_run_starts_from_another_ones_body(make_config, backbone, tmp_path):
     make_config(**{"model.pretrained": source})
     for source in (None, str(backbone))
   )
-  plain = train.Run(fresh, tmp_path, train.load_data(fresh))
-  data = train.load_data(config)
-  run = train.Run(config, tmp_path, data)
+  plain = train.Run(fresh, tmp_path)
+  data = data_lib.load_data(config)
+  run = train.Run(config, tmp_path)
   theirs = checkpoint.load_params(backbone, run.state.params)
   jax.tree.map(
     np.testing.assert_array_equal, run.state.params["body"], theirs["body"]
@@ -52,12 +53,12 @@ def test_a_run_starts_from_another_ones_body(make_config, backbone, tmp_path):
   # Images are scaled as those were that the body was trained on.
   shown = json.loads((backbone / "input.json").read_text())
   assert (data.mean, data.std) == (shown["mean"], shown["std"])
-  assert data.mean != train.load_data(fresh).mean
+  assert data.mean != data_lib.load_data(fresh).mean
   # It belongs to the weights, wherever they lie.
   assert run.fingerprint != plain.fingerprint
   shutil.copytree(backbone, tmp_path / "copy")
   moved = make_config(**{"model.pretrained": str(tmp_path / "copy")})
-  again = train.Run(moved, tmp_path, train.load_data(moved))
+  again = train.Run(moved, tmp_path)
   assert again.fingerprint == run.fingerprint
   again = grand.fingerprint(moved, data)
   assert again == grand.fingerprint(config, data)
@@ -99,7 +100,7 @@ def test_a_reference_of_another_architecture_starts_anew(make_config):
 def test_a_backbone_that_does_not_fit(make_config, backbone, tmp_path):
   def start(**fields):
     config = make_config(**fields)
-    return train.Run(config, tmp_path, train.load_data(config))
+    return train.Run(config, tmp_path)
 
   source = {"model.pretrained": str(backbone)}
   with pytest.raises(ValueError, match=r"\(16, 16\).* expected .*\(16, 8\)"):
@@ -133,7 +134,7 @@ def test_published_weights(request, tmp_path):
     images, logits = golden["images"], golden["logits"]
   file = tmp_path / "model.safetensors"
   safetensors.numpy.save_file(weights, file)
-  config = base.get_config().unlock().model
+  config = classification.get_config().unlock().model
   config.name, config.pretrained = "vit", str(file)
   config.vit.update(
     {

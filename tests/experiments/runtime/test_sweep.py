@@ -24,6 +24,7 @@ from experiments.studies import (
   settings as tuning,
   tuning as tune,
 )
+from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
 
@@ -226,7 +227,7 @@ def test_studies_share_a_reference_and_their_tables(
     f"{folders[-1]}/seed0/grad_mimic/{train.LEDGER_FOLDER}"
   ).matrix("score")
   labels, _ = noise.load(
-    tmp_path / folders[-1] / "seed0" / "grad_mimic" / train.LABELS_FILE
+    tmp_path / folders[-1] / "seed0" / "grad_mimic" / data_lib.LABELS_FILE
   )
   assert labels.is_noisy[kept].mean() < 0.3  # by chance it is .5
   assert set(kept) <= set(ids)

@@ -25,7 +25,10 @@ from experiments.data import filters, noise, pipeline
 from experiments.reporting import page as report, tables
 from experiments.runtime import checkpoint, workdir
 from experiments.selection import files as select
-from experiments.tasks.classification import losses as classification
+from experiments.tasks.classification import (
+  data as data_lib,
+  losses as classification,
+)
 from experiments.training import scoring as score, trainer as train
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -68,7 +71,7 @@ def test_scores_are_those_of_single_gradients(score_job, scored, learner, runs):
   assert scores.shape == (1437, 2)
   assert np.isfinite(scores).all()
   run = score.learners_config(score_job)
-  data = train.load_data(run)
+  data = data_lib.load_data(run)
   apply, params = models.create(
     run.model, input_shape=(8, 8, 1), num_classes=10, seed=run.seed
   )
@@ -197,7 +200,7 @@ def test_from_a_ledger_to_a_filter_to_training(
   kept = set(selection.kept_ids.tolist())
   for name in manifest["sha256"]:
     path = str(tmp_path / "filter" / name)
-    indices = train.load_data(make_config(**{"data.filter": path})).indices
+    indices = data_lib.load_data(make_config(**{"data.filter": path})).indices
     assert set(indices.tolist()) == kept
     assert len(indices) == len(kept)
   assert "not in" not in caplog.text
@@ -292,7 +295,7 @@ class TestFilters:
   """Filters in `config.data.filter`."""
 
   def indices(self, make_config, path, **options):
-    return train.load_data(
+    return data_lib.load_data(
       make_config(**{"data.filter": str(path), **options})
     ).indices
 
@@ -341,7 +344,7 @@ class TestFilters:
 
   def test_other_data_are_refused_by_name(self, make_config, tmp_path):
     config = make_config()
-    data = train.load_data(config)
+    data = data_lib.load_data(config)
     prints = filters.fingerprints(config, data.train, data.labels)
     gm.export.write_npy(tmp_path / "a.npy", [1, 2], fingerprints=prints)
     assert self.indices(make_config, tmp_path / "a.npy").tolist() == [1, 2]

@@ -10,6 +10,7 @@ from configs import digits
 from experiments.data import noise
 from experiments.selection import files as select_lib
 from experiments.studies import runner as study
+from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def studied(folder, digits_dir, rate, *, retrain=False):
 
 def found_in(run):
   """The selection of a run's ledger, and which labels are wrong."""
-  truth, _ = noise.load(run / train.LABELS_FILE)
+  truth, _ = noise.load(run / data_lib.LABELS_FILE)
   ledger = select_lib.ledger_of(run)
   wrong = truth.is_noisy[ledger.matrix()[0]]
   return gm.select(ledger), gm.select(ledger, binarize="gmm"), wrong
@@ -74,7 +75,7 @@ def test_what_is_kept_trains_as_well_as_what_is_clean(tmp_path, digits_dir):
   clean = []
   for seed in config.study.seeds:
     folder = tmp_path / "study" / f"seed{seed}"
-    truth, _ = noise.load(folder / "grad_mimic" / train.LABELS_FILE)
+    truth, _ = noise.load(folder / "grad_mimic" / data_lib.LABELS_FILE)
     file = gm.export.write_npy(
       folder / "clean.npy", np.flatnonzero(~truth.is_noisy)
     )

@@ -31,13 +31,13 @@ from experiments.studies import (
   clip_runner as clip_study,
   clip_summary as clip_study_report,
 )
-from experiments.training import clip_trainer as clip_train, optimizer, steps
+from experiments.training import optimizer, steps, trainer as clip_train
 from gradmimic_jax.selection.uids import parse_uids
 
 TINY = {
   "batch_size": 16,
-  "samples_seen": 64,
-  "eval_every": 2,
+  "num_samples": 64,
+  "eval_every_steps": 2,
   "eval_batch_size": 16,
   "mesh.data": 1,
   "model.size": "tiny",
@@ -91,7 +91,7 @@ def on_shards(folder, **overrides):
   return make(
     datacomp.get_config("scale=small,method=rho"),
     **{
-      "samples_seen": 32,
+      "num_samples": 32,
       "data.shards": (str(folder),),
       "data.held_out_shards": (str(folder / "00000003.tar"),),
       "data.tokenizer": "shapes",
@@ -204,7 +204,7 @@ def scored(folder, teacher, tmp_path_factory):
     **{
       "mimic.reference": str(teacher),
       "data.filter": str(kept),
-      "samples_seen": 64,
+      "num_samples": 64,
     },
   )
   with (
@@ -297,7 +297,7 @@ class TestShards:
   ("overrides", "message"),
   [
     ({"method": "agra"}, r"config\.method is 'agra'; expected one of sgd"),
-    ({"samples_seen": 15}, "less than one batch"),
+    ({"num_samples": 15}, "less than one batch"),
     ({"mesh.data": 9}, r"config\.mesh is data=9, fsdp=1, and there are 8"),
     ({"mesh.data": 3}, "batch_size is 16 on 3 devices"),
     ({"data.name": "laion"}, "expected one of shapes, shards"),
@@ -305,7 +305,10 @@ class TestShards:
     ({"model.clip.vocab_size": 40}, "set config.model.clip.vocab_size="),
     ({"method": "grad_mimic_weights"}, "published weights, or use experi"),
     ({"eval_batch_size": 32}, r"held-out pairs and config\.eval_batch_size"),
-    ({"eval_every": 0}, r"config\.eval_every is 0; expected at least 1"),
+    (
+      {"eval_every_steps": 0},
+      r"config\.eval_every_steps=0: expected one of them",
+    ),
   ],
 )
 def test_what_a_beginner_gets_wrong(tmp_path, overrides, message):
@@ -412,7 +415,7 @@ def test_the_optimizer_is_openclips():
     "bias": jnp.ones(2),
     "logit_scale": jnp.ones([]),
   }
-  tx = optimizer.for_contrastive(config, total_steps=3125)
+  tx = optimizer.create(config, total_steps=3125)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   np.testing.assert_allclose(updates["kernel"], -5e-4 / 500 * 0.2, rtol=1e-5)
@@ -471,7 +474,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   ]
   started = processes.start(
     [
-      *("-m", "experiments.clip_train", "--config=configs/clip.py"),
+      *("-m", "experiments.train", "--config=configs/contrastive.py"),
       *(f"--workdir={tmp_path / 'run'}", *flags),
     ],
     count=2,
@@ -497,9 +500,9 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
 @pytest.mark.slow
 def test_a_foreign_reference_is_flagged(tmp_path):
   learned = {
-    "samples_seen": 60 * 64,
+    "num_samples": 60 * 64,
     "batch_size": 64,
-    "eval_every": 60,
+    "eval_every_steps": 60,
     "data.train_size": 640,
     "checkpoint.every_steps": 60,
   }

@@ -14,7 +14,8 @@ from experiments import methods, models
 from experiments.data import noise, pipeline
 from experiments.runtime import cache, checkpoint
 from experiments.studies import runner as study
-from experiments.training import reference, steps, trainer as train
+from experiments.tasks.classification import data as data_lib, reference
+from experiments.training import steps, trainer as train
 
 LOADED = methods.Method("outputs", None, None)
 
@@ -53,7 +54,9 @@ def teacher(studied, shared):
 
 
 def load(config):
-  return reference.load(config, LOADED, None, train.load_data(config))
+  return reference.load(
+    config, LOADED.direction, None, data_lib.load_data(config)
+  )
 
 
 def load_from(config, teacher):
@@ -72,7 +75,7 @@ def expected_outputs(teacher, config, images):
   split = config.copy_and_resolve_references().unlock()
   split.data.train_split = own["data"]["train_split"]
   split.model.widths = tuple(own["model"]["widths"])
-  pixels = train.load_data(split.lock()).train.images
+  pixels = data_lib.load_data(split.lock()).train.images
   apply, like = models.create(
     split.model, input_shape=images.shape[1:], num_classes=10, seed=0
   )
@@ -96,13 +99,13 @@ class TestOutputs:
     self, make_config, teacher
   ):
     config = make_config(**{"data.flip": True, "mimic.reference": str(teacher)})
-    data = train.load_data(config)
+    data = data_lib.load_data(config)
     mirrored = np.ascontiguousarray(data.train.images[:, :, ::-1])
     upright = expected_outputs(teacher, config, data.train.images)
     turned = expected_outputs(teacher, config, mirrored)
     index = np.array([3, 1436, 0, -1], np.int32)
     flipped = np.array([True, False, True, True])
-    rows = load(config).for_batch(index, flipped)
+    rows = load(config).for_batch({"index": index, "flipped": flipped})
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows[0], turned[3])
     np.testing.assert_array_equal(rows[1], upright[1436])
@@ -112,10 +115,10 @@ class TestOutputs:
 
   def test_without_flips_there_is_one_row_a_sample(self, make_config, teacher):
     config = make_config(**{"mimic.reference": str(teacher)})
-    images = train.load_data(config).train.images
+    images = data_lib.load_data(config).train.images
     index = np.arange(len(images))
     np.testing.assert_array_equal(
-      load(config).for_batch(index, None),
+      load(config).for_batch({"index": index}),
       expected_outputs(teacher, config, images),
     )
 
@@ -128,7 +131,7 @@ class TestOutputs:
       second = load(config)
     assert first.fingerprint == second.fingerprint
     np.testing.assert_array_equal(
-      first.for_batch(index, None), second.for_batch(index, None)
+      first.for_batch({"index": index}), second.for_batch({"index": index})
     )
 
   def test_other_images_and_flips_have_outputs_of_their_own(
@@ -165,11 +168,11 @@ class TestOutputs:
       file.with_suffix(".sha256").unlink()
     again = load(config)
     assert bytes(file.read_bytes()) == bytes(
-      cache.as_npy(right.for_batch(np.arange(1437), None))
+      cache.as_npy(right.for_batch({"index": np.arange(1437)}))
     )
     np.testing.assert_array_equal(
-      again.for_batch(np.arange(1437), None),
-      right.for_batch(np.arange(1437), None),
+      again.for_batch({"index": np.arange(1437)}),
+      right.for_batch({"index": np.arange(1437)}),
     )
     assert not list(teacher.glob("*.tmp"))
 
@@ -204,12 +207,12 @@ class TestLoggedOutputs:
     outputs = np.random.default_rng(0).normal(size=(1437, 10))
     given = load(logged(outputs))
     index = np.array([5, -1])
-    rows = given.for_batch(index, np.array([True, False]))
+    rows = given.for_batch({"index": index, "flipped": np.array([True, False])})
     np.testing.assert_array_equal(rows[0], outputs[5].astype(np.float32))
     assert load(logged(outputs)).fingerprint == given.fingerprint
     assert load(logged(outputs + 1)).fingerprint != given.fingerprint
     both = load(logged(np.stack([outputs, -outputs])))
-    rows = both.for_batch(index, np.array([True, False]))
+    rows = both.for_batch({"index": index, "flipped": np.array([True, False])})
     np.testing.assert_array_equal(rows[0], -outputs[5].astype(np.float32))
 
   def test_wrong_ones_are_refused(self, logged, make_config, tmp_path):
@@ -251,15 +254,15 @@ class TestCleanSamples:
       method="grad_mimic",
       **{"mimic.direction": "clean_gradient", "mimic.clean_per_class": 4},
     )
-    data = train.load_data(config)
-    run = train.Run(config, tmp_path, data)
-    shown = [next(run.train_batches) for _ in range(run.steps_per_epoch)]
+    data = data_lib.load_data(config)
+    run = train.Run(config, tmp_path)
+    shown = [next(run.batches) for _ in range(run.task.steps_per_epoch)]
     index = np.concatenate([batch["index"] for batch in shown])
     np.testing.assert_array_equal(
       np.sort(index[index >= 0]), np.delete(np.arange(1437), data.clean)
     )
     # Half of the labels are wrong; those of the clean batch are not.
-    batch = run.reference.for_batch(shown[0]["index"], None)
+    batch = run.reference.for_batch({"index": shown[0]["index"]})
     np.testing.assert_array_equal(batch["label"], data.train.labels[data.clean])
     assert data.labels.is_noisy[data.clean].any()
 
@@ -272,7 +275,7 @@ class TestCleanSamples:
         "data.filter": str(tmp_path / "kept.npy"),
       },
     )
-    data = train.load_data(config)
+    data = data_lib.load_data(config)
     assert set(data.indices) == set(range(0, 1437, 2)) - set(data.clean)
 
   @pytest.mark.slow
@@ -288,7 +291,7 @@ class TestCleanSamples:
     )
     train.train_and_evaluate(config, tmp_path / "run")
     ids, scores = gm.ScoreLedger(tmp_path / "run" / "ledger").matrix("score")
-    wrong = train.load_data(config).labels.is_noisy[ids]
+    wrong = data_lib.load_data(config).labels.is_noisy[ids]
     found = gm.metrics.detection(scores.mean(axis=1), ~wrong, wrong)
     assert found.auroc > 0.8
 
@@ -460,7 +463,7 @@ class TestRuns:
     assert distilled["test_accuracy"] > 0.6
     found = shared / "seed0" / "rho"
     ids, scores = gm.ScoreLedger(found / train.LEDGER_FOLDER).matrix("score")
-    labels, _ = noise.load(found / train.LABELS_FILE)
+    labels, _ = noise.load(found / data_lib.LABELS_FILE)
     assert (
       gm.metrics.detection(
         np.nanmean(scores, axis=1),
@@ -482,10 +485,10 @@ class TestRuns:
     for offset in (0, 1000):
       config = make_config(**{"study.reference.seed_offset": offset})
       config = study.derived(config, **study.reference_overrides(config, 3))
-      run = train.Run(config, tmp_path, train.load_data(config))
+      run = train.Run(config, tmp_path)
       started.append(checkpoint.fingerprint(run.state.params))
     config = study.derived(make_config(), seed=3)
-    learner = train.Run(config, tmp_path, train.load_data(config))
+    learner = train.Run(config, tmp_path)
     assert checkpoint.fingerprint(learner.state.params) == started[0]
     assert started[0] != started[1]
 

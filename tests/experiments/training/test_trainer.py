@@ -16,6 +16,7 @@ import pytest
 
 import gradmimic_jax as gm
 from experiments.runtime import checkpoint, metrics as writers
+from experiments.tasks.classification import data as data_lib
 from experiments.training import steps, trainer as train
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -96,10 +97,10 @@ def test_a_filter_straight_from_a_ledger_knows_its_data(
   )
   path = gm.export.write_parquet(tmp_path / "selection.parquet", selection)
   filtered = {"data.filter": str(path)}
-  found = train.load_data(make_config(**filtered)).indices
+  found = data_lib.load_data(make_config(**filtered)).indices
   np.testing.assert_array_equal(found, selection.kept_ids)
   with pytest.raises(ValueError, match=r"noise 0\.5 .* noise 0\.2"):
-    train.load_data(make_config(**{**filtered, "noise.rate": 0.2}))
+    data_lib.load_data(make_config(**{**filtered, "noise.rate": 0.2}))
 
 
 def test_a_finished_run_is_not_repeated(mimic_config, tmp_path, monkeypatch):
@@ -395,6 +396,6 @@ def test_metrics_of_an_interrupted_run_are_dropped(tmp_path):
 
 
 def test_images_are_resized_as_the_config_has_it(make_config):
-  data = train.load_data(make_config(**{"data.image_size": 4}))
+  data = data_lib.load_data(make_config(**{"data.image_size": 4}))
   assert data.train.images.shape[1:] == (4, 4, 1)
   assert data.test.images.shape[1:] == (4, 4, 1)

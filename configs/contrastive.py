@@ -1,7 +1,6 @@
-"""Every field of CLIP's jobs, with its default. Their configs start from here.
+"""Every field of image-text pairs and CLIP, with its default.
 
-`configs/base.py` is the same for classification. A field that is not here is
-refused, on the command line and in code.
+A field that is not here is refused, on the command line and in code.
 """
 
 from ml_collections import config_dict
@@ -28,18 +27,16 @@ _SIZES = (
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The defaults, locked."""
   base.parse_arg(arg)
-  config = config_dict.ConfigDict()
-
-  # Initialisation and order. Runs of one seed start from the same parameters:
-  # that puts a reference into the learner's own basin.
-  config.seed = 0
+  config = base.get_config(
+    "contrastive",
+    num_samples=57_600,  # repeats count
+    eval_every_steps=10,
+    save_every_steps=100,
+  )
   config.batch_size = 192  # pairs of all devices together; negatives, that is
-  config.samples_seen = 57_600  # the budget; repeats count
-  config.eval_every = 10  # steps
   # Pairs at a time; the held-out loss tells a pair from so many.
   config.eval_batch_size = 192
   config.loss = "clip"  # or "sigmoid" (with model.clip.logit_bias)
-  base.add_running(config)
 
   config.data = config_dict.ConfigDict()
   config.data.name = "shapes"  # drawn in memory, or "shards"
@@ -104,74 +101,33 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.model.clip.logit_scale = config_dict.placeholder(float)
   config.model.clip.logit_bias = config_dict.placeholder(float)
 
-  config.optimizer = config_dict.ConfigDict()
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
   config.optimizer.warmup_steps = 20
-  config.optimizer.weight_decay = 0.2  # none on gains and biases
-  config.optimizer.b1 = 0.9
+  config.optimizer.weight_decay = 0.2
+  config.optimizer.decaying = "matrices"  # or "all": gains and biases too
   config.optimizer.b2 = 0.98
   config.optimizer.epsilon = 1e-6
 
-  # "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs",
-  # "output_agreement", "rho", "rho_topk" or "random": see the table in
-  # experiments/methods/table.py.
-  config.method = "sgd"
-  config.mimic = config_dict.ConfigDict()
-  # Of grad_mimic: toward the reference's "weights", or its "outputs": the
-  # similarities that it finds within the batch.
-  config.mimic.direction = "weights"
-  # The workdir of a finished run, or published weights as in model.pretrained.
-  config.mimic.reference = config_dict.placeholder(str)
-  # What published weights are of, where it isn't the learner's own model.
-  config.mimic.reference_size = config_dict.placeholder(str)
-  config.mimic.reference_activation = config_dict.placeholder(str)
-  # Pairs on which weights are checked before the first step; at most a batch.
-  config.mimic.check_samples = 256
-  config.mimic.force = False  # goes on all the same
-  # "image_last_mlp", "text_last_mlp", "both_last_mlp", "all", or a regular
-  # expression on "/"-joined parameter paths.
+  # Of methods "sgd", "grad_mimic", "grad_mimic_weights", "grad_mimic_outputs",
+  # "output_agreement", "rho", "rho_topk" and "random". Toward "outputs": the
+  # similarities that the reference finds within the batch. Layers may be
+  # "image_last_mlp", "text_last_mlp", "both_last_mlp" or "all".
   config.mimic.layers = "all"
-  config.mimic.score = "projection"
-  config.mimic.weighting = "ess_softmax"  # "softmax", "top_fraction", ...
-  config.mimic.temperature = 0.05  # of softmax
-  config.mimic.fraction = 0.7  # of ess_softmax, top_fraction and random
-  config.mimic.warmup_steps = 0  # with uniform weights, before these
-  config.mimic.scope = "all"  # or "layers"
+  config.mimic.temperature = 0.05
+  config.mimic.fraction = 0.7
   # The losses of a batch depend on each other: no other engine can do it.
   config.mimic.engine = "forward"
 
-  config.checkpoint = config_dict.ConfigDict()
-  config.checkpoint.every_steps = 100
-  config.checkpoint.keep = 2  # the newest
-  config.checkpoint.keep_every = 0  # and each that many steps, for ever
-
-  config.select = config_dict.ConfigDict()  # for the report
-  config.select.binarize = "gmm"
+  config.select.binarize = "gmm"  # for the report
   config.select.aggregate = "majority"
-  config.select.threshold = 0.0
   config.select.fraction = 0.7
 
-  config.study = config_dict.ConfigDict()
   config.study.seeds = (0,)
   config.study.methods = ("sgd", "grad_mimic_weights")
-  # Every method with scores at all of these: layers, and weightings such as
-  # "ess0.7" (an effective sample size of 70 % of the batch), "temperature0.05"
-  # or "top0.7".
   config.study.layers = ("all",)
   config.study.weightings = ("ess0.7",)
-  # Filters to retrain on: "mimic_top30", "clip_top30", "mimic_bottom15" and
-  # "random30", percents of the pool, combined with - & | and parentheses.
-  config.study.filters = ()
-  # The run whose mimic scores filters go by; "": the first one with scores.
-  config.study.filter_by = ""
-  # Batches at which `experiments.clip_costs` compares steps.
+  config.study.retrain = False
   config.study.cost_batch_sizes = (256, 1024)
-  # How the reference differs from the learner; 0: not at all, but for its
-  # clean captions.
-  config.study.reference = config_dict.ConfigDict()
-  config.study.reference.seed_offset = 0  # another initialisation and order
   config.study.reference.width = 0  # of both towers
   config.study.reference.depth = 0  # of both towers
-  config.study.reference.samples_seen = 0
   return config.lock()

@@ -1,0 +1,87 @@
+"""Every field of image classification, with its default.
+
+A field that is not here is refused, on the command line and in code.
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """The defaults, locked."""
+  base.parse_arg(arg)
+  config = base.get_config(
+    "classification", num_epochs=50, eval_every_epochs=1, save_every_epochs=1
+  )
+
+  config.data = config_dict.ConfigDict()
+  # Any prepared TFDS image-classification set; "digits" prepares itself.
+  config.data.name = "digits"
+  config.data.data_dir = config_dict.placeholder(str)
+  config.data.train_split = "train"
+  config.data.test_split = "test"
+  # Pixels that both sides of every image are resized to; 0: as they are.
+  config.data.image_size = 0
+  config.data.flip = False  # random horizontal flips
+  # Which samples to train on: a .npy file of ids, or a selection as .parquet
+  # or .csv. Ids are positions in the split or the set's own. None: all.
+  config.data.filter = config_dict.placeholder(str)
+
+  config.noise = config_dict.ConfigDict()
+  # "symmetric", "pair", "asymmetric", "confusion" or "file".
+  config.noise.kind = "symmetric"
+  # Exactly int(rate * N) labels are flipped; 0 with "confusion" and "file": as
+  # the matrix or the table has it.
+  config.noise.rate = 0.0
+  config.noise.seed = 0
+  # Of "asymmetric", such as "cat:dog,dog:cat"; None for CIFAR's usual one.
+  config.noise.mapping = config_dict.placeholder(str)
+  # Of "confusion": a .npy or .csv file, true classes by given ones.
+  config.noise.matrix = config_dict.placeholder(str)
+  # Of "file": a .csv or .parquet table, and its columns with labels and ids.
+  config.noise.path = config_dict.placeholder(str)
+  config.noise.column = config_dict.placeholder(str)
+  config.noise.id_column = config_dict.placeholder(str)
+  # Of "file": samples that the table lacks keep their labels.
+  config.noise.partial = False
+
+  config.model = config_dict.ConfigDict()
+  config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
+  # Where weights come from that are not initialised: the workdir of a finished
+  # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
+  # always a new one.
+  config.model.pretrained = config_dict.placeholder(str)
+  # Of the vit: "" is as `vit` has it; "pretrained" takes all of that from the
+  # weights that `pretrained` names and the config.json beside them.
+  config.model.size = ""
+  # Hidden widths of the mlp, or channels per stage of convnet and resnet.
+  config.model.widths = (256, 256)
+  # Of convnet and resnet: pixels taken together, in each direction.
+  config.model.patch_size = 1
+  config.model.blocks_per_stage = 1  # of the resnet
+  config.model.vit = vit()
+
+  wanted = config.study.reference
+  wanted.model = ""  # model name, for another architecture
+  wanted.widths = ()  # of that model
+  wanted.train_split = ""
+  # Trains it on the very split that everything is tested on: to see what such
+  # a reference would be worth, never to report an accuracy.
+  wanted.test_leak = False
+  return config.lock()
+
+
+def vit() -> config_dict.ConfigDict:
+  """What a vision transformer is made of; a small one for 32-pixel images."""
+  config = config_dict.ConfigDict()
+  config.patch_size = 4  # pixels; divides both sides of the images
+  config.width = 192
+  config.depth = 6  # blocks
+  config.heads = 3
+  config.mlp_width = 768
+  config.pooling = "mean"  # or "class_token"
+  config.norm_epsilon = 1e-6  # of the layer norms
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  config.dtype = config_dict.placeholder(str)
+  return config

@@ -1,0 +1,38 @@
+"""Mean loss and accuracy over a test set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def make_eval_step(
+  losses_fn: Callable[..., Any],
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+  """A jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`, sums."""
+
+  def eval_step(params, batch):
+    losses, hits = losses_fn(params, batch)
+    mask = batch["mask"]
+    return {
+      "loss": jnp.sum(jnp.where(mask, losses, 0)),
+      "hits": jnp.sum(mask & hits),
+      "count": jnp.sum(mask),
+    }
+
+  return jax.jit(eval_step)
+
+
+def evaluate(
+  eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+  params: Any,
+  batches: Any,
+) -> dict[str, float]:
+  """Mean loss and accuracy over all batches."""
+  sums = [eval_step(params, batch) for batch in batches]
+  total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
+  return {
+    "loss": total["loss"] / total["count"],
+    "accuracy": total["hits"] / total["count"],
+  }

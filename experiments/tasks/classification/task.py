@@ -1,0 +1,183 @@
+"""Images with class labels, some of which may be wrong."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from configs import classification as classification_config
+from experiments.data import filters, noise, pipeline
+from experiments.models import initial
+from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
+from experiments.tasks.base import Headline, Reference, Rows, Task
+from experiments.tasks.classification import (
+  data as data_lib,
+  evaluation,
+  losses,
+  reference as reference_lib,
+)
+
+
+class Classification(Task):
+  """Image classification; every sample's loss is its own."""
+
+  configs = classification_config
+  headline = Headline("test_loss", "test_accuracy")
+
+  def __init__(
+    self,
+    config: Any,
+    devices: distributed.Devices,
+    *,
+    direction: str | None = None,
+    data: data_lib.Data | None = None,
+  ):
+    """Loads data, and makes the model.
+
+    Args:
+      config: as `configs/classification.py` describes it.
+      devices: what to compute on.
+      direction: of the run's method.
+      data: what `data.load_data` gave for this config; None loads it.
+
+    Raises:
+      ValueError: a name, a filter or weights that don't fit.
+      FileNotFoundError: data or weights that are not there.
+    """
+    self.config, self.devices = config, devices
+    if data is None:
+      data = data_lib.load_data(
+        config, needs_clean=direction == "clean_gradient"
+      )
+    self.data = data
+    self._scaling = {"mean": data.mean, "std": data.std}
+    shuffled = {
+      "batch_size": config.batch_size,
+      "seed": config.seed,
+      "indices": data.indices,
+      "flip": config.data.flip,
+      **self._scaling,
+    }
+    self.steps_per_epoch = pipeline.steps_per_epoch(
+      self._samples, config.batch_size
+    )
+    self.batches = pipeline.train_batches(
+      data.train.images,
+      data.labels.labels,
+      process=devices.process,
+      **shuffled,
+    )
+    self._test_batches = pipeline.eval_batches(
+      data.test.images,
+      data.test.labels,
+      batch_size=devices.divided(config.eval_batch_size),
+      process=devices.process,
+      **self._scaling,
+    )
+    self._test_start = self._test_batches.get_state()
+    apply, self.params = initial.for_data(
+      config.model, data, seed=config.seed, place=devices.place
+    )
+    self.fingerprints = {
+      "data": pipeline.fingerprint(
+        data.train.fingerprint, data.labels.labels, **shuffled
+      )
+    }
+    if config.model.pretrained is not None:
+      self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
+    self.data_fingerprints = filters.fingerprints(
+      config, data.train, data.labels
+    )
+    self.losses_fn = losses.make_losses_fn(apply)
+    self.outputs = losses.outputs_of(losses.make_outputs_fn(apply))
+    self._eval_step = evaluation.make_eval_step(self.losses_fn)
+
+  @classmethod
+  def of_learner(
+    cls,
+    config: Any,
+    devices: distributed.Devices,
+    folder: pathlib.Path,
+    *,
+    direction: str | None = None,
+  ) -> Task:
+    """See `Task`. Images are scaled as the learner saw them."""
+    data = data_lib.load_data(config, needs_clean=direction == "clean_gradient")
+    if (folder / data_lib.INPUT_FILE).exists():
+      scaling = workdir_lib.read_input(folder)
+      data = data._replace(mean=scaling["mean"], std=scaling["std"])
+    return cls(config, devices, direction=direction, data=data)
+
+  @property
+  def samples(self) -> int:
+    """See `Task`."""
+    return len(self.data.train.labels)
+
+  @property
+  def _samples(self):
+    rows = self.data.indices
+    return len(self.data.train.labels if rows is None else rows)
+
+  def take(self, batch: dict[str, np.ndarray]) -> Rows:
+    """See `Task`."""
+    return Rows(
+      batch["index"],
+      batch["index"] >= 0,
+      {key: batch[key] for key in ("image", "label", "mask")},
+    )
+
+  def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """See `Task`."""
+    labels = self.data.labels.labels
+    return pipeline.eval_batches(
+      self.data.train.images,
+      labels,
+      batch_size=self.config.batch_size,
+      indices=range(first * self.config.batch_size, len(labels)),
+      process=self.devices.process,
+      **self._scaling,
+    )
+
+  def evaluate(self, params: Any) -> dict[str, float]:
+    """See `Task`."""
+    self._test_batches.set_state(self._test_start)
+    batches = (
+      self.devices.put(self.take(batch).seen) for batch in self._test_batches
+    )
+    found = evaluation.evaluate(self._eval_step, params, batches)
+    return {f"test_{name}": value for name, value in found.items()}
+
+  def check_batch(self) -> Any:
+    """See `Task`."""
+    return self.devices.place_rows(
+      data_lib.batch_of(
+        self.data,
+        samples=self.config.mimic.check_samples,
+        seed=self.config.seed,
+      )
+    )
+
+  def load_reference(self, direction: str) -> Reference:
+    """See `Task`."""
+    return reference_lib.load(
+      self.config, direction, self.params, self.data, self.devices
+    )
+
+  def facts(self) -> dict[str, Any]:
+    """See `Task`."""
+    return {
+      "train_samples": self._samples,
+      "noise_rate": self.data.labels.rate,
+    }
+
+  def result_fingerprints(self) -> dict[str, str]:
+    """See `Task`."""
+    return {"input": workdir_lib.fingerprint(data_lib.input_of(self.data))}
+
+  def save(self, folder: pathlib.Path) -> None:
+    """See `Task`."""
+    data_lib.write_input(folder, self.data)
+    noise.save(
+      folder / data_lib.LABELS_FILE, self.data.labels, self.data.train.ids
+    )

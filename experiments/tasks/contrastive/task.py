@@ -1,0 +1,152 @@
+"""Image-text pairs, some of whose captions may be wrong."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from configs import contrastive as contrastive_config
+from experiments.models import clip
+from experiments.models.pretrained import clip as clip_pretrained
+from experiments.runtime import checkpoint, distributed
+from experiments.tasks.base import Headline, Reference, Rows, Task
+from experiments.tasks.contrastive import (
+  data as data_lib,
+  evaluation,
+  losses,
+  reference as reference_lib,
+)
+
+
+class Contrastive(Task):
+  """Contrastive learning; a pair's loss depends on its batch mates."""
+
+  configs = contrastive_config
+  methods = (
+    "sgd",
+    "grad_mimic",
+    "grad_mimic_weights",
+    "grad_mimic_outputs",
+    "output_agreement",
+    "rho",
+    "rho_topk",
+    "random",
+  )
+  headline = Headline("held_out_loss", "zero_shot_accuracy@1")
+  instead = "output_agreement or grad_mimic_outputs"
+  last = losses.keep_logit_scale()
+
+  def __init__(
+    self,
+    config: Any,
+    devices: distributed.Devices,
+    *,
+    direction: str | None = None,
+    data: data_lib.Data | None = None,
+  ):
+    """Loads data, and makes the model.
+
+    Args:
+      config: as `configs/contrastive.py` describes it.
+      devices: what to compute on.
+      direction: of the run's method, which changes nothing here.
+      data: what `data.load` gave for this config; None loads it.
+
+    Raises:
+      ValueError: a budget, a filter, a tokenizer or weights that don't fit.
+      FileNotFoundError: shards or weights that are not there.
+    """
+    del direction
+    config = config.copy_and_resolve_references().unlock()
+    self.config, self.devices = config, devices
+    self.data = data_lib.load(config) if data is None else data
+    self.batches = iter(self.data.batches)
+    self.steps_per_epoch = getattr(self.data.batches, "steps_per_epoch", None)
+    size = config.data.image_size
+    apply, self.params = clip_pretrained.create(
+      config.model,
+      input_shape=(size, size, 3),
+      seed=config.seed,
+      place=devices.place,
+    )
+    self.fingerprints = {"data": self.data.fingerprint}
+    if config.model.pretrained is not None:
+      self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
+    self.data_fingerprints = {}
+    if config.mimic.engine == "auto":
+      config.mimic.engine = "forward"  # no other can do it
+    config.mimic.layers = clip.mimic_layers(config.mimic.layers, self.params)
+    self._apply = evaluation.scaled(apply, config.data.mean, config.data.std)
+    self.losses_fn = losses.make_losses_fn(
+      self._apply, config.loss, sharding=devices.rows
+    )
+    self.outputs = losses.outputs_of(
+      self._apply, config.loss, sharding=devices.rows
+    )
+    self._evaluation = evaluation.Evaluation(
+      self._apply,
+      self.data,
+      devices,
+      loss=config.loss,
+      batch_size=config.eval_batch_size,
+    )
+
+  @property
+  def samples(self) -> int | None:
+    """See `Task`."""
+    return None if self.data.memory is None else len(self.data.memory.images)
+
+  def take(self, batch: dict[str, np.ndarray]) -> Rows:
+    """See `Task`."""
+    return Rows(
+      batch["uid"],
+      batch["mask"],
+      {key: batch[key] for key in ("image", "text", "mask")},
+    )
+
+  def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """See `Task`."""
+    batches = iter(self.data.one_pass())
+    for _ in range(first):
+      next(batches)
+    return batches
+
+  def evaluate(self, params: Any) -> dict[str, float]:
+    """See `Task`."""
+    return self._evaluation(params)
+
+  def check_losses_fn(self) -> Callable[..., Any]:
+    """See `Task`."""
+    return losses.make_losses_fn(self._apply, self.config.loss)
+
+  def check_batch(self) -> Any:
+    """See `Task`. Pairs of the first batch, the same in all processes."""
+    iterator = iter(self.data.batches)
+    batch = next(iterator)
+    iterator.close()
+    rows = batch["mask"].nonzero()[0][: self.config.mimic.check_samples]
+    return self.devices.place_whole(
+      distributed.from_first(
+        {key: batch[key][rows] for key in ("image", "text")}
+      )
+    )
+
+  def load_reference(self, direction: str) -> Reference:
+    """See `Task`."""
+    return reference_lib.load(
+      self.config, direction, self.params, self.data, self.devices
+    )
+
+  def facts(self) -> dict[str, Any]:
+    """See `Task`."""
+    statistics = getattr(self.batches, "statistics", None)
+    return {
+      "samples_seen": self.total_steps * self.config.batch_size,
+      "train_pairs": self.data.train_pairs,
+      # What was found in the shards, broken samples and all.
+      "shards": None if statistics is None else statistics.as_dict(),
+    }
+
+  def close(self) -> None:
+    """See `Task`."""
+    self.batches.close()
