@@ -85,6 +85,10 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.grand_epochs = 1
   config.mimic.scope = "all"  # or "layers"
   config.mimic.engine = "auto"  # or "forward", "per_sample"
+  # How many samples' gradients exist at a time; None: as the engine has it.
+  config.mimic.microbatch_size = config_dict.placeholder(int)
+  # Refuses losses that depend on batch mates where an engine can't take them.
+  config.mimic.check_independence = True
 
   config.select = config_dict.ConfigDict()
   # "auto", "gmm", "threshold", "kmeans" or "top_fraction"

@@ -12,7 +12,7 @@ from scipy import integrate, optimize, stats
 import gradmimic_jax as gm
 from gradmimic_jax import metrics
 from gradmimic_jax.selection import joint, pooling, populations, select
-from gradmimic_jax.selection.binarizers import make_binarizer
+from gradmimic_jax.selection.binarize import make_binarizer
 
 
 def run_scores(seed, rate, n=1500, n_steps=8):

@@ -3,23 +3,21 @@
 from experiments.methods.table import (
   DIRECTIONS,
   METHODS,
-  OUTPUT_AGREEMENT,
-  RANDOM,
   SCORES,
   Method,
   create,
   reads_layers,
+  tells_samples_apart,
   weighting,
 )
 
 __all__ = [
   "DIRECTIONS",
   "METHODS",
-  "OUTPUT_AGREEMENT",
-  "RANDOM",
   "SCORES",
   "Method",
   "create",
   "reads_layers",
+  "tells_samples_apart",
   "weighting",
 ]

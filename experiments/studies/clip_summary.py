@@ -8,7 +8,7 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments.data.noise import captions as caption_noise
-from experiments.reporting import tables
+from experiments.reporting import figures, tables
 from experiments.runtime import workdir as workdir_lib
 from experiments.selection import files as select_lib, filters as clip_filters
 from experiments.studies.clip_plan import BASELINE, FILTERS, REFERENCE, derived
@@ -25,7 +25,6 @@ from experiments.studies.clip_records import (
 )
 from experiments.tasks.contrastive import data as clip_data
 from experiments.training import reference_check, trainer as clip_train
-from gradmimic_jax.reporting import figures
 from gradmimic_jax.selection.uids import parse_uids
 
 SUMMARY_FILE = "summary.json"

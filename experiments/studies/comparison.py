@@ -9,14 +9,13 @@ import numpy as np
 
 from configs import compare as results_config
 from experiments.benchmarks import methods as costs_lib
-from experiments.reporting import tables
+from experiments.reporting import figures, tables
 from experiments.runtime import workdir as workdir_lib
 from experiments.studies import (
   published,
   summary as study_report,
   tuning as tune,
 )
-from gradmimic_jax.reporting import figures
 
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"

@@ -176,7 +176,7 @@ def runs_of(config: Any) -> list[Run]:
       method = methods.create(name, config.mimic)
       overrides = {"method": name, **tuned.get(name, {})}
       runs.append(Run(seed, name, overrides, needs))
-      if method is not None and method.score not in (None, methods.RANDOM):
+      if methods.tells_samples_apart(method):
         scored.append(name)
     plain = {"method": "sgd", **tuned.get("sgd", {})}
     for name in scored if study.retrain else ():
@@ -186,7 +186,7 @@ def runs_of(config: Any) -> list[Run]:
     ]
     for keep in study.keep_fractions:
       for name in (*choosing, None):
-        title = f"keep_{keep:g}_{name or methods.RANDOM}"
+        title = f"keep_{keep:g}_{name or 'random'}"
         needs = (name,) if name else ()
         runs.append(Run(seed, title, plain, needs, name, keep))
   return runs

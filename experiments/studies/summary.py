@@ -7,13 +7,12 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments.data import filters, sources
-from experiments.reporting import page as report_lib, tables
+from experiments.reporting import figures, page as report_lib, tables
 from experiments.runtime import metrics as writers, workdir as workdir_lib
 from experiments.selection import files as select_lib
 from experiments.studies import detection
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
-from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
 TABLE_FILE = "results.csv"

@@ -17,6 +17,14 @@ from experiments.runtime import (
   durations,
   workdir as workdir_lib,
 )
+from gradmimic_jax.scores import Score
+
+
+class Aux(NamedTuple):
+  """What a loss function tells besides the losses."""
+
+  hits: jax.Array  # bool [B]
+  outputs: Any  # the learner's
 
 
 class Outputs(NamedTuple):
@@ -26,8 +34,17 @@ class Outputs(NamedTuple):
   # (outputs, batch) -> losses [B] and hits [B]
   losses_and_hits: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
   direction: gm.Direction  # toward the reference's outputs for the batch
-  # (outputs, the reference's, batch) -> scores [B], each sample's on its own
-  agreement: Callable[[Any, Any, Any], jax.Array]
+  # By name: scores that look at outputs, of functions with `Aux`.
+  scores: dict[str, Score]
+  # (the reference's outputs, outputs) -> [B]; None: no such step is made.
+  divergences: Callable[[Any, Any], jax.Array] | None = None
+  coupled: bool = False  # whether losses depend on batch mates
+
+  def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
+    """Losses `[B]` and `Aux`, of one forward pass."""
+    outputs = self.of(params, batch)
+    losses, hits = self.losses_and_hits(outputs, batch)
+    return losses, Aux(hits, outputs)
 
 
 class Reference(NamedTuple):

@@ -186,7 +186,7 @@ class _Scoring:
       task.losses_fn,
       method,
       task.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)

@@ -132,7 +132,7 @@ class Run:
       tx,
       self.method,
       self.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 

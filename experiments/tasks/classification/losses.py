@@ -42,7 +42,16 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
 def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
   """What classification makes of logits `outputs_fn(params, batch)`."""
   return Outputs(
-    outputs_fn, losses_and_hits, gm.toward_outputs(outputs_fn), agreement
+    outputs_fn,
+    losses_and_hits,
+    gm.toward_outputs(outputs_fn),
+    scores={
+      "output_agreement": gm.output_agreement(
+        losses_of, outputs_of=lambda aux: aux.outputs
+      ),
+      "excess_loss": gm.excess_loss(losses_of),
+    },
+    divergences=divergences,
   )
 
 
@@ -57,13 +66,6 @@ def losses_and_hits(
   """`losses_of`, and bool `[B]`: whether the likeliest class is the label."""
   hits = jnp.argmax(logits, axis=-1) == batch["label"]
   return losses_of(logits, batch), hits
-
-
-def agreement(logits: jax.Array, reference: jax.Array, batch: Any) -> jax.Array:
-  """Mimic scores `[B]` in the space of logits `[B, C]`, by the labels."""
-  return gm.scores.output_agreement(
-    lambda logits: losses_of(logits, batch), logits, reference
-  )
 
 
 def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:
