@@ -145,8 +145,17 @@ def test_what_is_no_matter_of_single_samples_is_refused(name):
   assert "check_independence=False" in str(caught.value)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("door", [gm.mimic_value_and_grad, gm.mimic_scores])
+@pytest.mark.parametrize(
+  ("door", "option"),
+  [
+    # Each door, and each option at one of them.
+    (door, option)
+    if (n + i) % 2
+    else pytest.param(door, option, marks=pytest.mark.slow)
+    for i, door in enumerate((gm.mimic_value_and_grad, gm.mimic_scores))
+    for n, option in enumerate(OPTIONS)
+  ],
+)
 def test_every_door_to_the_per_sample_engine_refuses_it(door, option):
   arguments = PARAMS, REFERENCE, BATCH
   fn = door(batch_norm, **OPTIONS[option])
@@ -182,7 +191,17 @@ def transformations(call):
   }
 
 
-@pytest.mark.parametrize("how", ["jit", "grad", "vmap", "scan", "remat"])
+@pytest.mark.parametrize(
+  "how",
+  [
+    "vmap",
+    "scan",
+    *(
+      pytest.param(how, marks=pytest.mark.slow)
+      for how in ("jit", "grad", "remat")
+    ),
+  ],
+)
 def test_closed_over_tracers_hide_nothing(how):
   def losses(centred):
     def call(w):
@@ -295,10 +314,16 @@ INDEPENDENT = {
 @pytest.mark.parametrize(
   ("name", "traced"),
   [
-    *((name, False) for name in INDEPENDENT),
-    ("BatchNorm with running averages", True),
-    ("noise that is the same for all", True),
+    *((name, False) for name in INDEPENDENT if name != "uint32 keys"),
     ("uint32 keys", True),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ("uint32 keys", False),
+        ("BatchNorm with running averages", True),
+        ("noise that is the same for all", True),
+      )
+    ),
   ],
 )
 def test_what_is_a_matter_of_single_samples_is_taken(name, traced):
@@ -326,7 +351,6 @@ def test_a_key_a_sample_gives_all_engines_the_same_losses(name):
         {"engine": "forward"},
         {"engine": "per_sample"},
         {"microbatch_size": 5},  # does not divide 12
-        {"microbatch_size": 5, "weighting": gm.positive()},
       )
     ]
 
