@@ -11,8 +11,9 @@ that is finished is not repeated, and any number of processes may be given the
 same command: they share the runs.
 """
 
+from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies.clip_runner import main
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.SHARED)
+  cli.run(main, processes=cli.SHARED, prepare=initial.sized)

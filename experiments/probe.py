@@ -8,8 +8,9 @@ as many of its runs as one program takes; what is done stays done, and any
 number of processes may be given the same command: they share the cells.
 """
 
+from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies.probing.grid import main
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, prepare=initial.sized)

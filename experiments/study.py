@@ -10,8 +10,9 @@ and any number of jobs may be given the same command: they share the runs. The
 processes of one job share every run.
 """
 
+from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies.runner import main
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.SHARED)
+  cli.run(main, processes=cli.SHARED, prepare=initial.sized)

@@ -11,10 +11,9 @@ from ml_collections import config_dict
 from experiments import models
 from experiments.models.pretrained import (
   clip as clip_pretrained,
-  files as weight_files,
   vit as pretrained,
 )
-from experiments.runtime import checkpoint, workdir as workdir_lib
+from experiments.runtime import checkpoint, hub, workdir as workdir_lib
 
 
 def create(
@@ -86,8 +85,8 @@ def sized(config: Any) -> Any:
     FileNotFoundError: weights that are not there.
     ValueError: weights beside which nothing tells their sizes.
   """
-  model = config.model
-  if model.get("size") != pretrained.SIZE:
+  model = config.get("model")
+  if model is None or model.get("size") != pretrained.SIZE:
     return config
   source = model.get("pretrained")
   if source is None or is_run(source):
@@ -151,7 +150,7 @@ def is_run(source: str) -> bool:
   """Whether that is a run's workdir; published folders have a config too."""
   folder = pathlib.Path(source)
   return (folder / workdir_lib.CONFIG_FILE).exists() and not (
-    folder / weight_files.WEIGHTS
+    folder / hub.WEIGHTS
   ).exists()
 
 

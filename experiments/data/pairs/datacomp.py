@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import gradmimic_jax as gm
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 CLIP_SCORES = ("clip_b32_similarity_score", "clip_l14_similarity_score")

@@ -25,7 +25,8 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data.pairs import images, limits as limits_lib, tar
+from experiments.data.pairs import images, tar
+from experiments.runtime import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 FIRST, LAST = "first", "last"  # The dot at which a file's name is cut.

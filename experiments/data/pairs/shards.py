@@ -38,11 +38,11 @@ from experiments.data import streams
 from experiments.data.pairs import (
   images,
   in_memory as image_text,
-  limits as limits_lib,
   shard_files,
   shard_samples,
 )
 from experiments.data.pairs.shard_samples import Parts, Sample, Statistics
+from experiments.runtime import limits as limits_lib
 
 Tokenizer = Callable[[list[str]], np.ndarray]
 

@@ -13,7 +13,7 @@ and pax headers before it where a name is long).
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 
 BLOCK = 512
 FILE = "file"  # The one kind of member whose content is of use.

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import hub, limits as limits_lib
 
 TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -226,9 +226,8 @@ def for_shapes(*, context_length: int = 77) -> Tokenizer:
 def _find(source):
   if str(source).startswith("hf://"):
     # Flax with it, which processes that read data have no need of.
-    from experiments.models.pretrained import files as weight_files
 
-    return weight_files.find(source, (TOKENIZER,), ())
+    return hub.find(source, (TOKENIZER,), ())
   path = pathlib.Path(source)
   if not path.is_dir():
     if path.is_file():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.models.pretrained import files as weight_files
+from experiments.runtime import hub
 
 # By the size in the name of an architecture, as timm has it.
 _TIMM_HEADS = {
@@ -188,7 +188,7 @@ def check(
   file: pathlib.Path,
   *,
   section: str,
-  beside: str = weight_files.CONFIG,
+  beside: str = hub.CONFIG,
 ) -> None:
   """Refuses a model that what is beside its weights contradicts.
 
@@ -262,7 +262,7 @@ def say_unknown(
       "There is no %s beside %s that tells %s, which can't be seen in the"
       " weights themselves: whether the model's (%s) are right can't be"
       " checked.",
-      weight_files.CONFIG,
+      hub.CONFIG,
       file,
       " and ".join(unknown),
       ", ".join(f"{name}={model.get(name)!r}" for name in unknown),

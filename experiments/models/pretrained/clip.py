@@ -16,7 +16,8 @@ from experiments.models.pretrained import (
   positions,
   preprocessing as preparing,
 )
-from experiments.models.pretrained.files import CONFIG, PREPROCESSOR, WEIGHTS
+from experiments.runtime import hub
+from experiments.runtime.hub import CONFIG, PREPROCESSOR, WEIGHTS
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 NAMES = (WEIGHTS, "open_clip_model.safetensors")
@@ -194,7 +195,7 @@ def load(
     Cherti et al., Reproducible scaling laws for contrastive language-image
     learning, `arXiv:2212.07143 <https://arxiv.org/abs/2212.07143>`_.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   stored = weight_files.read(file)
   layout = LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
@@ -240,7 +241,7 @@ def architecture(
     ValueError: it is no CLIP's, or nothing beside it tells its heads and
       activation.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   stored = architectures.placeholders(weight_files.shapes(file))
   layout = LAYOUTS[_layout_of(stored, file)]
   arrays, _ = layouts.rename(stored, layout)
@@ -307,7 +308,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
     FileNotFoundError: there is no such file.
     ValueError: what is beside the file can't be read.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   theirs = weight_files.beside(file, PREPROCESSOR)
   openclips = weight_files.beside(file, OPENCLIP_CONFIG)
   with weight_files.about(file, "images"):
