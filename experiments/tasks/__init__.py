@@ -7,10 +7,12 @@ from experiments.runtime import distributed
 from experiments.tasks.base import Task
 from experiments.tasks.classification.task import Classification
 from experiments.tasks.contrastive.task import Contrastive
+from experiments.tasks.language.task import Language
 
 TASKS: dict[str, type[Task]] = {
   "classification": Classification,
   "contrastive": Contrastive,
+  "language": Language,
 }
 
 

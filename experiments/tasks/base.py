@@ -36,8 +36,8 @@ class Outputs(NamedTuple):
   direction: gm.Direction  # toward the reference's outputs for the batch
   # By name: scores that look at outputs, of functions with `Aux`.
   scores: dict[str, Score]
-  # (the reference's outputs, outputs) -> [B]; None: no such step is made.
-  divergences: Callable[[Any, Any], jax.Array] | None = None
+  # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
+  divergences: Callable[[Any, Any, Any], jax.Array] | None = None
   coupled: bool = False  # whether losses depend on batch mates
 
   def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:

@@ -221,7 +221,7 @@ def _plain_gradient(losses_fn, outputs):
         return losses, (losses, hits)
       found = outputs.of(params, batch)
       measured = outputs.losses_and_hits(found, batch)
-      return outputs.divergences(reference, found), measured
+      return outputs.divergences(reference, found, batch), measured
 
     values, pullback, (losses, hits) = jax.vjp(
       values_of, state.params, has_aux=True
@@ -362,6 +362,6 @@ def _metrics(batch, loss, hits, per_sample):
   count = jnp.maximum(jnp.sum(mask), 1)
   return {
     "loss": loss,
-    "accuracy": jnp.sum(mask & hits) / count,
+    "accuracy": jnp.sum(jnp.where(mask, hits, 0)) / count,
     "nonfinite": jnp.sum(mask & ~jnp.isfinite(per_sample)),
   }

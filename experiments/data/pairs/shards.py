@@ -37,11 +37,11 @@ from absl import logging
 from experiments.data import streams
 from experiments.data.pairs import (
   images,
-  in_memory as image_text,
   shard_files,
   shard_samples,
 )
 from experiments.data.pairs.shard_samples import Parts, Sample, Statistics
+from experiments.data.rows import check_state
 from experiments.runtime import limits as limits_lib
 
 Tokenizer = Callable[[list[str]], np.ndarray]
@@ -239,7 +239,7 @@ class ShardIterator(grain.DatasetIterator):
     Raises:
       ValueError: If it is the state of a stream of other data or settings.
     """
-    image_text.check_state(state, self._stream.fingerprint)
+    check_state(state, self._stream.fingerprint)
     place = _Place(*state["place"])
     self._start_at(place, Statistics(), state["samples_before_epoch"])
     if state["has_window"]:

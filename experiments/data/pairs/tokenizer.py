@@ -6,6 +6,7 @@ there the text tower looks for it.
 """
 
 import gzip
+import hashlib
 import html
 import json
 import os
@@ -165,22 +166,7 @@ def load(
     OSError: the hub can't give the file.
   """
   file = _find(source)
-  try:
-    pieces = _read(file)
-  except gzip.BadGzipFile as error:
-    raise gzip.BadGzipFile(f"{file} can't be read as gzip: {error}.") from error
-  except (OSError, MemoryError):
-    raise
-  except BaseException as error:  # the library raises Exception itself
-    # What its own code doesn't expect it raises as no Exception at all.
-    if not isinstance(error, Exception) and (
-      type(error).__name__ != "PanicException"
-    ):
-      raise
-    raise ValueError(
-      f"{file} can't be read as a tokenizer: {type(error).__name__}:"
-      f" {str(error)[:300]}."
-    ) from error
+  pieces = _readable(file)
   there = pieces.get_vocab(with_added_tokens=True)
   for ends in _ENDS:
     if all(name in there for name in ends):
@@ -190,6 +176,26 @@ def load(
     f" {' or '.join(' and '.join(ends) for ends in _ENDS)}, as CLIP's"
     " tokenizers have them."
   )
+
+
+def read(source: str | os.PathLike) -> tokenizers.Tokenizer:
+  """A published tokenizer of any kind, as the `tokenizers` package has it.
+
+  Args:
+    source: as `load` takes it.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    FileNotFoundError, ValueError, ImportError, OSError: as `load`.
+  """
+  return _readable(_find(source))
+
+
+def fingerprint(pieces: tokenizers.Tokenizer) -> str:
+  """A hash of all that a tokenizer does, 32 hexadecimal characters."""
+  return hashlib.sha256(pieces.to_str().encode()).hexdigest()[:32]
 
 
 def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:
@@ -244,6 +250,26 @@ def _find(source):
     f"no tokenizer in {path} (there is {there}); expected {TOKENIZER},"
     f" {VOCABULARY} with {MERGES}, or {OPENAI[0]}."
   )
+
+
+def _readable(file):
+  """The tokenizer in a file; raises what `load` says."""
+  try:
+    return _read(file)
+  except gzip.BadGzipFile as error:
+    raise gzip.BadGzipFile(f"{file} can't be read as gzip: {error}.") from error
+  except (OSError, MemoryError):
+    raise
+  except BaseException as error:  # the library raises Exception itself
+    # What its own code doesn't expect it raises as no Exception at all.
+    if not isinstance(error, Exception) and (
+      type(error).__name__ != "PanicException"
+    ):
+      raise
+    raise ValueError(
+      f"{file} can't be read as a tokenizer: {type(error).__name__}:"
+      f" {str(error)[:300]}."
+    ) from error
 
 
 def _read(file):

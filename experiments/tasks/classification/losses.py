@@ -68,17 +68,21 @@ def losses_and_hits(
   return losses_of(logits, batch), hits
 
 
-def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:
+def divergences(
+  reference: jax.Array, logits: jax.Array, batch: Any = None
+) -> jax.Array:
   """`KL(softmax(reference) || softmax(logits))` per sample.
 
   Args:
     reference: the reference's logits `[B, C]`, constants.
     logits: the learner's `[B, C]`.
+    batch: is not looked at.
 
   Returns:
     Divergences `[B]`; NaN, with gradient 0, where the reference's logits are
     not finite.
   """
+  del batch
   known = jnp.all(jnp.isfinite(reference), axis=-1)
   # Zero times NaN is NaN: such a row must not get into the computation.
   targets = jax.nn.log_softmax(jnp.where(known[:, None], reference, 0))
