@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 # What parts the documents of a .txt file: blank lines, or nothing, where each
