@@ -24,8 +24,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     The config, locked.
   """
   values = base.parse_arg(arg, rate=0.3, seeds=3, path="")
-  config = base.get_config().unlock()
-  config.task = "language"
+  config = base.get_config(
+    "language", num_steps=200, eval_every_steps=20, save_every_steps=100
+  )
   config.batch_size = 32  # sequences
   config.eval_batch_size = 256
 
