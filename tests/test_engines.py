@@ -341,9 +341,21 @@ def test_engines_agree_with_each_other(model):
 
 @functools.cache
 def compiled(losses_fn, engine, **kwargs):
-  """One compilation for all the tests that ask the same."""
+  """One compilation for all the tests that ask the same; NumPy's arrays."""
   kwargs = {"weighting": gm.softmax(TEMPERATURE)} | kwargs
-  return jax.jit(gm.mimic_value_and_grad(losses_fn, engine=engine, **kwargs))
+  fn = jax.jit(gm.mimic_value_and_grad(losses_fn, engine=engine, **kwargs))
+  return lambda *args, **more: jax.device_get(fn(*args, **more))
+
+
+each_engine_and_score = pytest.mark.parametrize(
+  ("engine", "score"),
+  [
+    ("forward", "projection"),
+    ("per_sample", "cosine"),
+    pytest.param("forward", "cosine", marks=pytest.mark.slow),
+    pytest.param("per_sample", "projection", marks=pytest.mark.slow),
+  ],
+)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -357,8 +369,7 @@ def test_no_mask_means_all_samples(engine):
   )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("score", SCORES)
+@each_engine_and_score
 def test_mimic_scores_are_the_scores_of_mimic_value_and_grad(engine, score):
   losses_fn, *arguments = task("mlp")
   fn = gm.mimic_scores(losses_fn, layers="^head/", score=score, engine=engine)
@@ -391,8 +402,8 @@ def test_aux_comes_back_for_every_sample(engine):
 
   fn = compiled(with_aux, engine, has_aux=True)
   (loss, info), grads = fn(params, reference, batch)
-  logits = jax.jit(mlp_logits)(params, batch)
-  close(info.aux["logits"], np.asarray(logits), 1e-6)
+  logits = np.asarray(jax.jit(mlp_logits)(params, batch))
+  close(info.aux["logits"], logits, 1e-6)
   np.testing.assert_array_equal(
     info.aux["more"][0], np.argmax(logits, axis=-1) == batch["y"]
   )
@@ -434,15 +445,7 @@ def test_keyword_arguments_reach_the_losses_and_the_direction(engine):
   )
 
 
-@pytest.mark.parametrize(
-  ("engine", "score"),
-  [
-    ("forward", "projection"),
-    ("per_sample", "cosine"),
-    pytest.param("forward", "cosine", marks=pytest.mark.slow),
-    pytest.param("per_sample", "projection", marks=pytest.mark.slow),
-  ],
-)
+@each_engine_and_score
 def test_bfloat16_params_agree_with_float64_to_2e_2(engine, score):
   narrow = jax.tree.map(
     lambda p: jnp.asarray(p, jnp.bfloat16), task("mlp")[1:3]

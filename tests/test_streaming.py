@@ -250,18 +250,25 @@ def test_engine_that_takes_a_custom_vjp_is_named():
   with pytest.raises(TypeError, match="engine='per_sample'"):
     jax.eval_shape(gm.mimic_value_and_grad(custom), PARAMS, REFERENCE, BATCH)
   with pytest.raises(TypeError, match="engine='per_sample'"):
-    gm.mimic_scores(custom)(PARAMS, REFERENCE, BATCH)
+    jax.eval_shape(gm.mimic_scores(custom), PARAMS, REFERENCE, BATCH)
 
   def plain(params, batch):
     return losses_fn(params, batch) ** 2
 
-  expected = jax.jit(gm.mimic_value_and_grad(plain))(PARAMS, REFERENCE, BATCH)
-  for options in (
-    {"engine": "per_sample"},
-    {"microbatch_size": 3},
-  ):
-    fn = jax.jit(gm.mimic_value_and_grad(custom, **options))
-    assert_close(fn(PARAMS, REFERENCE, BATCH), expected)
+  @jax.jit
+  def all_of_them(*args):
+    return [
+      gm.mimic_value_and_grad(fn, **options)(*args)
+      for fn, options in (
+        (plain, {}),
+        (custom, {"engine": "per_sample"}),
+        (custom, {"microbatch_size": 3}),
+      )
+    ]
+
+  expected, *found = all_of_them(PARAMS, REFERENCE, BATCH)
+  for one in found:
+    assert_close(one, expected)
 
 
 def test_engines_take_rematerialised_losses():
