@@ -137,7 +137,18 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("name", COUPLED)
+def slow_if_in(names, cases):
+  return [
+    pytest.param(name, marks=pytest.mark.slow) if name in names else name
+    for name in cases
+  ]
+
+
+# What others of them show, too.
+MORE_COUPLED = ("a standard deviation", "bfloat16", "the valid count")
+
+
+@pytest.mark.parametrize("name", slow_if_in(MORE_COUPLED, COUPLED))
 def test_what_is_no_matter_of_single_samples_is_refused(name):
   losses_fn, message = COUPLED[name]
   with pytest.raises(ValueError, match=message) as caught:
@@ -193,14 +204,9 @@ def transformations(call):
 
 @pytest.mark.parametrize(
   "how",
-  [
-    "vmap",
-    "scan",
-    *(
-      pytest.param(how, marks=pytest.mark.slow)
-      for how in ("jit", "grad", "remat")
-    ),
-  ],
+  slow_if_in(
+    ("jit", "grad", "remat"), ("vmap", "scan", "jit", "grad", "remat")
+  ),
 )
 def test_closed_over_tracers_hide_nothing(how):
   def losses(centred):
@@ -311,15 +317,18 @@ INDEPENDENT = {
 }
 
 
+MORE_INDEPENDENT = "masked", "logarithms", "uint32 keys", "keys of another kind"
+
+
 @pytest.mark.parametrize(
   ("name", "traced"),
   [
-    *((name, False) for name in INDEPENDENT if name != "uint32 keys"),
+    *((name, False) for name in INDEPENDENT if name not in MORE_INDEPENDENT),
     ("uint32 keys", True),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
-        ("uint32 keys", False),
+        *((name, False) for name in MORE_INDEPENDENT),
         ("BatchNorm with running averages", True),
         ("noise that is the same for all", True),
       )
