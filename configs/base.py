@@ -1,4 +1,4 @@
-"""What the configs of all tasks have in common, and how arguments are read.
+"""Fields that the configs of all tasks share, and reading of arguments.
 
 `configs/classification.py`, `configs/contrastive.py` and the like list every
 field of their task. A field that is not there is refused, on the command line

@@ -1,4 +1,4 @@
-"""How a method weighs a batch: a table of methods."""
+"""Methods by name: how each weighs a batch."""
 
 from experiments.methods.table import (
   DIRECTIONS,

@@ -50,7 +50,7 @@ SCORES = ("projection", "cosine")
 
 
 class Method(NamedTuple):
-  """What tells one training method from another."""
+  """The choices that tell one training method from another."""
 
   # One of DIRECTIONS, "test_gradient" or "offline_norms", and by that what a
   # step is given as its reference: weights, outputs for the batch, a batch that
@@ -207,14 +207,14 @@ def weighting(config: Any) -> gm.Weighting:
 
 
 def tells_samples_apart(method: Method | None) -> bool:
-  """Whether the method has scores that say anything about the samples."""
+  """True if the method's scores say anything about the samples."""
   return (
     method is not None and method.score is not None and not method.by_chance
   )
 
 
 def reads_layers(method: Method | None) -> bool:
-  """Whether its scores depend on `config.mimic.layers`."""
+  """True if its scores depend on `config.mimic.layers`."""
   score = method and method.score
   # A name that the library doesn't know is of a task: it looks at outputs.
   kind = gm.scores.SCORES.get(score) if isinstance(score, str) else score

@@ -1,4 +1,4 @@
-"""Where training starts: new parameters, or weights that are there already."""
+"""Initial parameters: new ones, or weights that are there already."""
 
 import pathlib
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def for_data(
 
 
 def scaling(source: str) -> tuple[list[float], list[float]]:
-  """What the images' channels are scaled by for weights from `source`.
+  """Finds the mean and deviation by which weights expect images to be scaled.
 
   Args:
     source: as `config.model.pretrained`, but not None.
@@ -147,7 +147,7 @@ def scaling(source: str) -> tuple[list[float], list[float]]:
 
 
 def is_run(source: str) -> bool:
-  """Whether that is a run's workdir; published folders have a config too."""
+  """True for a run's workdir; published folders have a config too."""
   folder = pathlib.Path(source)
   return (folder / workdir_lib.CONFIG_FILE).exists() and not (
     folder / hub.WEIGHTS
@@ -155,7 +155,7 @@ def is_run(source: str) -> bool:
 
 
 def shown_to(folder: pathlib.Path) -> dict[str, Any]:
-  """What a finished run's model was made for: shape, classes, mean and std."""
+  """Reads the input of a finished run's model: shape, classes, mean and std."""
   if not (folder / workdir_lib.RESULT_FILE).exists():
     raise FileNotFoundError(
       f"there is no finished run in {folder}, which config.model.pretrained"

@@ -1,4 +1,4 @@
-"""What every job's command line shares: flags, log lines, one-line errors."""
+"""The command line of every job: flags, log lines, one-line errors."""
 
 import contextlib
 import os

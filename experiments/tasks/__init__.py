@@ -1,4 +1,4 @@
-"""What is learned: a folder for each task, and one line here."""
+"""Tasks, the kinds of learning: a folder for each, and one line here."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -21,7 +21,7 @@ from gradmimic_jax.scores import Score
 
 
 class Aux(NamedTuple):
-  """What a loss function tells besides the losses."""
+  """A loss function's outputs besides the losses."""
 
   hits: jax.Array  # bool [B]
   outputs: Any  # the learner's
@@ -48,7 +48,7 @@ class Outputs(NamedTuple):
 
 
 class Reference(NamedTuple):
-  """What a run's steps go by."""
+  """The reference, as a training step receives it."""
 
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
 
 
 class Truth(NamedTuple):
-  """Which training samples are wrong, and how."""
+  """The training samples that are wrong, and how."""
 
   ids: np.ndarray  # [N], as ledgers have them
   kinds: np.ndarray  # text [N]: a kind of noise; "" is none
@@ -167,7 +167,7 @@ class Task(abc.ABC):
 
   @property
   def samples(self) -> int | None:
-    """How many a pass over all training samples has; None: nobody knows."""
+    """The number of training samples; None where nobody knows."""
     return None
 
   @abc.abstractmethod
@@ -192,7 +192,7 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def load_reference(self, direction: str) -> Reference:
-    """What a method's direction asks for.
+    """Loads the reference that a method's direction asks for.
 
     Args:
       direction: a method's; see `experiments.methods`.
@@ -206,7 +206,7 @@ class Task(abc.ABC):
     """
 
   def facts(self) -> dict[str, Any]:
-    """What `result.json` says of the data."""
+    """Facts about the data, for `result.json`."""
     return {}
 
   def result_fingerprints(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from gradmimic_jax.scores import Score
 
 
 class TrainState(NamedTuple):
-  """What a run carries from step to step."""
+  """The state that a run carries from step to step."""
 
   step: jax.Array  # [], updates done so far
   params: Any  # the learner's parameters
@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What one train step has to tell; stays on the device until it is asked."""
+  """Outputs of one train step; they stay on the device until they are read."""
 
   metrics: dict[str, jax.Array]  # each [], means over the valid samples
   samples: dict[str, jax.Array]  # score, weight, loss: each [B]; {} if plain
@@ -202,7 +202,7 @@ def direction_of(
 
 
 def _is_sound(grads, nonfinite, mask):
-  """Whether there is a finite sample, and a finite gradient of those."""
+  """True if a sample is finite, and so is the gradient of all that are."""
   finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
   return jnp.all(jnp.stack(finite)) & (nonfinite < jnp.sum(mask))
 
@@ -311,7 +311,7 @@ def _check_coupled(config, outputs):
 
 
 def _engine_options(losses_fn, method, config, outputs):
-  """What the library's two functions are both given, by name."""
+  """Returns the options that both of the library's functions take."""
   score = find_score(method, outputs)
 
   def with_aux(params, batch):

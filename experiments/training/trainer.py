@@ -137,7 +137,7 @@ class Run:
     )
 
   def check_reference(self) -> dict[str, Any] | None:
-    """What the check found out, if any; raises if the reference would harm."""
+    """Checks the reference's weights, if any; raises if they would harm."""
     return reference_check.check(
       self.config,
       self.folder,

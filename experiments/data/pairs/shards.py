@@ -184,7 +184,7 @@ class ShardStream(grain.IterDataset):
 
 
 class _Place(NamedTuple):
-  """Where a window begins."""
+  """The place in the shards where a window begins."""
 
   epoch: int
   shard: int  # In the order of the epoch.
@@ -220,7 +220,7 @@ class ShardIterator(grain.DatasetIterator):
     self._reader_place = place
 
   def get_state(self) -> dict[str, Any]:
-    """Where the stream is, for `set_state`."""
+    """Returns the stream's place, for `set_state`."""
     return {
       "fingerprint": self._stream.fingerprint,
       "place": list(self._place),

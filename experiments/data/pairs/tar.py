@@ -179,7 +179,7 @@ def _pax_records(content: bytes, place: int) -> Iterator[tuple[str, str]]:
 def _after_sparse_map(
   file: BinaryIO, header: bytes, place: int, end: int
 ) -> int:
-  """Where the content of an old GNU sparse file begins."""
+  """Finds the start of an old GNU sparse file's content."""
   goes_on = header[482]
   while goes_on:
     goes_on = _read(file, place, BLOCK, end)[504]

@@ -352,7 +352,7 @@ def _clean(number, text):
 
 
 def _restored(pieces, fields):
-  """What `Tokenizer.__reduce__` took apart."""
+  """Rebuilds a tokenizer from the parts of `Tokenizer.__reduce__`."""
   tokenizer = Tokenizer.__new__(Tokenizer)
   tokenizer.__dict__.update(fields)
   tokenizer._pieces = tokenizers.Tokenizer.from_str(pieces)

@@ -292,7 +292,7 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
-  """How images must be prepared for the weights in `source`.
+  """Finds the preparation of images that the weights in `source` expect.
 
   Taken from a `preprocessor_config.json` (Hugging Face) or an
   `open_clip_config.json` (OpenCLIP) beside the file; without them it is
@@ -369,7 +369,7 @@ def _grid_of(told, shown, tokens, file):
 
 
 def _advice(arrays, shown, told):
-  """What to set, as far as the file and what is beside it tell."""
+  """Advises what to set, as far as the file and its neighbours tell."""
   fields = dict(shown)
   fields.pop("context_length", None)  # which may be shorter
   for said in told.values():
@@ -383,7 +383,7 @@ def _advice(arrays, shown, told):
 
 
 def _told(file):
-  """What the files beside the weights say, by their names."""
+  """Reads the files beside the weights, by their names."""
   found = {}
   for name in (CONFIG, OPENCLIP_CONFIG):
     config = weight_files.beside(file, name)

@@ -56,7 +56,7 @@ def _opened(file):
 
 
 def beside(file: pathlib.Path, name: str) -> dict[str, Any] | None:
-  """What a JSON file beside the weights says; None if there is none."""
+  """Reads a JSON file beside the weights; None if there is none."""
   path = file.with_name(name)
   if not path.is_file():
     return None

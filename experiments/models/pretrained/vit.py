@@ -148,7 +148,7 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
-  """How images must be prepared for the weights in `source`.
+  """Finds the preparation of images that the weights in `source` expect.
 
   Taken from a `preprocessor_config.json` (Hugging Face) or a `config.json` with
   `pretrained_cfg` (timm) beside the file; without them it is the custom of the
@@ -210,7 +210,7 @@ def _keep_head(arrays, expected):
 
 
 def _advice(arrays, told):
-  """What to set, as far as the file and what is beside it tell."""
+  """Advises what to set, as far as the file and its neighbours tell."""
   fields = {}
   blocks = {name.split("/")[1] for name in arrays if name.startswith("blocks/")}
   fields["depth"] = len(blocks)
@@ -233,7 +233,7 @@ def _advice(arrays, told):
 
 
 def _told(file):
-  """What the `config.json` beside the weights says."""
+  """Reads the `config.json` beside the weights."""
   config = weight_files.beside(file, CONFIG) or {}
   with weight_files.about(file, "the model"):
     return architectures.of_vit(config)

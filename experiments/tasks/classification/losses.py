@@ -40,7 +40,7 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
 
 
 def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
-  """What classification makes of logits `outputs_fn(params, batch)`."""
+  """Outputs of classification, of logits `outputs_fn(params, batch)`."""
   return Outputs(
     outputs_fn,
     losses_and_hits,

@@ -152,7 +152,7 @@ def outputs_of(
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> Outputs:
-  """What contrastive learning makes of `Features`.
+  """Outputs of contrastive learning, of `Features`.
 
   Args:
     apply: the learner's, `(params, images, tokens) -> Features`.

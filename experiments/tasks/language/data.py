@@ -1,4 +1,4 @@
-"""What a language model is trained and evaluated on: windows of documents."""
+"""Data of language models: windows of documents."""
 
 import functools
 import hashlib
@@ -35,7 +35,7 @@ class Sequences(NamedTuple):
 
 
 class Data(NamedTuple):
-  """What a run trains and is evaluated on."""
+  """Training and evaluation data of a run."""
 
   batches: rows_lib.Rows  # a grain data set: tokens, uid, index, mask
   fingerprint: str  # of those, the same in all processes
@@ -298,7 +298,7 @@ def _some(sequences, chosen, size, rng):
 
 
 def _positions(path, ids):
-  """Where a filter's ids are; those that are missing are no loss."""
+  """Finds a filter's ids among all; missing ones are no loss."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
       f"config.data.filter is {path!r}, and there is no such file; expected a"

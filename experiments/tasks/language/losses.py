@@ -74,7 +74,7 @@ def losses_and_hits(
 
 
 def make_outputs(apply: Apply, *, padding: int) -> Outputs:
-  """What language modelling makes of logits `[B, T, V]`.
+  """Outputs of language modelling, of logits `[B, T, V]`.
 
   A reference's outputs are its logits for the batch. They are N T V numbers for
   N sequences: cheaper to compute than to store; see `reference`.

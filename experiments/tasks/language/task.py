@@ -168,7 +168,7 @@ class Language(Task):
 
 
 def load_truth(config: Any) -> Truth:
-  """Which sequences are no prose, and what they are."""
+  """Tells which sequences are no prose, and what they are."""
   sequences = data_lib.load(config).train
   return Truth(sequences.ids, sequences.kind)
 

@@ -12,7 +12,7 @@ BYTES = "bytes"
 
 
 class Tokenizer(Protocol):
-  """What the task takes of a tokenizer.
+  """The part of a tokenizer that the task uses.
 
   Attributes:
     vocab_size: number of ids, V, start and padding among them.
