@@ -23,7 +23,7 @@ JOBS = (
   "tune",
   "study",
   "probe",
-  "costs",
+  "benchmark",
   "score",
   "select",
   "report",

@@ -16,7 +16,7 @@ from configs import (
   datacomp,
   shapes as clip_shapes,
 )
-from experiments.benchmarks import clip_methods as clip_costs
+from experiments.benchmarks import methods as costs
 from experiments.data import filters
 from experiments.data.pairs import shapes, shard_files
 from experiments.runtime import (
@@ -522,7 +522,7 @@ def test_a_foreign_reference_is_flagged(tmp_path):
 @pytest.mark.slow
 def test_costs_are_of_all_settings(study, tmp_path, monkeypatch):
   _, config, folder = study
-  monkeypatch.setattr(clip_costs.costs, "_ROUNDS", 2)
+  monkeypatch.setattr(costs, "_ROUNDS", 2)
   config = make(
     config,
     **{
@@ -530,7 +530,9 @@ def test_costs_are_of_all_settings(study, tmp_path, monkeypatch):
       "study.cost_batch_sizes": (16, 32),
     },
   )
-  found = clip_costs.measure(config, tmp_path / "costs")
+  config = config.unlock()
+  config.benchmark = "methods"
+  found = costs.measure(config.lock(), tmp_path / "costs")
   assert list(found["batches"]) == ["16", "32"]
   for entries in found["batches"].values():
     assert entries["sgd"]["time"] == 1
