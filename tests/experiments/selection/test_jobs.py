@@ -55,53 +55,43 @@ class Scored(NamedTuple):
 def make_scored(tmp_path_factory, digits_dir):
   """`make_scored(data, make_config)`: a finished pass; made once."""
   made: dict[str, Scored] = {}
+  root = tmp_path_factory.mktemp("runs")
+  shards = pairs_case.write_shards(tmp_path_factory.mktemp("shards"))
+
+  def on_shards(**fields):
+    fields = {"method": "sgd", "num_samples": 64, **fields}
+    return pairs_case.on_shards(shards, **fields)
+
+  def run(name, config):
+    train.train_and_evaluate(config, root / name)
+    return root / name
 
   def make(data, make_config):
-    if data not in made:
-      # A reference may be a run on other data.
-      taught = make("shapes", make_config) if data == "shards" else None
-      root = tmp_path_factory.mktemp(data)
-      made[data] = _score(data, make_config, root, taught)
+    if data in made:
+      return made[data]
+    if data == "digits":
+      config, batch, ids = make_config, 200, np.arange(1437)
+      reference = run("reference", config(**{"noise.rate": 0.0}))
+    else:
+      configs = {"shapes": pairs_case.on_shapes, "shards": on_shards}
+      config, batch = configs.pop(data), 20
+      # A run on other data may be a reference: each is the other's.
+      ((name, other),) = configs.items()
+      reference = run(name, other())
+      pairs = pairs_case.shapes.load("train", size=96, seed=0, image_size=16)
+      ids = np.sort(np.delete(pairs.uids, 0))  # the first is broken
+      if data == "shapes":
+        ids = np.sort(pairs_lib.train_pairs(config()).uids)
+    learner = run(data, config())
+    job = score_config.get_config(f"learner={learner}").unlock()
+    job.mimic.reference = str(reference)
+    job.batch_size, job.flush_every, job.mesh.data = batch, 3, 1
+    folder = root / f"{data}_scored"
+    score.score_dataset(job.lock(), folder)
+    made[data] = Scored(data, config, learner, reference, job, folder, ids)
     return made[data]
 
   return make
-
-
-def _score(data, make_config, root, taught):
-  if data == "digits":
-    config, batch, ids = make_config, 200, np.arange(1437)
-  elif data == "shapes":
-    config, batch = pairs_case.on_shapes, 20
-    ids = np.sort(pairs_lib.train_pairs(config()).uids)
-  else:
-    shards = pairs_case.write_shards(root)
-
-    def config(**fields):
-      fields = {"method": "sgd", "num_samples": 64, **fields}
-      return pairs_case.on_shards(shards, **fields)
-
-    batch = 20
-    uids = pairs_case.shapes.load("train", size=96, seed=0, image_size=16).uids
-    ids = np.sort(np.delete(uids, 0))  # the first is broken
-  reference = root / "reference"
-  if taught is not None:
-    reference = taught.reference
-  else:
-    train.train_and_evaluate(config(**{"noise.rate": 0.0}), reference)
-  train.train_and_evaluate(config(), root / "learner")
-  job = score_config.get_config(f"learner={root / 'learner'}").unlock()
-  job.mimic.reference = str(reference)
-  job.batch_size, job.flush_every, job.mesh.data = batch, 3, 1
-  score.score_dataset(job.lock(), root / "scored")
-  return Scored(
-    data,
-    config,
-    root / "learner",
-    reference,
-    job,
-    root / "scored",
-    ids,
-  )
 
 
 @pytest.fixture
