@@ -24,7 +24,6 @@ from experiments.tasks.classification import (
 from experiments.training import reference_check, trainer as train
 
 RESULT_FILE = "check_reference.json"
-_FREE = ("check_reference.", "checkpoint.")
 
 
 def measure(config: Any, workdir: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set that is not there.
   """
   folder = workdir_lib.claim(
-    workdir, config, check_reference_config, free=_FREE
+    workdir, config, check_reference_config, job="check_reference"
   )
   checks: list[dict[str, Any]] = []
   for seed in config.check_reference.seeds:

@@ -49,7 +49,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   del config.benchmark
   config.lock()
   task = tasks.get(config)
-  folder = workdir_lib.claim(workdir, config, task.configs, free=("study.",))
+  folder = workdir_lib.claim(workdir, config, task.configs, job="methods")
   settings = {_PLAIN: {"method": _PLAIN}, **_settings(config)}
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes or (config.batch_size,):

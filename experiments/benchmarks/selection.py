@@ -48,7 +48,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
         f"config.{name} is {config[name]}; expected at least {least}."
       )
   folder = workdir_lib.claim(
-    workdir, config, selection_config, free=("samples",)
+    workdir, config, selection_config, job="selection_cost"
   )
   file = folder / RESULT_FILE
   results = {"machine": workdir_lib.machine(), "sizes": {}}

@@ -54,7 +54,7 @@ def runs_of(config: Any) -> list[Run]:
     raise ValueError(
       f"config.data.name is {config.data.name!r}; a study needs to know which"
       " captions are wrong: expected 'shapes'. For shards, give"
-      " experiments.clip_train and experiments.clip_filters one by one."
+      " experiments.train and experiments.select one by one."
     )
   clip_filters.check(wanted.filters)
   settings = settings_of(config)

@@ -53,7 +53,7 @@ def auroc_by_kind(
   """AUROC of all that is wrong against what is right, and of each kind."""
   order = np.argsort(truth.uids)  # as hexadecimal, so as pairs
   uids = parse_uids(truth.uids[order])
-  rows = order[np.searchsorted(uids, scores.uids)]
+  rows = order[np.searchsorted(uids, scores.ids)]
   kind = truth.noise_kind[rows]
 
   def auroc(wrong):

@@ -21,17 +21,6 @@ from experiments.studies import (
 from experiments.studies.clip_plan import FILTERS, REFERENCE, derived, runs_of
 from experiments.training import trainer as clip_train
 
-# May change in a study's workdir: what is there already is still true.
-_FREE = (
-  *(field for field in clip_train.FREE if field != "study."),
-  "study.seeds",
-  "study.methods",
-  "study.layers",
-  "study.weightings",
-  "study.filters",
-  "study.cost_batch_sizes",
-)
-
 
 def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
@@ -49,9 +38,9 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
   """
   runs = runs_of(config)
-  folder = workdir_lib.check(workdir, config, clip_config, free=_FREE)
+  folder = workdir_lib.check(workdir, config, clip_config, job="study")
   if distributed.is_first():
-    workdir_lib.claim(workdir, config, clip_config, free=_FREE)
+    workdir_lib.claim(workdir, config, clip_config, job="study")
   distributed.meet()
   results = study.run_all(
     config, folder, runs, functools.partial(_train, runs=runs)
@@ -94,7 +83,7 @@ def _subset(config, there, run, runs):
         run.seed,
         {"mimic.reference": str(there.with_name(REFERENCE))},
       )
-      pool = clip_filters.of_study(mine, there.with_name(run.needs[-1]))
+      pool = clip_filters.load_pool(mine, there.with_name(run.needs[-1]))
       made = clip_filters.make(expressions, pool, seed=run.seed)
       clip_filters.write(folder, made, pool)
   return path

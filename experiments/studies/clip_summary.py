@@ -10,7 +10,11 @@ import gradmimic_jax as gm
 from experiments.data.noise import captions as caption_noise
 from experiments.reporting import figures, tables
 from experiments.runtime import workdir as workdir_lib
-from experiments.selection import files as select_lib, filters as clip_filters
+from experiments.selection import (
+  files as select_lib,
+  filters as clip_filters,
+  runs as runs_lib,
+)
 from experiments.studies.clip_plan import BASELINE, FILTERS, REFERENCE, derived
 from experiments.studies.clip_records import (
   ACCURACY,
@@ -281,7 +285,7 @@ def _clip_scores(config, folder, seed):
     seed,
     {"mimic.reference": str(folder_of(folder, seed, REFERENCE))},
   )
-  return clip_filters.of_study(mine, None).clip
+  return clip_filters.load_pool(mine, None).clip
 
 
 def _verdicts(config, folder, results):
@@ -337,7 +341,7 @@ def _draw(config, folder, rows, best):
   if best is not None:
     seed = config.study.seeds[0]
     truth = _truth(config, seed)
-    uids, scores = select_lib.ledger_of(folder_of(folder, seed, best)).matrix()
+    uids, scores = runs_lib.load_ledger(folder_of(folder, seed, best)).matrix()
     order = np.argsort(truth.uids)
     at = order[np.searchsorted(truth.uids[order], uids)]
     paths.append(
@@ -364,7 +368,7 @@ def _page(config, folder, results, best):
   name = best or names[0]
   run = folder_of(folder, seed, name)
   truth = _truth(config, seed)
-  ledger = select_lib.ledger_of(run)
+  ledger = runs_lib.load_ledger(run)
   selection = select_lib.from_ledger(config.select, ledger)
   if selection.keep.any():
     gm.export.write_datacomp_subset(run / KEPT_FILE, selection)

@@ -17,16 +17,17 @@ import numpy as np
 
 import gradmimic_jax as gm
 from configs import base
-from experiments import methods
+from experiments import methods, tasks
 from experiments.data import sources
 from experiments.runtime import (
   claims,
   distributed,
   durations,
+  identity,
   locks,
   workdir as workdir_lib,
 )
-from experiments.selection import files as select_lib
+from experiments.selection import runs as select_lib
 from experiments.studies import (
   detection,
   settings as tuning,
@@ -36,21 +37,6 @@ from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
 REFERENCE = "reference"
-# May change in a study's workdir: what is there already is still true.
-_FREE = (
-  "select.",
-  "study.seeds",
-  "study.methods",
-  "study.retrain",
-  "study.keep_fractions",
-  "study.keep_methods",
-  "study.binarizers",
-  "study.references",
-  "study.tuned",
-  "study.tune.",
-  "checkpoint.",
-  "mimic.force",
-)
 
 
 class Run(NamedTuple):
@@ -84,9 +70,10 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set that is not there.
   """
   runs = runs_of(config)
-  folder = workdir_lib.check(workdir, config, free=_FREE)
+  fields = tasks.get(config).configs
+  folder = workdir_lib.check(workdir, config, fields, job="study")
   if distributed.is_first():
-    workdir_lib.claim(workdir, config, free=_FREE)
+    workdir_lib.claim(workdir, config, fields, job="study")
   distributed.meet()
   results = run_all(config, folder, runs)
 
@@ -238,9 +225,8 @@ def _shared_reference(config, there, run):
   run_config.mimic = base.get_config("").mimic
   run_config.lock()
   name = workdir_lib.fingerprint(
-    workdir_lib.without(
-      run_config,
-      ("select.", "study.", "checkpoint.", *workdir_lib.RUNNING),
+    identity.pick_fields(
+      workdir_lib.flatten(run_config), train.JOB, elsewhere=True
     )
   )
   shared = pathlib.Path(config.study.references) / name
@@ -264,7 +250,7 @@ def _filter(config, there, run):
   if path.exists():
     return path
   if run.chosen_by:
-    ledger = select_lib.ledger_of(there.with_name(run.chosen_by))
+    ledger = select_lib.load_ledger(there.with_name(run.chosen_by))
     selection = gm.select(ledger)
     if np.isnan(selection.keep_probability).all():
       # "auto" abstains where scores tell nothing; ranks there are all the same.

@@ -9,7 +9,7 @@ import gradmimic_jax as gm
 from experiments.data import filters, sources
 from experiments.reporting import figures, page as report_lib, tables
 from experiments.runtime import metrics as writers, workdir as workdir_lib
-from experiments.selection import files as select_lib
+from experiments.selection import files as select_lib, runs as runs_lib
 from experiments.studies import detection
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
@@ -72,8 +72,8 @@ def select(config: Any, run: pathlib.Path) -> pathlib.Path:
   The selection's files (`experiments/select.py`) are written to the run's
   folder.
   """
-  selection = select_lib.from_ledger(config.select, select_lib.ledger_of(run))
-  select_lib.write(run, selection, select_lib.fingerprints_of(run))
+  selection = select_lib.from_ledger(config.select, runs_lib.load_ledger(run))
+  select_lib.write(run, selection, runs_lib.load_fingerprints(run))
   return run / select_lib.KEPT_FILE
 
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from configs import base, label_noise
-from experiments import methods
+from configs import label_noise
+from experiments import methods, tasks
 from experiments.reporting import tables
 from experiments.runtime import workdir as workdir_lib
 from experiments.studies import runner as study
 from experiments.studies.probing import grid as probe, heads
 
 TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
-_FREE = ("study.", "probe.", "select.", "checkpoint.", "noise.rate")
 
 
 def tune(config: Any, workdir: Any) -> dict[str, Any]:
@@ -42,8 +41,8 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set that is not there.
   """
-  fields = label_noise if "probe" in config else base
-  workdir_lib.check(workdir, config, fields, free=_FREE)
+  fields = label_noise if "probe" in config else tasks.get(config).configs
+  workdir_lib.check(workdir, config, fields, job="tuning")
   if not config.study.tune.learning_rates:
     raise ValueError(
       "config.study.tune.learning_rates is empty; expected at least one."
@@ -54,7 +53,7 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
       " one layer. Leave it empty."
     )
   tried = _heads if "probe" in config else _runs
-  folder = workdir_lib.claim(workdir, config, fields, free=_FREE)
+  folder = workdir_lib.claim(workdir, config, fields, job="tuning")
   rows = tried(config, folder)
   best: dict[str, Any] = {}
   for row in rows:

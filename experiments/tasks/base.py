@@ -4,7 +4,7 @@ import abc
 import functools
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -75,6 +75,14 @@ class Truth(NamedTuple):
   def is_wrong(self) -> np.ndarray:
     """Bool [N]."""
     return self.kinds != ""
+
+
+class Samples(NamedTuple):
+  """What a page says and shows of a run's training samples."""
+
+  title: str
+  facts: dict[str, Any]  # of the data and the model, by name
+  dataset: dict[str, Any] | None = None  # as `gm.report` takes it
 
 
 class Headline(NamedTuple):
@@ -157,6 +165,67 @@ class Task(abc.ABC):
     """
     del folder
     return cls(config, devices, direction=direction)
+
+  # Of finished runs, for jobs that make no model.
+
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """Finds out which data a filter of a run's scores belongs to.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      What `data_fingerprints` is in a Task of that config.
+
+    Raises:
+      ValueError: files in the folder that are not of that ledger.
+      FileNotFoundError: one of them, or the data set, is not there.
+    """
+    del config, folder, ledger
+    return {}
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """Reads what a page shows of a run's training samples.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      The Samples.
+
+    Raises:
+      ValueError, FileNotFoundError: as `load_fingerprints`.
+    """
+    del folder, ledger
+    return Samples(config.data.name, {})
+
+  @classmethod
+  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the reference alone says of all training samples.
+
+    Args:
+      config: a run's, with its reference.
+
+    Returns:
+      Ids [N] and scores [N], high = good.
+
+    Raises:
+      ValueError: the task has no such score.
+    """
+    raise ValueError(
+      f"the task {config.task!r} has no score by the reference alone; leave out"
+      " filters such as clip_top30."
+    )
 
   @functools.cached_property
   def total_steps(self) -> int:

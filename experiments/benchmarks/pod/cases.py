@@ -41,9 +41,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     *scaling_cases(config),
     *(case_of(key, config) for key in config.cases),
   ]
-  folder = workdir_lib.claim(
-    workdir, config, pod_config, free=("target", "cases", "scaling.")
-  )
+  folder = workdir_lib.claim(workdir, config, pod_config, job="pod")
   if config.target == pod_step.HOST:
     _be_many(max((case.devices for case in todo), default=1))
   file = folder / RESULT_FILE

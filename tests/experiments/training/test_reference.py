@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gradmimic_jax as gm
+from configs import classification as classification_config
 from experiments import methods, models
 from experiments.data import noise, pipeline
 from experiments.runtime import cache, checkpoint
@@ -500,7 +501,9 @@ class TestRuns:
   def test_another_reference_section_needs_another_workdir(
     self, make_config, tmp_path
   ):
-    study.workdir_lib.claim(tmp_path / "study", make_config())
+    study.workdir_lib.claim(
+      tmp_path / "study", make_config(), classification_config, job="study"
+    )
     other = make_config(**{"study.reference.seed_offset": 1000})
     with pytest.raises(ValueError, match=r"seed_offset is 0 there and 1000"):
       study.run_study(other, tmp_path / "study")
