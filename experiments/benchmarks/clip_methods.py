@@ -11,7 +11,7 @@ from configs import base, contrastive
 from experiments.benchmarks import methods as costs
 from experiments.reporting import tables
 from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies.clip_plan import BASELINE, settings_of
+from experiments.studies.plan import BASELINE, plan_settings
 from experiments.training import trainer as train
 
 COSTS_FILE = costs.COSTS_FILE
@@ -33,7 +33,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a reference that is not there.
   """
   folder = workdir_lib.claim(workdir, config, contrastive, free=("study.",))
-  settings = settings_of(config)
+  settings = plan_settings(config)
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes:
     sized = config.copy_and_resolve_references().unlock()

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.reporting import tables
 from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies import runner as study, settings as tuning
+from experiments.studies import plan, settings as tuning
 from experiments.training import trainer as train
 
 COSTS_FILE = "costs.json"
@@ -52,7 +52,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
 
 def _step(config, folder, name):
   tuned = tuning.read(config.study.tuned).get(name, {})
-  copy = study.derived(config, seed=config.seed, method=name, **tuned)
+  copy = plan.derived(config, seed=config.seed, method=name, **tuned)
   run = train.Run(copy, folder)
   taken = run.take(0, prefetch.Read(next(run.batches), None, None))
   return TimedStep(run.train_step, run.state, taken.reference, taken.batch)

@@ -1,6 +1,7 @@
 """From a ledger to a selection, filter files and a manifest."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import gradmimic_jax as gm
@@ -86,6 +87,8 @@ def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
         f" {name!r} is {theirs!r}, and the ledger's beside it {own[name]!r}."
         " Restore the one that doesn't belong there."
       )
+  if not (run / data_lib.LABELS_FILE).exists():
+    return own
   labels = filters.own_labels(run / data_lib.LABELS_FILE, own)
   train_set = sources.of_config(config.data, config.data.train_split)
   found = filters.fingerprints(config, train_set, labels)
@@ -122,7 +125,10 @@ def from_ledger(section: Any, ledger: gm.ScoreLedger) -> gm.Selection:
 
 
 def write(
-  folder: pathlib.Path, selection: gm.Selection, fingerprints: dict[str, str]
+  folder: pathlib.Path,
+  selection: gm.Selection,
+  fingerprints: dict[str, str],
+  write_filter: Callable[..., Any] = gm.export.write_npy,
 ) -> dict[str, Any]:
   """Writes a selection in all formats, and what it is.
 
@@ -130,11 +136,12 @@ def write(
     folder: to write to.
     selection: what `gm.select` gave.
     fingerprints: what it belongs to.
+    write_filter: `(path, ids, fingerprints=...)`, writes the ids to keep.
 
   Returns:
     What is in `manifest.json`.
   """
-  gm.export.write_npy(
+  write_filter(
     folder / KEPT_FILE, selection.kept_ids, fingerprints=fingerprints
   )
   gm.export.write_parquet(

@@ -5,7 +5,7 @@ Each percentage is one of the whole pool, taken before anything is combined.
 
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,8 @@ from configs import clip_filters as filters_config
 from experiments.data import filters
 from experiments.data.pairs import datacomp
 from experiments.reporting import tables
-from experiments.runtime import distributed, workdir as workdir_lib
+from experiments.runtime import workdir as workdir_lib
 from experiments.selection import files as select_lib
-from experiments.tasks.contrastive import (
-  data as clip_data,
-  reference as clip_reference,
-)
 from gradmimic_jax.selection.uids import parse_uids
 
 OVERLAP_FILE = "overlap.csv"
@@ -36,14 +32,14 @@ _NAME = re.compile(r"[\w.]+")
 class Scores(NamedTuple):
   """Scores by uid, high = good."""
 
-  uids: np.ndarray  # `u8,u8` [M]
+  uids: np.ndarray  # `u8,u8` [M], or a ledger's ids
   values: np.ndarray  # [M]
 
 
 class Pool(NamedTuple):
   """What filters choose from, and go by."""
 
-  uids: np.ndarray  # `u8,u8` [N]
+  uids: np.ndarray  # as those of the scores [N]
   mimic: Scores | None = None
   clip: Scores | None = None
   basic: gm.filters.Filter | None = None
@@ -84,7 +80,7 @@ def mean_scores(run: pathlib.Path) -> Scores:
   """The mean of every pair's scores over a run, those of all its processes.
 
   Args:
-    run: the workdir of `experiments.clip_train`.
+    run: the workdir of a run of image-text pairs.
 
   Returns:
     The Scores, uids ascending; pairs whose scores are all NaN are left out.
@@ -92,36 +88,16 @@ def mean_scores(run: pathlib.Path) -> Scores:
   Raises:
     FileNotFoundError: there is no ledger in that folder.
   """
+  found = ledger_means(run)
+  return Scores(parse_uids(found.uids), found.values)
+
+
+def ledger_means(run: pathlib.Path) -> Scores:
+  """As `mean_scores`, with the ids of the ledger, whatever they are."""
   rows = select_lib.ledger_of(run).table().select(["id", "score"])
   rows = rows.filter(pc.is_finite(rows["score"]))
   means = rows.group_by("id").aggregate([("score", "mean")]).sort_by("id")
-  return Scores(parse_uids(means["id"]), means["score_mean"].to_numpy())
-
-
-def of_study(config: Any, scored: pathlib.Path | None) -> Pool:
-  """All pairs of a run, with its mimic scores and the reference's CLIP scores.
-
-  Args:
-    config: a run's, with its reference.
-    scored: the folder of the run whose mimic scores count; None: no run's.
-
-  Returns:
-    The pool.
-  """
-  memory = clip_data.pool(config)
-  uids = parse_uids(memory.truth.uids)
-  found = clip_reference.features_of_pool(
-    config,
-    clip_reference.model_of(config),
-    memory,
-    distributed.Devices.alone(),
-  )
-  similarity = np.sum(found.image * found.text, axis=1)
-  return Pool(
-    uids,
-    None if scored is None else mean_scores(scored),
-    Scores(uids, similarity),
-  )
+  return Scores(means["id"].to_numpy(), means["score_mean"].to_numpy())
 
 
 def make(
@@ -199,8 +175,9 @@ def _atom(name, pool, seed):
     )
   if match["score"] is None:
     return found
-  cut = datacomp.top if match["end"] == "top" else datacomp.bottom
-  return cut(found.uids, found.values, int(match["percent"]) / 100, name)
+  cut = datacomp.highest if match["end"] == "top" else datacomp.lowest
+  chosen = cut(found.values, int(match["percent"]) / 100)
+  return gm.filters.Filter(found.uids[chosen], name)
 
 
 def file_of(expression: str) -> str:
@@ -214,6 +191,7 @@ def write(
   folder: pathlib.Path,
   made: Mapping[str, gm.filters.Filter],
   pool: Pool,
+  write_filter: Callable[..., Any] = gm.export.write_datacomp_subset,
 ) -> dict[str, Any]:
   """Writes a subset file for each filter, and their overlaps.
 
@@ -221,12 +199,13 @@ def write(
     folder: to write to.
     made: filters by name.
     pool: they were chosen from.
+    write_filter: `(path, ids)`, writes one.
 
   Returns:
     The manifest: sizes, files and overlaps.
   """
   for name, one in made.items():
-    gm.export.write_datacomp_subset(folder / file_of(name), one)
+    write_filter(folder / file_of(name), one.ids)
   overlaps = gm.filters.overlap(made).to_pylist()
   workdir_lib.write_bytes(
     folder / OVERLAP_FILE, tables.csv_text(overlaps).encode()

@@ -215,12 +215,17 @@ def top(
     Gadre et al., DataComp, https://github.com/mlfoundations/datacomp
   """
   pairs, scores = _checked(uids, scores, fraction)
+  return gm.filters.Filter(pairs[highest(scores, fraction)], source)
+
+
+def highest(scores: np.ndarray, fraction: float) -> np.ndarray:
+  """The positions that `top` keeps, by the scores [N] alone."""
   place = int(len(scores) * fraction)
   ranked = np.where(np.isnan(scores), -np.inf, scores)
   keep = ~np.isnan(scores)
   if place < len(scores):
     keep &= ranked >= -np.sort(-ranked)[place]
-  return gm.filters.Filter(pairs[keep], source)
+  return np.flatnonzero(keep)
 
 
 def bottom(
@@ -244,10 +249,14 @@ def bottom(
     ValueError: If the fraction is out of range or shapes differ.
   """
   pairs, scores = _checked(uids, scores, fraction)
+  return gm.filters.Filter(pairs[lowest(scores, fraction)], source)
+
+
+def lowest(scores: np.ndarray, fraction: float) -> np.ndarray:
+  """The positions that `bottom` chooses, by the scores [N] alone."""
   scored = np.flatnonzero(~np.isnan(scores))
-  lowest = scored[np.argsort(scores[scored], kind="stable")]
-  lowest = lowest[: int(len(scored) * fraction)]
-  return gm.filters.Filter(pairs[lowest], source)
+  ascending = scored[np.argsort(scores[scored], kind="stable")]
+  return ascending[: int(len(scored) * fraction)]
 
 
 def basic(
