@@ -40,7 +40,7 @@ _FILTERS = (
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A study's config; one run of it is what `experiments.clip_train` takes.
+  """A study's config; one run of it is what `experiments.train` takes.
 
   Args:
     arg: `layers`, `direction` ("weights", "outputs"), effective sample sizes

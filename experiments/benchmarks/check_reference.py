@@ -24,7 +24,6 @@ from experiments.training import reference_check, trainer as train
 from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "basins.json"
-_FREE = ("basins.", "checkpoint.")
 
 
 def run_basins(config: Any, workdir: Any) -> dict[str, Any]:
@@ -42,7 +41,9 @@ def run_basins(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, basins_config, free=_FREE)
+  folder = workdir_lib.claim(
+    workdir, config, basins_config, job="check_reference"
+  )
   checks: list[dict[str, Any]] = []
   for seed in config.basins.seeds:
     checks += checks_of_seed(config, folder, seed)

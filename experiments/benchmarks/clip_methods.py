@@ -32,7 +32,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a reference that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, contrastive, free=("study.",))
+  folder = workdir_lib.claim(workdir, config, contrastive, job="methods")
   settings = plan_settings(config)
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes:

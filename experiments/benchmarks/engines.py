@@ -46,7 +46,7 @@ def run_benchmark(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field, name or device, or a workdir of another config
       or machine.
   """
-  folder = workdir_lib.claim(workdir, config, benchmark_config)
+  folder = workdir_lib.claim(workdir, config, benchmark_config, job="engines")
   with _settings(config) as device:
     results = _start(folder / RESULT_FILE, device)
     for part in PARTS:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from configs import classification
 from experiments.runtime import (
   metrics as writers,
   prefetch,
@@ -48,7 +49,7 @@ def measure(
   Raises:
     ValueError: as `train.train_and_evaluate`; a workdir that was used before.
   """
-  folder = workdir_lib.claim(workdir, config)
+  folder = workdir_lib.claim(workdir, config, classification, job="loop")
   if (folder / writers.METRICS_FILE).exists():
     raise ValueError(
       f"workdir {folder} was used before; expected a new one to measure in."

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs import classification
 from experiments.reporting import tables
 from experiments.runtime import prefetch, workdir as workdir_lib
 from experiments.studies import plan, settings as tuning
@@ -39,7 +40,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set or a reference that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, free=("study.",))
+  folder = workdir_lib.claim(workdir, config, classification, job="methods")
   names = list(dict.fromkeys(("sgd", *config.study.methods)))
   found = {
     "machine": workdir_lib.machine(),

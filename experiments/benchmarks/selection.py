@@ -45,7 +45,7 @@ def run_scale(config: Any, workdir: Any) -> dict[str, Any]:
       raise ValueError(
         f"config.{name} is {config[name]}; expected at least {least}."
       )
-  folder = workdir_lib.claim(workdir, config, scale_config, free=("samples",))
+  folder = workdir_lib.claim(workdir, config, scale_config, job="scale")
   file = folder / RESULT_FILE
   results = {"machine": workdir_lib.machine(), "sizes": {}}
   if file.exists():

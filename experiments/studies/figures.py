@@ -75,7 +75,7 @@ def _draw_curves(records, summary, names, ending):
 
 
 def _draw_scores(records, summary, name):
-  """Draws histograms of right and wrong samples' scores."""
+  """Draws histograms of right and wrong samples' scores, and the lowest."""
   seed = records.seeds[0]
   truth = records.load_truth(seed)
   if truth is None:
@@ -89,3 +89,16 @@ def _draw_scores(records, summary, name):
     records.folder / f"scores_{name}.png",
     title=title % "scores",
   )
+  shown = records.load_samples(seed).dataset or {}
+  if "class_names" in shown:
+    lowest = np.argsort(np.nanmean(scores, axis=1))[:_SHEET]
+    rows, names = ids[lowest], shown["class_names"]
+    given, true = shown["labels"], shown["true_labels"]
+    true = given if true is None else true
+    yield figures.contact_sheet(
+      shown["images"][rows],
+      [f"given {names[given[i]]}\ntrue {names[true[i]]}" for i in rows],
+      records.folder / f"lowest_{name}.png",
+      title=title % "lowest mean scores" + " (orange: the label is right)",
+      colored=~wrong[lowest],
+    )

@@ -9,10 +9,11 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments import tasks
+from experiments.data.pairs import datacomp
 from experiments.runtime import metrics, workdir as workdir_lib
-from experiments.selection import files, filters
+from experiments.selection import files, filters, runs as runs_lib
 from experiments.studies import plan
-from experiments.tasks.base import Truth
+from experiments.tasks.base import Samples, Truth
 from experiments.training import reference_check, trainer
 
 SUMMARY_FILE, TABLE_FILE = "summary.json", "results.csv"
@@ -46,6 +47,7 @@ class Records:
     self.task = tasks.get(config)
     self.kinds = self.task.noise_kinds(config)
     self.load_truth = functools.cache(self._load_truth)
+    self.load_samples = functools.cache(self._load_samples)
 
   @property
   def seeds(self) -> list[int]:
@@ -72,6 +74,13 @@ class Records:
         return self.task.load_truth(config, folder)
     return None
 
+  def _load_samples(self, seed: int) -> Samples:
+    """What can be shown of a seed's samples, by the first run with scores."""
+    folder = self.path(seed, self.scored[0])
+    config = runs_lib.load_config(folder)
+    prints = runs_lib.load_fingerprints(folder)
+    return self.task.load_samples(config, folder, prints)
+
   @functools.cached_property
   def scored(self) -> list[str]:
     """The names of runs that have left scores."""
@@ -97,9 +106,12 @@ class Records:
     truth, file = self.load_truth(run.seed), self.filter_file(run)
     if truth is None:
       return None
-    right = ~truth.is_wrong
+    right, ids = ~truth.is_wrong, datacomp.as_ids(truth.ids)
     if file is not None:
-      right = right[np.isin(truth.ids, self.task.read_filter(file))]
+      read = gm.export.read_npy
+      if ids.dtype.names:  # uids
+        read = gm.export.read_datacomp_subset
+      right = right[np.isin(ids, read(file))]
     return float(right.mean())
 
   def score_by_reference(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +122,7 @@ class Records:
 
   def load_ledger(self, seed: int, name: str) -> gm.ScoreLedger:
     """The ledger of a run."""
-    return files.ledger_of(self.path(seed, name))
+    return runs_lib.load_ledger(self.path(seed, name))
 
   def load_selection(self, seed: int, name: str) -> gm.Selection:
     """The selection that `write_selection` has left in a run's folder."""

@@ -17,9 +17,11 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments import tasks
+from experiments.data.pairs import datacomp
 from experiments.runtime import (
   claims,
   distributed,
+  identity,
   locks,
   workdir as workdir_lib,
 )
@@ -27,21 +29,7 @@ from experiments.selection import filters
 from experiments.studies import plan, records as records_lib, summary, tables
 from experiments.training import trainer
 
-# May change in a study's workdir: what is there already is still true.
-_FREE = (
-  *(field for field in trainer.FREE if field != "study."),
-  "study.seeds",
-  "study.methods",
-  "study.layers",
-  "study.weightings",
-  "study.filters",
-  "study.retrain",
-  "study.keep_",
-  "study.binarizers",
-  "study.references",
-  "study.tune",
-  "study.cost_batch_sizes",
-)
+_JOB = "study"
 
 
 def run_study(config: Any, workdir: Any) -> dict[str, Any]:
@@ -63,9 +51,9 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
   """
   runs = plan.plan_runs(config)
   fields = tasks.get(config).configs
-  folder = workdir_lib.check(workdir, config, fields, free=_FREE)
+  folder = workdir_lib.check(workdir, config, fields, job=_JOB)
   if distributed.is_first():
-    workdir_lib.claim(workdir, config, fields, free=_FREE)
+    workdir_lib.claim(workdir, config, fields, job=_JOB)
   distributed.meet()
   results = run_all(config, folder, runs)
 
@@ -155,8 +143,8 @@ def _train_shared(config, folder):
   config.mimic = tasks.get(config).configs.get_config().mimic
   config.lock()
   name = workdir_lib.fingerprint(
-    workdir_lib.without(
-      config, ("select.", "study.", "checkpoint.", *workdir_lib.RUNNING)
+    identity.pick_fields(
+      workdir_lib.flatten(config), trainer.JOB, elsewhere=True
     )
   )
   shared = pathlib.Path(config.study.references) / name
@@ -181,23 +169,22 @@ def _make_filter(records, run):
   elif run.keep is None:
     summary.select(records, run.seed, run.chosen_by)
   elif not file.exists():
-    records.task.write_filter(file, _choose(records, run))
+    datacomp.write_ids(file, _choose(records, run))
   return file
 
 
 def _make_filters(records, run, file):
   """Makes all filters of a seed at once."""
-  folder = file.parent
-  with claims.hold(folder.with_suffix(".claim")):
+  with claims.hold(file.parent.with_suffix(".claim")):
     if file.exists():
       return
-    folder.mkdir(exist_ok=True)
-    mimic = filters.ledger_means(records.path(run.seed, run.needs[-1]))
-    clip = None
+    file.parent.mkdir(exist_ok=True)
+    mimic = filters.mean_scores(records.path(run.seed, run.needs[-1]))
+    truth, clip = records.load_truth(run.seed), None
     if records.task.reference_score is not None:
-      clip = filters.Scores(*records.score_by_reference(run.seed))
-    truth = records.load_truth(run.seed)
-    ids = mimic.uids if truth is None else truth.ids
+      ids, values = records.score_by_reference(run.seed)
+      clip = filters.Scores(datacomp.as_ids(ids), values)
+    ids = mimic.ids if truth is None else datacomp.as_ids(truth.ids)
     pool = filters.Pool(ids, mimic, clip)
     expressions = [
       other.filter
@@ -205,7 +192,7 @@ def _make_filters(records, run, file):
       if other.filter and other.seed == run.seed
     ]
     made = filters.make(expressions, pool, seed=run.seed)
-    filters.write(folder, made, pool, records.task.write_filter)
+    filters.write(file.parent, made, pool)
 
 
 def _choose(records, run):

@@ -8,7 +8,7 @@ import numpy as np
 import gradmimic_jax as gm
 from experiments.reporting import page, tables as tables_lib
 from experiments.runtime import workdir as workdir_lib
-from experiments.selection import files, filters
+from experiments.selection import files, filters, runs
 from experiments.studies import detection, figures, plan, tables
 from experiments.studies.plan import BASELINE, REFERENCE
 from experiments.studies.records import (
@@ -96,12 +96,7 @@ def select(records: Records, seed: int, name: str) -> gm.Selection:
   folder = records.path(seed, name)
   ledger = records.load_ledger(seed, name)
   selection = files.from_ledger(records.config.select, ledger)
-  files.write(
-    folder,
-    selection,
-    files.fingerprints_of(folder),
-    records.task.write_filter,
-  )
+  files.write(folder, selection, runs.load_fingerprints(folder))
   return selection
 
 
@@ -241,7 +236,7 @@ def _detect(records):
       wrong = truth.kinds_of(ids) != ""
       entry = detection.measure(records.config, scores, weights, wrong)
       if entry:
-        entry |= of_scores(*filters.ledger_means(records.path(seed, name)))
+        entry |= of_scores(*filters.mean_scores(records.path(seed, name)))
         seen = np.isin(ids, selection.ids)
         chosen = gm.metrics.f1(~selection.keep, wrong[seen])
         entry["f1"] = detection.plain(chosen)

@@ -22,7 +22,6 @@ from experiments.studies import plan, runner
 from experiments.studies.probing import grid as probe, heads
 
 TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
-_FREE = ("study.", "probe.", "select.", "checkpoint.", "noise.rate")
 
 
 def tune(config: Any, workdir: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set that is not there.
   """
   fields = label_noise if "probe" in config else tasks.get(config).configs
-  workdir_lib.check(workdir, config, fields, free=_FREE)
+  workdir_lib.check(workdir, config, fields, job="tuning")
   if not config.study.tune.learning_rates:
     raise ValueError(
       "config.study.tune.learning_rates is empty; expected at least one."
@@ -54,7 +53,7 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
       " one layer. Leave it empty."
     )
   tried = _heads if "probe" in config else _runs
-  folder = workdir_lib.claim(workdir, config, fields, free=_FREE)
+  folder = workdir_lib.claim(workdir, config, fields, job="tuning")
   rows = tried(config, folder)
   accuracy = tasks.get(config).headline.accuracy
   best: dict[str, Any] = {}

@@ -4,7 +4,7 @@ import abc
 import functools
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import gradmimic_jax as gm
+from experiments.data.pairs import datacomp
 from experiments.runtime import (
   distributed,
   durations,
@@ -61,8 +62,18 @@ class Truth(NamedTuple):
 
   def kinds_of(self, ids: np.ndarray) -> np.ndarray:
     """The kinds [M] of some of the samples, by their ids [M]."""
-    order = np.argsort(self.ids)
-    return self.kinds[order[np.searchsorted(self.ids[order], ids)]]
+    own = datacomp.as_ids(self.ids)
+    order = np.argsort(own)
+    rows = np.searchsorted(own[order], datacomp.as_ids(ids))
+    return self.kinds[order[rows]]
+
+
+class Samples(NamedTuple):
+  """What a page says and shows of a run's training samples."""
+
+  title: str
+  facts: dict[str, Any]  # of the data and the model, by name
+  dataset: dict[str, Any] | None = None  # as `gm.report` takes it
 
 
 class Headline(NamedTuple):
@@ -101,11 +112,6 @@ class Task(abc.ABC):
   size: ClassVar[str] = "train_samples"
   # The name of `score_by_reference`; None: there is no such score.
   reference_score: ClassVar[str | None] = None
-  # Write and read what may be `config.data.filter`: ids as `Truth` has them.
-  write_filter: ClassVar[Callable[..., Any]] = staticmethod(gm.export.write_npy)
-  read_filter: ClassVar[Callable[..., np.ndarray]] = staticmethod(
-    gm.export.read_npy
-  )
 
   config: Any
   devices: distributed.Devices
@@ -156,6 +162,67 @@ class Task(abc.ABC):
     """
     del folder
     return cls(config, devices, direction=direction)
+
+  # Of finished runs, for jobs that make no model.
+
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """Finds out which data a filter of a run's scores belongs to.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      What `data_fingerprints` is in a Task of that config.
+
+    Raises:
+      ValueError: files in the folder that are not of that ledger.
+      FileNotFoundError: one of them, or the data set, is not there.
+    """
+    del config, folder, ledger
+    return {}
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """Reads what a page shows of a run's training samples.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      The Samples.
+
+    Raises:
+      ValueError, FileNotFoundError: as `load_fingerprints`.
+    """
+    del folder, ledger
+    return Samples(config.data.name, {})
+
+  @classmethod
+  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the reference alone says of all training samples.
+
+    Args:
+      config: a run's, with its reference.
+
+    Returns:
+      Ids [N] and scores [N], high = good.
+
+    Raises:
+      ValueError: the task has no such score.
+    """
+    raise ValueError(
+      f"the task {config.task!r} has no score by the reference alone; leave out"
+      " filters such as clip_top30."
+    )
 
   @functools.cached_property
   def total_steps(self) -> int:
@@ -272,18 +339,6 @@ class Task(abc.ABC):
     """
     del config, folder
     return None
-
-  @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all training samples by the reference alone; high is good.
-
-    Args:
-      config: a run's, with its reference.
-
-    Returns:
-      Ids [N] as in `Truth`, and scores [N].
-    """
-    raise NotImplementedError(f"{cls.__name__} has no reference_score.")
 
 
 def finished_run(config: Any) -> pathlib.Path:

@@ -44,9 +44,7 @@ def run_pod(config: Any, workdir: Any) -> dict[str, Any]:
     ImportError: a TPU is asked for and libtpu is not there.
   """
   todo = [*scaling_cases(config), *check_cases(config)]
-  folder = workdir_lib.claim(
-    workdir, config, pod_config, free=("target", "checks", "scaling.", "paper.")
-  )
+  folder = workdir_lib.claim(workdir, config, pod_config, job="pod")
   file = folder / RESULT_FILE
   params = {
     name: pod_step.model(config[name])[1]

@@ -33,25 +33,6 @@ from experiments.training import optimizer
 
 CELLS, SAMPLES = "cells", "samples"
 REFERENCE = "reference"
-# May change in a grid's workdir: other cells are added.
-_FREE = (
-  "noise.rate",
-  "probe.rates",
-  "probe.weighting_values",
-  "probe.features",
-  "probe.runs_per_cell",
-  "select.",
-  "study.seeds",
-  "study.methods",
-  "study.binarizers",
-  "study.tuned",
-  "study.tune.",
-  "study.references",
-  "study.retrain",
-  "study.keep_fractions",
-  "study.keep_methods",
-  "checkpoint.",
-)
 # Methods whose fraction must be a number when jit traces.
 _ONE_VALUE = ("grad_match_omp",)
 
@@ -90,7 +71,7 @@ def run_grid(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set or a backbone that is not there.
   """
   check(config)
-  folder = workdir_lib.check(workdir, config, label_noise, free=_FREE)
+  folder = workdir_lib.check(workdir, config, label_noise, job="grid")
   cache = pathlib.Path(config.probe.features or folder / "features")
   if config.probe.features is None:
     _claim(folder, config)  # its own folder of features is in it
@@ -153,7 +134,7 @@ def check(config: Any) -> None:
 
 
 def _claim(folder, config):
-  workdir_lib.claim(folder, config, label_noise, free=_FREE)
+  workdir_lib.claim(folder, config, label_noise, job="grid")
 
 
 def _load(config, cache):
@@ -228,7 +209,7 @@ class _Grid:
           continue
         self._labels(seed, rate)
     self.base = workdir_lib.fingerprint(
-      workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE)),
+      workdir_lib.config_fingerprint(config, "grid"),
       data.train.fingerprint,
       data.test.fingerprint,
     )

@@ -1,16 +1,23 @@
 """Images with class labels, some of which may be wrong."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from configs import classification as classification_config
-from experiments.data import filters, noise, pipeline
+from experiments.data import filters, noise, pipeline, sources
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
-from experiments.tasks.base import Headline, Reference, Rows, Task, Truth
+from experiments.tasks.base import (
+  Headline,
+  Reference,
+  Rows,
+  Samples,
+  Task,
+  Truth,
+)
 from experiments.tasks.classification import (
   data as data_lib,
   evaluation,
@@ -108,6 +115,45 @@ class Classification(Task):
       scaling = workdir_lib.read_input(folder)
       data = data._replace(mean=scaling["mean"], std=scaling["std"])
     return cls(config, devices, direction=direction, data=data)
+
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """See `Task`."""
+    labels = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
+    train = sources.of_config(config.data, config.data.train_split)
+    return filters.fingerprints(config, train, labels)
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """See `Task`. Images are shown as they are, whatever the model sees."""
+    config = config.copy_and_resolve_references().unlock()
+    config.model.pretrained = None
+    data = data_lib.load_data(config)
+    truth = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
+    title = f"{config.data.name} {config.data.train_split}"
+    if truth.rate:
+      title += f", {config.noise.kind} noise {truth.rate:.3g}"
+    facts = {
+      "data set": config.data.name,
+      "split": config.data.train_split,
+      "label noise": config.noise.kind,
+      "noise rate asked for": config.noise.rate,
+      "model": config.model.name,
+    }
+    dataset = {
+      "labels": truth.labels,
+      # Where no noise was added, nobody knows which labels are true.
+      "true_labels": truth.clean_labels if truth.rate else None,
+      "suggested": reference_lib.suggest_labels(config, data),
+      "class_names": data.train.class_names,
+      "captions": data.train.ids,
+      "images": data.train.images,
+    }
+    return Samples(title, facts, dataset)
 
   @property
   def samples(self) -> int:
