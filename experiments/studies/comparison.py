@@ -11,11 +11,7 @@ from configs import compare as results_config
 from experiments.benchmarks import methods as costs_lib
 from experiments.reporting import tables
 from experiments.runtime import workdir as workdir_lib
-from experiments.studies import (
-  published,
-  summary as study_report,
-  tuning as tune,
-)
+from experiments.studies import published, records, tuning
 from gradmimic_jax.reporting import figures
 
 PAGE_FILE = "tables.md"
@@ -49,7 +45,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   if not groups:
     raise ValueError(
       "config.probe and config.finetune are empty; expected at least one"
-      " folder of a finished experiments.probe or experiments.study."
+      " folder of a finished experiments.study, of heads or of networks."
     )
   ablations = [
     (label, _load([folder]))
@@ -68,9 +64,9 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
     slug = title.lower().replace(" ", "_").replace("-", "_")
     _write_csv(folder / f"{slug}.csv", rows)
     theirs = functools.partial(
-      published.accuracy,
+      published.find,
+      "finetuned" if title == _FINETUNING else "heads",
       summaries[0]["dataset"],
-      finetuned=title == _FINETUNING,
     )
     lines += ["", f"## {title}", "", *_accuracies(rows, costs, theirs)]
     lines += _subsets(rows)
@@ -101,7 +97,7 @@ def _there(path):
 def _load(folders):
   return [
     workdir_lib.read_json(
-      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE), {}
+      _there(pathlib.Path(folder) / records.SUMMARY_FILE), {}
     )
     for folder in folders
   ]
@@ -243,7 +239,9 @@ def _detections(rows, method, dataset):
     for name in names:
       theirs = None
       if row["noise"].startswith("symmetric"):
-        theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
+        theirs = published.find(
+          "f1", dataset, name, round(row["noise_rate"], 2)
+        )
       text = tables.number(row[f"f1_{name}"])
       cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
     lines.append([row["noise"], tables.number(row["auroc"]), *cells])
@@ -295,7 +293,7 @@ def _quality(rows, method, path, title):
     "",
     "Quality of the data: estimated clean fraction (and share kept), and"
     " Pearson's r of the share kept with the noise rate"
-    f" (published: {published.QUALITY_CORRELATION}):",
+    f" (published: {published.load().get('quality_correlation')}):",
     "",
     *tables.markdown(
       ["noise", "truth", *names],
@@ -353,9 +351,9 @@ def _ablations(ablations, folder):
 def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
-    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE), {})
+    settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
     shutil.copy(
-      _there(path / tune.TABLE_FILE), folder / f"{path.name}_{tune.TABLE_FILE}"
+      _there(path / tuning.TABLE_FILE), folder / f"{path.name}_{tuning.TABLE_FILE}"
     )
     for method, entry in settings.items():
       lines.append(

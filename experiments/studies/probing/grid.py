@@ -103,7 +103,7 @@ def check(config: Any) -> None:
       raise ValueError(
         f"{field} is {value!r}, which a grid of heads has no use for: its"
         " reference is a head of its own. Leave it out, or use"
-        " experiments.study."
+        " protocol=finetune."
       )
   for field, count in (
     ("study.seeds", len(config.study.seeds)),
@@ -121,7 +121,7 @@ def check(config: Any) -> None:
     if name == "grand_offline":
       raise ValueError(
         "config.study.methods has 'grand_offline', which needs runs of its own;"
-        " use experiments.study for it, or take 'grand'."
+        " use protocol=finetune for it, or take 'grand'."
       )
   detection.check(config)
   for name, fields in tuning.read(config.study.tuned).items():
