@@ -7,18 +7,15 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairs_case
 import processes
 import pytest
+from pairs_case import make, on_shapes, on_shards
 
 import gradmimic_jax as gm
-from configs import (
-  clip_filters as filters_config,
-  datacomp,
-  shapes as clip_shapes,
-)
+from configs import datacomp
 from experiments.benchmarks import clip_methods as clip_costs
-from experiments.data import filters
-from experiments.data.pairs import shapes, shard_files
+from experiments.data.pairs import shapes
 from experiments.runtime import (
   checkpoint,
   metrics as writers,
@@ -34,74 +31,11 @@ from experiments.studies import (
 from experiments.training import optimizer, steps, trainer as clip_train
 from gradmimic_jax.selection.uids import parse_uids
 
-TINY = {
-  "batch_size": 16,
-  "num_samples": 64,
-  "eval_every_steps": 2,
-  "eval_batch_size": 16,
-  "mesh.data": 1,
-  "model.size": "tiny",
-  "model.clip.image_width": 16,
-  "model.clip.text_width": 16,
-  "model.clip.image_depth": 1,
-  "model.clip.text_depth": 1,
-  "model.clip.image_heads": 2,
-  "model.clip.text_heads": 2,
-  "model.clip.embed_width": 16,
-  "data.image_size": 16,
-  "data.held_out_size": 16,
-  "data.zero_shot_size": 48,
-  "checkpoint.every_steps": 2,
-}
-
-
-def make(config, **overrides):
-  config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({**TINY, **overrides})
-  return config.lock()
-
-
-def on_shapes(arg="", **overrides):
-  return make(
-    clip_shapes.get_config(arg), **{"data.train_size": 48, **overrides}
-  )
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Four shards of 24 pairs; one image is no image."""
-  pairs = shapes.load("train", size=96, seed=0, image_size=16)
-  folder = tmp_path_factory.mktemp("shards")
-  shard_files.write(
-    folder,
-    pairs.images,
-    pairs.captions.tolist(),
-    pairs.uids.tolist(),
-    samples_per_shard=24,
-    image_format="png",
-  )
-  first = folder / "00000000.tar"
-  content = first.read_bytes()
-  assert content.count(b"\x89PNG") == 24
-  first.write_bytes(content.replace(b"\x89PNG", b"!PNG", 1))
-  return folder
-
-
-def on_shards(folder, **overrides):
-  return make(
-    datacomp.get_config("scale=small,method=rho"),
-    **{
-      "num_samples": 32,
-      "data.shards": (str(folder),),
-      "data.held_out_shards": (str(folder / "00000003.tar"),),
-      "data.tokenizer": "shapes",
-      "data.window": 16,
-      "data.num_threads": 0,
-      "data.max_broken_share": 0.2,
-      "model.clip.dtype": "float32",
-      **overrides,
-    },
-  )
+  return pairs_case.write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +121,7 @@ class TestStudy:
     for row in table:
       by_uid.setdefault(row["id"], []).append(row["score"])
     assert len(table) == 64  # every sample seen
-    np.testing.assert_array_equal(found.uids, parse_uids(sorted(by_uid)))
+    np.testing.assert_array_equal(found.ids, parse_uids(sorted(by_uid)))
     np.testing.assert_allclose(
       found.values, [np.mean(by_uid[uid]) for uid in sorted(by_uid)], rtol=1e-6
     )
@@ -216,7 +150,7 @@ def scored(folder, teacher, tmp_path_factory):
 
 
 class TestShards:
-  def test_datacomps_config_runs(self, scored, tmp_path):
+  def test_datacomps_config_runs(self, scored):
     _, run, result = scored
     assert result["steps"] == 4
     assert math.isfinite(result["held_out_loss"])
@@ -226,17 +160,6 @@ class TestShards:
     assert np.isin(ids, uids[::2]).all()
     # All sound pairs in the first pass; the batch at the turn counts for it.
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
-    job = filters_config.get_config(f"run={run}").unlock()
-    job.filters = ("mimic_top30 - mimic_bottom15", "random30")
-    manifest = clip_filters.run_filters(job.lock(), tmp_path / "filters")
-    assert manifest["pool"] == manifest["scored"] == len(ids)
-    assert manifest["filters"]["random30"]["kept"] == 15
-    for name, about in manifest["filters"].items():
-      path = tmp_path / "filters" / about["file"]
-      assert len(gm.export.read_datacomp_subset(path)) == about["kept"], name
-      filters.check_manifest(path)
-    (overlap,) = manifest["overlaps"]
-    assert {overlap["first"], overlap["second"]} == set(job.filters)
 
   def test_an_interrupted_run_goes_on_bit_for_bit(
     self, scored, tmp_path, monkeypatch
@@ -356,34 +279,6 @@ def test_a_studys_settings():
   assert reference.overrides["seed"] == 1000
 
 
-def test_filters_keep_what_datacomps_rules_keep():
-  rng = np.random.default_rng(0)
-  uids = parse_uids([f"{n:032x}" for n in range(100)])
-  mimic, clip = (rng.permutation(np.arange(100.0)) for _ in range(2))
-  pool = clip_filters.Pool(
-    uids,
-    clip_filters.Scores(uids, mimic),
-    clip_filters.Scores(uids, clip),
-  )
-  expression = "clip_top30 - mimic_bottom20"
-  made = clip_filters.make([expression, "random30"], pool, seed=0)
-  wanted = uids[(clip >= 69) & (mimic >= 20)]  # int(.3 N) + 1 of the first
-  np.testing.assert_array_equal(made[expression].ids, wanted)
-  assert len(made["random30"]) == 31
-  assert clip_filters.file_of(expression) == (
-    "clip_top30_less_mimic_bottom20.npy"
-  )
-  with pytest.raises(ValueError, match="needs DataComp's metadata"):
-    clip_filters.make(["basic"], pool, seed=0)
-  # Two filters that would be one file.
-  alike = [
-    "(clip_top30 - mimic_top20) & random30",
-    "clip_top30 - (mimic_top20 & random30)",
-  ]
-  with pytest.raises(ValueError, match="would both be written to"):
-    clip_filters.make(alike, pool, seed=0)
-
-
 @pytest.mark.parametrize(
   ("values", "target", "expected"),
   [
@@ -469,7 +364,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   )
   flags = [
     f"--config.{name}={value}"
-    for name, value in workdir_lib.without(config, ()).items()
+    for name, value in workdir_lib.flatten(config).items()
     if value is not None
   ]
   started = processes.start(
@@ -491,7 +386,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   found = [
     clip_filters.mean_scores(tmp_path / name) for name in ("alone", "run")
   ]
-  np.testing.assert_array_equal(found[0].uids, found[1].uids)
+  np.testing.assert_array_equal(found[0].ids, found[1].ids)
   np.testing.assert_allclose(
     found[0].values, found[1].values, rtol=1e-2, atol=1e-4
   )
