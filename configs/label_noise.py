@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 
 def probe() -> config_dict.ConfigDict:
-  """What a grid of heads on a frozen backbone has besides `configs/classification.py`."""
+  """The fields of a grid of heads, beside those of classification."""
   config = config_dict.ConfigDict()
   # The grid: `study.methods` x `study.seeds` x these. `noise.rate` is not used;
   # a rate of 0 with noise that has a rate of its own takes that.

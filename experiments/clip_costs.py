@@ -9,7 +9,8 @@ the first of `study.weightings`.
 """
 
 from experiments.benchmarks.clip_methods import main
+from experiments.models import initial
 from experiments.runtime import cli
 
 if __name__ == "__main__":
-  cli.run(main, exclusive=True)
+  cli.run(main, exclusive=True, prepare=initial.sized)

@@ -12,7 +12,8 @@ once, before training, and don't count.
 """
 
 from experiments.benchmarks.methods import main
+from experiments.models import initial
 from experiments.runtime import cli
 
 if __name__ == "__main__":
-  cli.run(main, exclusive=True)
+  cli.run(main, exclusive=True, prepare=initial.sized)

@@ -9,7 +9,8 @@ same steps run one after the other on a batch that stays on the devices.
 """
 
 from experiments.benchmarks.loop import main
+from experiments.models import initial
 from experiments.runtime import cli
 
 if __name__ == "__main__":
-  cli.run(main, exclusive=True)
+  cli.run(main, exclusive=True, prepare=initial.sized)

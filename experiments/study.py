@@ -14,6 +14,7 @@ A config with a section `probe` makes a grid of heads on stored features: every
 method on every seed and noise rate, several runs in one program.
 """
 
+from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies import runner
 from experiments.studies.probing import grid
@@ -26,4 +27,4 @@ def main(config, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.SHARED)
+  cli.run(main, processes=cli.SHARED, prepare=initial.sized)

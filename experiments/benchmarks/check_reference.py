@@ -15,13 +15,13 @@ import gradmimic_jax as gm
 from configs.benchmark import check_reference as basins_config
 from experiments.data import pipeline
 from experiments.models import initial
+from experiments.reporting import figures
 from experiments.runtime import checkpoint, workdir as workdir_lib
 from experiments.tasks.classification import (
   data as data_lib,
   losses as classification,
 )
 from experiments.training import reference_check, trainer as train
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "basins.json"
 

@@ -16,8 +16,8 @@ import jax
 from configs.benchmark import engines as benchmark_config
 from experiments.benchmarks import engine_steps as measure
 from experiments.benchmarks.engine_steps import ERRORS, RATIOS, Case
+from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "benchmark.json"
 SWEPT = ("batch_size", "depth", "width")

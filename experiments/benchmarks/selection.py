@@ -18,8 +18,8 @@ import numpy as np
 
 import gradmimic_jax as gm
 from configs.benchmark import selection as scale_config
+from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "scale.json"
 STAGES = ("append", "reload", "select", "export")

@@ -9,10 +9,9 @@ import numpy as np
 
 from configs import compare as results_config
 from experiments.benchmarks import methods as costs_lib
-from experiments.reporting import tables
+from experiments.reporting import figures, tables
 from experiments.runtime import workdir as workdir_lib
 from experiments.studies import published, records, tuning
-from gradmimic_jax.reporting import figures
 
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
@@ -353,7 +352,8 @@ def _tuned(config, folder):
   for path in map(pathlib.Path, config.tuning):
     settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
     shutil.copy(
-      _there(path / tuning.TABLE_FILE), folder / f"{path.name}_{tuning.TABLE_FILE}"
+      _there(path / tuning.TABLE_FILE),
+      folder / f"{path.name}_{tuning.TABLE_FILE}",
     )
     for method, entry in settings.items():
       lines.append(

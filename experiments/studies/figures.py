@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reporting import figures
 from experiments.studies import tables
 from experiments.studies.plan import BASELINE
 from experiments.studies.records import Records
-from gradmimic_jax.reporting import figures
 
 _CURVES = 6  # beside the baseline's: more can't be told apart
 _SHEET = 48  # images on the sheet of the lowest-scored samples

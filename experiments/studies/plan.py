@@ -59,9 +59,7 @@ def plan_runs(config: Any) -> list[Run]:
     for name, fields in settings.items()
   }
   scored = [
-    name
-    for name, method in made.items()
-    if method is not None and method.score not in (None, methods.RANDOM)
+    name for name, method in made.items() if methods.tells_samples_apart(method)
   ]
   choosing = [name for name in scored if name in (study.keep_methods or scored)]
   by = study.filter_by or (scored[0] if scored else "")

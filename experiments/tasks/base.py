@@ -18,6 +18,14 @@ from experiments.runtime import (
   durations,
   workdir as workdir_lib,
 )
+from gradmimic_jax.scores import Score
+
+
+class Aux(NamedTuple):
+  """A loss function's outputs besides the losses."""
+
+  hits: jax.Array  # bool [B]
+  outputs: Any  # the learner's
 
 
 class Outputs(NamedTuple):
@@ -27,12 +35,21 @@ class Outputs(NamedTuple):
   # (outputs, batch) -> losses [B] and hits [B]
   losses_and_hits: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
   direction: gm.Direction  # toward the reference's outputs for the batch
-  # (outputs, the reference's, batch) -> scores [B], each sample's on its own
-  agreement: Callable[[Any, Any, Any], jax.Array]
+  # By name: scores that look at outputs, of functions with `Aux`.
+  scores: dict[str, Score]
+  # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
+  divergences: Callable[[Any, Any, Any], jax.Array] | None = None
+  coupled: bool = False  # whether losses depend on batch mates
+
+  def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
+    """Losses `[B]` and `Aux`, of one forward pass."""
+    outputs = self.of(params, batch)
+    losses, hits = self.losses_and_hits(outputs, batch)
+    return losses, Aux(hits, outputs)
 
 
 class Reference(NamedTuple):
-  """What a run's steps go by."""
+  """The reference, as a training step receives it."""
 
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
@@ -50,7 +67,7 @@ class Rows(NamedTuple):
 
 
 class Truth(NamedTuple):
-  """Which training samples are wrong, and how."""
+  """The training samples that are wrong, and how."""
 
   ids: np.ndarray  # [N], as ledgers have them
   kinds: np.ndarray  # text [N]: a kind of noise; "" is none
@@ -204,7 +221,7 @@ class Task(abc.ABC):
       ValueError, FileNotFoundError: as `load_fingerprints`.
     """
     del folder, ledger
-    return Samples(config.data.name, {})
+    return Samples(config.data.get("name", config.task), {})
 
   @classmethod
   def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +250,7 @@ class Task(abc.ABC):
 
   @property
   def samples(self) -> int | None:
-    """How many a pass over all training samples has; None: nobody knows."""
+    """The number of training samples; None where nobody knows."""
     return None
 
   @abc.abstractmethod
@@ -258,7 +275,7 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def load_reference(self, direction: str) -> Reference:
-    """What a method's direction asks for.
+    """Loads the reference that a method's direction asks for.
 
     Args:
       direction: a method's; see `experiments.methods`.
@@ -272,7 +289,7 @@ class Task(abc.ABC):
     """
 
   def facts(self) -> dict[str, Any]:
-    """What `result.json` says of the data."""
+    """Facts about the data, for `result.json`."""
     return {}
 
   def result_fingerprints(self) -> dict[str, str]:

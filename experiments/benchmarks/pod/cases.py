@@ -1,4 +1,4 @@
-"""What a step takes of each device of a pod: memory and communication.
+"""Benchmark: memory and communication of a step on the devices of a pod.
 
 Formulas for large models, batches and slices, and what the compiler says of
 steps for devices that are not there: whether the formulas hold, and whether a

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting import tables
+from experiments.reporting import figures, tables
 from experiments.runtime import workdir as workdir_lib
 from experiments.studies import detection
 from gradmimic_jax import _files
-from gradmimic_jax.reporting import figures
 
 SUMMARY_FILE = "summary.json"
 TABLE_FILES = ("results.csv", "results.md")

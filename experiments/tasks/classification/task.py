@@ -10,6 +10,7 @@ from configs import classification as classification_config
 from experiments.data import filters, noise, pipeline, sources
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
+from experiments.tasks import evaluation
 from experiments.tasks.base import (
   Headline,
   Reference,
@@ -20,7 +21,6 @@ from experiments.tasks.base import (
 )
 from experiments.tasks.classification import (
   data as data_lib,
-  evaluation,
   losses,
   reference as reference_lib,
 )

@@ -230,7 +230,7 @@ class TestShards:
     ({"eval_batch_size": 32}, r"held-out pairs and config\.eval_batch_size"),
     (
       {"eval_every_steps": 0},
-      r"config\.eval_every_steps=0: expected one of them",
+      r"config\.eval_every_epochs is 0; expected at least 1",
     ),
   ],
 )

@@ -14,7 +14,11 @@ from experiments import methods, models
 from experiments.data import noise, pipeline
 from experiments.runtime import cache, checkpoint
 from experiments.studies import runner as study
-from experiments.tasks.classification import data as data_lib, reference
+from experiments.tasks.classification import (
+  data as data_lib,
+  losses as classification,
+  reference,
+)
 from experiments.training import steps, trainer as train
 
 LOADED = methods.Method("outputs", None, None)
@@ -311,8 +315,9 @@ def linear_step(method, make_config, weights, reference_outputs, batch):
 
   tx = optax.sgd(1.0)
   config = make_config(**{"mimic.weighting": "softmax"}).mimic
+  outputs = classification.outputs_of(outputs_fn)
   step = steps.make_train_step(
-    losses_fn, tx, methods.create(method, config), config, outputs_fn
+    losses_fn, tx, methods.create(method, config), config, outputs
   )
   state = steps.init_state({"w": jnp.asarray(weights, jnp.float32)}, tx)
   state, output = step(state, jnp.float32(reference_outputs), batch)
