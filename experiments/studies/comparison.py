@@ -125,6 +125,7 @@ def _rows(summaries):
   """Every summary's rows with the noise in words."""
   rows = []
   for summary in summaries:
+    accuracy = summary.get("headline", {}).get("accuracy", "test_accuracy")
     rates = dict.fromkeys(
       row["noise_rate"]
       for row in summary["rows"]
@@ -134,7 +135,12 @@ def _rows(summaries):
       # A reference has clean labels: it stands beside every noise.
       shown = rates if row["method"] == _REFERENCE else [row["noise_rate"]]
       for rate in shown:
-        rows.append({"noise": f"{summary['noise']} {rate:.2f}", **row})
+        own = {
+          f"test_accuracy{end}": row[f"{accuracy}{end}"]
+          for end in ("", "_error")
+        }
+        noise = f"{summary['noise']} {rate:.2f}"
+        rows.append({"noise": noise, **row, **own})
   return rows
 
 

@@ -82,10 +82,10 @@ def auroc_by_kind(
   Args:
     scores: [N], finite; high is good.
     kinds: text [N], as `Truth.kinds`.
-    names: of kinds; of a single one there is nothing to tell apart.
+    names: of the kinds that are told apart.
 
   Returns:
-    `auroc` and, for each of several names, `auroc_<name>`; None where it isn't
+    `auroc` and, for each of the names, `auroc_<name>`; None where it isn't
     defined.
   """
 
@@ -95,10 +95,8 @@ def auroc_by_kind(
       return None
     return plain(gm.metrics.auroc(-scores[chosen], wrong[chosen]))
 
-  found = {"auroc": auroc(kinds != "")}
-  if len(names) > 1:
-    found |= {f"auroc_{name}": auroc(kinds == name) for name in names}
-  return found
+  of_kinds = {f"auroc_{name}": auroc(kinds == name) for name in names}
+  return {"auroc": auroc(kinds != ""), **of_kinds}
 
 
 def mean(config: Any, found: list[dict[str, Any]]) -> dict[str, float | None]:

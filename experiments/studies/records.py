@@ -31,7 +31,7 @@ class Records:
     runs: all of the study's.
     results: by name, what the runs came to, in the order of the seeds; {}
       before they are made.
-    kinds: of noise that the config adds.
+    kinds: of noise that are told apart; () where there is but one.
   """
 
   def __init__(
@@ -45,7 +45,8 @@ class Records:
     self.config, self.folder, self.runs = config, folder, runs
     self.results = results or {}
     self.task = tasks.get(config)
-    self.kinds = self.task.noise_kinds(config)
+    kinds = self.task.noise_kinds(config)
+    self.kinds = kinds if len(kinds) > 1 else ()
     self.load_truth = functools.cache(self._load_truth)
     self.load_samples = functools.cache(self._load_samples)
 

@@ -38,7 +38,7 @@ def write(records: Records) -> dict[str, Any]:
   summary = {
     "task": config.task,
     "dataset": config.data.get("name", config.task),
-    "noise": ", ".join(records.kinds),
+    "noise": ", ".join(task.noise_kinds(config)),
     "noise_rate": learner["noise_rate"],
     "seeds": records.seeds,
     "num_epochs": config.num_epochs,
@@ -113,7 +113,7 @@ def make_row(
   Returns:
     The row. `saved_loss` (`saved_accuracy`) is the share of the baseline's
     steps that are left when its final loss (accuracy) is first reached, over
-    the seeds that reach it, `reached_loss` of them; None without a baseline.
+    the seeds that reach it, `reached_loss` of them; absent without a baseline.
   """
   task, members = records.task, records.results[name]
   run = next(run for run in records.runs if run.name == name)
@@ -145,27 +145,26 @@ def make_row(
 
 
 def _compare(records, name):
-  """A run's gain, and the steps that it saves, against the baseline."""
-  headline, fields = records.task.headline, {}
-  plain = records.results.get(BASELINE)
-  gains = plain and [
-    run[headline.accuracy] - other[headline.accuracy]
+  """A run's gain, and the steps that it saves; {} without a baseline."""
+  headline, plain = records.task.headline, records.results.get(BASELINE)
+  if plain is None:
+    return {}
+  gains = [
+    {"gain": run[headline.accuracy] - other[headline.accuracy]}
     for run, other in zip(records.results[name], plain, strict=True)
   ]
-  fields |= _mean_of([{"gain": gain} for gain in gains or ()], "gain")
-  for what, sign in (("loss", 1), ("accuracy", -1)):
-    field = headline._asdict()[what]
+  fields = _mean_of(gains, "gain")
+  for what, field, sign in (
+    ("loss", headline.loss, 1),
+    ("accuracy", headline.accuracy, -1),
+  ):
     saved = []
-    for seed, other in zip(records.seeds, plain or records.seeds, strict=True):
-      if plain is None:
-        break
+    for seed, other in zip(records.seeds, plain, strict=True):
       steps, values = records.load_curve(seed, name, field)
-      there = steps_to(
-        steps, [sign * value for value in values], sign * other[field]
-      )
+      there = steps_to(steps, np.multiply(sign, values), sign * other[field])
       if there is not None:
         saved.append({f"saved_{what}": 1 - there / other["steps"]})
-    fields[f"reached_{what}"] = None if plain is None else len(saved)
+    fields[f"reached_{what}"] = len(saved)
     fields |= _mean_of(saved, f"saved_{what}")
   return fields
 
@@ -209,7 +208,7 @@ def find_best(rows: Sequence[dict[str, Any]]) -> str | None:
   able = [
     row
     for row in rows
-    if row["auroc"] is not None and row["reached_loss"] == row["runs"]
+    if row["auroc"] is not None and row.get("reached_loss") == row["runs"]
   ]
   return (
     max(able, key=lambda row: row["saved_loss"])["method"] if able else None

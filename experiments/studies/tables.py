@@ -49,43 +49,43 @@ def markdown(summary: dict[str, Any]) -> str:
 def _runs(summary):
   rows, headline = summary["rows"], summary["headline"]
   compared = any(row["method"] == BASELINE for row in rows)
-  columns = {
-    "method": lambda row: row["method"],
-    _words(headline["loss"]): lambda row: _number(row, headline["loss"]),
-    "steps saved to loss": lambda row: _saved(row, "loss"),
-    _words(headline["accuracy"]): lambda row: _number(
-      row, headline["accuracy"]
-    ),
-    "gain": lambda row: _number(row, "gain"),
-    "steps saved to accuracy": lambda row: _saved(row, "accuracy"),
-    _words(summary["size"]): lambda row: _number(row, summary["size"], 0),
-    "right": lambda row: _number(row, "clean_share"),
-    "seconds": lambda row: _number(row, "seconds", 1),
-  }
   if compared:
     yield (
       "Steps saved: the share of the baseline's steps that are left when its"
       " final loss (accuracy) on held-out samples is first reached."
     )
     yield ""
-  else:
-    columns = {
-      name: get
-      for name, get in columns.items()
-      if not name.startswith(("steps", "gain"))
-    }
+  saved = ["steps saved to loss", "gain", "steps saved to accuracy"]
   yield from aligned(
-    list(columns), [[get(row) for get in columns.values()] for row in rows]
+    [
+      *("method", _words(headline["loss"]), _words(headline["accuracy"])),
+      *(saved if compared else []),
+      *(_words(summary["size"]), "right", "seconds"),
+    ],
+    [
+      [
+        row["method"],
+        *(_number(row, headline[what]) for what in ("loss", "accuracy")),
+        *(_saved_and_gained(row) if compared else []),
+        _number(row, summary["size"], 0),
+        _number(row, "clean_share"),
+        _number(row, "seconds", 1),
+      ]
+      for row in rows
+    ],
   )
+
+
+def _saved_and_gained(row):
+  return _saved(row, "loss"), _number(row, "gain"), _saved(row, "accuracy")
 
 
 def _detections(summary):
   if not summary["detection"]:
     return
-  kinds = summary["kinds"] if len(summary["kinds"]) > 1 else []
   columns = {
     "AUROC": "auroc",
-    **{f"of {kind}": f"auroc_{kind}" for kind in kinds},
+    **{f"of {kind}": f"auroc_{kind}" for kind in summary["kinds"]},
     "F1": "f1",
     "kept": "kept_fraction",
     "right": "clean_fraction",
@@ -182,7 +182,7 @@ def _saved(row, what):
   """Percents; how many seeds got there, where it isn't all or none."""
   field, reached = f"saved_{what}", row[f"reached_{what}"]
   if not reached:
-    return "-" if reached is None else "never"
+    return "never"
   shown = f"{_number(row, field, 1, scale=100)} %"
   return (
     shown if reached == row["runs"] else f"{shown} ({reached} of {row['runs']})"
