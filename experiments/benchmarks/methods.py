@@ -19,7 +19,7 @@ from experiments import tasks
 from experiments.benchmarks import timing
 from experiments.reporting import tables
 from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies import clip_plan, settings as tuning
+from experiments.studies import plan
 from experiments.training import trainer
 
 RESULT_FILE = "methods.json"
@@ -50,7 +50,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   config.lock()
   task = tasks.get(config)
   folder = workdir_lib.claim(workdir, config, task.configs, job="methods")
-  settings = {_PLAIN: {"method": _PLAIN}, **_settings(config)}
+  settings = {_PLAIN: {"method": _PLAIN}, **plan.plan_settings(config)}
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes or (config.batch_size,):
     sized = _sized(config, size)
@@ -93,17 +93,6 @@ def table(config: Any, results: dict[str, Any]) -> str:
     for name, entry in entries.items()
   ]
   return "\n".join(tables.markdown(["batch", "step", "time", "memory"], rows))
-
-
-def _settings(config):
-  """For each of the study's runs its name, and what its config differs in."""
-  if config.task == "contrastive":
-    return clip_plan.settings_of(config)
-  tuned = tuning.read(config.study.tuned)
-  return {
-    name: {"method": name, **tuned.get(name, {})}
-    for name in (_PLAIN, *config.study.methods)
-  }
 
 
 def _sized(config, size):

@@ -27,12 +27,11 @@ JOBS = (
   "train",
   "tune",
   "study",
-  "probe",
   "benchmark",
   "score",
   "select",
   "report",
-  "results",
+  "compare",
 )
 _CELL = re.compile(r"([\w.-]+): *(\w+) +(.+)", re.DOTALL)
 _SWEEP = "sweep"  # in braces: the sweep's own folder
