@@ -17,8 +17,9 @@ import dataclasses
 import functools
 import hashlib
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -627,23 +628,33 @@ def _is_in(keep: np.ndarray, uid: str) -> bool:
   return place < len(keep) and keep[place] == pair
 
 
-def kept_uids(keep: Any) -> np.ndarray | None:
+def kept_uids(
+  keep: Any, *, fingerprints: Mapping[str, str] | None = None
+) -> np.ndarray | None:
   """Uids to keep as `read` wants them: `u8,u8` ascending, each once.
 
   Args:
-    keep: The path of a DataComp subset file, a `gm.filters.Filter`, uids as
-      strings or pairs, or None.
+    keep: The path of a DataComp subset file or of a selection as `.parquet` or
+      `.csv`, a `gm.filters.Filter`, uids as strings or pairs, or None.
+    fingerprints: What a file should belong to.
 
   Returns:
     Pairs [K], or None.
 
   Raises:
-    ValueError: If uids don't read, or there is none.
+    ValueError: If uids don't read, are for other data, or there is none.
   """
   if keep is None:
     return None
   if isinstance(keep, (str, os.PathLike)):
-    keep = gm.export.read_datacomp_subset(keep, multiplicity=True)
+    asked = {"fingerprints": fingerprints}
+    suffix = pathlib.Path(keep).suffix
+    if suffix == ".parquet":
+      keep = gm.export.read_parquet(keep, **asked).kept_ids
+    elif suffix == ".csv":
+      keep = gm.export.read_csv(keep, **asked).kept_ids
+    else:
+      keep = gm.export.read_datacomp_subset(keep, multiplicity=True, **asked)
   if isinstance(keep, gm.filters.Filter):
     keep = keep.ids
   pairs = gm.filters.Filter(parse_uids(keep)).ids

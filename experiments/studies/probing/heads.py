@@ -20,6 +20,7 @@ import gradmimic_jax as gm
 from experiments import methods, models
 from experiments.data import pipeline
 from experiments.methods import Method
+from experiments.studies import settings
 from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
@@ -241,15 +242,7 @@ def value_field(config: Any) -> str:
 
 def reads_value(name: str, config: Any) -> bool:
   """Whether that method looks at the field of the grid's values at all."""
-  seen = []
-
-  class Recorder:
-    def __getattr__(self, field):
-      seen.append(field)
-      return config[field]
-
-  methods.create(name, Recorder())
-  return value_field(config) in seen
+  return value_field(config) in settings.fields_read(name, config)
 
 
 def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
