@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
   config.title = "Label noise"
-  # Workdirs of experiments.probe and of experiments.study.
+  # Workdirs of experiments.study: grids of heads, and studies.
   config.probe = ()
   config.finetune = ()
   # Workdirs of experiments.tune, and of the benchmark of methods.

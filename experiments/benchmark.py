@@ -15,7 +15,13 @@ should have the machine to itself.
 """
 
 from experiments import benchmarks
+from experiments.models import initial
 from experiments.runtime import cli
 
 if __name__ == "__main__":
-  cli.run(benchmarks.main, processes=cli.FIRST, exclusive=True)
+  cli.run(
+    benchmarks.main,
+    processes=cli.FIRST,
+    exclusive=True,
+    prepare=initial.sized,
+  )

@@ -15,16 +15,15 @@ import gradmimic_jax as gm
 from configs.benchmark import check_reference as check_reference_config
 from experiments.data import pipeline
 from experiments.models import initial
+from experiments.reporting import figures
 from experiments.runtime import checkpoint, workdir as workdir_lib
 from experiments.tasks.classification import (
   data as data_lib,
   losses as classification,
 )
 from experiments.training import reference_check, trainer as train
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "check_reference.json"
-_FREE = ("check_reference.", "checkpoint.")
 
 
 def measure(config: Any, workdir: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set that is not there.
   """
   folder = workdir_lib.claim(
-    workdir, config, check_reference_config, free=_FREE
+    workdir, config, check_reference_config, job="check_reference"
   )
   checks: list[dict[str, Any]] = []
   for seed in config.check_reference.seeds:

@@ -16,8 +16,8 @@ import jax
 from configs.benchmark import engines as engines_config
 from experiments.benchmarks import engine_steps
 from experiments.benchmarks.engine_steps import ERRORS, RATIOS, Case
+from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "engines.json"
 SWEPT = ("batch_size", "depth", "width")
@@ -46,7 +46,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field, name or device, or a workdir of another config
       or machine.
   """
-  folder = workdir_lib.claim(workdir, config, engines_config)
+  folder = workdir_lib.claim(workdir, config, engines_config, job="engines")
   with _settings(config) as device:
     results = _start(folder / RESULT_FILE, device)
     for part in PARTS:

@@ -49,7 +49,7 @@ def measure(
   Raises:
     ValueError: as `trainer.train_and_evaluate`; a workdir that was used before.
   """
-  folder = workdir_lib.claim(workdir, config, loop_config)
+  folder = workdir_lib.claim(workdir, config, loop_config, job="loop")
   if (folder / writers.METRICS_FILE).exists():
     raise ValueError(
       f"workdir {folder} was used before; expected a new one to measure in."

@@ -8,7 +8,6 @@ once, before training, and don't count.
 """
 
 import contextlib
-import pathlib
 from typing import Any
 
 import jax
@@ -17,12 +16,11 @@ import numpy as np
 from configs import base
 from experiments import tasks
 from experiments.benchmarks import timing
-from experiments.reporting import tables
-from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies import clip_plan, settings as tuning
+from experiments.runtime import prefetch, tables, workdir as workdir_lib
+from experiments.studies import comparison, plan
 from experiments.training import trainer
 
-RESULT_FILE = "methods.json"
+RESULT_FILE = comparison.COSTS_FILE
 _PLAIN = "sgd"
 _ROUNDS = 15
 _SHORTEST = 0.1  # seconds that a method's part of a round should take
@@ -49,8 +47,8 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   del config.benchmark
   config.lock()
   task = tasks.get(config)
-  folder = workdir_lib.claim(workdir, config, task.configs, free=("study.",))
-  settings = {_PLAIN: {"method": _PLAIN}, **_settings(config)}
+  folder = workdir_lib.claim(workdir, config, task.configs, job="methods")
+  settings = {_PLAIN: {"method": _PLAIN}, **plan.plan_settings(config)}
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes or (config.batch_size,):
     sized = _sized(config, size)
@@ -62,28 +60,6 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   return found
 
 
-def load(file: pathlib.Path) -> dict[str, Any]:
-  """What `measure` left, at the first of its batch sizes.
-
-  Args:
-    file: its `methods.json`.
-
-  Returns:
-    `machine`, `batch_size`, and by name `methods`.
-
-  Raises:
-    ValueError: the file is damaged, or of another kind.
-  """
-  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
-  for size, entries in found["batches"].items():
-    return {
-      "machine": found["machine"],
-      "batch_size": int(size),
-      "methods": entries,
-    }
-  raise ValueError(f"{file} has no batches; give its command again.")
-
-
 def table(config: Any, results: dict[str, Any]) -> str:
   """Batches and methods, as Markdown."""
   del config
@@ -93,17 +69,6 @@ def table(config: Any, results: dict[str, Any]) -> str:
     for name, entry in entries.items()
   ]
   return "\n".join(tables.markdown(["batch", "step", "time", "memory"], rows))
-
-
-def _settings(config):
-  """For each of the study's runs its name, and what its config differs in."""
-  if config.task == "contrastive":
-    return clip_plan.settings_of(config)
-  tuned = tuning.read(config.study.tuned)
-  return {
-    name: {"method": name, **tuned.get(name, {})}
-    for name in (_PLAIN, *config.study.methods)
-  }
 
 
 def _sized(config, size):

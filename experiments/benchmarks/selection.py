@@ -18,8 +18,8 @@ import numpy as np
 import gradmimic_jax as gm
 from configs.benchmark import selection as selection_config
 from experiments.benchmarks import timing
+from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
-from gradmimic_jax.reporting import figures
 
 RESULT_FILE = "selection.json"
 STAGES = ("append", "reload", "select", "export")
@@ -48,7 +48,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
         f"config.{name} is {config[name]}; expected at least {least}."
       )
   folder = workdir_lib.claim(
-    workdir, config, selection_config, free=("samples",)
+    workdir, config, selection_config, job="selection_cost"
   )
   file = folder / RESULT_FILE
   results = {"machine": workdir_lib.machine(), "sizes": {}}

@@ -28,8 +28,7 @@ RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = train.LEDGER_FOLDER
 RUN_FILE = "run.json"  # the learner's config, as it was scored
 PROGRESS_FILE = "progress.json"
-# May change: they name the same inputs, or don't matter to the scores.
-FREE = ("learner", "data_dir", "flush_every", "mimic.force")
+JOB = "score"
 
 
 def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a learner, data set or reference that is not there.
     locks.InUseError: another job works in the workdir.
   """
-  workdir_lib.check(workdir, config, score_config, free=FREE)
+  workdir_lib.check(workdir, config, score_config, job=JOB)
   for field in ("batch_size", "flush_every"):
     if config[field] < 1:
       raise ValueError(
@@ -62,7 +61,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
     run_config = learners_config(config)
     scoring = _Scoring(config, run_config, folder)
     if distributed.is_first():
-      workdir_lib.claim(workdir, config, score_config, free=FREE)
+      workdir_lib.claim(workdir, config, score_config, job=JOB)
       workdir_lib.write_json(
         folder / RUN_FILE, workdir_lib.as_dict(run_config), sealed=True
       )
@@ -112,9 +111,9 @@ def learners_config(config: Any) -> Any:
       " (python -m experiments.train)."
     )
   workdir_lib.check_config(
-    file.parent, train.FREE, workdir_lib.of_result(file.parent)
+    file.parent, train.JOB, workdir_lib.of_result(file.parent)
   )
-  run = complete(workdir_lib.read_json(file, {}), file)
+  run = complete(workdir_lib.read_config(file.parent), file)
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
   run.data.filter = None  # all are scored, also those that it left out
@@ -186,7 +185,7 @@ class _Scoring:
       task.losses_fn,
       method,
       task.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)
@@ -202,9 +201,7 @@ class _Scoring:
       ]
     )
     self.fingerprints = {
-      "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
-      ),
+      "config": workdir_lib.config_fingerprint(config, JOB),
       "learner": learner,
       **task.data_fingerprints,
     }
@@ -274,7 +271,7 @@ class _Scoring:
     return self.task.samples or len(ledger.matrix()[0])
 
   def _done(self, ledger, progress, own):
-    """How many batches are scored and on record, and where passes begin.
+    """Counts the batches that are scored and on record, and where passes begin.
 
     Rows reach the disk before the count of them: what a kill cuts off in
     between is scored again, and a ledger has one row for it all the same.

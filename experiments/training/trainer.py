@@ -25,19 +25,7 @@ from experiments.training import (
 
 RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = "ledger"
-
-# What a run doesn't depend on, or depends on by its contents, which its
-# fingerprint has: these fields may change when it is continued.
-FREE = (
-  "select.",
-  "study.",
-  "checkpoint.",
-  "mimic.force",
-  "data.shards",
-  "data.held_out_shards",
-  "data.num_threads",
-  "data.max_broken_share",
-)
+JOB = "run"
 
 
 def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
@@ -63,7 +51,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     locks.InUseError: another run works in the workdir.
   """
   fields = tasks.get(config).configs
-  folder = workdir_lib.check(workdir, config, fields, free=FREE)
+  folder = workdir_lib.check(workdir, config, fields, job=JOB)
   started = time.monotonic()
   result_file = folder / RESULT_FILE
   with contextlib.ExitStack() as stack:
@@ -77,7 +65,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
       loop.check_finished(folder, run.ledger())
       return result
     if distributed.is_first():
-      workdir_lib.claim(workdir, config, fields, free=FREE)
+      workdir_lib.claim(workdir, config, fields, job=JOB)
       reference_check.save(folder, checked)
       run.task.save(folder)
     distributed.meet()
@@ -112,9 +100,7 @@ class Run:
     self.total_steps, self.batches = task.total_steps, task.batches
     self.schedule = loop.schedule(self.config, task)
     self.fingerprints = {
-      "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
-      ),
+      "config": workdir_lib.config_fingerprint(config, JOB),
       **task.fingerprints,
     }
     self.reference = reference_lib.load(self.config, self.method, task, folder)
@@ -132,12 +118,12 @@ class Run:
       tx,
       self.method,
       self.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
   def check_reference(self) -> dict[str, Any] | None:
-    """What the check found out, if any; raises if the reference would harm."""
+    """Checks the reference's weights, if any; raises if they would harm."""
     return reference_check.check(
       self.config,
       self.folder,

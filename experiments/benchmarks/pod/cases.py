@@ -1,4 +1,4 @@
-"""What a step takes of each device of a pod: memory and communication.
+"""Benchmark: memory and communication of a step on the devices of a pod.
 
 What the compiler says of steps for devices that are not there: what a device
 holds and sends, and whether a step sends more than plain data-parallel training
@@ -41,9 +41,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     *scaling_cases(config),
     *(case_of(key, config) for key in config.cases),
   ]
-  folder = workdir_lib.claim(
-    workdir, config, pod_config, free=("target", "cases", "scaling.")
-  )
+  folder = workdir_lib.claim(workdir, config, pod_config, job="pod")
   if config.target == pod_step.HOST:
     _be_many(max((case.devices for case in todo), default=1))
   file = folder / RESULT_FILE

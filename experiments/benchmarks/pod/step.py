@@ -190,7 +190,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
   apply, params = model(section)
   make = _contrastive if section.name == "clip" else _classification
   config = _job_config(case, section, params)
-  losses_fn, tx, batch, more = make(case, section, config, apply, rows)
+  losses_fn, tx, batch, outputs = make(case, section, config, apply, rows)
   method = methods.create(config.method, config.mimic)
   state = jax.eval_shape(functools.partial(steps.init_state, tx=tx), params)
   step = steps.make_train_step(
@@ -198,7 +198,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
     tx,
     method,
     config.mimic,
-    **more,
+    outputs,
     out_shardings=steps.make_shardings(state, mesh),
   )
   shapes = Shapes(
@@ -267,7 +267,7 @@ def _classification(case, section, config, apply, rows):
     classification.make_losses_fn(apply),
     optimizer.create(config.optimizer, total_steps=_TOTAL_STEPS),
     batch,
-    {"outputs_fn": classification.make_outputs_fn(apply)},
+    classification.outputs_of(classification.make_outputs_fn(apply)),
   )
 
 
@@ -289,7 +289,7 @@ def _contrastive(case, section, config, apply, rows):
       last=contrastive.keep_logit_scale(),
     ),
     batch,
-    {"outputs": contrastive.outputs_of(apply, config.loss, sharding=rows)},
+    contrastive.outputs_of(apply, config.loss, sharding=rows),
   )
 
 

@@ -17,15 +17,17 @@ import dataclasses
 import functools
 import hashlib
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data.pairs import images, limits as limits_lib, tar
+from experiments.data.pairs import images, tar
+from experiments.runtime import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 FIRST, LAST = "first", "last"  # The dot at which a file's name is cut.
@@ -69,7 +71,7 @@ _REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Which files of one name make a sample.
+  """The extensions of the files that make a sample.
 
   Attributes:
     image: Extensions of images, in lower case, without the dot; files may have
@@ -125,7 +127,7 @@ class Parts:
 
   @functools.cached_property
   def roles(self) -> dict[str, str]:
-    """What each extension stands for: "image", "caption" or "json"."""
+    """The role of each extension: "image", "caption" or "json"."""
     return {
       extension: role for role in _ROLES for extension in getattr(self, role)
     }
@@ -172,7 +174,7 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class Statistics:
-  """What was found while reading; counts go on over epochs.
+  """Counts of what was read; they go on over epochs.
 
   Attributes:
     read: Samples that were looked at, the broken ones included.
@@ -232,7 +234,7 @@ class Statistics:
     return dataclasses.asdict(self)
 
   def advice(self) -> str:
-    """What to do about what is broken, where an option may be the cause."""
+    """Advice about broken samples, where an option may be the cause."""
     found = sorted(self.broken, key=lambda reason: -self.broken[reason])
     texts = (_REMEDIES[reason] for reason in found if reason in _REMEDIES)
     return "".join(f" {text}." for text in dict.fromkeys(texts))
@@ -508,7 +510,7 @@ def _rule_of(
 
 
 def _is_news(folder: str, rule: str) -> bool:
-  """Whether it is the first time: one line is enough for all shards."""
+  """True the first time: one line is enough for all shards."""
   found = (folder, rule)
   is_news = found not in _SAID
   _SAID.add(found)
@@ -522,7 +524,7 @@ def _is_litter(folder: str, name: str) -> bool:
 
 
 def _is_unsafe(name: str) -> bool:
-  """Whether unpacking would put a file outside of the folder, or confuse.
+  """True if unpacking would put a file outside of the folder, or confuse.
 
   Nothing is unpacked here, but others may unpack what this lets pass.
   """
@@ -594,7 +596,7 @@ def _sample(
 
 
 def _about(content: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
-  """What a sample's JSON says; nothing if it has no fields."""
+  """Parses a sample's JSON; {} if it has no fields."""
   try:
     about = limits_lib.parse_json(
       content, most=limits.json_bytes, limits=limits
@@ -605,7 +607,7 @@ def _about(content: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
 
 
 def _field(about: dict[str, Any], name: str, expected: str) -> str:
-  """What is wrong with a field of a sample's JSON."""
+  """Describes what is wrong with a field of a sample's JSON."""
   if about.get(name) is not None:
     return f"{name!r} is {str(about[name])[:40]!r}, not {expected}"
   return f"no {name!r} in the json, which has {', '.join(map(repr, about))}"
@@ -626,23 +628,33 @@ def _is_in(keep: np.ndarray, uid: str) -> bool:
   return place < len(keep) and keep[place] == pair
 
 
-def kept_uids(keep: Any) -> np.ndarray | None:
+def kept_uids(
+  keep: Any, *, fingerprints: Mapping[str, str] | None = None
+) -> np.ndarray | None:
   """Uids to keep as `read` wants them: `u8,u8` ascending, each once.
 
   Args:
-    keep: The path of a DataComp subset file, a `gm.filters.Filter`, uids as
-      strings or pairs, or None.
+    keep: The path of a DataComp subset file or of a selection as `.parquet` or
+      `.csv`, a `gm.filters.Filter`, uids as strings or pairs, or None.
+    fingerprints: What a file should belong to.
 
   Returns:
     Pairs [K], or None.
 
   Raises:
-    ValueError: If uids don't read, or there is none.
+    ValueError: If uids don't read, are for other data, or there is none.
   """
   if keep is None:
     return None
   if isinstance(keep, (str, os.PathLike)):
-    keep = gm.export.read_datacomp_subset(keep, multiplicity=True)
+    asked = {"fingerprints": fingerprints}
+    suffix = pathlib.Path(keep).suffix
+    if suffix == ".parquet":
+      keep = gm.export.read_parquet(keep, **asked).kept_ids
+    elif suffix == ".csv":
+      keep = gm.export.read_csv(keep, **asked).kept_ids
+    else:
+      keep = gm.export.read_datacomp_subset(keep, multiplicity=True, **asked)
   if isinstance(keep, gm.filters.Filter):
     keep = keep.ids
   pairs = gm.filters.Filter(parse_uids(keep)).ids

@@ -1,4 +1,4 @@
-"""What a run goes by beside weights: a reference's outputs, or other samples.
+"""References of classification: weights, outputs, or other samples.
 
 Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs that go by the same reference.
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
@@ -184,6 +185,28 @@ def _logged_outputs(path, data):
     )
   outputs = outputs.astype(np.float32)
   return _digest(outputs), outputs
+
+
+def suggest_labels(config: Any, data: Any) -> np.ndarray | None:
+  """What the reference takes each sample for.
+
+  Args:
+    config: of the run.
+    data: of the run.
+
+  Returns:
+    Classes [N]; None where the run's reference is none that has outputs, or it
+    is not there any more.
+  """
+  if config.mimic.outputs is None and config.mimic.reference is None:
+    return None
+  try:
+    reference = load(config, "outputs", None, data)
+  except (FileNotFoundError, ValueError, TypeError) as error:
+    logging.warning("the report suggests no labels: %s", error)
+    return None
+  outputs = reference.for_batch({"index": np.arange(len(data.train.labels))})
+  return np.argmax(outputs, axis=-1).astype(np.int32)
 
 
 def _outputs_of_run(where, config, data, devices):

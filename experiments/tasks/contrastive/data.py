@@ -1,4 +1,4 @@
-"""What a CLIP run trains and is evaluated on: `shapes`, or streamed shards."""
+"""Data of image-text runs: drawn shapes, or streamed shards."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data import sources
+from experiments.data import filters, sources
 from experiments.data.pairs import (
   in_memory as image_text,
   shapes,
@@ -51,7 +51,7 @@ class Memory(NamedTuple):
 
 
 class Data(NamedTuple):
-  """What a run trains and is evaluated on."""
+  """Training and evaluation data of a run."""
 
   batches: Any  # a grain data set of training batches
   one_pass: Callable[[], Any]  # one of all pairs, each once and in order
@@ -87,6 +87,8 @@ def load(config: Any) -> Data:
       f"config.batch_size is {config.batch_size} in {processes} processes;"
       " expected a multiple of their number."
     )
+  if config.data.filter is not None:
+    filters.check_manifest(config.data.filter)
   tokenize = tokenizer_of(config)
   if config.data.name == SHAPES:
     return _of_shapes(config, tokenize)
@@ -121,6 +123,11 @@ def train_pairs(config: Any) -> shapes.Shapes:
   return _shapes(config, "train", config.data.train_size, config.noise.rate)
 
 
+def fingerprints(pairs: shapes.Shapes) -> dict[str, str]:
+  """What a filter of these pairs belongs to, in words and hashes."""
+  return {"dataset": f"{SHAPES} {pairs.fingerprint[:16]}"}
+
+
 def pool(config: Any) -> Memory:
   """The same, with tokens as the model reads them."""
   pairs = train_pairs(config)
@@ -148,7 +155,7 @@ def _of_shapes(config, tokenize):
   uids = memory.truth.uids
   indices = None
   if config.data.filter is not None:
-    indices = _positions(config.data.filter, uids)
+    indices = _positions(config.data.filter, memory.truth)
 
   def pairs(process, **order):
     return image_text.Pairs(
@@ -179,9 +186,10 @@ def _of_shapes(config, tokenize):
   )
 
 
-def _positions(path, uids):
-  """Where the uids of a subset file are; those that are missing are no loss."""
-  keep = gm.filters.Filter(shard_samples.kept_uids(path), path)
+def _positions(path, pairs):
+  """Finds the uids of a filter among all; missing ones are no loss."""
+  keep = shard_samples.kept_uids(path, fingerprints=fingerprints(pairs))
+  keep, uids = gm.filters.Filter(keep, path), pairs.uids
   applied = keep.apply(parse_uids(uids))
   if not applied.kept:
     raise ValueError(
