@@ -190,7 +190,7 @@ class Task(abc.ABC):
       ValueError, FileNotFoundError: as `load_fingerprints`.
     """
     del folder, ledger
-    return Samples(config.data.name, {})
+    return Samples(config.task, {})
 
   @classmethod
   def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
