@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # Workdirs of experiments.study: grids of heads, and studies.
   config.probe = ()
   config.finetune = ()
-  # Workdirs of experiments.tune, and of experiments.costs.
+  # Workdirs of experiments.tune, and of the benchmark of methods.
   config.tuning = ()
   config.costs = config_dict.placeholder(str)
   # Others beside these, as "label=folder", whose methods get a row a label.

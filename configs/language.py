@@ -1,4 +1,4 @@
-"""A language model on English prose, 30 % of it none: a minute on 2 CPU cores.
+"""A language model on English prose, 30 % of it none: minutes on a CPU.
 
 python -m experiments.study --config=configs/language.py --workdir=runs/language
 
@@ -76,7 +76,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   config.optimizer.learning_rate = 3e-3
   config.optimizer.weight_decay = 0.01
-  config.mimic.fraction = 0.5
+  # Chosen on the held-out loss of seeds 0 and 1, where 0.5 saved no steps.
+  config.mimic.fraction = 0.75
 
   config.study.seeds = tuple(range(values["seeds"]))
   config.study.methods = ("sgd", "grad_mimic", "rho")

@@ -189,8 +189,8 @@ def _cifar10(values):
   cells.append(
     _line(
       "costs",
-      "costs",
-      full,
+      "benchmark",
+      "configs/benchmark/methods.py:study=label_noise,dataset=cifar10",
       {
         **network,
         "noise.rate": 0.4,
@@ -316,8 +316,8 @@ def _digits(values):
     ),
     _line(
       "costs",
-      "costs",
-      full,
+      "benchmark",
+      "configs/benchmark/methods.py:study=label_noise,rate=0.4",
       {
         **network,
         "mimic.reference": "{finetune_symmetric_0.4}/seed0/reference",

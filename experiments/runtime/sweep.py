@@ -27,7 +27,7 @@ JOBS = (
   "train",
   "tune",
   "study",
-  "costs",
+  "benchmark",
   "score",
   "select",
   "report",

@@ -52,8 +52,8 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = workdir_lib.read_json(
-      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE), {}
+    costs = costs_lib.load(
+      _there(pathlib.Path(config.costs) / costs_lib.RESULT_FILE)
     )
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)

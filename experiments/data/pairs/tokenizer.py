@@ -6,7 +6,6 @@ there the text tower looks for it.
 """
 
 import gzip
-import hashlib
 import html
 import json
 import os
@@ -191,11 +190,6 @@ def read(source: str | os.PathLike) -> tokenizers.Tokenizer:
     FileNotFoundError, ValueError, ImportError, OSError: as `load`.
   """
   return _readable(_find(source))
-
-
-def fingerprint(pieces: tokenizers.Tokenizer) -> str:
-  """A hash of all that a tokenizer does, 32 hexadecimal characters."""
-  return hashlib.sha256(pieces.to_str().encode()).hexdigest()[:32]
 
 
 def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:

@@ -166,7 +166,7 @@ def agreement(
     ValueError: logits that are not of this batch, or of two vocabularies.
   """
   targets = batch["tokens"][:, 1:]
-  scores = gm.scores.output_agreement(
+  scores = gm.scores.agreement(
     lambda rows: optax.softmax_cross_entropy_with_integer_labels(
       rows, targets.reshape(-1)
     ),

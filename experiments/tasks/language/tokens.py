@@ -19,14 +19,12 @@ class Tokenizer(Protocol):
     padding: the id after a sequence's end.
     start: the id before its first token.
     characters: text of so many for each token is always long enough.
-    fingerprint: a hash of what it does.
   """
 
   vocab_size: int
   padding: int
   start: int
   characters: int
-  fingerprint: str
 
   def encode(self, text: str) -> np.ndarray:
     """Ids of a text, int32 `[n]`, neither start nor padding."""
@@ -47,7 +45,6 @@ class Bytes:
   padding = 256
   start = 257
   characters = 1
-  fingerprint = BYTES
 
   def encode(self, text: str) -> np.ndarray:
     """The bytes of a text, int32 `[n]`."""
@@ -74,7 +71,6 @@ class Published:
     self.padding = max(ids) + 1
     self.start = self.padding + 1
     self.vocab_size = self.padding + 2
-    self.fingerprint = tokenizer_lib.fingerprint(pieces)
 
   def encode(self, text: str) -> np.ndarray:
     """Ids of a text, int32 `[n]`."""

@@ -13,7 +13,7 @@ from pairs_case import make, on_shapes, on_shards
 
 import gradmimic_jax as gm
 from configs import datacomp
-from experiments.benchmarks import clip_methods as clip_costs
+from experiments.benchmarks import methods as costs
 from experiments.data.pairs import shapes
 from experiments.runtime import (
   checkpoint,
@@ -276,7 +276,7 @@ def test_a_foreign_reference_is_flagged(tmp_path):
 
 @pytest.mark.slow
 def test_costs_are_of_all_settings(tmp_path, monkeypatch):
-  monkeypatch.setattr(clip_costs.costs, "_ROUNDS", 2)
+  monkeypatch.setattr(costs, "_ROUNDS", 2)
   reference = on_shapes(**{"noise.rate": 0.0})
   clip_train.train_and_evaluate(reference, tmp_path / "reference")
   config = on_shapes(
@@ -285,7 +285,9 @@ def test_costs_are_of_all_settings(tmp_path, monkeypatch):
       "study.cost_batch_sizes": (16, 32),
     }
   )
-  found = clip_costs.measure(config, tmp_path / "costs")
+  config = config.unlock()
+  config.benchmark = "methods"
+  found = costs.measure(config.lock(), tmp_path / "costs")
   assert list(found["batches"]) == ["16", "32"]
   for entries in found["batches"].values():
     assert entries["sgd"]["time"] == 1
