@@ -8,7 +8,6 @@ once, before training, and don't count.
 """
 
 import contextlib
-import pathlib
 from typing import Any
 
 import jax
@@ -17,12 +16,11 @@ import numpy as np
 from configs import base
 from experiments import tasks
 from experiments.benchmarks import timing
-from experiments.reporting import tables
-from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies import plan
+from experiments.runtime import prefetch, tables, workdir as workdir_lib
+from experiments.studies import comparison, plan
 from experiments.training import trainer
 
-RESULT_FILE = "methods.json"
+RESULT_FILE = comparison.COSTS_FILE
 _PLAIN = "sgd"
 _ROUNDS = 15
 _SHORTEST = 0.1  # seconds that a method's part of a round should take
@@ -60,28 +58,6 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
     # After each size: the next may be too large for the machine.
     workdir_lib.write_json(folder / RESULT_FILE, found)
   return found
-
-
-def load(file: pathlib.Path) -> dict[str, Any]:
-  """What `measure` left, at the first of its batch sizes.
-
-  Args:
-    file: its `methods.json`.
-
-  Returns:
-    `machine`, `batch_size`, and by name `methods`.
-
-  Raises:
-    ValueError: the file is damaged, or of another kind.
-  """
-  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
-  for size, entries in found["batches"].items():
-    return {
-      "machine": found["machine"],
-      "batch_size": int(size),
-      "methods": entries,
-    }
-  raise ValueError(f"{file} has no batches; give its command again.")
 
 
 def table(config: Any, results: dict[str, Any]) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from configs import compare as results_config
-from experiments.benchmarks import methods as costs_lib
-from experiments.reporting import figures, tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.reporting import figures
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import published, records, tuning
 
+COSTS_FILE = "methods.json"  # of the benchmark of methods
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
@@ -52,9 +52,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = costs_lib.load(
-      _there(pathlib.Path(config.costs) / costs_lib.RESULT_FILE)
-    )
+    costs = _load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [f"# {config.title}", "", *_about(groups)]
@@ -328,6 +326,18 @@ def _pearson(a, b):
   if np.std(a) == 0 or np.std(b) == 0:
     return None
   return float(np.corrcoef(a, b)[0, 1])
+
+
+def _load_costs(file):
+  """Costs of steps, at the first of the batch sizes that were measured."""
+  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
+  for size, entries in found["batches"].items():
+    return {
+      "machine": found["machine"],
+      "batch_size": int(size),
+      "methods": entries,
+    }
+  raise ValueError(f"{file} has no batches; give its command again.")
 
 
 def _cost_notes(costs):

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments.reporting import page, tables as tables_lib
-from experiments.runtime import workdir as workdir_lib
+from experiments.reporting import page
+from experiments.runtime import tables as tables_lib, workdir as workdir_lib
 from experiments.selection import files, filters, runs
 from experiments.studies import detection, figures, plan, tables
 from experiments.studies.plan import BASELINE, REFERENCE

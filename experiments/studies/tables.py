@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.reporting.tables import mean_and_error, number, with_error
+from experiments.runtime.tables import mean_and_error, number, with_error
 from experiments.studies.plan import BASELINE
 
 

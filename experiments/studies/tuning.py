@@ -16,8 +16,7 @@ import numpy as np
 
 from configs import label_noise
 from experiments import methods, tasks
-from experiments.reporting import tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import plan, runner
 from experiments.studies.probing import grid as probe, heads
 

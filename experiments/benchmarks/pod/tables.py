@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.benchmarks.pod.step import PLAIN
-from experiments.reporting import tables
+from experiments.runtime import tables
 
 _MIB = 2**20
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting import figures, tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.reporting import figures
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import detection
 from experiments.studies.records import MARKDOWN_FILE, SUMMARY_FILE, TABLE_FILE
 from experiments.studies.summary import write_tables

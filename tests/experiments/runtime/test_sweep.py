@@ -16,8 +16,7 @@ from configs import compare as results_config, sweep as sweep_config
 from experiments import tasks
 from experiments.benchmarks import methods as costs
 from experiments.data import noise
-from experiments.reporting import tables
-from experiments.runtime import preemption, sweep
+from experiments.runtime import preemption, sweep, tables
 from experiments.studies import (
   comparison as results,
   plan,
