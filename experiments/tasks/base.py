@@ -78,11 +78,22 @@ class Truth(NamedTuple):
     return self.kinds != ""
 
   def kinds_of(self, ids: np.ndarray) -> np.ndarray:
-    """The kinds [M] of some of the samples, by their ids [M]."""
-    own = datacomp.as_ids(self.ids)
+    """The kinds [M] of some of the samples, by their ids [M].
+
+    Raises:
+      ValueError: an id that is not there.
+    """
+    own, ids = datacomp.as_ids(self.ids), datacomp.as_ids(ids)
     order = np.argsort(own)
-    rows = np.searchsorted(own[order], datacomp.as_ids(ids))
-    return self.kinds[order[rows]]
+    rows = order[np.searchsorted(own[order], ids) % len(own)]
+    missing = ids[own[rows] != ids]
+    if len(missing):
+      raise ValueError(
+        f"{len(missing)} of {len(ids)} ids are not among the {len(own)}"
+        f" training samples, the first is {missing[0]!r}; expected ids of this"
+        " data."
+      )
+    return self.kinds[rows]
 
 
 class Samples(NamedTuple):

@@ -260,7 +260,7 @@ class TestCleanSamples:
       method="grad_mimic",
       **{"mimic.direction": "clean_gradient", "mimic.clean_per_class": 4},
     )
-    data = data_lib.load_data(config)
+    data = data_lib.load_data(config, needs_clean=True)
     run = train.Run(config, tmp_path)
     shown = [next(run.batches) for _ in range(run.task.steps_per_epoch)]
     index = np.concatenate([batch["index"] for batch in shown])
@@ -281,7 +281,7 @@ class TestCleanSamples:
         "data.filter": str(tmp_path / "kept.npy"),
       },
     )
-    data = data_lib.load_data(config)
+    data = data_lib.load_data(config, needs_clean=True)
     assert set(data.indices) == set(range(0, 1437, 2)) - set(data.clean)
 
   @pytest.mark.slow
