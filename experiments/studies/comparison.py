@@ -284,7 +284,7 @@ def _quality(rows, method, path, title):
   }
   figures.learning_curves(
     {
-      name: [(np.take(noise, order), np.take(share, order))]
+      name: [(np.take(noise, order).tolist(), np.take(share, order).tolist())]
       for name, share in shares.items()
     },
     path,
