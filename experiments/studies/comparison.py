@@ -299,7 +299,7 @@ def _quality(rows, method, path, title):
   shares = kept | {"truth": [1 - rate for rate in noise]}
   figures.learning_curves(
     {
-      name: [(np.take(noise, order), np.take(share, order))]
+      name: [(np.take(noise, order).tolist(), np.take(share, order).tolist())]
       for name, share in shares.items()
     },
     path,

@@ -139,8 +139,9 @@ def make_row(
     shares = [
       records.clean_share(other) for other in records.runs if other.name == name
     ]
-    if None not in shares:
-      row["clean_share"] = float(np.mean(shares))
+    known = [share for share in shares if share is not None]
+    if len(known) == len(shares):
+      row["clean_share"] = float(np.mean(known))
   return row
 
 

@@ -117,6 +117,7 @@ class Task(abc.ABC):
   Attributes:
     config: the run's, with fields that the task works out filled in.
     devices: what it computes on.
+    data: the run's, of a type of the task's own.
     params: the learner's, before the first step, on the devices.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     outputs: what the task makes of a model's outputs.
@@ -128,7 +129,7 @@ class Task(abc.ABC):
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
-  configs: ClassVar[types.ModuleType]
+  configs: types.ModuleType
   # Methods that can train it; None: all.
   methods: ClassVar[tuple[str, ...] | None] = None
   headline: ClassVar[Headline]
@@ -143,6 +144,7 @@ class Task(abc.ABC):
 
   config: Any
   devices: distributed.Devices
+  data: Any
   params: Any
   losses_fn: Callable[..., Any]
   outputs: Outputs
