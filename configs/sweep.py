@@ -82,7 +82,7 @@ def _cifar10(values):
     data["data_dir"] = values["data_dir"]
   model = {"name": "resnet", "widths": (16, 32, 64), "patch_size": 2}
   seeds = values["seeds"] or 3
-  noises = {
+  noises: dict[str, dict[str, object]] = {
     "symmetric": {"noise.kind": "symmetric"},
     **{
       column: {
@@ -116,7 +116,7 @@ def _cifar10(values):
     "probe.features": "{sweep}/features",
     "study.methods": _ALL,
   }
-  tuned_on = {
+  tuned_on: dict[str, object] = {
     "data.train_split": "train[25000:45000]",
     "data.test_split": "train[45000:]",
     "probe.rates": (0.4, 0.5, 0.6),
@@ -130,7 +130,7 @@ def _cifar10(values):
     _line("probe_tuning", "tune", probe, heads | noises["symmetric"] | tuned_on)
   )
   for name, noise in noises.items():
-    more = {
+    more: dict[str, object] = {
       "probe.rates": (0.3, 0.4, 0.5, 0.6, 0.7) if name == "symmetric" else (0,),
       "study.seeds": tuple(range(seeds)),
       "study.tuned": "{probe_tuning}/tuned.json",
@@ -169,7 +169,7 @@ def _cifar10(values):
   full = "configs/label_noise.py:dataset=cifar10,protocol=finetune"
   cells.append(_line("finetune_tuning", "tune", full, network | tuned_on))
   network["study.tuned"] = "{finetune_tuning}/tuned.json"
-  settings = {
+  settings: dict[str, dict[str, object]] = {
     f"symmetric_{rate:g}": {"noise.rate": rate} for rate in (0.4, 0.5, 0.6)
   }
   settings |= {

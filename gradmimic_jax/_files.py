@@ -1,8 +1,8 @@
-"""Files: read within bounds, refused by name, replaced as a whole.
+"""Reading of files within bounds, and replacement of files as a whole.
 
-Whatever a parser raises about a damaged file, `named` makes it one line with
-the file's name. What is read is in memory first, so that it can be checked
-before anything parses it; what a header claims is compared with what there is.
+`named` turns whatever a parser raises about a damaged file into one line with
+the file's name. Files are read into memory first, so that they can be checked
+before anything parses them; a header's claims are compared with the file.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def named(
 def read_bytes(
   path: str | os.PathLike[str], *, max_bytes: int | None = None
 ) -> bytearray:
-  """A file's bytes, as they are now; arrays over them can be written to.
+  """Reads a file's bytes into memory that can be written to.
 
   Args:
     path: of a regular file.
-    max_bytes: what it may have at most.
+    max_bytes: the most bytes that it may have.
 
   Returns:
     The bytes.
@@ -145,7 +145,7 @@ def parse_json(
   kind: type | tuple[type, ...] = dict,
   remedy: str = "",
 ) -> Any:
-  """As `read_json`, of text that is in a file: a line, or metadata.
+  """Parses JSON text of a file, a line or metadata, as `read_json` does.
 
   Args:
     content: the text, as UTF-8.
@@ -201,7 +201,7 @@ def read_npy(path: str | os.PathLike[str]) -> np.ndarray:
 def parse_npy(
   content: bytes | bytearray, path: str | os.PathLike[str]
 ) -> np.ndarray:
-  """The array of an `.npy` file's bytes, over these bytes.
+  """Parses an `.npy` file's bytes, without a copy of them.
 
   Args:
     content: of the file.
@@ -250,12 +250,12 @@ def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
       warnings.simplefilter("ignore")  # of damaged literals
       return read(file)
   except Exception as error:
-    # What NumPy says may advise to trust the file; nobody should.
+    # NumPy's own text may advise to trust the file; nobody should.
     raise ValueError("its header doesn't read") from error
 
 
 def _check_text(array: np.ndarray) -> None:
-  """Refuses what no string of Python's can hold."""
+  """Raises ValueError for text that no string of Python's can hold."""
   if array.dtype.kind != "U" or not len(array):
     return
   points = np.frombuffer(array, array.dtype.byteorder + "u4")
@@ -265,11 +265,11 @@ def _check_text(array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[io.BufferedRandom]:
-  """A new file that takes another's place once it is whole and on the disk.
+  """Opens a new file that replaces `path` once it is whole and on the disk.
 
-  Its temporary name is unique across hosts, is never that of a link, and is
-  gone after an error; those that killed writers of the same file left are
-  removed.
+  Its temporary name is unique across hosts and never that of a link. After an
+  error the temporary file is removed; so are those that killed writers of the
+  same file left.
 
   Args:
     path: the file to write; its folder is there.
@@ -314,7 +314,7 @@ def write_bytes(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def sync(folder: Path) -> None:
-  """Waits until what a folder lists is on the disk."""
+  """Waits until a folder's list of files is on the disk."""
   if os.name == "posix":  # elsewhere a folder can't be opened to be synced
     opened = os.open(folder, os.O_RDONLY)
     try:

@@ -25,7 +25,7 @@ from gradmimic_jax.scores import Measured
 
 
 def answer(problem: Problem) -> Answer:
-  """Scores and losses without a gradient."""
+  """Computes scores and losses without a gradient."""
   if problem.score.needs_norms or problem.score.needs_gram:
     problem, _ = _own(problem)
     losses, pullback, (descents, aux) = _linearize(problem)
@@ -37,7 +37,7 @@ def answer(problem: Problem) -> Answer:
 def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
-  """Scores, weights `[B]`, and the gradient's leaves."""
+  """Computes scores, weights `[B]`, and the gradient's leaves."""
   problem, back = _own(problem)
   losses, pullback, (descents, aux) = _linearize(problem)
   found = _answer(problem, losses, descents, aux, pullback)
@@ -57,15 +57,15 @@ def reweighted(
 
 
 def _own(problem):
-  """The problem with parameters of the device's own, and the way back."""
+  """Gives each device its own parameters; also returns the way back."""
   params, back = _mesh.for_rows(problem.params, problem.candidates, whole=False)
   return problem._replace(params=params), back
 
 
 def _without_poison(leaves, found, problem):
-  """Zeros where a sample that overflowed on its way has left NaN.
+  """Puts zeros where a sample that overflowed on its way has left NaN.
 
-  NaN throughout where no sample is left.
+  Where no sample is left, all entries become NaN.
 
   Computing the step again without the sample would take control flow, which
   compiles the model twice and makes accelerators wait for the host in every
@@ -74,8 +74,8 @@ def _without_poison(leaves, found, problem):
   """
   sound = jnp.isfinite(found.losses)
   if problem.score.needs_gradients:
-    # Others say nothing of gradients: where only they are not finite, the
-    # sample has no weight, but its own gradient may be sound.
+    # Other scores don't depend on gradients: where only the score is not
+    # finite, the sample has no weight, but its own gradient may be sound.
     sound &= jnp.isfinite(found.scores)
   return _tree.zero_nonfinite(
     leaves, unless=jnp.all(sound), lost=problem.lost(found.valid)
@@ -83,7 +83,7 @@ def _without_poison(leaves, found, problem):
 
 
 def _descents(problem, params):
-  """`(losses [B], descents [B] or None, aux)`, by one jvp if need be."""
+  """Computes `(losses [B], descents [B] or None, aux)`, by at most one jvp."""
   if not problem.score.needs_descents:
     losses, aux = problem.losses_fn(params, problem.batch)
     return losses, None, aux
@@ -116,7 +116,7 @@ def _linearize(problem):
 
 @contextlib.contextmanager
 def _explained_custom_vjp():
-  """Jax's two ways of refusing a custom_vjp, put in terms of engines."""
+  """Rewords JAX's two refusals of a custom_vjp in terms of engines."""
   try:
     yield
   except (TypeError, NotImplementedError) as error:
@@ -134,7 +134,7 @@ def _answer(problem, losses, descents, aux, pullback):
   # Losses may come in bfloat16; scores and all that follows don't.
   norms = None
   if problem.score.needs_norms:
-    norms = _of_each(_tree.norm, problem, losses, pullback)
+    norms = _measure_each(_tree.norm, problem, losses, pullback)
     norms = _tree.to_accumulate(norms)
   if descents is not None:
     descents = _tree.to_accumulate(descents)
@@ -143,7 +143,7 @@ def _answer(problem, losses, descents, aux, pullback):
   if problem.score.needs_gram:
     gram, counted = _gram(problem, losses, pullback)
   losses = _mesh.rows_like(_tree.to_accumulate(losses), problem.candidates)
-  scores = problem.score.of(
+  scores = problem.score.compute(
     Measured(
       descents=descents,
       norms=norms,
@@ -157,20 +157,20 @@ def _answer(problem, losses, descents, aux, pullback):
   return Answer(scores, losses, valid, aux)
 
 
-def _of_each(measure, problem, losses, pullback):
-  """`measure(g_i's mimic leaves)`, stacked; one pullback a sample."""
+def _measure_each(measure, problem, losses, pullback):
+  """Stacks `measure(g_i's mimic leaves)`, by one pullback a sample."""
 
-  def of_one(basis_vector):
+  def measure_one(basis_vector):
     cotangent = _mesh.together(_mesh.rows_like(basis_vector, losses), losses)
     (grads,) = pullback(cotangent)
     return measure(split(jax.tree.leaves(grads), problem.flags)[0])
 
-  return jax.lax.map(of_one, jnp.eye(losses.size, dtype=losses.dtype))
+  return jax.lax.map(measure_one, jnp.eye(losses.size, dtype=losses.dtype))
 
 
 def _gram(problem, losses, pullback):
-  """`<g_i, g_j>` over the mimic layers, and who is in it; all B are held."""
-  rows = _of_each(list, problem, losses, pullback)
+  """Computes `<g_i, g_j>` over the mimic layers; all B gradients are held."""
+  rows = _measure_each(list, problem, losses, pullback)
   losses = _mesh.rows_like(losses, problem.candidates)
   valid = problem.candidates & jnp.isfinite(losses) & _tree.rows_finite(rows)
   return _per_sample.inner_products(rows, valid)

@@ -1,7 +1,7 @@
-"""What makes two functions the same one, without keeping either alive.
+"""Keys by which functions count as the same, without keeping any alive.
 
 A lambda is made anew wherever its line runs, and a bound method wherever it is
-looked up: what was found out of one must hold for the next one like it.
+looked up; a finding about one of them must hold for the next one like it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _LONGEST = 1000
 
 
 def key(value: Any) -> Hashable:
-  """A key that is equal for values that jit would trace alike.
+  """Makes a key that is equal for values that jit would trace alike.
 
   Functions are known by their code and what it closes over, arrays by shape and
   dtype, fractional numbers by their kind, containers by their contents, other
@@ -30,7 +30,7 @@ def key(value: Any) -> Hashable:
     value: a function, or a tree of anything.
 
   Returns:
-    Something to be looked up in a dict.
+    A hashable key.
 
   Example:
     >>> key([lambda x: x + n for n in (1, 1)][0]) == key(lambda x: x + 1)
@@ -73,7 +73,7 @@ def _key(value, above):
 
 
 def _contents(function):
-  """What a function closes over."""
+  """Lists the values that a function closes over."""
   found = []
   for cell in function.__closure__ or ():
     try:

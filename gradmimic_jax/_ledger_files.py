@@ -43,7 +43,7 @@ _NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 class RowName(NamedTuple):
-  """What a row file's name says."""
+  """The fields of a row file's name."""
 
   first_step: int
   last_step: int
@@ -53,7 +53,7 @@ class RowName(NamedTuple):
 
 
 class RowFile(NamedTuple):
-  """What one file says of itself, read from its name and its footer."""
+  """The description of a row file, from its name and its footer."""
 
   path: Path
   sequence: int  # order of writing: the later of two rows for an (id, step)
@@ -68,7 +68,7 @@ class RowFile(NamedTuple):
 def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
   """Checks a file's name and footer against the manifest."""
   remedy = "Move it out of the ledger's folder."
-  named = parts_of(path.name)
+  named = parse_rows_name(path.name)
   if named is None:
     raise ValueError(
       f"{path} is not a file that this ledger wrote: expected a name like"
@@ -128,7 +128,7 @@ def inspect(path: Path, manifest: Mapping[str, Any]) -> RowFile:
 def rows_name(
   first_step: int, last_step: int, sequence: int, writer: int, content: Any
 ) -> str:
-  """The name of a file with these bytes, as `inspect` reads it."""
+  """Makes the name of a file with these bytes, as `inspect` reads it."""
   return (
     f"rows-{first_step:09d}-{last_step:09d}-{sequence:06d}-w{writer:05d}"
     f"-{zlib.crc32(content):08x}.parquet"
@@ -136,13 +136,13 @@ def rows_name(
 
 
 def last_sequence(folder: Path) -> int:
-  """The highest sequence number of all writers' files, by their names; 0."""
-  named = (parts_of(path.name) for path in folder.iterdir())
+  """Finds the highest sequence number in the files' names; 0 without files."""
+  named = (parse_rows_name(path.name) for path in folder.iterdir())
   return max((parts.sequence for parts in named if parts), default=0)
 
 
-def parts_of(name: str) -> RowName | None:
-  """What a row file's name says; None if it is the name of none."""
+def parse_rows_name(name: str) -> RowName | None:
+  """Parses a row file's name; None for the name of another file."""
   named = _ROWS_NAME.fullmatch(name)
   if named is None:
     return None
@@ -153,7 +153,7 @@ def parts_of(name: str) -> RowName | None:
 
 
 def missing_number(files: Sequence[RowFile]) -> int | None:
-  """The first number that no file has, though a later one is there.
+  """Finds the first number that no file has, though a later one is there.
 
   Ledgers of earlier releases have no lists; their files are numbered from 1.
   """
@@ -163,12 +163,12 @@ def missing_number(files: Sequence[RowFile]) -> int | None:
 
 
 def list_path(folder: Path, writer: int) -> Path:
-  """Where a writer lists its files."""
+  """Returns the path of a writer's list of its files."""
   return folder / _LISTS.replace("*", f"{writer:05d}")
 
 
 def read_lists(folder: Path, ledger_id: str) -> dict[str, int] | None:
-  """The rows of every file that was listed, by name; None without any list."""
+  """Reads all lists: the rows of each file, by name; None without any list."""
   lists = sorted(folder.glob(_LISTS))
   listed: dict[str, int] = {}
   for path in lists:
@@ -177,7 +177,7 @@ def read_lists(folder: Path, ledger_id: str) -> dict[str, int] | None:
 
 
 def read_own_list(folder: Path, writer: int, ledger_id: str) -> dict[str, int]:
-  """The like of one writer's files."""
+  """Reads one writer's list: the rows of each of its files, by name."""
   path = list_path(folder, writer)
   return _read_list(path, ledger_id) if path.exists() else {}
 
@@ -202,7 +202,7 @@ def _read_list(path, ledger_id):
   found = {}
   for number, line in enumerate(lines, 2):
     match = _LIST_LINE.fullmatch(line)
-    if match is None or match[1] != _sum_of_line(match[2], match[3]):
+    if match is None or match[1] != _line_checksum(match[2], match[3]):
       raise ValueError(f"{path} is damaged (line {number}). {remedy}")
     found[match[3]] = int(match[2])
   return found
@@ -219,7 +219,7 @@ def write_list(
 def add_to_list(folder: Path, writer: int, name: str, rows: int) -> None:
   """Lists a file that is there.
 
-  Lists are not synced: what a failing machine loses of them was not needed.
+  Lists are not synced: the lines that a failing machine loses aren't needed.
   """
   flags = os.O_WRONLY | os.O_APPEND | _NOT_A_LINK
   descriptor = os.open(list_path(folder, writer), flags)
@@ -228,26 +228,26 @@ def add_to_list(folder: Path, writer: int, name: str, rows: int) -> None:
 
 
 def _lines(files):
-  """A list's lines."""
+  """Formats a list's lines."""
   return [
-    f"{_sum_of_line(rows, name)} {rows} {name}\n"
+    f"{_line_checksum(rows, name)} {rows} {name}\n"
     for name, rows in files.items()
   ]
 
 
-def _sum_of_line(rows, name):
+def _line_checksum(rows, name):
   return f"{zlib.crc32(f'{rows} {name}'.encode()):08x}"
 
 
-def lists_of_writers(folder: Path) -> list[int]:
-  """The writers that have a list."""
+def find_writers(folder: Path) -> list[int]:
+  """Finds the writers that have a list."""
   return [
     int(path.stem.removeprefix("_files-w")) for path in folder.glob(_LISTS)
   ]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-  """The folder's manifest, checked; None if there is none."""
+  """Reads and checks the folder's manifest; None if there is none."""
   for name in (MANIFEST, _EARLIER_MANIFEST):
     path = folder / name
     try:
@@ -291,19 +291,19 @@ def _checked_manifest(path, content):
 def write_manifest(
   folder: Path, manifest: Mapping[str, Any], *, writer: int
 ) -> bool:
-  """Writes the manifest unless there is one; whether it was written."""
+  """Writes the manifest unless there is one; True if it was written."""
   sealed = {**manifest, "check": checksum(manifest)}
   text = json.dumps(sealed, indent=2, sort_keys=True) + "\n"
   return write_once(folder / MANIFEST, text.encode(), writer=writer)
 
 
 def checksum(value: Any) -> str:
-  """Eight hex digits that tell JSON-like values apart."""
+  """Computes eight hex digits that tell JSON-like values apart."""
   return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def group_by_steps(files: Sequence[RowFile]) -> list[list[RowFile]]:
-  """Files whose step ranges overlap, together; groups in order of step."""
+  """Groups files whose step ranges overlap; groups are in order of step."""
   found: list[list[RowFile]] = []
   end = -1
   for file in sorted(files, key=lambda file: file.first_step):
@@ -311,11 +311,11 @@ def group_by_steps(files: Sequence[RowFile]) -> list[list[RowFile]]:
       found.append([])
     found[-1].append(file)
     end = max(end, file.last_step)
-  return [sorted(group, key=order_of_writing) for group in found]
+  return [sorted(group, key=writing_order) for group in found]
 
 
-def order_of_writing(file: RowFile) -> tuple[int, int]:
-  """Sorts files so that the last of two rows for an (id, step) counts.
+def writing_order(file: RowFile) -> tuple[int, int]:
+  """Returns a sort key by which the last of two rows for an (id, step) counts.
 
   Writers that are open at the same time may use the same numbers: they have no
   row in common.
@@ -324,7 +324,7 @@ def order_of_writing(file: RowFile) -> tuple[int, int]:
 
 
 def latest_rows(table: pa.Table) -> pa.Table:
-  """One row for an (id, step), the last of them; sorted by step, then id."""
+  """Keeps the last row of each (id, step); sorts by step, then id."""
   ids = table["id"]
   if ids.type == pa.string():
     values = pc.unique(ids)
@@ -338,7 +338,7 @@ def latest_rows(table: pa.Table) -> pa.Table:
 
 
 def read_rows(file: RowFile, columns: list[str]) -> pa.Table:
-  """Some columns of a file whose bytes are as they were written."""
+  """Reads columns of a file; raises if its bytes aren't those written."""
   content = file.path.read_bytes()
   checksum = f"{zlib.crc32(content):08x}"
   if checksum != file.checksum:
@@ -395,10 +395,10 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
   Args:
     path: the file.
     content: its bytes.
-    writer: whose temporary file it is before.
+    writer: the writer whose temporary file it is before.
 
   Returns:
-    Whether it was written. The file is there, and whole, in either case.
+    True if it was written. The file is there, and whole, in either case.
   """
   temporary = path.with_name(
     f".{path.name}.w{writer:05d}.{uuid.uuid4().hex}.tmp"
@@ -410,8 +410,8 @@ def write_once(path: Path, content: Any, *, writer: int) -> bool:
   except FileExistsError:
     return False
   except OSError:
-    # A file system without hard links. What a kill cuts off here is refused by
-    # name when it is read.
+    # A file system without hard links. A file that a kill cuts off here is
+    # refused by name when it is read.
     try:
       _write(path, content)
     except FileExistsError:
@@ -435,7 +435,7 @@ def _write(path, content):
 
 
 def remove_temporary_files(folder: Path, *, writer: int) -> None:
-  """Removes what a killed write of this writer left behind."""
+  """Removes the temporary files that this writer's killed writes left."""
   mine = f"w{writer:05d}"
   for pattern in (
     f".rows-*-{mine}-*.tmp",
@@ -447,6 +447,6 @@ def remove_temporary_files(folder: Path, *, writer: int) -> None:
 
 
 def digest(fingerprints: Mapping[str, str]) -> str:
-  """Sixteen hex digits that tell fingerprints apart."""
+  """Computes sixteen hex digits that tell fingerprints apart."""
   text = json.dumps(dict(fingerprints), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

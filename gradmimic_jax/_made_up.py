@@ -1,7 +1,7 @@
 """Made-up arrays, and programs that run on them while jit traces another.
 
-Under jit an array has a shape and a dtype but no numbers. What a function does
-with numbers can still be found out, on others.
+Under jit an array has a shape and a dtype but no numbers. A function can still
+be tried out, on other numbers.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ _CONSTRAINT = "sharding_constraint"
 _CALLBACKS = ("debug_callback", "debug_print", "io_callback")
 
 
-def shape_of(leaf: Any, count: int | None = None) -> jax.ShapeDtypeStruct:
-  """An array's shape and dtype, with `count` rows in place of its own.
+def make_shape(leaf: Any, count: int | None = None) -> jax.ShapeDtypeStruct:
+  """Returns an array's shape and dtype, with `count` rows in place of its own.
 
   Random keys among rows become threefry keys: the others that JAX has don't
   draw the same numbers for a key alone and for one among others under `vmap`.
@@ -36,11 +36,11 @@ def shape_of(leaf: Any, count: int | None = None) -> jax.ShapeDtypeStruct:
 
 
 def parameter(leaf: Any, rng: np.random.Generator, signed: bool) -> Any:
-  """A parameter: matrices that keep a signal's size, vectors around one.
+  """Draws a parameter: matrices that keep a signal's size, vectors around one.
 
   Args:
     leaf: shape and dtype.
-    rng: where numbers come from.
+    rng: the source of the numbers.
     signed: whether vectors and scalars may be negative; if not, they will do
       for variances and temperatures too.
 
@@ -57,7 +57,7 @@ def parameter(leaf: Any, rng: np.random.Generator, signed: bool) -> Any:
 
 
 def feature(leaf: Any, rng: np.random.Generator, signed: bool) -> Any:
-  """Features of samples, in (0, 1) or signed.
+  """Draws features of samples, in (0, 1) or signed.
 
   Integers may be labels or tokens: they are 0 or 1. Bools may be a mask: they
   are True, if features are not signed.
@@ -67,7 +67,7 @@ def feature(leaf: Any, rng: np.random.Generator, signed: bool) -> Any:
 
 
 def nudged(tree: Any, by: float) -> Any:
-  """`x (1 +- by)` for every floating-point number of a tree."""
+  """Changes every floating-point number of a tree to `x (1 +- by)`."""
   rng = np.random.default_rng(2)
 
   def nudge(x):
@@ -80,7 +80,7 @@ def nudged(tree: Any, by: float) -> Any:
 
 
 def coarsest_eps(jaxpr: Any) -> float:
-  """The eps of the coarsest dtype that numbers have in a jaxpr."""
+  """Finds the eps of the coarsest floating dtype in a jaxpr."""
   dtypes = {
     atom.aval.dtype
     for eqn in equations(jaxpr)
@@ -91,7 +91,7 @@ def coarsest_eps(jaxpr: Any) -> float:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-  """All equations of a jaxpr, those of inner ones too."""
+  """Yields all equations of a jaxpr, those of inner jaxprs too."""
   for eqn in jaxpr.eqns:
     yield eqn
     for inner in _inner(eqn.params):
@@ -100,7 +100,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-  """A context in which what is computed is computed now, on the host.
+  """Enters a context in which JAX computes at once, on the host.
 
   Float32 is float32 there; accelerators multiply matrices in less. Where JAX
   was told to start without a backend for the host, it is the first device.
@@ -115,10 +115,10 @@ def on_host() -> Iterator[None]:
 
 @contextlib.contextmanager
 def apart(mesh: Any = None) -> Iterator[None]:
-  """A context without mesh, debugging switches and guards of the caller's.
+  """Enters a context without the caller's mesh, debugging switches and guards.
 
   Args:
-    mesh: the abstract mesh to be in after all.
+    mesh: the abstract mesh of the context; None for no mesh.
   """
   if mesh is None:
     mesh = jax.sharding.AbstractMesh((), ())
@@ -135,15 +135,15 @@ def apart(mesh: Any = None) -> Iterator[None]:
 def program(
   closed: Any, consts: Sequence[Any], outputs: Sequence[int]
 ) -> Callable[..., list[np.ndarray]]:
-  """A jaxpr as a function of arrays to NumPy arrays.
+  """Turns a jaxpr into a function of arrays to NumPy arrays.
 
   Callbacks that return nothing, such as `jax.debug.print`, are left out, and so
   are sharding constraints.
 
   Args:
     closed: the ClosedJaxpr.
-    consts: in place of its own.
-    outputs: which of its outputs.
+    consts: constants in place of its own.
+    outputs: positions of the outputs to return.
 
   Returns:
     A function of as many arrays as the jaxpr has inputs.
@@ -177,13 +177,13 @@ def _between(bounds, leaf, rng, true):
 
 
 def _unit(rng, shape):
-  """Numbers in [0, 1)."""
+  """Draws numbers in [0, 1)."""
   size = int(np.prod(shape))
   return np.resize(rng.random(min(size, _PERIOD), np.float32), shape)
 
 
 def copied(array: Any) -> Any:
-  """An array's numbers, wherever it is; random keys are a JAX array."""
+  """Copies an array to NumPy, wherever it is; random keys to a JAX array."""
   if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
     return np.asarray(array)
   data = jnp.asarray(np.asarray(jax.random.key_data(array)))
@@ -193,11 +193,11 @@ def copied(array: Any) -> Any:
 def _keys(leaf, rng):
   impls = []
 
-  def data_of(keys):
+  def key_data(keys):
     impls.append(jax.random.key_impl(keys))
     return jax.random.key_data(keys)
 
-  shape = jax.eval_shape(data_of, leaf).shape
+  shape = jax.eval_shape(key_data, leaf).shape
   bits = jnp.asarray(rng.integers(2**32, size=shape, dtype=np.uint32))
   return jax.random.wrap_key_data(bits, impl=impls[0])
 
@@ -213,7 +213,7 @@ def _inner(params):
 
 
 def _plain(x):
-  """Jaxprs without what `program` leaves out; anything else as it is."""
+  """Drops from jaxprs what `program` leaves out; returns others as they are."""
   if isinstance(x, core.ClosedJaxpr):
     return core.ClosedJaxpr(_plain(x.jaxpr), x.consts)
   if not isinstance(x, core.Jaxpr):

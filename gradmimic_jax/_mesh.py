@@ -1,14 +1,14 @@
 """Arrays on meshes with explicit axes, and inside `jax.shard_map`.
 
-`jax.make_mesh` makes axes explicit: the type of an array says along which axes
-of the mesh it is divided, and an operation whose result could be divided in
-more than one way is an error unless it is told which. Here is what the library
-tells. Axes that are automatic are the compiler's, and nothing is said of them;
-off a mesh with explicit axes, every function here does what its name says of
-undivided arrays, and no more.
+`jax.make_mesh` makes axes explicit: an array's type says along which axes of
+the mesh the array is divided, and an operation whose result could be divided in
+more than one way is an error unless the caller says which way. This module says
+it for the library. Automatic axes are left to the compiler. Off a mesh with
+explicit axes, every function here does what its name says of undivided arrays,
+and no more.
 
-Inside `jax.shard_map` a type says along which axes values differ between
-devices; a loop must begin with what it goes on with.
+Inside `jax.shard_map` an array's type says along which axes its values differ
+between devices; a loop must begin with the type that it goes on with.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# Which axes of the mesh divide each axis of an array; () where none does.
+# The axes of the mesh that divide each axis of an array; () where none does.
 Axes = tuple[tuple[str, ...], ...]
 
 
-def axes_of(x: Any) -> Axes:
-  """Which explicit axes of its mesh divide each axis of `x`."""
+def get_axes(x: Any) -> Axes:
+  """Returns the explicit axes of its mesh that divide each axis of `x`."""
   found: list[tuple[str, ...]] = []
   for entry in jax.typeof(x).sharding.spec:
     names = entry if isinstance(entry, tuple) else (entry,)
@@ -32,22 +32,22 @@ def axes_of(x: Any) -> Axes:
 
 
 def row_axes(x: Any) -> tuple[str, ...]:
-  """Which explicit axes of its mesh divide the rows of `x [B, ...]`."""
-  return axes_of(x)[0]
+  """Returns the explicit axes of its mesh that divide the rows of `x`."""
+  return get_axes(x)[0]
 
 
 def divide(x: jax.Array, axes: Axes, on: Any) -> jax.Array:
-  """`x` divided along `axes` of the mesh of `on`; axes that don't fit are left.
+  """Divides `x` along those of `axes` that fit, of the mesh of `on`.
 
   Args:
     x: an array.
-    axes: for each of its axes.
+    axes: the axes of the mesh for each axis of `x`.
     on: an array of that mesh.
 
   Returns:
     The same values.
   """
-  mesh = _mesh_of(on)
+  mesh = _explicit_mesh(on)
   if mesh is None:
     return x
   fitting = []
@@ -56,25 +56,25 @@ def divide(x: jax.Array, axes: Axes, on: Any) -> jax.Array:
       names = names[:-1]
     fitting.append(names)
   axes = tuple(fitting)
-  if axes == axes_of(x):
+  if axes == get_axes(x):
     return x
   return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def like(x: jax.Array, other: Any) -> jax.Array:
-  """`x` divided as `other`, an array of its shape, is."""
-  return divide(x, axes_of(other), other)
+  """Divides `x` as `other`, an array of its shape, is divided."""
+  return divide(x, get_axes(other), other)
 
 
 def rows_like(x: jax.Array, other: Any) -> jax.Array:
-  """`x [B, ...]` with its rows divided as those of `other [B, ...]` are."""
+  """Divides the rows of `x [B, ...]` as those of `other [B, ...]` are."""
   names = row_axes(other)
-  rest = tuple(_without(a, names) for a in axes_of(x)[1:])
+  rest = tuple(_without(a, names) for a in get_axes(x)[1:])
   return divide(x, (names, *rest), other)
 
 
 def whole(x: jax.Array) -> jax.Array:
-  """`x` undivided: what goes by the order of its entries needs all of them."""
+  """Gathers `x`, for whatever goes by the order of all its entries."""
   return divide(x, ((),) * x.ndim, x)
 
 
@@ -96,17 +96,17 @@ def dot(
     The free axes of `x`, then those of `y` along what `x` doesn't use.
   """
   dimensions = (over, ((), ()))
-  mesh = _mesh_of(x) or _mesh_of(y)
+  mesh = _explicit_mesh(x) or _explicit_mesh(y)
   if mesh is None:
     return jax.lax.dot_general(x, y, dimensions, **options)
   summed = dict(zip(over[1], over[0], strict=True))
-  ours = axes_of(x)
+  ours = get_axes(x)
   used = tuple(name for names in ours for name in names)
   theirs = tuple(
     ours[summed[axis]] if axis in summed else _without(names, used)
-    for axis, names in enumerate(axes_of(y))
+    for axis, names in enumerate(get_axes(y))
   )
-  y = divide(y, theirs, x if _mesh_of(x) is not None else y)
+  y = divide(y, theirs, x if _explicit_mesh(x) is not None else y)
   free = [a for axis, a in enumerate(ours) if axis not in over[0]]
   free += [a for axis, a in enumerate(theirs) if axis not in over[1]]
   out = NamedSharding(mesh, PartitionSpec(*free))
@@ -114,8 +114,8 @@ def dot(
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-  """`x.reshape(shape)`, the result divided along `axes` where they fit."""
-  mesh = _mesh_of(x)
+  """Reshapes `x`, with the result divided along `axes` where they fit."""
+  mesh = _explicit_mesh(x)
   if mesh is None:
     return x.reshape(shape)
   out = NamedSharding(mesh, PartitionSpec(*axes))
@@ -123,8 +123,8 @@ def reshape(x: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
 
 
 def flat_rows(x: jax.Array) -> jax.Array:
-  """`x [B, ...]` as `[B, P]`; as it is where more than its rows is divided."""
-  if any(axes_of(x)[1:]):
+  """Flattens `x [B, ...]` to `[B, P]`, unless more than its rows is divided."""
+  if any(get_axes(x)[1:]):
     return x
   return x.reshape(x.shape[0], -1)
 
@@ -132,13 +132,13 @@ def flat_rows(x: jax.Array) -> jax.Array:
 def full(
   shape: tuple[int, ...], fill: Any, dtype: Any, axes: Axes, on: jax.Array
 ) -> jax.Array:
-  """An array of one value to begin a loop with.
+  """Makes an array of one value to begin a loop with.
 
   Args:
     shape: its shape.
     fill: its value.
     dtype: its dtype.
-    axes: of the mesh of `on`, that divide it.
+    axes: the axes of the mesh of `on` that divide it.
     on: an array that differs between devices as the loop's results do.
 
   Returns:
@@ -148,17 +148,17 @@ def full(
 
 
 def devices(x: jax.Array, names: tuple[str, ...]) -> int:
-  """How many devices of the mesh of `x` there are along these axes."""
-  mesh = _mesh_of(x)
+  """Counts the devices of the mesh of `x` along these axes."""
+  mesh = _explicit_mesh(x)
   return 1 if mesh is None else _devices(mesh, names)
 
 
 def together(x: jax.Array, *trees: Any) -> jax.Array:
-  """`x`, differing between devices wherever a leaf of the trees does.
+  """Makes `x` differ between devices wherever a leaf of the trees does.
 
   Args:
     x: an array, of numbers or bools.
-    *trees: inside `jax.shard_map`, what it is to be used with.
+    *trees: inside `jax.shard_map`, the arrays that it is to be used with.
 
   Returns:
     The same values.
@@ -174,7 +174,7 @@ def together(x: jax.Array, *trees: Any) -> jax.Array:
 
 
 def rows_alike(tree: Any) -> Any:
-  """A tree of arrays `[B, ...]`, all divided as the most divided one's rows."""
+  """Divides the rows of arrays `[B, ...]` as the most divided one's are."""
   leaves = jax.tree.leaves(tree)
   most = max(leaves, key=lambda leaf: devices(leaf, row_axes(leaf)))
   return jax.tree.map(lambda leaf: rows_like(leaf, most), tree)
@@ -183,12 +183,12 @@ def rows_alike(tree: Any) -> Any:
 def for_rows(
   params: Any, rows: jax.Array, *, whole: bool = True
 ) -> tuple[Any, Callable[[list[jax.Array]], list[jax.Array]]]:
-  """Parameters for one gradient a row, and the way back for their sums.
+  """Prepares parameters for one gradient a row; also returns the way back.
 
-  A gradient of one row is of that row's device. Parameters that are divided
-  along an axis that divides the rows too are put together, and where devices
-  have them alike, each takes them for its own: JAX would add up over the
-  devices what is to be looked at row by row.
+  A gradient of one row belongs to that row's device. Parameters are gathered
+  along the axes that also divide the rows. Parameters that devices have alike
+  become each device's own: JAX would otherwise sum over the devices what has to
+  be looked at row by row.
 
   Args:
     params: a tree of arrays.
@@ -206,7 +206,7 @@ def for_rows(
   def take(leaves):
     return [
       together(
-        divide(x, tuple(_without(a, names) for a in axes_of(x)), x), rows
+        divide(x, tuple(_without(a, names) for a in get_axes(x)), x), rows
       )
       for x in leaves
     ]
@@ -223,8 +223,8 @@ def for_rows(
   return jax.tree.unflatten(structure, taken), sums
 
 
-def _mesh_of(x):
-  """The mesh, if any of its axes is explicit."""
+def _explicit_mesh(x):
+  """Returns the mesh of `x`; None if none of its axes is explicit."""
   mesh = jax.typeof(x).sharding.mesh
   if AxisType.Explicit not in mesh.axis_types:
     return None

@@ -22,7 +22,7 @@ from gradmimic_jax.scores import Measured, Score
 
 
 def answer(problem: Problem) -> Answer:
-  """Scores and losses without a gradient."""
+  """Computes scores and losses without a gradient."""
   params, _ = _mesh.for_rows(problem.params, problem.candidates)
   found, _ = dense(problem._replace(params=params))
   return found
@@ -31,7 +31,7 @@ def answer(problem: Problem) -> Answer:
 def reweighted(
   problem: Problem, weigh: Weigh, scope: str
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
-  """Scores, weights `[B]`, and the gradient's leaves."""
+  """Computes scores, weights `[B]`, and the gradient's leaves."""
   params, back = _mesh.for_rows(problem.params, problem.candidates)
   found, rows = dense(problem._replace(params=params))
   weights = weigh(found.scores, found.valid)
@@ -48,15 +48,15 @@ def score_rows(
   candidates: jax.Array,
   **known: Any,
 ) -> jax.Array:
-  """Scores `[B]` of per-sample gradients `[B, *p]`.
+  """Computes the scores `[B]` of per-sample gradients `[B, *p]`.
 
   Args:
     rows: per-sample gradients, leaves `[B, *p]`.
     unit: the unit direction over the mimic layers, if the score asks.
     flags: which leaves are mimic layers.
-    score: how what is measured becomes scores.
+    score: the function from measurements to scores.
     candidates: bool `[B]`, the samples that may count.
-    **known: what else is known, by `Measured`'s names.
+    **known: the other measurements, by `Measured`'s names.
 
   Returns:
     Scores `[B]`.
@@ -76,13 +76,13 @@ def score_rows(
   measured = Measured(
     descents=descents, norms=norms, gram=gram, valid=valid, **known
   )
-  return score.of(measured, rows[0])
+  return score.compute(measured, rows[0])
 
 
 def inner_products(
   rows: list[jax.Array], valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The samples' inner products with each other.
+  """Computes the samples' inner products with each other.
 
   Args:
     rows: per-sample gradients over the mimic layers, leaves `[B, *p]`.
@@ -105,7 +105,7 @@ def inner_products(
 
 
 def sound_rows(rows: list[jax.Array], scores: jax.Array) -> jax.Array:
-  """Which samples have a finite gradient and a finite score, bool `[B]`.
+  """Finds the samples with a finite gradient and a finite score, bool `[B]`.
 
   Finite gradients can have an inner product that overflows.
   """
@@ -120,7 +120,7 @@ def reweight_rows(
   scope: str,
   lost: jax.Array,
 ) -> list[jax.Array]:
-  """The weighted sum over samples within the scope, the plain mean outside.
+  """Sums rows by weight within the scope, and takes their plain mean outside.
 
   Args:
     rows: per-sample gradients, leaves `[B, *p]`.
@@ -128,13 +128,13 @@ def reweight_rows(
     valid: bool `[B]`, the samples that count.
     flags: which leaves are mimic layers.
     scope: `"all"` or `"layers"`.
-    lost: bool `[]`, whether there were samples and none is left: all is NaN.
+    lost: bool `[]`, True if samples came and none is left: all is NaN then.
 
   Returns:
     Leaves `[*p]`, in the rows' dtypes.
   """
   plain = mean_weights(valid, weights.dtype)
-  # Of rows that are all 0 by then, NaN weights make NaN.
+  # All rows are 0 by then; weights of NaN make the sums NaN.
   weights, plain = (jnp.where(lost, jnp.nan, w) for w in (weights, plain))
   return [
     _tree.weighted_sum(
@@ -146,7 +146,7 @@ def reweight_rows(
 
 
 def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
-  """The answer, and per-sample gradient leaves `[B, *p]`."""
+  """Computes the answer, and per-sample gradient leaves `[B, *p]`."""
   losses, aux, rows = _gradients(problem, problem.batch)
   losses = _tree.to_accumulate(losses)
   scores = score_rows(
@@ -162,15 +162,15 @@ def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
 
 
 def _gradients(problem, batch):
-  """Losses `[B]`, aux `[B, ...]` and gradient leaves `[B, *p]`."""
+  """Computes losses `[B]`, aux `[B, ...]` and gradient leaves `[B, *p]`."""
 
-  def loss_of_one(params, sample):
+  def single_loss(params, sample):
     losses, aux = shown_alone(problem.losses_fn, params, sample)
-    aux = jax.tree_util.tree_map_with_path(_of_sample, aux)
+    aux = jax.tree_util.tree_map_with_path(_drop_batch_axis, aux)
     return losses[0], (losses[0], aux)
 
   grads, (losses, aux) = jax.vmap(
-    jax.grad(loss_of_one, has_aux=True), in_axes=(None, 0)
+    jax.grad(single_loss, has_aux=True), in_axes=(None, 0)
   )(problem.params, batch)
   return losses, aux, jax.tree.leaves(grads)
 
@@ -180,7 +180,7 @@ def shown_alone(
   params: Any,
   sample: Any,
 ) -> tuple[jax.Array, Any]:
-  """`losses_fn` of a batch of one: it need not know that it is mapped over."""
+  """Calls `losses_fn` with a batch of one; it need not know of the mapping."""
   return losses_fn(params, jax.tree.map(lambda x: x[None], sample))
 
 
@@ -196,7 +196,7 @@ def refuse_state(path: Any, alone: Any, many: str = "") -> None:
   )
 
 
-def _of_sample(path, leaf):
+def _drop_batch_axis(path, leaf):
   shape = jnp.shape(leaf)
   if shape[:1] != (1,):
     refuse_state(path, shape)

@@ -1,4 +1,4 @@
-"""One step's question, as both engines are asked it."""
+"""The problem of one step, as both engines are given it, and its answer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,22 +12,22 @@ from gradmimic_jax.weighting import Weighting, guarded
 
 
 class Problem(NamedTuple):
-  """What an engine needs to know about a step."""
+  """The inputs of an engine for one step."""
 
   losses_fn: Callable[[Any, Any], tuple[jax.Array, Any]]  # -> losses [B], aux
   params: Any  # the learner's parameters
   batch: Any  # leaves [B, ...], every floating row finite
   flags: list[bool]  # which leaves of params are mimic layers
   unit: list[jax.Array] | None  # unit direction over them, if the score asks
-  score: Score  # how what is measured becomes scores
+  score: Score  # the function from measurements to scores
   candidates: jax.Array  # bool [B]: real samples whose input is finite
   baseline: jax.Array | None  # [B], if the score has one
   reference: Any  # as it came, if the score asks
   step: Any  # [], updates done so far, if the caller said
-  real: jax.Array  # bool []: whether there is a sample that is no padding
+  real: jax.Array  # bool []: True if there is a sample that is no padding
 
   def known(self, losses: jax.Array, aux: Any) -> dict[str, Any]:
-    """What a score may look at besides gradients, by `Measured`'s names."""
+    """Returns the measurements besides gradients, by `Measured`'s names."""
     rows = self.score.needs_reference
     return {
       "losses": losses,
@@ -39,12 +39,12 @@ class Problem(NamedTuple):
     }
 
   def lost(self, valid: jax.Array) -> jax.Array:
-    """Whether there are samples but none is valid, bool `[]`."""
+    """True if there are samples but none is valid, bool `[]`."""
     return self.real & ~jnp.any(valid)
 
 
 class Answer(NamedTuple):
-  """What an engine found out about a batch."""
+  """The measurements of an engine for a batch."""
 
   scores: jax.Array  # [B], raw
   losses: jax.Array  # [B]
@@ -59,12 +59,12 @@ class Weigh(NamedTuple):
   step: jax.Array | None  # updates done so far, if the caller said
 
   def __call__(self, scores: jax.Array, valid: jax.Array) -> jax.Array:
-    """Weights over the valid samples, 0 elsewhere."""
+    """Computes weights over the valid samples, 0 elsewhere."""
     return guarded(self.weighting, scores, valid, self.step)
 
   @property
   def temperature(self) -> jax.Array | None:
-    """`[]`, if the weights are a softmax at a known temperature."""
+    """The softmax's temperature, `[]`; None for other weightings."""
     known = getattr(self.weighting, "temperature_at", None)
     return None if known is None else known(self.step)
 
@@ -75,7 +75,7 @@ def plain_losses_fn(
   kwargs: dict[str, Any],
   advice: str,
 ) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
-  """`losses_fn` with its keyword arguments bound and an aux in any case.
+  """Binds keyword arguments to `losses_fn`, which then always has an aux.
 
   Args:
     losses_fn: the user's.
@@ -110,7 +110,7 @@ def plain_losses_fn(
 
 
 def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
-  """A batch that is finite throughout, and the samples that may count.
+  """Makes a batch finite throughout, and finds the samples that may count.
 
   A weight of zero can't undo a NaN on the way back (zero times NaN is NaN). So
   before anything is computed, a row with non-finite features gets the floating
@@ -137,14 +137,14 @@ def mend_rows(batch: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def split(items: list[Any], flags: list[bool]) -> tuple[list[Any], list[Any]]:
-  """The items whose flag is set, and the others."""
+  """Splits items into those whose flag is set and the others."""
   chosen = [x for x, flag in zip(items, flags, strict=True) if flag]
   others = [x for x, flag in zip(items, flags, strict=True) if not flag]
   return chosen, others
 
 
 def merge(chosen: list[Any], others: list[Any], flags: list[bool]) -> list[Any]:
-  """What `split` took apart."""
+  """Merges the two lists that `split` made."""
   first, second = iter(chosen), iter(others)
   return [next(first) if flag else next(second) for flag in flags]
 

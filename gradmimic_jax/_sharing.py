@@ -1,9 +1,10 @@
-"""Computes once what a function computes twice.
+"""Merging of equal operations, so that each is computed once.
 
 A direction that runs the model itself repeats the forward pass of losses_fn.
 XLA merges equal operations only after it has rewritten them, and it rewrites
 them by what else uses them, so that two copies of one layer norm, one with a
-backward pass behind it and one without, no longer look alike. Here they do.
+backward pass behind it and one without, no longer look alike. This module
+merges them before that.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.extend import core
 
 
 def computed_once(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """`fn`, with equal operations on equal operands merged where jit traces it.
+  """Wraps `fn` so that jit merges its equal operations on equal operands.
 
   Numbers stay the same. Loops, rematerialised and other functions with a rule
   of their own are merged as a whole or not at all, and operations with side
@@ -36,7 +37,7 @@ def computed_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     if not any(traced):
       return fn(*args, **kwargs)
 
-    def of_traced(chosen):
+    def call_traced(chosen):
       arrays = iter(chosen)
       merged = [
         next(arrays) if flag else leaf
@@ -46,7 +47,7 @@ def computed_once(fn: Callable[..., Any]) -> Callable[..., Any]:
       return fn(*args, **kwargs)
 
     chosen = [x for x, flag in zip(leaves, traced, strict=True) if flag]
-    closed, shape = jax.make_jaxpr(of_traced, return_shape=True)(chosen)
+    closed, shape = jax.make_jaxpr(call_traced, return_shape=True)(chosen)
     outputs = _evaluate(closed.jaxpr, closed.consts, chosen, {}, _plain_jit())
     return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
@@ -54,7 +55,7 @@ def computed_once(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _evaluate(jaxpr, consts, values, seen, plain_jit):
-  """The outputs of a jaxpr; `seen` holds the operations done so far."""
+  """Evaluates a jaxpr; `seen` holds the operations done so far."""
   known = dict(
     zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True)
   )
@@ -73,14 +74,14 @@ def _evaluate(jaxpr, consts, values, seen, plain_jit):
       if results is None:
         results = _apply(jaxpr, eqn, known)
         if key is not None:
-          # Operands are kept: the id of an object that is gone says nothing.
+          # Operands are kept: an object's id is used again once it is gone.
           seen[key] = results, operands
     known.update(zip(eqn.outvars, results, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 
 
 def _apply(jaxpr, eqn, known):
-  """One equation's results, in the context in which it was traced."""
+  """Evaluates one equation, in the context in which it was traced."""
   used = list(
     dict.fromkeys(x for x in eqn.invars if not isinstance(x, core.Literal))
   )
@@ -96,7 +97,7 @@ def _apply(jaxpr, eqn, known):
 
 
 def _key(eqn, operands):
-  """What makes two equations the same; None if nothing may."""
+  """Makes a key that equal equations share; None for one without equals."""
   if eqn.effects:
     return None
   names = tuple(
@@ -119,13 +120,13 @@ def _key(eqn, operands):
 
 
 def _plain_jit():
-  """The equation of a jit that says nothing about devices."""
+  """Returns the equation of a jit that says nothing about devices."""
   (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x + 1))(0.0).eqns
   return eqn
 
 
 def _is_plain(eqn, plain_jit):
-  """Whether the equation is a jit that only groups other equations."""
+  """True if the equation is a jit that only groups other equations."""
   if eqn.primitive is not plain_jit.primitive:
     return False
   (unsaid,) = plain_jit.params["in_shardings"]

@@ -27,7 +27,7 @@ from gradmimic_jax._problem import (
 
 
 def answer(problem: Problem, microbatch_size: int) -> Answer:
-  """Scores and losses without a gradient."""
+  """Computes scores and losses without a gradient."""
   params, _ = _mesh.for_rows(problem.params, problem.candidates)
   problem = problem._replace(params=params)
   stacked, restore = _stack(problem, microbatch_size)
@@ -40,7 +40,7 @@ def answer(problem: Problem, microbatch_size: int) -> Answer:
 def reweighted(
   problem: Problem, weigh: Weigh, scope: str, microbatch_size: int
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
-  """Scores, weights `[B]`, and the gradient's leaves."""
+  """Computes scores, weights `[B]`, and the gradient's leaves."""
   params, back = _mesh.for_rows(problem.params, problem.candidates)
   problem = problem._replace(params=params)
   once = weigh.temperature is not None
@@ -168,12 +168,13 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
 
 
 def _groups(stacked):
-  """How many devices carry sums of their own, along which axes, and how.
+  """Finds the groups of rows that are summed apart, one for each device.
 
-  Those over which microbatches are divided along explicit axes; else the
-  devices of the mesh that is set, if they can share a microbatch. 1 if none is
-  set, as under jit it can't be seen which devices a batch is divided over; and
-  1 inside `jax.shard_map`, where each device has its own microbatches.
+  Devices are those over which microbatches are divided along explicit axes;
+  without such axes, those of the mesh that is set, if they can share a
+  microbatch. There is one group if no mesh is set, as jit doesn't show which
+  devices a batch is divided over; and inside `jax.shard_map`, where each device
+  has its own microbatches.
 
   Args:
     stacked: microbatches `[K, M]`.
@@ -183,7 +184,7 @@ def _groups(stacked):
     `[groups, M / groups, ...]`.
   """
   microbatch_size = stacked.shape[1]
-  names = _mesh.axes_of(stacked)[1]
+  names = _mesh.get_axes(stacked)[1]
   mesh = jax.sharding.get_abstract_mesh()
   automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
   count = _mesh.devices(stacked, names)
@@ -194,21 +195,21 @@ def _groups(stacked):
     return _mesh.reshape(
       rows,
       (count, microbatch_size // count, *rows.shape[1:]),
-      (names, (), *_mesh.axes_of(rows)[1:]),
+      (names, (), *_mesh.get_axes(rows)[1:]),
     )
 
   return count, names, grouped
 
 
 def _no_sums(leaves, groups, names, rows):
-  """Zeros `[groups, *p]` to begin with."""
+  """Makes zeros `[groups, *p]` to begin with."""
   return [
     _mesh.together(
       _mesh.full(
         (groups, *x.shape),
         0,
         _tree.accumulation_dtype(x.dtype),
-        (names, *_mesh.axes_of(x)),
+        (names, *_mesh.get_axes(x)),
         x,
       ),
       rows,
@@ -218,7 +219,7 @@ def _no_sums(leaves, groups, names, rows):
 
 
 def _stack(problem, microbatch_size):
-  """What of the problem has a batch axis in microbatches, and the way back."""
+  """Cuts the problem's batch into microbatches; also returns the way back."""
   split_rows, restore = _microbatches(problem.candidates, microbatch_size)
   size = problem.candidates.size
   for path, leaf in jax.tree_util.tree_leaves_with_path(problem.reference):
@@ -244,12 +245,12 @@ def _part(problem, part):
 
 
 def _microbatches(rows, microbatch_size):
-  """Functions from rows `[B, ...]` to microbatches `[K, M, ...]`, and back.
+  """Makes functions of rows `[B, ...]` to microbatches `[K, M, ...]` and back.
 
   Microbatch k takes rows k, K + k, 2K + k, ...: where the batch axis is sharded
   over devices, whose number divides M, each of them has a share of every
-  microbatch, and no row moves. What the last ones lack is filled up, with
-  copies of real rows or `fill`; rows of a sharded batch then do move.
+  microbatch, and no row moves. The last microbatches are filled up with copies
+  of real rows or with `fill`; rows of a sharded batch then do move.
   """
   size = rows.size
   m = min(microbatch_size, size)
@@ -257,7 +258,7 @@ def _microbatches(rows, microbatch_size):
   extra = k * m - size
 
   def stack(leaf, fill=None):
-    names, *rest = _mesh.axes_of(leaf)
+    names, *rest = _mesh.get_axes(leaf)
     if extra or m % _mesh.devices(leaf, names):
       leaf = _mesh.divide(leaf, ((), *rest), leaf)
     if extra:
@@ -272,7 +273,7 @@ def _microbatches(rows, microbatch_size):
 
   def unstack(leaf):
     leaf = jnp.swapaxes(leaf, 0, 1)
-    names, _, *rest = _mesh.axes_of(leaf)
+    names, _, *rest = _mesh.get_axes(leaf)
     leaf = _mesh.reshape(leaf, (m * k, *leaf.shape[2:]), (names, *rest))
     if extra:
       leaf = _mesh.divide(leaf, ((), *rest), leaf)[:size]

@@ -63,7 +63,7 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def to_accumulate(x: jax.Array) -> jax.Array:
-  """`x` in the dtype that sums over it use."""
+  """Converts `x` to the dtype that sums over it use."""
   return jnp.asarray(x).astype(accumulation_dtype(jnp.asarray(x).dtype))
 
 
@@ -84,8 +84,8 @@ def unit(
 ) -> tuple[list[jax.Array], jax.Array]:
   """The leaves over their joint norm, and the norm `[]`; zeros if it is 0.
 
-  Neither squares nor the norm itself need to be in range: the leaves are looked
-  at times a factor, about the inverse of their largest entry.
+  Squares, and the norm itself, may be out of range: the leaves are first scaled
+  by about the inverse of their largest entry.
   """
   dtype = common_dtype(leaves)
   zero = jnp.zeros([], dtype)
@@ -103,12 +103,12 @@ def unit(
 
 
 def expand_rows(rows: jax.Array, ndim: int) -> jax.Array:
-  """`rows [B]` reshaped to `[B, 1, ...]` so that it broadcasts on axis 0."""
+  """Reshapes `rows [B]` to `[B, 1, ...]` so that it broadcasts on axis 0."""
   return rows.reshape(rows.shape + (1,) * (ndim - rows.ndim))
 
 
 def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
-  """Which of the B rows are finite in every floating leaf, bool `[B]`."""
+  """Finds the B rows that are finite in every floating leaf, bool `[B]`."""
   finite = jnp.ones(leaves[0].shape[:1], bool)
   for leaf in leaves:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -120,7 +120,7 @@ def rows_finite(leaves: Sequence[jax.Array]) -> jax.Array:
 def replace_rows(
   keep: jax.Array, leaf: jax.Array, candidates: jax.Array
 ) -> jax.Array:
-  """`leaf [B, ...]` with the first candidate row where a row is not kept.
+  """Puts the first candidate row where a row of `leaf [B, ...]` is not kept.
 
   The row is picked by a masked sum: indexing with a traced position would send
   the whole of a sharded batch to every device.
@@ -133,7 +133,7 @@ def replace_rows(
 
 
 def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
-  """`leaf [B, *p]` with zeros in the rows that are not chosen.
+  """Puts zeros in the rows of `leaf [B, *p]` that are not chosen.
 
   Multiplying by zero would not do: zero times NaN is NaN.
   """
@@ -142,7 +142,7 @@ def where_rows(rows: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def zero_nonfinite(tree: Tree, unless: Any = False, lost: Any = False) -> Tree:
-  """`tree` with zeros for entries that are not finite.
+  """Puts zeros for entries of `tree` that are not finite.
 
   One sample without a derivative, padding even, may reach every entry of a
   gradient although its weight is 0: zero times NaN is NaN. Finite entries are

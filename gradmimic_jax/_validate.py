@@ -12,7 +12,7 @@ from gradmimic_jax import _mesh, _tree
 
 
 def concrete(value: Any) -> bool:
-  """Whether a value can be looked at now (it can't while jax traces it)."""
+  """True if a value can be looked at now; it can't while jax traces it."""
   return not isinstance(value, jax.core.Tracer)
 
 
@@ -88,7 +88,7 @@ def floating_params(params: Any) -> None:
 
 
 def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
-  """`tree` in the containers of `params`; raises unless it is like params.
+  """Puts `tree` in the containers of `params`; raises unless it is like params.
 
   Args:
     name: what the tree is called in the message.
@@ -124,7 +124,7 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
 
 
 def _difference(tree: Any, params: Any) -> str:
-  """How the paths of a tree differ from those of params."""
+  """Describes how the paths of a tree differ from those of params."""
   ours = [path for path, _ in _leaves_by_path(params)]
   theirs = [path for path, _ in _leaves_by_path(tree)]
   missing = [path for path in ours if path not in theirs]
@@ -143,7 +143,7 @@ def _difference(tree: Any, params: Any) -> str:
 
 
 def batch_size(batch: Any) -> int:
-  """The B that the leading axis of every batch leaf must have."""
+  """Returns the B that the leading axis of every batch leaf must have."""
   leaves = jax.tree_util.tree_leaves_with_path(batch)
   if not leaves:
     raise TypeError(
@@ -179,7 +179,7 @@ def batch_size(batch: Any) -> int:
 
 
 def is_array(value: Any) -> bool:
-  """Whether JAX can hold it: arrays of numbers or bools, and plain numbers."""
+  """True if JAX can hold it: arrays of numbers or bools, and plain numbers."""
   if isinstance(value, (np.ndarray, np.generic)):
     try:
       jax.typeof(value)
@@ -194,7 +194,7 @@ def is_array(value: Any) -> bool:
 
 
 def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
-  """`mask` as bool `[B]`, divided as `rows`; all True when there is none."""
+  """Returns `mask` as bool `[B]`, divided as `rows`; all True without one."""
   if mask is None:
     return jnp.ones([size], bool)
   if not all(map(is_array, jax.tree.leaves(mask))):
@@ -217,7 +217,7 @@ def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
 def baseline(
   score: str, reference: Any, size: int, name: str = "reference"
 ) -> jax.Array:
-  """What a score takes in the reference's place, `[B]`; raises if it isn't."""
+  """Returns the numbers `[B]` in the reference's place; raises for others."""
   expected = (
     f"with score={score!r} expected one number for each sample of this batch"
     + (", the reference's losses" if score == "excess_loss" else "")
@@ -236,7 +236,7 @@ def baseline(
 
 
 def logits(name: str, value: Any) -> jax.Array:
-  """Logits `[B, C]`, float32 or wider; raises if that is not what came."""
+  """Returns logits `[B, C]`, float32 or wider; raises for anything else."""
   arrays = isinstance(value, (jax.Array, np.ndarray))
   if not arrays or not is_array(value):
     raise TypeError(

@@ -1,6 +1,6 @@
 """Mimic scores in cleanlab's Datalab, as an issue type of its own.
 
-It needs `pip install gradmimic_jax[cleanlab]`; nothing else here imports it.
+This module needs `pip install gradmimic_jax[cleanlab]`; no other imports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gradmimic_jax.selection import (
   removal_curve,
 )
 from gradmimic_jax.selection._frames import refuse_frames
-from gradmimic_jax.selection.issues import selection_of
+from gradmimic_jax.selection.issues import as_selection
 from gradmimic_jax.selection.selection import Selection
 
 # No other issue type's name may be in it: Datalab finds columns by that.
@@ -39,11 +39,11 @@ def register(*, task: str = "classification") -> type:
   selection's diagnostics (`select`) and, if the lab has labels, what
   `gm.class_table` finds (`classes`).
 
-  What a lab is given in `issue_types` are the `scores`: raw scores [N, T] in
-  the order of its data, high = good; or the ledger or the Selection whose ids
-  are its rows, or among `ids`, the ids of all of its rows in order. Other
-  entries are options of `gm.select`. Samples that a ledger lacks are no issues,
-  and their score is nan.
+  A lab is given the `scores` in `issue_types`: raw scores [N, T] in the order
+  of its data, high = good; or a ledger or a Selection, whose ids are either the
+  lab's rows or among `ids`, the ids of all of its rows in order. Other entries
+  are options of `gm.select`. Samples that a ledger lacks are no issues, and
+  their score is nan.
 
   The issue type is registered once, however often this is called.
 
@@ -87,7 +87,7 @@ def register(*, task: str = "classification") -> type:
       "A step on these samples would take the model away from a better one:"
       " their labels are probably wrong."
     )
-    # What a report says besides the worst samples, by its verbosity.
+    # A report's entries besides the worst samples, by its verbosity.
     verbosity_levels = {  # noqa: RUF012 - declared so by its class
       0: [],
       1: ["low", "high", "remove"],
@@ -103,7 +103,7 @@ def register(*, task: str = "classification") -> type:
       if is_array and ids is not None:
         options["ids"] = ids
       n = len(self.datalab.data)
-      selection = selection_of(scores, options)
+      selection = as_selection(scores, options)
       if not is_array:
         selection = _in_rows(selection, ids, n)
       elif len(selection) != n:
@@ -139,7 +139,7 @@ def register(*, task: str = "classification") -> type:
 
 
 def _in_rows(selection: Selection, ids: Any, n: int) -> Selection:
-  """The selection of all n samples of a lab, a row each, in order."""
+  """Spreads the selection over all n samples of a lab, a row each, in order."""
   rows = selection.ids
   if ids is not None:
     rows = _places(rows, ids, n)
@@ -171,7 +171,7 @@ def _in_rows(selection: Selection, ids: Any, n: int) -> Selection:
 
 
 def _places(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
-  """Where the ids wanted are among those of a lab's n rows."""
+  """Finds the places of the wanted ids among those of a lab's n rows."""
   ids = _ids.checked(ids, "ids")
   by = _ids.order(ids)
   if ids.shape != (n,) or not _ids.is_ascending(ids[by], strictly=True):

@@ -1,7 +1,7 @@
 """Directions: where the learner should go.
 
 A direction is any callable `(params, reference, batch, **kwargs) -> tree like
-params`; what `reference` is, is up to the direction. Only its leaves in the
+params`; each direction says what its `reference` is. Only its leaves in the
 mimic layers are looked at, and only their direction counts: scores divide by
 the norm. It is a constant of the step: no gradient flows through it. It
 gets the keyword arguments of losses_fn, and `mask` if it has a parameter of
@@ -59,13 +59,13 @@ def toward_weights() -> Direction:
 
   def direction(params, reference, batch, **kwargs):
     del batch, kwargs
-    return gap(params, of_params(reference, params))
+    return gap(params, match_params(reference, params))
 
   return direction
 
 
-def of_params(reference: Any, params: Any) -> Any:
-  """A reference's weights in the containers of params; raises if unlike."""
+def match_params(reference: Any, params: Any) -> Any:
+  """Puts a reference's weights in params' containers; raises if unlike."""
   return _validate.like_params(
     "reference",
     reference,
@@ -75,9 +75,9 @@ def of_params(reference: Any, params: Any) -> Any:
 
 
 def gap(params: Any, reference: Any) -> Any:
-  """`reference - params`, leaf by leaf.
+  """Computes `reference - params`, leaf by leaf.
 
-  Subtracted wide: near the end of training a bfloat16 difference is noise.
+  The dtype is wide: near the end of training a bfloat16 difference is noise.
   """
 
   def between(p, r):
@@ -121,11 +121,11 @@ def toward_outputs(outputs_fn: Callable[..., jax.Array]) -> Direction:
   def direction(params, reference, batch, *, mask=None, **kwargs):
     reference = _validate.logits("reference", reference)
 
-    def outputs_of(params):
+    def compute_outputs(params):
       outputs = outputs_fn(params, batch, **kwargs)
       return _validate.logits("what outputs_fn returned", outputs)
 
-    outputs, pullback = jax.vjp(outputs_of, params)
+    outputs, pullback = jax.vjp(compute_outputs, params)
     _validate.same_outputs(reference, outputs)
     reference = _mesh.like(reference, outputs)
     valid = jnp.all(jnp.isfinite(reference), axis=-1)
@@ -199,9 +199,9 @@ def check(direction: Any) -> None:
 
 
 def repeats_forward(direction: Any) -> bool:
-  """Whether the direction does on the batch what losses_fn does too.
+  """True if the direction repeats the forward pass of losses_fn.
 
-  Only then is it worth tracing a step twice, to find what it repeats.
+  Only then is it worth tracing a step twice, to find equal operations.
   """
   return getattr(direction, "repeats_forward", False)
 
@@ -214,7 +214,7 @@ def call(
   mask: jax.Array,
   kwargs: dict[str, Any],
 ) -> Any:
-  """The direction's tree, with the mask handed over if it asks for it."""
+  """Calls the direction, with the mask if it has a parameter of that name."""
   if "mask" in inspect.signature(direction).parameters:
     kwargs = {**kwargs, "mask": mask}
   return direction(params, reference, batch, **kwargs)
@@ -223,7 +223,7 @@ def call(
 def unit_vector(
   direction_tree: Any, params: Any, flags: list[bool]
 ) -> tuple[list[jax.Array], jax.Array]:
-  """The direction over the mimic layers, at length one.
+  """Scales the direction over the mimic layers to length one.
 
   Args:
     direction_tree: what a direction returned.
@@ -256,7 +256,7 @@ def unit_vector(
 def normalize(
   leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], jax.Array]:
-  """The leaves over their joint norm (zeros if that is 0), and the norm."""
+  """Divides leaves by their joint norm (zeros if that is 0); also the norm."""
   unit, distance = _tree.unit(leaves)
   return [
     x.astype(_tree.accumulation_dtype(leaf.dtype))

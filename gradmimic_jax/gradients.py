@@ -33,14 +33,14 @@ _ADVICE = "Pass has_aux=True if it returns (losses, aux)."
 
 
 class _Solver(NamedTuple):
-  """What an engine does."""
+  """The two functions of an engine."""
 
   answer: Callable[..., Any]
   reweighted: Callable[..., Any]
 
 
 class MimicInfo(NamedTuple):
-  """What a reweighted step found out; float32 or wider throughout."""
+  """The measurements of a reweighted step; float32 or wider throughout."""
 
   scores: jax.Array  # [B], raw, high = good; NaN: not finite; 0: padding
   weights: jax.Array  # [B], sum to 1 over the valid samples
@@ -143,8 +143,8 @@ def mimic_value_and_grad(
       that aux leaves `[B, ...]` are the same in both engines. It refuses other
       leaves, such as BatchNorm's new statistics; the forward engine gives them
       as losses_fn does.
-    check_independence: whether the per-sample engine first finds out that each
-      loss is a matter of its own sample only, once for each losses_fn and its
+    check_independence: whether the per-sample engine first checks that each
+      loss depends on its own sample only, once for each losses_fn and its
       shapes; see `gradmimic_jax.check_independence`. The forward engine needs
       no such check.
 
@@ -192,7 +192,7 @@ def mimic_value_and_grad(
   score_kind = scores_lib.get(score)
   _check_aux(score_kind, has_aux)
   engine, solver = _engine(engine, score_kind, microbatch_size)
-  independence_of = _independence_check(engine, check_independence)
+  independent = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
     plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, _ADVICE)
@@ -201,7 +201,7 @@ def mimic_value_and_grad(
       plain, direction, layers, score_kind, *arguments
     )
 
-    with independence_of(losses_fn, problem, kwargs, has_aux):
+    with independent(losses_fn, problem, kwargs, has_aux):
       found, weights, leaves = solver.reweighted(
         problem, _problem.Weigh(weighting, step), scope
       )
@@ -278,7 +278,7 @@ def mimic_scores(
   score_kind = scores_lib.get(score)
   _check_aux(score_kind, has_aux)
   engine, solver = _engine(engine, score_kind, microbatch_size)
-  independence_of = _independence_check(engine, check_independence)
+  independent = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
     plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, _ADVICE)
@@ -286,7 +286,7 @@ def mimic_scores(
     problem, mask, distance = _pose(
       plain, direction, layers, score_kind, *arguments
     )
-    with independence_of(losses_fn, problem, kwargs, has_aux):
+    with independent(losses_fn, problem, kwargs, has_aux):
       found = solver.answer(problem)
     scores, losses = _presentable(found, mask)
     return MimicScores(scores, losses, distance)
@@ -295,7 +295,7 @@ def mimic_scores(
 
 
 def _finished(fn, direction, score, engine):
-  """`fn` with what it computes twice computed once; it tells its engine."""
+  """Merges repeated operations of `fn`, and tells it its engine."""
   if score.needs_descents and directions.repeats_forward(direction):
     fn = _sharing.computed_once(fn)
   fn.engine = engine
@@ -312,7 +312,7 @@ def _check_aux(score, has_aux):
 
 
 def _engine(name, score, microbatch_size):
-  """The engine's name and its `answer` and `reweighted`."""
+  """Returns the engine's name and its `answer` and `reweighted`."""
   _validate.choice("engine", name, ("auto", *_ENGINES))
   if microbatch_size is not None:
     _validate.positive_int("microbatch_size", microbatch_size)
@@ -339,16 +339,16 @@ def _engine(name, score, microbatch_size):
 
 
 def _independence_check(engine, wanted):
-  """`checked`, as a context of what an engine does; or nothing."""
+  """Returns a context for an engine's work: an independence check, or none."""
 
-  def independence_of(losses_fn, problem, kwargs, has_aux):
+  def check(losses_fn, problem, kwargs, has_aux):
     if not wanted or engine == "forward":  # this one sees the whole batch
       return contextlib.nullcontext()
     return independence.checked(
       losses_fn, problem.params, problem.batch, kwargs, has_aux
     )
 
-  return independence_of
+  return check
 
 
 def _pose(
@@ -363,7 +363,7 @@ def _pose(
   step,
   kwargs,
 ):
-  """The step as a Problem, the padding mask and the direction's norm."""
+  """Poses the step as a Problem; also the padding mask and direction's norm."""
   _validate.floating_params(params)
   size = _validate.batch_size(batch)
   flags = layers_lib.choose(layers, params)
@@ -378,7 +378,7 @@ def _pose(
       params,
       flags,
     )
-  baseline = score.baseline_of(reference, batch, step, candidates)
+  baseline = score.get_baseline(reference, batch, step, candidates)
   reference = reference if score.needs_reference else None
   candidates = _mesh.together(
     candidates, params, batch, unit, baseline, reference, kwargs
@@ -400,7 +400,7 @@ def _pose(
 
 
 def _presentable(found, mask):
-  """Scores and losses with NaN for broken samples and 0 for padding."""
+  """Puts NaN for broken samples and 0 for padding into scores and losses."""
   unknown = jnp.where(mask, jnp.nan, 0)
   return tuple(
     jnp.where(found.valid, x, unknown.astype(x.dtype))

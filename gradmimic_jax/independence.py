@@ -1,10 +1,10 @@
-"""Whether samples are independent: each loss a matter of its own row only.
+"""Check that samples are independent: each loss depends on its own row only.
 
-The per-sample engine shows losses_fn one sample at a time. What it gives is the
-gradient of the batch's losses only if these don't depend on batch mates, on how
-many there are, or on a random key that all share. Here both views are compared,
-on a few made-up rows: under jit there are no others. Nothing of it is in the
-program that is being traced.
+The per-sample engine shows losses_fn one sample at a time. It gives the
+gradient of the batch's losses only if these don't depend on batch mates, on
+their number, or on a random key that all share. This module compares both views
+on a few made-up rows: under jit there are no others. Nothing of the comparison
+is in the program that is being traced.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from gradmimic_jax import (
   _validate,
 )
 
-# Rows to compare: of two, dropout at a low rate might treat both alike.
+# Rows to compare: with two, dropout at a low rate might treat both alike.
 ROWS = 4
 # Bytes of made-up inputs and closed-over arrays, at most.
 LARGEST = 4 * 2**30
-# How many times as large as what rounding does a difference has to be.
+# A difference counts from this many times the effect of rounding.
 _ROUNDINGS = 8
 _OFF = "check_independence=False turns this check off."
 _REMEMBERED = 1024
@@ -46,7 +46,7 @@ def check_independence(
   has_aux: bool = False,
   **kwargs: Any,
 ) -> None:
-  """Finds out whether each loss is a matter of its own sample only.
+  """Checks that each loss depends on its own sample only.
 
   `losses_fn(params, batch)_i = losses_fn(params, batch_i)_0` for all i
 
@@ -66,10 +66,10 @@ def check_independence(
   other mates must be the same to 7e-5 in any dtype. Floating leaves of aux are
   compared too. Losses that are not finite alone say nothing, unless all are.
 
-  It costs one compilation of two forward passes where a function and shapes
-  come first (2.7 s of CPU time for a ViT of 6 layers and 2.7 million
-  parameters, less than compiling its plain step), and no time, memory or FLOPs
-  later: what was found is remembered, without keeping losses_fn alive. A change
+  The first call for a function and shapes costs one compilation of two forward
+  passes (2.7 s of CPU time for a ViT of 6 layers and 2.7 million parameters,
+  less than compiling its plain step), and later ones no time, memory or FLOPs:
+  the outcome is remembered, without keeping losses_fn alive. A change
   of a global variable or of an object that losses_fn closes over is not seen,
   as in jit. Callbacks that return nothing are left out.
 
@@ -125,26 +125,26 @@ def checked(
   kwargs: dict[str, Any],
   has_aux: bool,
 ) -> Iterator[None]:
-  """`check_independence`, around what goes by it.
+  """Checks independence before the computation that relies on it.
 
-  If the comparison fails because losses_fn does, what goes by it will tell
-  better.
+  If the comparison fails because losses_fn does, the computation's own error
+  is the better one.
   """
   size = _validate.batch_size(batch)
   shapes, structure = jax.tree.flatten(
     (
-      jax.tree.map(_made_up.shape_of, params),
-      jax.tree.map(lambda x: _made_up.shape_of(x, min(size, ROWS)), batch),
+      jax.tree.map(_made_up.make_shape, params),
+      jax.tree.map(lambda x: _made_up.make_shape(x, min(size, ROWS)), batch),
     )
   )
   options, containers = jax.tree.flatten(kwargs)
-  # Numbers among the keyword arguments may be others in each step.
+  # Numbers among the keyword arguments may change from step to step.
   options = [int if type(x) is int else x for x in options]
   known = _identity.key((losses_fn, has_aux, options))
   sizes = tuple((x.shape, x.dtype) for x in shapes)
   key = known, structure, str(containers), sizes
   problem = None
-  if size > 1 and key not in _seen:  # of one, both views are the same
+  if size > 1 and key not in _seen:  # both views of one row are the same
     try:
       _compare(losses_fn, params, batch, kwargs, has_aux)
     except _NotComparedError as error:
@@ -163,7 +163,7 @@ def checked(
 
 
 class _NotComparedError(Exception):
-  """Says why not."""
+  """The reason why the two views could not be compared."""
 
 
 class _Views(NamedTuple):
@@ -176,7 +176,7 @@ class _Views(NamedTuple):
 
 
 class _Draw(NamedTuple):
-  """One set of inputs, and what came of them."""
+  """One set of inputs, and the outputs of both views."""
 
   inputs: Any
   together: list[np.ndarray]  # losses and floating leaves of aux, [B, -1]
@@ -220,14 +220,14 @@ def _trace(losses_fn, has_aux, params, batch, kwargs):
     return plain(params, rows), alone(params, rows)
 
   size = _validate.batch_size(batch)
-  # It may take batches only that devices can share.
+  # losses_fn may take only batches that devices can share.
   devices = jax.device_count()
   for count in (ROWS, -(-ROWS // devices) * devices, size):
-    of_rows = partial(_made_up.shape_of, count=min(count, size))
+    make_rows = partial(_made_up.make_shape, count=min(count, size))
     inputs = (
-      jax.tree.map(_made_up.shape_of, params),
-      jax.tree.map(of_rows, batch),
-      [_made_up.shape_of(x) for x in traced],
+      jax.tree.map(_made_up.make_shape, params),
+      jax.tree.map(make_rows, batch),
+      [_made_up.make_shape(x) for x in traced],
     )
     try:
       closed, outputs = jax.make_jaxpr(both, return_shape=True)(*inputs)
@@ -239,13 +239,13 @@ def _trace(losses_fn, has_aux, params, batch, kwargs):
 
 
 def _is_per_sample(together, alone):
-  """Whether a leaf has one entry for each sample of a batch."""
+  """True if a leaf has one entry for each sample of a batch."""
   shape = together.shape
   return shape != () and alone.shape == (shape[0], 1, *shape[1:])
 
 
 def _disagreement(views, given):
-  """What to tell of two views that differ; None if they don't."""
+  """Describes how the two views differ; None if they don't."""
   tracked = [
     i
     for i, ((_, leaf), (_, alone)) in enumerate(
@@ -287,12 +287,12 @@ def _disagreement(views, given):
 
 # Rows that keep their place when others get other mates.
 _KEPT = slice(None, None, 2)
-# What bits that are the same may differ by: a solver may stop for all at once.
+# Tolerance between runs of one program: a solver may stop for all at once.
 _SAME = float(np.finfo(np.float32).eps) ** 0.6
 
 
 def _differs(a, b, tolerance):
-  """Where two outputs of one program differ, bool `[B, -1]`."""
+  """True where two outputs of one program differ, bool `[B, -1]`."""
   finite = np.isfinite(a) & np.isfinite(b)
   scale = max(_largest(a), _largest(b))
   with np.errstate(invalid="ignore"):
@@ -301,7 +301,7 @@ def _differs(a, b, tolerance):
 
 
 def _rounding(draw, nudged):
-  """By how much each output changes, if the inputs hardly do."""
+  """Measures how much each output changes if the inputs hardly do."""
   return [
     max(_largest(a - c), _largest(b - d))
     for a, b, c, d in zip(*draw[1:], *nudged[1:], strict=True)
@@ -309,9 +309,9 @@ def _rounding(draw, nudged):
 
 
 def _excess(draw, eps, rounding):
-  """The worst row of each output, and by how much.
+  """Finds the worst row of each output, and its excess over rounding.
 
-  Above 0: the two views differ there by more than what rounding explains.
+  With an excess above 0 the two views differ by more than rounding explains.
   """
   found = []
   for k, (a, b) in enumerate(zip(draw.together, draw.alone, strict=True)):
@@ -343,7 +343,7 @@ def _largest(values):
 
 
 def _looker(views, tracked):
-  """`inputs -> _Draw`, and the eps of the coarsest dtype on the way."""
+  """Makes a function `inputs -> _Draw`; also the eps of the coarsest dtype."""
   closed = views.closed
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in closed.in_avals)
   total += sum(x.size * x.dtype.itemsize for x in closed.consts)
@@ -372,16 +372,16 @@ def _looker(views, tracked):
 
 
 def _known(const):
-  """A closed-over array, made up if it can't be looked at."""
+  """Copies a closed-over array, or makes one up if it can't be looked at."""
   is_traced = isinstance(const, jax.core.Tracer)
   if is_traced or not getattr(const, "is_fully_addressable", True):
-    shape = _made_up.shape_of(const)
+    shape = _made_up.make_shape(const)
     return _made_up.parameter(shape, np.random.default_rng(3), signed=False)
   return _made_up.copied(const)
 
 
 def _made(inputs, signed):
-  """Made-up inputs; the keyword arguments' may be variances in any case."""
+  """Makes inputs up; keyword arguments are positive, as variances are."""
   rng = np.random.default_rng(int(signed))
   params, rows, arrays = inputs
   return (
@@ -392,7 +392,7 @@ def _made(inputs, signed):
 
 
 def _real(inputs, given):
-  """The inputs themselves, if they are there to be looked at."""
+  """Returns the inputs themselves, if they are there to be looked at."""
   params, batch, _ = given
   shapes, structure = jax.tree.flatten(inputs)
   rows = jax.tree.leaves(inputs[1])
@@ -415,7 +415,7 @@ def _real(inputs, given):
 
 
 def _with_mates(inputs, others):
-  """The inputs with others in place of every second row."""
+  """Puts others in place of every second row of the inputs."""
   params, rows, arrays = inputs
 
   def mix(leaf, other):

@@ -18,7 +18,7 @@ Layers = (
 
 
 def choose(layers: Layers, params: Any) -> list[bool]:
-  """One flag for each leaf of params: is it in the mimic layers?
+  """Flags each leaf of params that is in the mimic layers.
 
   Args:
     layers: None (all leaves); a regular expression, or a list of them, searched
@@ -83,7 +83,7 @@ def _matching(patterns: Sequence[Any], paths: list[str]) -> list[bool]:
 
 
 def _is_callable_tree(layers: Any, params: Any) -> bool:
-  """Whether something callable is a tree of bools and no predicate."""
+  """True if something callable is a tree of bools and no predicate."""
   if isinstance(layers, functools.partial):  # jax.tree_util.Partial too
     return False
   flags = jax.tree.leaves(layers)

@@ -30,7 +30,7 @@ _BATCH_ROWS = 1 << 24
 
 
 class _Rows(NamedTuple):
-  """What one append brought."""
+  """The rows of one append."""
 
   step: int
   epoch: int
@@ -80,12 +80,12 @@ class ScoreLedger:
     fingerprints: what the scores belong to, as names and values (config, data,
       reference, ...). Stored with a new ledger and compared with an existing
       one; None takes an existing ledger's.
-    writer: which of the processes this is that write the ledger at a time, >=
-      0. When a run goes on, its writers open the ledger after all earlier ones
-      have ended.
-    recover: whether a ledger that lost files may be opened, by who can record
-      their rows again: see `first_lost_step` and `forget_from`. It can't be
-      read before.
+    writer: this process's number among those that write the ledger at a time,
+      >= 0. When a run goes on, its writers open the ledger after all earlier
+      ones have ended.
+    recover: whether a ledger that lost files may be opened, to record their
+      rows again: see `first_lost_step` and `forget_from`. It can't be read
+      before that.
 
   Raises:
     TypeError: fingerprints that aren't strings by name; a writer that isn't an
@@ -146,7 +146,7 @@ class ScoreLedger:
 
   @property
   def fingerprints(self) -> dict[str, str]:
-    """What the scores belong to: names and values."""
+    """Names and values of what the scores belong to."""
     if self._manifest is not None:
       return dict(self._manifest["fingerprints"])
     return dict(self._asked or {})
@@ -169,9 +169,9 @@ class ScoreLedger:
 
   @property
   def first_lost_step(self) -> int | None:
-    """Where to record again from: the first step whose rows were lost.
+    """The first step whose rows were lost, from which to record again.
 
-    None where no file is lost. 0 where it isn't known which rows were in it.
+    None where no file is lost; 0 where a lost file's steps aren't known.
     """
     files, lost = self._look()
     if lost:
@@ -181,8 +181,8 @@ class ScoreLedger:
   def forget_from(self, step: int) -> None:
     """Removes the files of a step and later ones, to record these again.
 
-    Called by one process while no other one writes. A file whose rows began
-    before stays: what is appended again counts.
+    One process calls this, while no other one writes. A file that has earlier
+    rows, too, stays: its rows count until they are appended again.
 
     Args:
       step: not after `first_lost_step`.
@@ -203,7 +203,7 @@ class ScoreLedger:
         file.path.unlink(missing_ok=True)
         del self._known[file.path.name]
     ledger_id = self._manifest["ledger_id"]
-    for writer in row_files.lists_of_writers(self.path):
+    for writer in row_files.find_writers(self.path):
       listed = row_files.read_own_list(self.path, writer, ledger_id)
       kept = {
         name: rows for name, rows in listed.items() if _first_step(name) < step
@@ -413,7 +413,7 @@ class ScoreLedger:
     )
 
   def _batches(self, columns: list[str], min_rows: int) -> Iterator[pa.Table]:
-    """The rows in order of step, in tables of some `min_rows` rows.
+    """Yields the rows in order of step, in tables of some `min_rows` rows.
 
     Files whose steps overlap come in one table, in order of writing.
     """
@@ -427,7 +427,7 @@ class ScoreLedger:
       yield pa.concat_tables(tables)
 
   def _buffered_table(self) -> pa.Table:
-    """The rows in memory, in order of step, one for an (id, step)."""
+    """Makes a table of the rows in memory, by step, one for an (id, step)."""
     buffer = sorted(self._buffer, key=lambda rows: rows.step)  # stable
     sizes = [len(rows.ids) for rows in buffer]
     columns = [
@@ -452,7 +452,7 @@ class ScoreLedger:
     return table
 
   def _files(self) -> list[row_files.RowFile]:
-    """The ledger's files in order of writing; refuses any that isn't its."""
+    """Lists the ledger's files in order of writing; raises if one is lost."""
     files, lost = self._look()
     what = None
     if lost:
@@ -469,7 +469,7 @@ class ScoreLedger:
     return files
 
   def _look(self) -> tuple[list[row_files.RowFile], list[str]]:
-    """The files that are there, in order of writing; the names of lost ones."""
+    """Lists the files there are, in order of writing, and the lost names."""
     if self._manifest is None:
       self._read_manifest()
     listed = self._listed() or {}  # before looking at what is there
@@ -486,10 +486,10 @@ class ScoreLedger:
       if path.name not in self._known:
         self._known[path.name] = row_files.inspect(path, self._manifest or {})
     files = [self._known[path.name] for path in paths]
-    there = {row_files.parts_of(file.path.name): file for file in files}
+    there = {row_files.parse_rows_name(file.path.name): file for file in files}
     lost = []
     for name, rows in sorted(listed.items()):
-      file = there.get(row_files.parts_of(name))
+      file = there.get(row_files.parse_rows_name(name))
       if file is None:
         if not (self.path / name).exists():  # network file systems list late
           lost.append(name)
@@ -498,20 +498,20 @@ class ScoreLedger:
           f"{file.path} has {file.n_rows} rows, and the list beside it says"
           f" {rows}. Restore it from a copy."
         )
-    return sorted(files, key=row_files.order_of_writing), lost
+    return sorted(files, key=row_files.writing_order), lost
 
   def _listed(self) -> dict[str, int] | None:
-    """The rows of all files that were ever written; None: nobody listed any."""
+    """Reads the rows of every file that was listed; None without any list."""
     if self._manifest is None:
       return None
     return row_files.read_lists(self.path, self._manifest["ledger_id"])
 
   def _numbers_lack(self, files: list[row_files.RowFile]) -> int | None:
-    """What `missing_number` says of a ledger that has no lists."""
+    """Finds the `missing_number` of a ledger without lists."""
     return row_files.missing_number(files) if self._listed() is None else None
 
   def _read_manifest(self) -> None:
-    """Takes the manifest's word for kind and fingerprints, if there is one."""
+    """Takes kind and fingerprints from the manifest, if there is one."""
     manifest = row_files.read_manifest(self.path)
     if manifest is None:
       return
@@ -539,12 +539,12 @@ class ScoreLedger:
       self._read_manifest()
 
   def _begin_list(self) -> None:
-    """Takes over this writer's list, with what was kept from it."""
+    """Writes this writer's list anew, with files of its own that it lacks."""
     assert self._manifest is not None
     ledger_id = self._manifest["ledger_id"]
     listed = row_files.read_own_list(self.path, self.writer, ledger_id)
     for path in sorted(self.path.glob("*.parquet")):
-      parts = row_files.parts_of(path.name)
+      parts = row_files.parse_rows_name(path.name)
       if parts and parts.writer == self.writer and path.name not in listed:
         listed[path.name] = row_files.inspect(path, self._manifest).n_rows
     row_files.write_list(self.path, self.writer, ledger_id, listed)
@@ -552,7 +552,7 @@ class ScoreLedger:
 
 
 def _first_step(name: str) -> int:
-  parts = row_files.parts_of(name)
+  parts = row_files.parse_rows_name(name)
   return parts.first_step if parts else 0
 
 
@@ -601,7 +601,7 @@ def _count(name: str, value: Any, limit: int) -> int:
 
 
 def _floats(name: str, values: Any, n: int) -> np.ndarray | None:
-  """A float32 copy [n]; None stays None."""
+  """Copies values to float32 [n]; None stays None."""
   if values is None:
     return None
   array = np.asarray(values)
@@ -617,7 +617,7 @@ def _floats(name: str, values: Any, n: int) -> np.ndarray | None:
 
 
 def _checked_ids(ids: np.ndarray) -> tuple[str, pa.Array]:
-  """The kind of the ids and a copy of them; none negative, none twice."""
+  """Finds the kind of the ids and copies them; none negative, none twice."""
   if ids.dtype.kind in "iu":
     if ids.min() < 0:
       raise ValueError(

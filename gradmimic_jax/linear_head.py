@@ -63,7 +63,7 @@ def descents(
   kernel: jax.Array,
   bias: jax.Array | None = None,
 ) -> jax.Array:
-  """How far each sample's descent goes along a direction.
+  """Computes how far each sample's descent goes along a direction.
 
   `<-g_i, v> / ||v|| = -(h_i' V e_i + u' e_i) / ||(V, u)||`
 
@@ -265,7 +265,7 @@ def scores(
     valid = _mesh.whole(valid) & jnp.isfinite(jnp.diagonal(products))
     products = jnp.where(valid[:, None] & valid[None, :], products, 0)
   measured = Measured(descents=along, norms=norms, gram=products, valid=valid)
-  found = kind.of(measured, features)
+  found = kind.compute(measured, features)
   valid &= jnp.isfinite(found)
   unknown = jnp.where(mask, jnp.nan, 0).astype(found.dtype)
   return jnp.where(valid, found, unknown)
@@ -288,7 +288,7 @@ def _pair(direction: Any, has_bias: bool, kind: Score) -> tuple[Any, Any]:
 
 
 def _wide(features: Any, errors: Any) -> tuple[jax.Array, jax.Array]:
-  """Both as `[B, D]` and `[B, C]` in the wider accumulation dtype."""
+  """Converts both, `[B, D]` and `[B, C]`, to the wider accumulation dtype."""
   features, errors = jnp.asarray(features), jnp.asarray(errors)
   fits = features.ndim == errors.ndim == 2
   if not fits or features.shape[0] != errors.shape[0]:

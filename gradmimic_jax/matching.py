@@ -1,10 +1,10 @@
 """Gradient matching: samples whose weighted gradients add up to a target.
 
 `min_w ||sum_i w_i g_i - t||^2` with t the batch's mean gradient, or a unit
-vector along the direction. All of it is in the inner products `K_ij = <g_i,
-g_j>` and `b_i = <g_i, t>` over the mimic layers, so no gradient is looked at
-twice. What comes out are the coefficients `[B]`, as scores; a weighting makes
-weights of them, `proportional` those of the published method.
+vector along the direction. The inner products `K_ij = <g_i, g_j>` and `b_i =
+<g_i, t>` over the mimic layers are all it needs, so no gradient is looked at
+twice. Scores are the coefficients `[B]`; a weighting makes weights of them,
+`proportional` those of the published method.
 """
 
 import functools
@@ -284,7 +284,7 @@ def _score(name: str, target: str, fn: Any) -> Score:
 
 
 def _wanted(measured: Measured, target: str) -> jax.Array:
-  """The samples' inner products with the target, `[B]`."""
+  """Computes the samples' inner products with the target, `[B]`."""
   gram: Any = measured.gram
   valid: Any = measured.valid
   if target == "direction":
@@ -296,7 +296,7 @@ def _wanted(measured: Measured, target: str) -> jax.Array:
 
 
 def _scaled(measured, target, ridge):
-  """`K + ridge I` and b in units of the mean squared norm."""
+  """Computes `K + ridge I` and b in units of the mean squared norm."""
   squares = jnp.diagonal(measured.gram)
   count = jnp.maximum(jnp.sum(measured.valid.astype(squares.dtype)), 1)
   unit = jnp.sum(squares / count)
@@ -311,13 +311,13 @@ def _known(measured, coefficients):
 
 
 def _quotient(above, below):
-  """`above / below`, 0 where a gradient is 0."""
+  """Computes `above / below`, 0 where a gradient is 0."""
   still = below == 0
   return jnp.where(still, 0, above / jnp.where(still, 1, below))
 
 
 def _solve(gram, wanted, chosen):
-  """`x` with `K x = b` over the chosen entries, 0 elsewhere."""
+  """Solves `K x = b` for `x` over the chosen entries, 0 elsewhere."""
   both = chosen[:, None] & chosen[None, :]
   eye = jnp.eye(wanted.size, dtype=gram.dtype)
   factor = jax.scipy.linalg.cho_factor(jnp.where(both, gram, eye))
@@ -326,5 +326,5 @@ def _solve(gram, wanted, chosen):
 
 
 def _tolerance(wanted):
-  """What counts as 0 beside the entries of b."""
+  """Returns the size up to which entries count as 0 beside those of b."""
   return 32 * jnp.finfo(wanted.dtype).eps * jnp.max(jnp.abs(wanted), initial=0)

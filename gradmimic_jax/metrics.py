@@ -1,4 +1,4 @@
-"""How well scores and decisions find what they should find.
+"""Metrics of how well scores and decisions find what they should find.
 
 Two sign conventions meet here. `auroc`, `average_precision` and `f1` are the
 textbook ones: a *high* score speaks for the positive class. `detection` looks
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class DetectionMetrics(NamedTuple):
-  """How well mislabelled samples were found; "positive" is mislabelled.
+  """The success of a search for mislabelled samples, which are "positive".
 
   A value is nan where the data leave it undefined (see `detection`).
   """
@@ -112,16 +112,16 @@ def f1(predicted: Any, actual: Any) -> float:
 def calibration_error(
   probability: Any, is_positive: Any, *, bins: int = 10
 ) -> float:
-  """How far probabilities are from frequencies: the expected calibration error.
+  """The expected calibration error: probabilities against frequencies.
 
   sum_k n_k / N |mean probability in bin k - share of positives in bin k|, over
-  bins of equal width; 1 belongs to the last one. 0 is calibrated; whoever is
-  always certain has the share of errors.
+  bins of equal width; 1 belongs to the last one. It is 0 for calibrated
+  probabilities, and the share of errors if they are only 0 and 1.
 
   Args:
     probability: of being positive [N], in [0, 1].
     is_positive: booleans [N].
-    bins: how many bins [0, 1] is cut into.
+    bins: the number of bins that [0, 1] is cut into.
 
   Returns:
     The error, in [0, 1].
@@ -152,7 +152,7 @@ def calibration_error(
 
 
 def detection(scores: Any, keep: Any, is_mislabelled: Any) -> DetectionMetrics:
-  """How well scores and a selection find the mislabelled samples.
+  """Measures how well scores and a selection find the mislabelled samples.
 
   "Positive" is mislabelled. Scores are mimic scores, so a *low* one is
   suspicious, and a sample is called mislabelled where keep is False. The paper
@@ -204,7 +204,7 @@ def detection(scores: Any, keep: Any, is_mislabelled: Any) -> DetectionMetrics:
 def _decision(
   predicted: Any, predicted_name: str, actual: Any, actual_name: str
 ) -> tuple[float, float, float]:
-  """Precision, recall and F1, nan where undefined."""
+  """Computes precision, recall and F1, nan where undefined."""
   predicted = _booleans(predicted, predicted_name)
   actual = _booleans(actual, actual_name)
   if predicted.shape != actual.shape:

@@ -1,4 +1,4 @@
-"""`check_reference`: whether a reference's weights can guide this learner.
+"""`check_reference`: a test of a reference's weights as this learner's guide.
 
 A score is the first-order prediction of what a sample's loss gains on the way
 to the reference. Where the reference lies in another basin the prediction is
@@ -32,7 +32,7 @@ from gradmimic_jax.layers import Layers
 # lowest losses, this share of the samples.
 EASIEST = 0.3
 # Between references of the learner's own initialisation and others, as
-# measured by `python -m experiments.basins`.
+# measured by `experiments.benchmark` (check_reference).
 FOREIGN_COSINE = 0.3
 FOREIGN_BARRIER = 0.02  # relative
 # Relative distances below the rounding of float32 parameters.
@@ -58,7 +58,7 @@ ADVICE = {
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceReport:
-  """What `check_reference` found; its `str` is made for reading.
+  """The outcome of `check_reference`; its `str` is made for reading.
 
   Attributes:
     verdict: `"ok"`, `"foreign basin"`, `"not better than the learner"` or
@@ -83,7 +83,7 @@ class ReferenceReport:
       axes (over all there are, if there is none); 0 if either is 0.
     relative_distance: `||reference - params|| / ||reference||` over the mimic
       layers.
-    num_samples: how many samples counted.
+    num_samples: the number of samples that counted.
   """
 
   verdict: str
@@ -149,7 +149,7 @@ def check_reference(
   has_aux: bool = False,
   **kwargs: Any,
 ) -> ReferenceReport:
-  """Whether a reference's weights can guide this learner.
+  """Tests if a reference's weights can guide this learner.
 
   `l(params + a (reference - params))` for a in [0, 1], and the scores that the
   samples of the batch would get.
@@ -199,9 +199,9 @@ def check_reference(
       f"num_points is {num_points}; expected at least 3: both ends and a point"
       " between them."
     )
-  reference = directions.of_params(reference, params)
+  reference = directions.match_params(reference, params)
   gap = directions.gap(params, reference)
-  losses_of, arrays = _losses_of(losses_fn, has_aux, kwargs)
+  losses_of, arrays = _bind_losses(losses_fn, has_aux, kwargs)
   flags = tuple(layers_lib.choose(layers, params))
   size = _validate.batch_size(batch)
   batch, candidates = _problem.mend_rows(
@@ -261,8 +261,8 @@ def _fetch(tree):
 
 
 @dataclasses.dataclass(frozen=True)
-class _LossesOf:
-  """`(params, batch, arrays) -> losses [B]`.
+class _BoundLosses:
+  """A function `(params, batch, arrays) -> losses [B]`.
 
   Two of them are equal if they were made of the same function and keyword
   arguments, so that a second check is not compiled again.
@@ -286,8 +286,8 @@ class _LossesOf:
     return plain(params, batch)[0]
 
 
-def _losses_of(losses_fn, has_aux, kwargs):
-  """A hashable `_LossesOf`, and the arrays among its keyword arguments."""
+def _bind_losses(losses_fn, has_aux, kwargs):
+  """Makes a hashable `_BoundLosses`; also the arrays among its arguments."""
   leaves, structure = jax.tree.flatten(kwargs)
   # Text and objects are no arrays for JAX, even within NumPy's.
   is_array = [
@@ -300,7 +300,7 @@ def _losses_of(losses_fn, has_aux, kwargs):
   arrays = [
     x if flag else None for x, flag in zip(leaves, is_array, strict=True)
   ]
-  found = _LossesOf(losses_fn, has_aux, structure, constants)
+  found = _BoundLosses(losses_fn, has_aux, structure, constants)
   try:
     hash(found)
   except TypeError:  # a callable object or a constant that can't be compared
@@ -310,7 +310,7 @@ def _losses_of(losses_fn, has_aux, kwargs):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses_at(losses_of, arrays, a, params, gap, batch):
-  """Losses `[B]` at `params + a gap`."""
+  """Computes losses `[B]` at `params + a gap`."""
 
   def between(p, v):
     return (_tree.to_accumulate(p) + a.astype(v.dtype) * v).astype(p.dtype)
@@ -321,7 +321,7 @@ def _losses_at(losses_of, arrays, a, params, gap, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _at_params(how, arrays, params, reference, batch, candidates):
-  """Scores `[B]`, which of them count, and the geometry, by names."""
+  """Computes scores `[B]`, which of them count, and the geometry by names."""
   losses_of, flags, engine = how
   losses_fn = functools.partial(losses_of, arrays=arrays)
   layers = jax.tree.unflatten(jax.tree.structure(params), flags)
@@ -354,13 +354,13 @@ def _verdict(
 
 
 def _easiest(losses):
-  """Mean of the lowest share of the losses `[K, N]`, `[K]`."""
+  """Computes the mean of the lowest share of losses `[K, N]`, `[K]`."""
   count = max(1, int(EASIEST * losses.shape[1]))
   return np.sort(losses, axis=1)[:, :count].mean(axis=1)
 
 
 def _geometry(losses_fn, flags, params, reference, batch, valid):
-  """Cosines and the relative distance, over the mimic layers."""
+  """Computes cosines and the relative distance, over the mimic layers."""
 
   def mean_loss(params):
     losses = _tree.to_accumulate(losses_fn(params, batch))
@@ -385,7 +385,7 @@ def _geometry(losses_fn, flags, params, reference, batch, valid):
 
 
 def _weight_cosine(params, reference):
-  """Over all leaves: a basin is the whole model's."""
+  """Computes the cosine over all leaves: a basin is the whole model's."""
   ours, theirs = (
     [_tree.to_accumulate(leaf) for leaf in jax.tree.leaves(tree)]
     for tree in (params, reference)
@@ -397,14 +397,14 @@ def _weight_cosine(params, reference):
 
 
 def _cosine(first, second):
-  # Each at length one first: products of huge or tiny entries may be out of
-  # range. What is 0 agrees with nothing.
+  # Each is scaled to length one first: products of huge or tiny entries may be
+  # out of range. A zero vector agrees with nothing.
   units = [directions.normalize(leaves)[0] for leaves in (first, second)]
   return _tree.inner_product(*units)
 
 
 def _rank_correlation(x, y) -> float:
-  """Spearman's, ties at their mean rank."""
+  """Computes Spearman's rank correlation, ties at their mean rank."""
   ranks = [_ranks(values) for values in (x, y)]
   if any(np.ptp(r) == 0 for r in ranks):
     return float("nan")

@@ -1,8 +1,8 @@
-"""Scores: what a sample is worth, raw, high = good.
+"""Scores: the worth of each sample, raw, high = good.
 
 The mimic scores, projection and cosine, measure the agreement with a direction;
-the others are what they are compared with. All gradients and directions are
-looked at over the mimic layers only.
+the others are there to compare with. Gradients and directions are looked at
+over the mimic layers only.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from gradmimic_jax import _mesh, _validate
 
 
 class Measured(NamedTuple):
-  """What an engine knows of a batch's samples; None where nobody asked."""
+  """The measurements of a batch's samples; None where nobody asked."""
 
   losses: jax.Array | None = None  # [B]
   descents: jax.Array | None = None  # [B], <-g_i, v> / ||v||
@@ -32,10 +32,10 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How measurements become scores.
+  """A function from measurements to scores, and its needs.
 
   Attributes:
-    name: what `score=` calls it.
+    name: its name for `score=`.
     fn: `Measured -> scores [B]`.
     needs_descents: whether `fn` looks at the descents, and so at a direction.
     needs_norms: whether `fn` looks at the gradient norms.
@@ -58,20 +58,20 @@ class Score:
 
   @property
   def needs_gradients(self) -> bool:
-    """Whether `fn` looks at anything of the samples' gradients."""
+    """True if `fn` looks at anything of the samples' gradients."""
     return self.needs_descents or self.needs_norms or self.needs_gram
 
   @property
   def needs_besides(self) -> str:
-    """What `fn` looks at that isn't of gradients, in words; "": nothing."""
+    """The needs of `fn` besides gradients, in words; "" if it has none."""
     if self.needs_aux:
       return "losses_fn's aux"
     return "losses" if self.needs_baseline or self.needs_reference else ""
 
-  def baseline_of(
+  def get_baseline(
     self, reference: Any, batch: Any, step: Any, rows: jax.Array
   ) -> jax.Array | None:
-    """The baseline `[B]`, divided over devices as `rows [B]` are; or None."""
+    """Returns the baseline `[B]`, divided as `rows [B]` are; or None."""
     if self.needs_baseline:
       found = _validate.baseline(self.name, reference, len(rows))
     elif self.make_baseline is not None:
@@ -83,8 +83,8 @@ class Score:
       return None
     return _mesh.rows_like(found, rows)
 
-  def of(self, measured: Measured, rows: jax.Array) -> jax.Array:
-    """Scores `[B]`, divided over devices as `rows [B]` are."""
+  def compute(self, measured: Measured, rows: jax.Array) -> jax.Array:
+    """Computes scores `[B]`, divided over devices as `rows [B]` are."""
     if self.needs_gram:
       # Every sample's score depends on all of them.
       samples = measured._replace(step=None)
@@ -129,7 +129,7 @@ SCORES = {
 
 
 def get(name: str | Score) -> Score:
-  """The score of that name, or the Score that came.
+  """Returns the score of that name, or the Score that came.
 
   * `"projection"`: `m_i = <-g_i, v> / ||v||`, unbounded, in units of loss per
     unit of parameter distance. Needs no gradient of a single sample.
@@ -206,7 +206,7 @@ def excess_loss(losses_of: Callable[[Any, Any], jax.Array]) -> Score:
 
 
 def random_score(seed: int = 0) -> Score:
-  """Scores by chance, for `score=`: what the others have to be better than.
+  """Random scores, for `score=`: the others have to be better.
 
   Uniform in [0, 1), drawn anew in each step. They depend on the seed, the step
   and a sample's place in the batch alone: all runs that see the same batches
@@ -261,8 +261,8 @@ def output_agreement(
   Args:
     losses_of: `(outputs [B, C], batch) -> losses [B]`, each of its own row
       only.
-    outputs_of: what of losses_fn's aux are the outputs; all of it, if nothing
-      is said.
+    outputs_of: takes the outputs from losses_fn's aux; by default the aux is
+      the outputs.
 
   Returns:
     A Score, of functions with `has_aux=True`. Their `reference` is the
@@ -303,7 +303,7 @@ def agreement(
   outputs: jax.Array,
   reference: jax.Array,
 ) -> jax.Array:
-  """What `output_agreement` computes, of arrays.
+  """Computes the scores of `output_agreement` from arrays.
 
   Args:
     losses_of: `outputs [B, C] -> losses [B]`, each of its own row only.

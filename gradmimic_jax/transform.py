@@ -76,8 +76,8 @@ def reweight_by_mimic_score(
                             an optimizer that is, go into `static_args`
   ========================= ===================================================
 
-  Per-sample gradients are what they are called only if a loss is a matter of
-  its own sample: not with BatchNorm in training mode, contrastive losses, or a
+  Gradients are per-sample ones only if each loss depends on its own sample
+  alone: not with BatchNorm in training mode, contrastive losses, or a
   random key that all samples share (hand `vmap` a key for each, of
   `jax.random.split(key, B)`, with in_axes 0). The transformation can't see the
   loss: `gradmimic_jax.check_independence` can, from a loss function of batches.
@@ -194,7 +194,7 @@ def reweight_by_mimic_score(
       flags,
       score_kind,
       mask,
-      baseline=score_kind.baseline_of(None, None, state.count, mask),
+      baseline=score_kind.get_baseline(None, None, state.count, mask),
       step=state.count,
     )
     valid = mask & _per_sample.sound_rows(rows, scores)
@@ -278,8 +278,8 @@ def mimic(
 
 
 def _mimic_layers(reference, params, layers):
-  """A copy of the reference's mimic layers, MaskedNode elsewhere."""
-  reference = directions.of_params(reference, params)
+  """Copies the reference's mimic layers; puts MaskedNode elsewhere."""
+  reference = directions.match_params(reference, params)
   flags = layers_lib.choose(layers, params)
   leaves, structure = jax.tree.flatten(reference)
   # A copy, because a donated state would otherwise delete the caller's arrays.

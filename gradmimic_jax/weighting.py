@@ -337,7 +337,7 @@ def warmup(weighting: Weighting, *, steps: int) -> Weighting:
   Scores are found all the same. Streaming takes two passes for it.
 
   Args:
-    weighting: that of the time after.
+    weighting: the weighting after that.
     steps: updates to wait for, 0 or more.
 
   Returns:
@@ -368,7 +368,7 @@ def named(
   temperature: Any = None,
   fraction: Any = None,
 ) -> Weighting:
-  """A weighting by its name and its number, or the one that came.
+  """Returns a weighting by its name and its number, or the one that came.
 
   `optax.inject_hyperparams` hands over names and numbers as they are, and
   numbers as arrays; what can be called it takes for a schedule.
@@ -407,7 +407,7 @@ def named(
 
 
 def _only(given, number, shown):
-  """Raises unless the number that is given is the one there is to give."""
+  """Raises unless exactly the number that the weighting takes is given."""
   if set(given) != ({number} if number else set()):
     takes = f"{number}=" if number else "neither temperature= nor fraction="
     raise ValueError(
@@ -427,7 +427,7 @@ _NAMED: dict[str, tuple[Callable[..., Weighting], str | None]] = {
 
 
 def effective_sample_size(weights: jax.Array) -> jax.Array:
-  """How many samples the weights amount to (Kish's effective sample size).
+  """The number of samples that the weights amount to, after Kish.
 
   `(sum_i w_i)^2 / sum_i w_i^2`, which is `1 / sum_i w_i^2` for weights that sum
   to 1: n for n equal weights, 1 for a single one, 0 when all are zero.
@@ -470,7 +470,7 @@ def guarded(
   mask: jax.Array,
   step: jax.Array | None,
 ) -> jax.Array:
-  """Weights over the finite real samples, 0 elsewhere, with no gradient.
+  """Computes weights over the finite real samples, 0 elsewhere; no gradient.
 
   Args:
     weighting: any weighting.
@@ -492,14 +492,14 @@ def guarded(
 
 
 def in_range(temperature: jax.Array, dtype: Any) -> jax.Array:
-  """The temperature within what `dtype` can divide by; inf stays so."""
+  """Raises a temperature to what `dtype` can divide by; inf stays so."""
   return jnp.maximum(temperature.astype(dtype), jnp.finfo(dtype).tiny)
 
 
 def relative(
   scores: jax.Array, highest: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-  """`exp((scores - highest) / temperature)`, for any finite scores.
+  """Computes `exp((scores - highest) / temperature)`, for any finite scores.
 
   Args:
     scores: finite, or -inf.
@@ -528,7 +528,7 @@ def _softmax(scores, mask, temperature):
 
 
 def _taken(scores, mask):
-  """Scores `[B]`, float32 or wider, and the mask."""
+  """Returns scores `[B]`, float32 or wider, and the mask."""
   scores = jnp.asarray(scores)
   if scores.ndim != 1:
     raise ValueError(

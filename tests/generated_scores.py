@@ -152,7 +152,7 @@ def gain_of_truth(
     noise: their relative widths [n].
   """
   n, parameters = len(pooled), 4 + (shape != "gaussian")
-  points, _, scale = populations.points_of(pooled, noise)
+  points, _, scale = populations.make_points(pooled, noise)
   single = min(populations._single_costs(points).values())
   with np.errstate(divide="ignore"):
     shares = np.log([[1 - wrong_share], [wrong_share]])

@@ -95,7 +95,7 @@ def test_bic_is_that_of_the_maximum_likelihood():
   """Against scipy's optimiser and its closed forms."""
   rng = np.random.default_rng(1)
   x = np.r_[rng.normal(-2, 0.5, 90), rng.normal(1, 0.3, 210)]
-  points, shift, scale = populations.points_of(x, np.ones(300))
+  points, shift, scale = populations.make_points(x, np.ones(300))
   np.testing.assert_allclose(np.sort(x), points.x * scale + shift)
 
   def two(p):
@@ -127,7 +127,7 @@ def test_bic_is_that_of_the_maximum_likelihood():
     got = singles[name] + jacobian
     assert got == pytest.approx(-2 * want + penalty(parameters), abs=1.5), name
   gamma = stats.gamma.rvs(2, size=300, random_state=rng)
-  points, _, scale = populations.points_of(gamma, np.ones(300))
+  points, _, scale = populations.make_points(gamma, np.ones(300))
   want = stats.gamma.logpdf(gamma, *stats.gamma.fit(gamma)).sum()
   got = populations._single_costs(points)["gamma"] + 600 * math.log(scale)
   assert got == pytest.approx(-2 * want + penalty(3), abs=2.0)
@@ -549,13 +549,13 @@ def test_a_mark_that_is_no_number(mark):
 
 def test_a_unit_is_the_median_and_the_middle_distance():
   scores = np.array([5.0, 5.0, 5.0, 4.0, 8.0, np.nan, np.inf])
-  unit = pooling.unit_of(scores, None)
+  unit = pooling.fit_unit(scores, None)
   assert (unit.center, unit.constant) == (5.0, False)
   assert unit.scale == pytest.approx(2.0 * 1.4826)  # of 1 and 3
   assert np.isnan(unit.z(scores)).tolist() == [False] * 5 + [True] * 2
-  assert pooling.unit_of(scores[5:], None) is None
-  assert pooling.unit_of(scores[:3], None).constant
-  marked = pooling.unit_of(scores, 4.0)
+  assert pooling.fit_unit(scores[5:], None) is None
+  assert pooling.fit_unit(scores[:3], None).constant
+  marked = pooling.fit_unit(scores, 4.0)
   assert (marked.center, marked.scale) == (4.0, 1.0)
 
 
@@ -575,7 +575,7 @@ def test_copies_are_those_of_the_brute_force_comparison(monkeypatch):
     other_gap[[seen[-1], np.flatnonzero(np.isnan(one))[-1]]] = np.nan, 0.0
     others = one.astype(np.float16), late, gap, other_gap, -one
     scores = np.stack([one, one * 1e9, one * 3 - 2, *others], axis=1)
-    units = tuple(pooling.unit_of(column, None) for column in scores.T)
+    units = tuple(pooling.fit_unit(column, None) for column in scores.T)
     z = [unit.z(column) for unit, column in zip(units, scores.T, strict=True)]
     for i in range(8):
       for j in range(8):
@@ -593,7 +593,7 @@ def test_pooling_is_the_brute_force_mean():
   scores = rng.normal(size=(50, 4)) * 10.0 ** np.arange(-2, 2)
   scores[rng.random((50, 4)) < 0.3] = np.nan
   scores[7] = np.nan
-  units = tuple(pooling.unit_of(column, None) for column in scores.T)
+  units = tuple(pooling.fit_unit(column, None) for column in scores.T)
   pool = pooling.even_pool(units, curved=True)
   x, noise = pool(scores)
   for row, (got, spread) in enumerate(zip(x, noise, strict=True)):

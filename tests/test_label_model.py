@@ -137,7 +137,7 @@ def test_em_finds_the_maximum_of_the_likelihood(coins):
   votes = abstaining(votes, 4, 0.15)
   votes = votes[(votes >= 0).any(axis=1)]
   got = voters.fit_dawid_skene(
-    voters.ballots_of(votes),
+    voters.count_ballots(votes),
     coins=coins,
     temper=False,
     smoothing=0,
@@ -162,7 +162,7 @@ def test_posterior_and_correlation_are_the_brute_force_ones():
   votes, _ = independent(0, 40, [0.9, 0.8, 0.6], [0.7, 0.6, 0.8])
   votes = abstaining(votes, 1, 0.3)
   votes = votes[(votes >= 0).any(axis=1)]
-  ballots = voters.ballots_of(votes)
+  ballots = voters.count_ballots(votes)
   got = voters.fit_dawid_skene(ballots, coins=2, temper=False)
   a, b, c = got.keep_accuracy, got.drop_accuracy, got.clean_fraction
   want = []
@@ -197,7 +197,9 @@ def test_triplets_are_the_brute_force_ones():
   votes, _ = independent(1, 300, [0.9, 0.8, 0.7, 0.75, 0.6], [0.8] * 5)
   votes = abstaining(votes, 2, 0.2)
   votes = votes[(votes >= 0).any(axis=1)]
-  got = voters.fit_triplet(voters.ballots_of(votes), temper=False, smoothing=0)
+  got = voters.fit_triplet(
+    voters.count_ballots(votes), temper=False, smoothing=0
+  )
   for t in range(5):
     squares = []
     for s, u in itertools.combinations(sorted({*range(5)} - {t}), 2):
@@ -229,7 +231,7 @@ def test_agrees_with_crowd_kit(coins):
     )
     theirs = getattr(aggregation, name)(n_iter=400, tol=-1.0)
     want = theirs.fit_predict_proba(table).sort_index()[1].to_numpy()
-    ballots = voters.ballots_of(votes)
+    ballots = voters.count_ballots(votes)
     ours = voters.fit_dawid_skene(
       ballots,
       coins=coins,
@@ -414,7 +416,7 @@ def test_the_recommended_one_is_two_coins():
 
 def test_no_convergence_is_said():
   votes, _ = independent(0, 2000, [0.7] * 3, [0.7] * 3, clean_share=0.5)
-  ballots = voters.ballots_of(votes)
+  ballots = voters.count_ballots(votes)
   cut_short = voters.fit_dawid_skene(ballots, coins=2, max_iterations=3)
   assert (cut_short.converged, cut_short.iterations) == (False, 3)
   # Three weak voters have many explanations.
@@ -426,7 +428,7 @@ def test_no_convergence_is_said():
 
 def test_ballots_count_distinct_rows():
   votes = np.random.default_rng(0).integers(-1, 2, (500, 3)).astype(np.int8)
-  ballots = voters.ballots_of(votes)
+  ballots = voters.count_ballots(votes)
   assert len(ballots.size) == 27
   np.testing.assert_array_equal(
     (ballots.keep - (ballots.keep + ballots.drop == 0))[ballots.row], votes

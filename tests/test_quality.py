@@ -43,7 +43,7 @@ def test_quality_rises_with_the_pooled_score(n):
   rng = np.random.default_rng(n)
   pooled = rng.normal(size=n).round(3)
   p = (rng.random(n) < 1 / (1 + np.exp(-4 * pooled))).astype(float)
-  quality = pooling.quality_of(pooled, p)
+  quality = pooling.calibrate_quality(pooled, p)
   assert ((quality >= 0) & (quality <= 1)).all()
   order = np.argsort(pooled)
   rises = np.diff(quality[order])
@@ -56,11 +56,11 @@ def test_quality_rises_with_the_pooled_score(n):
 
 def test_quality_is_known_where_scores_are():
   pooled = np.array([-1.0, 2.0, np.nan, 0.5])
-  quality = pooling.quality_of(pooled, np.array([0.0, 1.0, 1.0, np.nan]))
+  quality = pooling.calibrate_quality(pooled, np.array([0.0, 1.0, 1.0, np.nan]))
   assert np.isnan(quality).tolist() == [False, False, True, False]
   assert quality[0] < quality[3] < quality[1]
   # Without a probability there is only the order.
-  nothing = pooling.quality_of(pooled, np.full(4, np.nan))
+  nothing = pooling.calibrate_quality(pooled, np.full(4, np.nan))
   assert nothing[0] < nothing[3] == 0.5 < nothing[1]
   assert abs(nothing[[0, 1, 3]] - 0.5).max() < 1e-3
 
@@ -68,7 +68,7 @@ def test_quality_is_known_where_scores_are():
 def test_scores_that_differ_by_rounding_have_a_quality():
   # Isotonic regression by score merged such scores, and knew none beyond.
   pooled = 1.0 + np.arange(200) * 2e-16
-  quality = pooling.quality_of(pooled, np.arange(200) % 2 == 0)
+  quality = pooling.calibrate_quality(pooled, np.arange(200) % 2 == 0)
   assert np.isfinite(quality).all()
 
 

@@ -4,7 +4,7 @@ python -m experiments.benchmark --workdir=runs/check_reference \
   --config=configs/benchmark/check_reference.py:data=digits
 
 Prints a table; leaves `check_reference.json`, a figure and a folder for each
-run that it trains: 18 of them, MINUTES on 2 CPU cores.
+run that it trains: 18 of them, some minutes on 2 CPU cores.
 `data=cifar10` takes a prepared CIFAR-10 (`--config.data.data_dir=...`).
 """
 

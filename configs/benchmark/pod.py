@@ -5,7 +5,7 @@ python -m experiments.benchmark --config=configs/benchmark/pod.py \
 
 Compiles steps for devices that are not there. Prints tables; leaves `pod.json`
 and `pod.md`. It takes half an hour on 2 CPU cores that other jobs hold too;
-with `--config.cases="()"` TINY.
+`--config.cases="()"` leaves the larger models out.
 """
 
 from ml_collections import config_dict

@@ -221,7 +221,7 @@ class Setup:
     reference = self.reference_outputs if outputs else self.reference
     args = (self.params, reference, self.batch)
     return _Candidate(
-      step.engine,  # type: ignore[attr-defined]
+      step.engine,
       jax.jit(step).lower(*args),
       args,
       lambda output: (output[0][1].scores, output[1]),

@@ -45,10 +45,12 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """
   config = config.copy_and_resolve_references().unlock()
   del config.benchmark
+  names = dict.fromkeys((_PLAIN, *config.study.methods))
+  config.study.methods = tuple(names)
   config.lock()
   task = tasks.get(config)
   folder = workdir_lib.claim(workdir, config, task.configs, job="methods")
-  settings = {_PLAIN: {"method": _PLAIN}, **plan.plan_settings(config)}
+  settings = plan.plan_settings(config)
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes or (config.batch_size,):
     sized = _sized(config, size)

@@ -85,7 +85,7 @@ def measure_one(
   batch_size: int,
   noise_rate: float,
   seed: int,
-  select: dict[str, str],
+  select: dict[str, Any],
 ) -> dict[str, float]:
   """One size, in this process; its files are removed again.
 

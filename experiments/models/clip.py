@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from experiments.models import patches, transformer
@@ -49,13 +50,26 @@ PRETRAINED = "pretrained"  # A size too: that of the published weights.
 MIMIC_LAYERS = ("image_last_mlp", "text_last_mlp", "both_last_mlp", "all")
 
 
+Array = jax.Array | np.ndarray
+
+
 class Features(NamedTuple):
   """CLIP's features of pairs; float32 or wider."""
 
-  image: jax.Array | None  # [B, D], of length one; None: there were no images
-  text: jax.Array | None  # [B, D], of length one; None: there were no tokens
-  logit_scale: jax.Array  # [], the logarithm of what multiplies similarities
-  logit_bias: jax.Array | None  # [], what is added to them; None: nothing
+  image: Array | None  # [B, D], of length one; None: there were no images
+  text: Array | None  # [B, D], of length one; None: there were no tokens
+  logit_scale: Array  # [], the logarithm of what multiplies similarities
+  logit_bias: Array | None  # [], what is added to them; None: nothing
+
+  @property
+  def pair(self) -> tuple[Array, Array]:
+    """Those of images and of texts; raises ValueError unless both are there."""
+    if self.image is None or self.text is None:
+      raise ValueError(
+        f"there are no {'image' if self.image is None else 'text'} features;"
+        " expected those of images and of texts: give the model both."
+      )
+    return self.image, self.text
 
 
 class CLIP(nnx.Module):
@@ -315,7 +329,7 @@ def options(config: Any) -> dict[str, Any]:
     for name, value in dict(config.get("clip", {})).items()
     if value is not None
   }
-  fields = inspect.signature(CLIP.__init__).parameters.keys()
+  fields = set(inspect.signature(CLIP.__init__).parameters)
   fields -= {"self", "input_shape", "rngs"}
   unknown = sorted(given.keys() - fields)
   if unknown:

@@ -85,8 +85,9 @@ def find(arguments: Sequence[str]) -> str | None:
     is_config = argument.lstrip("-").startswith("config=") or (
       place > 0 and arguments[place - 1] in ("-config", "--config")
     )
-    is_old = file and file[2] in CONFIGS and not os.path.exists(file[1])
-    if is_config and is_old:
+    if (
+      is_config and file and file[2] in CONFIGS and not os.path.exists(file[1])
+    ):
       return f"configs/{file[2]} is now configs/{CONFIGS[file[2]]}."
     field = _FIELD.fullmatch(argument)
     if field and field[1] in FIELDS:

@@ -224,8 +224,8 @@ def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
   return result
 
 
-def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-  """Writes an `.npz` file, all or nothing."""
+def write_arrays(path: pathlib.Path, **arrays: Any) -> None:
+  """Writes an `.npz` file of what are arrays, all or nothing."""
   content = io.BytesIO()
   np.savez_compressed(content, **arrays)
   write_bytes(path, content.getvalue())
@@ -471,7 +471,7 @@ def _differences(theirs, ours):
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     if isinstance(value, dict):
       flat |= _flat(value, f"{prefix}{key}.")

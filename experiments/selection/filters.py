@@ -129,7 +129,9 @@ def make(
   """
   check(expressions)
   names = {name for text in expressions for name in _NAME.findall(text)}
-  atoms = {name: _atom(name, pool, seed) for name in sorted(names)}
+  atoms = {
+    name: _atom(_ATOM.fullmatch(name), pool, seed) for name in sorted(names)
+  }
   return {text: gm.filters.combine(text, atoms) for text in expressions}
 
 
@@ -154,7 +156,7 @@ def check(expressions: Sequence[str]) -> None:
     for name in _NAME.findall(text):
       match = _ATOM.fullmatch(name)
       percent = match and (match["percent"] or match["random"] or "1")
-      if not match or not 0 < int(percent) <= 100:
+      if not 0 < int(percent or 0) <= 100:
         raise ValueError(
           f"the filter {text!r} has {name!r}; expected names such as"
           " mimic_top30, mimic_bottom15, clip_top30, random30 or basic, with"
@@ -162,8 +164,8 @@ def check(expressions: Sequence[str]) -> None:
         )
 
 
-def _atom(name, pool, seed):
-  match = _ATOM.fullmatch(name)
+def _atom(match, pool, seed):
+  name = match[0]
   if match["random"]:
     size = int(len(pool.ids) * int(match["random"]) / 100) + 1
     rng = np.random.default_rng((seed, int(match["random"])))

@@ -152,41 +152,67 @@ def _label(row):
 
 
 def _is_whole(row):
-  """Whether the run was on all of the data."""
-  return row.get("keep") is None and row.get("chosen_by") is None
+  """True for a run on all of the data."""
+  return not (row.get("keep") or row.get("chosen_by") or row.get("filter"))
+
+
+def _pivot(names, rows, key, column, columns, more=lambda found: ()):
+  """A table of accuracies: a line for each key, a cell for each column."""
+  lines: dict[Any, dict[Any, Any]] = {}
+  for row in rows:
+    lines.setdefault(key(row), {})[column(row)] = row
+  return tables.markdown(
+    names,
+    [
+      [
+        *line,
+        *(tables.accuracy(found.get(value)) for value in columns),
+        *more(found),
+      ]
+      for line, found in lines.items()
+    ],
+  )
+
+
+def _noises(rows):
+  return list(dict.fromkeys(row["noise"] for row in rows))
 
 
 def _accuracies(rows, costs, theirs):
   whole = [row for row in rows if _is_whole(row)]
-  noises = list(dict.fromkeys(row["noise"] for row in whole))
-  header = ["method", *noises]
-  measured = costs["methods"] if costs else {}
+  names = ["method", *_noises(whole)]
   beside = any(
     theirs(row["method"], rate) is not None
     for row in whole
     for rate in published.RATES
   )
   if costs:
-    header += ["time", "memory"]
+    names += ["time", "memory"]
   if beside:
-    header += ["published .4 / .5 / .6"]
-  lines = []
-  for label in dict.fromkeys(_label(row) for row in whole):
-    of_method = {r["noise"]: r for r in whole if _label(r) == label}
-    name = next(iter(of_method.values()))["method"]
-    cells = [tables.accuracy(of_method.get(noise)) for noise in noises]
+    names += ["published .4 / .5 / .6"]
+
+  def more(found):
+    method = next(iter(found.values()))["method"]
     if costs:
-      entry = measured.get(name, {})
-      cells += [tables.number(entry.get(k), 2) for k in ("time", "memory")]
+      entry = costs["methods"].get(method, {})
+      yield from (tables.number(entry.get(k), 2) for k in ("time", "memory"))
     if beside:
-      values = [theirs(name, rate) for rate in published.RATES]
-      cells.append(
-        "-"
-        if not any(values)
-        else " / ".join(tables.number(value, 4) for value in values)
-      )
-    lines.append([label, *cells])
-  return ["Test accuracy:", "", *tables.markdown(header, lines)]
+      values = [theirs(method, rate) for rate in published.RATES]
+      shown = " / ".join(tables.number(value, 4) for value in values)
+      yield shown if any(values) else "-"
+
+  return [
+    "Test accuracy:",
+    "",
+    *_pivot(
+      names,
+      whole,
+      lambda row: (_label(row),),
+      lambda row: row["noise"],
+      _noises(whole),
+      more,
+    ),
+  ]
 
 
 def _subsets(rows):
@@ -195,23 +221,16 @@ def _subsets(rows):
   if not parts:
     return []
   keeps = sorted({row["keep"] for row in parts}, reverse=True)
-  keys = dict.fromkeys(
-    (row["noise"], row["chosen_by"] or "random") for row in parts
-  )
-  found = {
-    (row["noise"], row["chosen_by"] or "random", row["keep"]): row
-    for row in parts
-  }
   return [
     "",
     "Test accuracy of plain training on a share of the data:",
     "",
-    *tables.markdown(
+    *_pivot(
       ["noise", "chosen by", *(f"{100 * keep:g} %" for keep in keeps)],
-      [
-        [*key, *(tables.accuracy(found.get((*key, keep))) for keep in keeps)]
-        for key in keys
-      ],
+      parts,
+      lambda row: (row["noise"], row["chosen_by"] or "random"),
+      lambda row: row["keep"],
+      keeps,
     ),
   ]
 
@@ -262,6 +281,7 @@ def _quality(rows, method, path, title):
   if len(scored) < 2 or not names:
     return []
   noise = [1 - row["clean_fraction"] for row in scored]
+  kept = {name: [row[f"kept_{name}"] for row in scored] for name in names}
   lines = [
     [
       row["noise"],
@@ -274,17 +294,12 @@ def _quality(rows, method, path, title):
     ]
     for row in scored
   ]
-  correlations = [
-    tables.number(_pearson(noise, [row[f"kept_{name}"] for row in scored]))
-    for name in names
-  ]
+  correlations = [tables.number(_pearson(noise, kept[name])) for name in names]
   order = np.argsort(noise)
-  shares = {name: [row[f"kept_{name}"] for row in scored] for name in names} | {
-    "truth": [1 - rate for rate in noise]
-  }
+  shares = kept | {"truth": [1 - rate for rate in noise]}
   figures.learning_curves(
     {
-      name: [(np.take(noise, order), np.take(share, order))]
+      name: [(np.take(noise, order).tolist(), np.take(share, order).tolist())]
       for name, share in shares.items()
     },
     path,
@@ -338,28 +353,26 @@ def _cost_notes(costs):
 
 
 def _ablations(ablations, folder):
-  rows = []
-  for label, summaries in ablations:
-    for row in _rows(summaries):
-      if _is_whole(row):
-        rows.append({"setting": label, **row})
+  rows = [
+    {"setting": label, **row}
+    for label, summaries in ablations
+    for row in _rows(summaries)
+    if _is_whole(row)
+  ]
   _write_csv(folder / "ablations.csv", rows)
-  noises = list(dict.fromkeys(row["noise"] for row in rows))
-  found = {(row["setting"], _label(row), row["noise"]): row for row in rows}
-  keys = dict.fromkeys((row["setting"], _label(row)) for row in rows)
-  return tables.markdown(
+  noises = _noises(rows)
+
+  def aurocs(found):
+    values = (found.get(noise, {}).get("auroc") for noise in noises)
+    yield " / ".join(map(tables.number, values))
+
+  return _pivot(
     ["setting", "method", *noises, "AUROC"],
-    [
-      [
-        *key,
-        *(tables.accuracy(found.get((*key, noise))) for noise in noises),
-        " / ".join(
-          tables.number(found.get((*key, noise), {}).get("auroc"))
-          for noise in noises
-        ),
-      ]
-      for key in keys
-    ],
+    rows,
+    lambda row: (row["setting"], _label(row)),
+    lambda row: row["noise"],
+    noises,
+    aurocs,
   )
 
 

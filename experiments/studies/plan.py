@@ -78,12 +78,12 @@ def plan_runs(config: Any) -> list[Run]:
       runs.append(Run(seed, name, fields, first if made[name] else ()))
     for name in scored if study.retrain else ():
       runs.append(Run(seed, f"retrained_{name}", plain, (name,), name))
-    for keep, name in itertools.product(
+    for keep, scorer in itertools.product(
       study.keep_fractions, (*choosing, None)
     ):
-      needs = (name or next(iter(settings)),)
-      title = f"keep_{keep:g}_{name or 'random'}"
-      runs.append(Run(seed, title, plain, needs, name, keep))
+      needs = (scorer or next(iter(settings)),)
+      title = f"keep_{keep:g}_{scorer or 'random'}"
+      runs.append(Run(seed, title, plain, needs, scorer, keep))
     for text in study.filters:
       title = "kept_" + filters.file_of(text).removesuffix(".npy")
       runs.append(Run(seed, title, plain, (*first, by), filter=text))

@@ -125,10 +125,6 @@ class Records:
     """The ledger of a run."""
     return runs_lib.load_ledger(self.path(seed, name))
 
-  def load_selection(self, seed: int, name: str) -> gm.Selection:
-    """The selection that `write_selection` has left in a run's folder."""
-    return gm.export.read_parquet(self.path(seed, name) / files.SELECTION_FILE)
-
   def load_curve(
     self, seed: int, name: str, field: str
   ) -> tuple[list[int], list[float]]:

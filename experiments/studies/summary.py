@@ -139,8 +139,9 @@ def make_row(
     shares = [
       records.clean_share(other) for other in records.runs if other.name == name
     ]
-    if None not in shares:
-      row["clean_share"] = float(np.mean(shares))
+    known = [share for share in shares if share is not None]
+    if len(known) == len(shares):
+      row["clean_share"] = float(np.mean(known))
   return row
 
 
@@ -255,12 +256,12 @@ def _write_page(records, summary):
   if not records.scored:
     return None
   seed, name = records.seeds[0], summary["best"] or records.scored[0]
-  task = records.task
+  folder, task = records.path(seed, name), records.task
   columns = (*task.headline, *task.more_metrics, task.size, "seconds")
   path = page.write(
     records.folder / f"report_{name}.html",
-    records.path(seed, name),
-    records.load_selection(seed, name),
+    folder,
+    gm.export.read_parquet(folder / files.SELECTION_FILE),
     title=f"{tables.title(summary)}: {name}",
     results={
       other: {key: members[0][key] for key in columns if key in members[0]}

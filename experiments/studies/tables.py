@@ -102,8 +102,11 @@ def _detections(summary):
     cells = []
     for field in columns.values():
       values = [e[field] for e in entries if e.get(field) is not None]
-      mean = mean_and_error(values) if values else (None, None)
-      cells.append(with_error(*mean, 3) if values else "-")
+      if values:
+        mean, error = mean_and_error(values)
+        cells.append(with_error(mean, error, 3))
+      else:
+        cells.append("-")
     rows.append([name, *cells])
   yield from aligned(["scores", *columns], rows)
 

@@ -78,11 +78,22 @@ class Truth(NamedTuple):
     return self.kinds != ""
 
   def kinds_of(self, ids: np.ndarray) -> np.ndarray:
-    """The kinds [M] of some of the samples, by their ids [M]."""
-    own = datacomp.as_ids(self.ids)
+    """The kinds [M] of some of the samples, by their ids [M].
+
+    Raises:
+      ValueError: an id that is not there.
+    """
+    own, ids = datacomp.as_ids(self.ids), datacomp.as_ids(ids)
     order = np.argsort(own)
-    rows = np.searchsorted(own[order], datacomp.as_ids(ids))
-    return self.kinds[order[rows]]
+    rows = order[np.searchsorted(own[order], ids) % len(own)]
+    missing = ids[own[rows] != ids]
+    if len(missing):
+      raise ValueError(
+        f"{len(missing)} of {len(ids)} ids are not among the {len(own)}"
+        f" training samples, the first is {missing[0]!r}; expected ids of this"
+        " data."
+      )
+    return self.kinds[rows]
 
 
 class Samples(NamedTuple):
@@ -106,6 +117,7 @@ class Task(abc.ABC):
   Attributes:
     config: the run's, with fields that the task works out filled in.
     devices: what it computes on.
+    data: the run's, of a type of the task's own.
     params: the learner's, before the first step, on the devices.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     outputs: what the task makes of a model's outputs.
@@ -117,7 +129,7 @@ class Task(abc.ABC):
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
-  configs: ClassVar[types.ModuleType]
+  configs: types.ModuleType
   # Methods that can train it; None: all.
   methods: ClassVar[tuple[str, ...] | None] = None
   headline: ClassVar[Headline]
@@ -132,6 +144,7 @@ class Task(abc.ABC):
 
   config: Any
   devices: distributed.Devices
+  data: Any
   params: Any
   losses_fn: Callable[..., Any]
   outputs: Outputs

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from configs import score as score_config
-from experiments import methods, tasks
+from experiments import tasks
 from experiments.runtime import (
   checkpoint,
   distributed,
@@ -172,7 +172,7 @@ class _Scoring:
     devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
     self.devices = devices
     self.learner = pathlib.Path(config.learner)
-    method = methods.create(config.method, config.mimic)
+    method = train.create_method(run)
     self.task = task = tasks.get(run).of_learner(
       run, devices, self.learner, direction=method and method.direction
     )

@@ -90,7 +90,7 @@ class Run:
       task: made of the same config; None makes it.
     """
     loop.check_counts(config, "batch_size", "eval_batch_size")
-    self.method = _method(config)
+    self.method = create_method(config)
     if task is None:
       devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
       direction = self.method and self.method.direction
@@ -191,7 +191,18 @@ class Run:
     return {**self.fingerprints, **self.task.data_fingerprints}
 
 
-def _method(config):
+def create_method(config: Any) -> methods.Method | None:
+  """The method that a run's config names.
+
+  Args:
+    config: the run's.
+
+  Returns:
+    The Method; None: plain training.
+
+  Raises:
+    ValueError: there is no such method, or the task can't be trained by it.
+  """
   able = tasks.get(config).methods
   if able is not None and config.method not in able:
     raise ValueError(

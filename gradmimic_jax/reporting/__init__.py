@@ -1,4 +1,4 @@
-"""What people look at: the report of a selection."""
+"""The report of a selection, for people to look at."""
 
 from gradmimic_jax.reporting.page import report
 

@@ -1,6 +1,6 @@
-"""Where the lines of a chart go: coordinates that a page's SVG draws.
+"""Coordinates of a chart's lines, for a page's SVG to draw.
 
-Colours, words and what a screen reader hears are the page's; here are only
+Colours, words and texts for screen readers are the page's; here are only
 numbers, in the units of a view box.
 """
 
@@ -60,7 +60,7 @@ def histogram(
   *,
   cut: float | None = None,
 ) -> Histogram:
-  """A small histogram.
+  """Makes a small histogram.
 
   Args:
     edges: of the bins [K + 1], ascending.
@@ -101,7 +101,7 @@ def removal(
   recommended: int,
   uncertain: Sequence[int],
 ) -> Curve:
-  """A removal curve.
+  """Makes a removal curve.
 
   Args:
     removed: numbers of samples [K], ascending.
@@ -138,7 +138,7 @@ def removal(
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-  """Round numbers from low to high, some `about` of them.
+  """Returns round numbers from low to high, some `about` of them.
 
   Args:
     low: of the axis.
@@ -182,8 +182,10 @@ def _text(value: float) -> str:
   return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
-def bins_of(scores: Any, *groups: Any) -> tuple[list[float], list[list[int]]]:
-  """Counts of groups of scores in 40 bins that hold all but the outermost.
+def bin_scores(
+  scores: Any, *groups: Any
+) -> tuple[list[float], list[list[int]]]:
+  """Counts groups of scores in 40 bins that hold all but the outermost.
 
   Scores beyond the .5 and 99.5 % quantiles count in the outermost bins: a few
   far-out ones would squeeze all others into one bar.
@@ -197,7 +199,7 @@ def bins_of(scores: Any, *groups: Any) -> tuple[list[float], list[list[int]]]:
     finite.
 
   Example:
-    >>> edges, (counts,) = bins_of([0.0, 1.0, np.nan], [True, True, True])
+    >>> edges, (counts,) = bin_scores([0.0, 1.0, np.nan], [True, True, True])
     >>> len(edges), sum(counts)
     (41, 2)
   """

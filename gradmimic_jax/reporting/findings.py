@@ -1,4 +1,4 @@
-"""What a report says, as plain numbers and strings that JSON has."""
+"""The contents of a report, as plain numbers and strings that JSON has."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MAX_PANELS = 6
 GALLERIES = ("worst", "borderline", "best")
 
 
-def scores_of(ledger: Any, selection: Selection) -> np.ndarray:
-  """The scores [N, T] in the order of the selection.
+def align_scores(ledger: Any, selection: Selection) -> np.ndarray:
+  """Puts the scores [N, T] in the order of the selection.
 
   Args:
     ledger: a ScoreLedger, or scores [N, T].
-    selection: what `select` made of it.
+    selection: the selection that `select` made of it.
 
   Returns:
     Scores [N, T].
@@ -77,20 +77,20 @@ def gather(
   results: Mapping[str, Mapping[str, Any]] | None,
   gallery: int,
 ) -> dict[str, Any]:
-  """Everything that a report says.
+  """Gathers the contents of a report.
 
   Args:
     scores: [N, T], in the order of the selection.
     selection: what `select` gave.
     samples: what is known about the samples.
-    unit: what a column of scores is called.
+    unit: the word for a column of scores.
     title: of the page.
-    run: what was run, by name.
-    results: by name, what came out of training on what.
-    gallery: how many samples each gallery has.
+    run: facts about the run, by name.
+    results: numbers that came out of training, by what it was trained on.
+    gallery: the number of samples in each gallery.
 
   Returns:
-    Plain lists, dicts, numbers and strings. What isn't known is None.
+    Plain lists, dicts, numbers and strings; None for the unknown.
   """
   about = selection.diagnostics
   quality, curve = (
@@ -152,11 +152,11 @@ def gather(
 
 
 def verdict(selection: Selection, quality: DatasetQuality) -> str:
-  """The report in one line.
+  """Sums the report up in one line.
 
   Args:
     selection: what `select` gave.
-    quality: what `dataset_quality` says about it.
+    quality: the outcome of `dataset_quality`.
 
   Returns:
     A sentence.
@@ -201,7 +201,7 @@ def _histograms(scores, selection, steps, notes) -> list[dict[str, Any]]:
   cuts = selection.diagnostics.get("cuts") or [None] * n_steps
   panels = []
   for t in shown.tolist():
-    edges, (kept, dropped) = charts.bins_of(
+    edges, (kept, dropped) = charts.bin_scores(
       scores[:, t], selection.keep, ~selection.keep
     )
     panels.append(
@@ -251,7 +251,7 @@ def _classes(selection, samples, notes):
   table = class_table(selection, samples.labels)
   rows = [
     {
-      "name": samples.name_of(label),
+      "name": samples.label_name(label),
       "samples": size,
       "issues": issues,
       "noise": noise,
@@ -280,7 +280,7 @@ def _classes(selection, samples, notes):
 
 
 def _labels(selection, samples, notes):
-  """The matrix and the commonest disagreements; None without suggestions."""
+  """Makes the matrix and the commonest pairs; None without suggestions."""
   if samples.labels is None or samples.suggested is None:
     return None, None
   labels = np.concatenate([samples.labels, samples.suggested])
@@ -290,7 +290,7 @@ def _labels(selection, samples, notes):
     counts = np.zeros((len(classes),) * 2, np.int64)
     np.add.at(counts, (given, suggested), 1)
     matrix = {
-      "classes": [samples.name_of(label) for label in classes],
+      "classes": [samples.label_name(label) for label in classes],
       "counts": counts.tolist(),
     }
   else:
@@ -308,8 +308,8 @@ def _labels(selection, samples, notes):
   order = np.argsort(-size, kind="stable")[:MAX_PAIRS]
   pairs = [
     {
-      "given": samples.name_of(classes[keys[k] // len(classes)]),
-      "suggested": samples.name_of(classes[keys[k] % len(classes)]),
+      "given": samples.label_name(classes[keys[k] // len(classes)]),
+      "suggested": samples.label_name(classes[keys[k] % len(classes)]),
       "samples": int(size[k]),
       "dropped": int(dropped[k]),
     }
@@ -394,7 +394,7 @@ def _results(results) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-  """With what JSON lacks replaced: NaN and infinities by None."""
+  """Replaces what JSON lacks: NaN and infinities become None."""
   if isinstance(value, Mapping):
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):

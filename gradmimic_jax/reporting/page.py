@@ -14,7 +14,7 @@ from typing import Any
 from gradmimic_jax import _files
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reporting import charts, findings as findings_lib, thumbnails
-from gradmimic_jax.reporting.samples import Samples, samples_of
+from gradmimic_jax.reporting.samples import Samples, find_samples
 from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.selection import Selection
 
@@ -36,7 +36,7 @@ def report(
   gallery: int = 24,
   max_bytes: int = 5_000_000,
 ) -> pathlib.Path:
-  """Writes what a selection found as a page to look at and to hand on.
+  """Writes a selection's findings as a page to look at and to hand on.
 
   The page opens from disk and fetches nothing: images, styles and a little
   script are in it, and a policy that browsers enforce forbids all else. The
@@ -61,9 +61,9 @@ def report(
       (uint8 [H, W] or [H, W, C], anything that gives one by position); and
       `class_names` [C].
     title: of the page.
-    run: what was run, by name.
-    results: what came of it, such as `{"retrained": {"test_accuracy": 0.96}}`.
-    gallery: how many of the worst, the borderline and the best samples to show.
+    run: facts about the run, by name.
+    results: its results, such as `{"retrained": {"test_accuracy": 0.96}}`.
+    gallery: number of worst, borderline and best samples to show, of each.
     max_bytes: of the page.
 
   Returns:
@@ -94,8 +94,8 @@ def report(
     raise ValueError(f"gallery is {gallery}; expected >= 0 samples.")
   keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
   selection = dataclasses.replace(selection, keep=keep)
-  scores = findings_lib.scores_of(ledger, selection)
-  samples = samples_of(dataset, selection)
+  scores = findings_lib.align_scores(ledger, selection)
+  samples = find_samples(dataset, selection)
   found = findings_lib.gather(
     scores,
     selection,
@@ -114,7 +114,7 @@ def report(
 
 
 def _fitting(found: dict[str, Any], samples: Samples, limit: int) -> bytes:
-  """The page with the largest images that it has room for."""
+  """Renders the page with the largest images that it has room for."""
   rows = [
     entry["row"] for entries in found["galleries"].values() for entry in entries
   ]
@@ -205,7 +205,7 @@ def _class_options(found: dict[str, Any]) -> list[str]:
 
 
 def _json(found: dict[str, Any]) -> str:
-  """As JSON that may stand in a script element: without <, > and &."""
+  """Writes JSON that may stand in a script element: without <, > and &."""
   text = json.dumps(found, allow_nan=False)
   for sign in "<>&":
     text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -213,7 +213,7 @@ def _json(found: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-  """Four digits of a float; other values as they are."""
+  """Formats four digits of a float; other values as they are."""
   if value is None:
     return _UNKNOWN
   if isinstance(value, float):

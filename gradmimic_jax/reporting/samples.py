@@ -1,4 +1,4 @@
-"""What is known about the samples besides their scores."""
+"""Facts about a selection's samples besides their scores."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Samples:
   captions: Any = None  # of the data set
   images: Any = None  # of the data set
 
-  def name_of(self, label: Any) -> str:
-    """A label's name."""
+  def label_name(self, label: Any) -> str:
+    """Returns a label's name."""
     label = str(label)
     if self.class_names is None or not label.isdigit():
       return text(label)
@@ -47,10 +47,10 @@ class Samples:
     return text(self.class_names[index])
 
   def about(self, row: int) -> dict[str, str | None]:
-    """What to print beside a sample of the selection."""
+    """Returns the texts to print beside a sample of the selection."""
 
     def name(labels):
-      return None if labels is None else self.name_of(labels[row])
+      return None if labels is None else self.label_name(labels[row])
 
     caption = None
     if self.captions is not None:
@@ -64,14 +64,14 @@ class Samples:
     }
 
   def image(self, row: int) -> Any:
-    """A sample's image; None if there are none."""
+    """Returns a sample's image; None if there are none."""
     if self.images is None:
       return None
     assert self.rows is not None
     return self.images[int(self.rows[row])]
 
 
-def samples_of(
+def find_samples(
   dataset: Mapping[str, Any] | None, selection: Selection
 ) -> Samples:
   """Finds a selection's samples in what is known about a data set.
@@ -146,7 +146,7 @@ def samples_of(
 
 
 def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
-  """Where each wanted id is; positions where there are no ids."""
+  """Finds the row of each wanted id; without ids, rows are positions."""
   if ids is None:
     if wanted.dtype.kind not in "iu":
       raise ValueError(
@@ -181,13 +181,13 @@ def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
 
 
 def text(value: Any) -> str:
-  """Printable, and no longer than `MAX_TEXT`.
+  """Makes a value's text printable and no longer than `MAX_TEXT`.
 
   Args:
     value: anything.
 
   Returns:
-    Its text, with a sign in place of what doesn't print.
+    Its text, with a sign in place of each character that doesn't print.
 
   Example:
     >>> len(text("a" * 300))

@@ -13,7 +13,7 @@ _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's numbers, by channels
 
 
 def data_uri(image: Any, side: int) -> str:
-  """An image as `data:image/png;base64,...`, no larger than side by side.
+  """Encodes an image as `data:image/png;base64,...`, at most side by side.
 
   Args:
     image: uint8 [H, W] or [H, W, C], C from 1 (gray) to 4 (RGB and alpha).
@@ -47,7 +47,7 @@ def data_uri(image: Any, side: int) -> str:
 
 
 def _shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
-  """At most side x side, in proportion: every pixel the mean of a box."""
+  """Shrinks to at most side x side, in proportion: a pixel is a box's mean."""
   longer = max(pixels.shape[:2])
   if longer <= side:
     return pixels

@@ -1,4 +1,4 @@
-"""Checksums of exported files: what isn't as it was written is refused.
+"""Checksums of exported files: a file that was changed is refused.
 
 The checksum of a Parquet file is in it; those of the others, whose bytes are
 given by their formats, are in a manifest beside them, `<file>.json`. A file
@@ -31,7 +31,7 @@ ZEROS = "0" * 64
 
 
 class Opened(NamedTuple):
-  """A file's bytes as they were written, and what its manifest says."""
+  """A file's bytes as they were written, and its manifest's fields."""
 
   content: bytearray
   fingerprints: dict[str, str]
@@ -134,7 +134,7 @@ def check_parquet(content: bytearray, path: Path) -> bool:
     path: the file that errors name.
 
   Returns:
-    Whether it has a checksum.
+    True if it has a checksum.
 
   Raises:
     ValueError: the checksum is another one.

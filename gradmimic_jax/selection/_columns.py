@@ -1,4 +1,4 @@
-"""Columns of a table, whoever wrote it, as those of a selection."""
+"""Columns of a table by any tool, converted to those of a selection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.selection import Selection
 
 NAMES = ("id", "keep", "keep_probability", "quality")
-# What stands for a number that isn't there, in lower case.
+# Words for a missing number, in lower case.
 _MISSING = pa.array(
   ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"], pa.large_string()
 )
@@ -25,7 +25,7 @@ def selection(
   votes: np.ndarray,
   diagnostics: dict[str, Any],
 ) -> Selection:
-  """The selection that columns and votes hold.
+  """Makes a selection of columns and votes.
 
   Args:
     columns: by name, one of each of `NAMES`, as numbers or as text.
@@ -52,7 +52,7 @@ def selection(
 
 
 def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
-  """A column of numbers, or of their text, as float64; nan where missing."""
+  """Reads a column of numbers, or of their text, as float64; nan if missing."""
   array = whole(column)
   if is_text(array):
     array = pc.if_else(pc.equal(array, ""), pa.scalar(None, array.type), array)
@@ -71,7 +71,7 @@ def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
 
 
 def whole(column: Any) -> pa.Array:
-  """A column in one piece; text with offsets that any length has room for."""
+  """Joins a column into one piece; text gets offsets for any length."""
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
   if pa.types.is_string(column.type) or pa.types.is_string_view(column.type):
@@ -82,12 +82,12 @@ def whole(column: Any) -> pa.Array:
 
 
 def is_text(array: pa.Array) -> bool:
-  """Whether a column, in one piece, is text."""
+  """True if a column, in one piece, is text."""
   return pa.types.is_large_string(array.type)
 
 
 def strings(array: pa.Array, name: str) -> np.ndarray:
-  """Text in one piece as NumPy strings."""
+  """Converts text in one piece to NumPy strings."""
   return _ids.strings(array.to_numpy(zero_copy_only=False), name)
 
 
@@ -139,13 +139,13 @@ def _checked_votes(votes: np.ndarray) -> np.ndarray:
   return votes.astype(np.int8, copy=False)
 
 
-def votes_of(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
-  """A column a step as votes [N, T]."""
+def stack_votes(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
+  """Stacks columns, one a step, as votes [N, T]."""
   return np.stack([numbers(c, f"vote_{t}") for t, c in enumerate(columns)], 1)
 
 
-def votes_of_lists(column: pa.ChunkedArray) -> np.ndarray:
-  """A column of lists, all of one length, as votes [N, T]."""
+def parse_vote_lists(column: pa.ChunkedArray) -> np.ndarray:
+  """Reads a column of lists, all of one length, as votes [N, T]."""
   lists = whole(column)
   of_lists = (
     pa.types.is_list,

@@ -1,8 +1,8 @@
-"""Tables of text: ids stay what they were, and no spreadsheet runs them.
+"""CSV tables: ids keep their type, and no spreadsheet runs them.
 
 Text is quoted and numbers are not, by which a reader tells the id "007" from 7.
 A cell that a spreadsheet would take for a formula gets an apostrophe in front,
-and so does one that begins with an apostrophe: what comes back is what was.
+and so does one that begins with an apostrophe: reading takes each off again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pyarrow.csv as pa_csv
 
 from gradmimic_jax.selection import _columns
 
-# What a spreadsheet takes for the beginning of a formula, also after blanks and
-# in East Asian width; and the sign that says that it is none.
+# Signs that a spreadsheet takes for the beginning of a formula, also after
+# blanks and in East Asian width; and the sign that escapes them.
 _SIGNS = "=+\\-@'\uff1d\uff0b\uff0d\uff20"
 _BLANK = "\\x00-\\x20\u00a0\u3000\ufeff"
 _UNSAFE = f"^(?:[{_BLANK}]*[{_SIGNS}]|[\\t\\r\\n])"
@@ -33,7 +33,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def harmless(text: str) -> str:
-  """A cell's text as no spreadsheet takes for a formula.
+  """Escapes a cell's text that a spreadsheet would take for a formula.
 
   Args:
     text: anything.
@@ -49,7 +49,7 @@ def harmless(text: str) -> str:
 
 
 def harmless_column(column: pa.Array) -> pa.Array:
-  """As `harmless`, of a column of strings."""
+  """Escapes a column of strings, as `harmless` does."""
   unsafe = pc.match_substring_regex(column, _UNSAFE)
   if not pc.any(unsafe).as_py():
     return column
@@ -60,7 +60,7 @@ def harmless_column(column: pa.Array) -> pa.Array:
 
 
 def restored_column(column: pa.Array) -> pa.Array:
-  """What `harmless_column` was given."""
+  """Undoes `harmless_column`."""
   escaped = pc.match_substring_regex(column, _ESCAPED)
   if not pc.any(escaped).as_py():
     return column
@@ -69,12 +69,12 @@ def restored_column(column: pa.Array) -> pa.Array:
 
 
 def read(content: bytes | bytearray, *, escaped: bool | None) -> pa.Table:
-  """A selection's table; ids as integers or text, all else as it is written.
+  """Reads a selection's table: ids as integers or text, all else as written.
 
   Args:
     content: of the file.
-    escaped: whether formulas in it have the apostrophe; None: not known, for
-      it is of an earlier release, or was written by another tool.
+    escaped: whether formulas in it have the apostrophe; None if not known, as
+      in files of an earlier release or of another tool.
 
   Returns:
     The table; its columns but for `id` are text.
@@ -122,7 +122,7 @@ def read(content: bytes | bytearray, *, escaped: bool | None) -> pa.Table:
 def _looks_escaped(
   ids: pa.Array, content: bytes | bytearray, first: list[bytes]
 ) -> bool:
-  """Whether `harmless` may have been applied to all of the ids."""
+  """True if `harmless` may have been applied to all of the ids."""
   # So wrote the earlier releases, which left formulas as they are.
   if content.startswith(b'"id","keep"') and first[1] in (b"true", b"false"):
     return False
@@ -133,7 +133,7 @@ def _looks_escaped(
 
 
 def _numbers_or_text(text: pa.Array) -> pa.Array:
-  """Ids that have no quotes: integers if all are written as such."""
+  """Converts ids without quotes to integers, if all are written as such."""
 
   def all_match(pattern: str, column: pa.Array) -> bool:
     return pc.all(pc.match_substring_regex(column, pattern)).as_py()
@@ -161,7 +161,7 @@ def _numbers_or_text(text: pa.Array) -> pa.Array:
 def _first_records(
   content: bytes | bytearray,
 ) -> tuple[list[str], list[bytes]]:
-  """The names of the columns, and the first row's cells as they are written."""
+  """Returns the names of the columns, and the first row's cells as written."""
   place = len(_BOM) if content[:3] == _BOM else 0
   records: list[list[bytes]] = []
   while len(records) < 2:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-# Columns of numbers with these names are none of scores, whatever their type.
+# Columns with these names hold no scores, whatever their type.
 _NOT_SCORES = frozenset(
   (
     *("class", "id", "ids", "idx", "index", "key", "keys", "label", "labels"),
@@ -65,7 +65,7 @@ def refuse_frames(value: Any, name: str) -> None:
 
 
 def _not_scores(frame: Any) -> str:
-  """What of a frame isn't scores; "" if all is."""
+  """Describes the part of a frame that isn't scores; "" if all is."""
   try:
     if isinstance(frame, (pa.Table, pa.RecordBatch)):
       columns, types = frame.schema.names, frame.schema.types

@@ -13,7 +13,7 @@ UID = np.dtype("<u8,<u8")  # a uid's first and last 16 hexadecimal digits
 
 
 def checked(ids: Any, name: str) -> np.ndarray:
-  """Ids [n] in one of the three kinds, in the order they came.
+  """Converts ids [n] to one of the three kinds, in the order they came.
 
   Args:
     ids: integers >= 0, strings, or pairs `u8,u8`.
@@ -46,7 +46,7 @@ def checked(ids: Any, name: str) -> np.ndarray:
 
 
 def plain(values: Any, name: str) -> np.ndarray:
-  """Integers or strings as a NumPy array; TypeError if they are neither."""
+  """Converts integers or strings to a NumPy array; TypeError for others."""
   array = _as_array(values, name)
   if array.dtype.kind not in "iuU":
     raise TypeError(
@@ -56,7 +56,7 @@ def plain(values: Any, name: str) -> np.ndarray:
 
 
 def strings(values: Sequence[str] | np.ndarray, name: str) -> np.ndarray:
-  """Strings as a NumPy array; ValueError if they would be others in it."""
+  """Converts strings to a NumPy array; ValueError if it would change them."""
   array = np.asarray(values, np.str_)
   if int(np.strings.str_len(array).sum()) != sum(map(len, values)):
     raise ValueError(
@@ -67,7 +67,7 @@ def strings(values: Sequence[str] | np.ndarray, name: str) -> np.ndarray:
 
 
 def to_arrow(ids: np.ndarray, name: str) -> pa.Array:
-  """Ids as Arrow holds them; what NumPy hands over itself ends at a NUL."""
+  """Converts ids to Arrow's; those of NumPy itself would end at a NUL."""
   if ids.dtype.kind != "U":
     return pa.array(ids)
   try:
@@ -91,11 +91,11 @@ def refuse_mask(ids: np.ndarray, name: str) -> None:
 
 
 def mask(values: Any, n: int, name: str) -> np.ndarray:
-  """Decisions [n] as booleans; 1 and 0 are such, and never positions.
+  """Converts decisions [n] to booleans; 1 and 0 are no positions.
 
   Args:
     values: booleans, numbers 0 and 1, or words such as "yes" and "FALSE".
-    n: how many there should be.
+    n: their expected number.
     name: what errors call them.
 
   Returns:
@@ -124,7 +124,7 @@ _WORDS = {
 
 
 def truth(value: Any, name: str) -> bool:
-  """What a value such as True, 0, "1.0", "yes" or "F" says.
+  """Reads a value such as True, 0, "1.0", "yes" or "F".
 
   Args:
     value: as pandas, R or a spreadsheet write it.
@@ -156,7 +156,7 @@ def _no_truth(name: str, value: Any) -> str:
 
 
 def _as_array(values: Any, name: str) -> np.ndarray:
-  """As np.asarray, which would turn 5 among strings into "5", True into 1."""
+  """Converts as np.asarray, but 5 among strings is no "5", and True no 1."""
   array = np.asarray(values)
   if array.ndim != 1 or not len(array):
     return array
@@ -178,14 +178,14 @@ def _as_array(values: Any, name: str) -> np.ndarray:
 
 
 def order(ids: np.ndarray) -> np.ndarray:
-  """What sorts them. Pairs are compared as numbers, not field by field."""
+  """Sorts positions by id. Pairs are compared as numbers, not by field."""
   if ids.dtype == UID:
     return np.lexsort((ids["f1"], ids["f0"]))
   return np.argsort(ids, kind="stable")
 
 
 def unique(ids: np.ndarray) -> np.ndarray:
-  """The distinct ids, ascending."""
+  """Returns the distinct ids, ascending."""
   if is_ascending(ids, strictly=True):
     return ids
   if ids.dtype != UID:
@@ -195,7 +195,7 @@ def unique(ids: np.ndarray) -> np.ndarray:
 
 
 def is_ascending(ids: np.ndarray, *, strictly: bool) -> bool:
-  """Whether each id is above (or at least not below) the one before."""
+  """True if each id is above (or at least not below) the one before."""
   if ids.dtype != UID:
     steps = ids[1:] > ids[:-1] if strictly else ids[1:] >= ids[:-1]
     return bool(steps.all())
@@ -207,7 +207,7 @@ def is_ascending(ids: np.ndarray, *, strictly: bool) -> bool:
 
 
 def contains(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-  """Which of the ids are among others that are ascending and distinct."""
+  """True for each id that is in `sorted_ids`: ascending ones, none twice."""
   if not len(sorted_ids) or not len(ids):
     return np.zeros(len(ids), bool)
   if ids.dtype != UID:
@@ -225,5 +225,5 @@ def contains(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def same_kind(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether ids can be compared; no ids at all go with any."""
+  """True if ids can be compared; no ids at all go with any."""
   return not len(a) or not len(b) or a.dtype.kind == b.dtype.kind

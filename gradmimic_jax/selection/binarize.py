@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradmimic_jax.selection.pooling import unit_of
+from gradmimic_jax.selection.pooling import fit_unit
 
 KEEP, DROP, ABSTAIN = 1, 0, -1
 
@@ -25,7 +25,7 @@ FIT_SIZE = 100_000
 
 
 class Cut(NamedTuple):
-  """Where a binariser cuts a column of scores.
+  """The cut of a column of scores, by a binariser.
 
   The votes are keep where score > value. A value of nan is no cut: the whole
   column abstains, and the note says why.
@@ -230,7 +230,7 @@ BINARIZERS: dict[str, Callable[..., Binarizer] | None] = {
 
 
 def make_binarizer(name: Any, **values: float | None) -> Binarizer | None:
-  """The binariser of a name, or the given one.
+  """Returns the binariser of a name, or the given one.
 
   Args:
     name: a key of `BINARIZERS`, or a binariser.
@@ -276,14 +276,14 @@ def make_binarizer(name: Any, **values: float | None) -> Binarizer | None:
   return factory(*given.values()) if factory else None
 
 
-def votes_of(
+def binarize_columns(
   scores: np.ndarray, binarizer: Binarizer, *, seed: int = 0
 ) -> tuple[np.ndarray, list[Cut]]:
   """Binarises every column by itself.
 
   Args:
     scores: real numbers [N, T]; what isn't finite abstains.
-    binarizer: what makes the cut of a column.
+    binarizer: makes the cut of a column.
     seed: for subsamples and the fits' starts.
 
   Returns:
@@ -291,7 +291,7 @@ def votes_of(
 
   Example:
     >>> scores = np.array([[1.0, np.nan], [-1.0, 2.0]])
-    >>> votes_of(scores, threshold(0.0))[0]
+    >>> binarize_columns(scores, threshold(0.0))[0]
     array([[ 1, -1],
            [ 0,  1]], dtype=int8)
   """
@@ -307,7 +307,7 @@ def votes_of(
 
 
 def cast(scores: np.ndarray, cuts: list[Cut]) -> np.ndarray:
-  """The votes [N, T] of scores by the cuts of their steps."""
+  """Casts the votes [N, T] of scores by the cuts of their steps."""
   votes = np.full(scores.shape, ABSTAIN, np.int8, order="F")
   for step, cut in enumerate(cuts):
     if not math.isnan(cut.value):
@@ -320,12 +320,12 @@ def cast(scores: np.ndarray, cuts: list[Cut]) -> np.ndarray:
 def _fit_scores(
   scores: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float, float] | None:
-  """The scores to fit, with shift and scale; None if they are all equal.
+  """Returns the scores to fit, shift and scale; None if they are all equal.
 
-  What is off the scale (`pooling.unit_of`) is left out: a spike in the loss
+  Scores off the scale (`pooling.fit_unit`) are left out: a spike in the loss
   would be a group of its own.
   """
-  unit = unit_of(scores, None)
+  unit = fit_unit(scores, None)
   if unit is None or unit.constant:
     return None
   z = unit.z(scores)
@@ -343,7 +343,7 @@ def _fit_scores(
 
 
 def _unscaled(z: float, shift: float, scale: float) -> float:
-  """A score in its own unit, as large as a number can be at most."""
+  """Converts a fitted number to the scores' unit, within a number's range."""
   largest = np.finfo(np.float64).max
   with np.errstate(over="ignore"):
     return float(np.clip(np.float64(z) * scale + shift, -largest, largest))
@@ -352,7 +352,7 @@ def _unscaled(z: float, shift: float, scale: float) -> float:
 def upward_crossing(
   share: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> float:
-  """Where the second Gaussian overtakes the first, going up; nan if nowhere.
+  """Finds where the second Gaussian overtakes the first, going up, or nan.
 
   With f(s) = log(q_h N(s; m_h, v_h)) - log(q_l N(s; m_l, v_l)) = a s^2 + b s
   + c, it is the root at which f rises.

@@ -66,7 +66,7 @@ _ROWS = 1 << 20  # of a Parquet row group, and of what is converted at a time
 
 
 class Coverage(NamedTuple):
-  """How much of a subset a pool of samples holds."""
+  """Counts of a subset's samples in a pool."""
 
   subset: int  # distinct uids of the subset
   pool: int  # distinct uids of the pool
@@ -172,7 +172,7 @@ def write_parquet(
   about = {
     "version": _VERSION,
     "diagnostics": selection.diagnostics,
-    "fingerprints": _fingerprints_of(selection, fingerprints),
+    "fingerprints": _choose_fingerprints(selection, fingerprints),
     _checksums.IN_FILE: _checksums.ZEROS,  # the last: what is looked for
   }
   metadata = {_METADATA: json.dumps(about, allow_nan=False).encode()}
@@ -224,7 +224,7 @@ def read_parquet(
     _check_fingerprints(path, about["fingerprints"], fingerprints)
     table = file.read(columns=wanted)
     columns = {name: table[name] for name in _columns.NAMES}
-    votes = _columns.votes_of_lists(table["votes"])
+    votes = _columns.parse_vote_lists(table["votes"])
     return _columns.selection(columns, votes, about["diagnostics"])
 
 
@@ -238,7 +238,7 @@ def _check_rows(footer: pq.FileMetaData, size: int) -> None:
 
 
 def _about(text: bytes | None, path: Path, sealed: bool) -> dict[str, Any]:
-  """What a Parquet file says of itself."""
+  """Parses the metadata in a Parquet file."""
   if text is None:
     return {"fingerprints": {}, "diagnostics": {}}
   about = _files.parse_json(text, path)
@@ -302,7 +302,7 @@ def write_csv(
       for table in _tables(selection):
         writer.write_table(_flat(table))
 
-  _checksums.write(path, write, _fingerprints_of(selection, fingerprints))
+  _checksums.write(path, write, _choose_fingerprints(selection, fingerprints))
   return path
 
 
@@ -347,7 +347,7 @@ def read_csv(
     table = _csv.read(opened.content, escaped=escaped)
     columns = {name: table[name] for name in _columns.NAMES}
     steps = [n for n in table.column_names if n.startswith("vote_")]
-    votes = _columns.votes_of([table[name] for name in steps])
+    votes = _columns.stack_votes([table[name] for name in steps])
     return _columns.selection(columns, votes, {})
 
 
@@ -442,7 +442,7 @@ def coverage(
   *,
   column: str = "uid",
 ) -> Coverage:
-  """How much of a subset the pool's metadata files hold.
+  """Counts the samples of a subset that the pool's metadata files hold.
 
   Links rot: a pool as it was downloaded lacks some of the samples.
 
@@ -501,7 +501,7 @@ def _metadata_uids(metadata: Any, column: str) -> Iterator[np.ndarray]:
 
 
 def _is_raw(content: bytearray) -> bool:
-  """Whether a file may be nothing but uids: 16 bytes each, and any bytes."""
+  """True if a file may be nothing but uids: 16 bytes each, and any bytes."""
   # A header with a flipped bit is no uid, and neither is a text or an archive.
   alike = sum(a == b for a, b in zip(content, _files.NPY_MAGIC, strict=False))
   is_text = not content[:4096].translate(None, _TEXT)
@@ -524,7 +524,7 @@ def _check_subset(pairs: np.ndarray, name: str, multiplicity: bool) -> None:
 
 
 def _tables(selection: Selection) -> Iterator[pa.Table]:
-  """The selection as tables of so many rows that each fits in memory."""
+  """Yields the selection in tables that each fit in memory."""
   for start in range(0, len(selection), _ROWS):
     yield _table(selection, start, start + _ROWS)
 
@@ -558,7 +558,7 @@ def _table(selection: Selection, start: int, stop: int) -> pa.Table:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-  """As CSV has it: a column a vote, and no formulas."""
+  """Lays a table out as CSV has it: a column a vote, and no formulas."""
   votes = table["votes"].combine_chunks()
   n_steps = votes.type.list_size
   columns = votes.flatten().to_numpy().reshape(-1, n_steps)
@@ -575,7 +575,7 @@ def _flat(table: pa.Table) -> pa.Table:
 def _opened(
   ids: Any, fingerprints: Mapping[str, str] | None
 ) -> tuple[Any, Mapping[str, str] | None]:
-  """The ids, of a Filter or a Selection too, and what they belong to."""
+  """Returns the ids, of a Filter or a Selection too, and their fingerprints."""
   if isinstance(ids, Selection):
     ids = filters.of_selection(ids)
   if not isinstance(ids, filters.Filter):
@@ -601,7 +601,7 @@ def _write_array(
   return path
 
 
-def _fingerprints_of(
+def _choose_fingerprints(
   selection: Selection, given: Mapping[str, str] | None
 ) -> dict[str, str]:
   if given is not None:

@@ -1,7 +1,6 @@
 """Filters: sets of sample ids to keep, how they combine and overlap.
 
-Whatever cuts scores, it cuts them over the whole pool first; a composition is
-one of sets.
+Scores are always cut over the whole pool first; filters then combine as sets.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class Filter:
     )
 
   def apply(self, ids: Any) -> Applied:
-    """Which samples to keep, of those that are there.
+    """Finds the samples to keep, of those that are there.
 
     Args:
       ids: the samples' ids [N], in any order.
@@ -223,7 +222,7 @@ def compose(
 def combine(
   expression: str, filters: Mapping[str, Any], *, pool: Any = None
 ) -> Filter:
-  """As `compose`, but a `Filter` that remembers how it came about.
+  """Combines filters as `compose`, into a `Filter` that knows its source.
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
@@ -255,7 +254,7 @@ def combine(
 def overlap(
   filters: Mapping[str, Any], *, ids: Any = None, classes: Any = None
 ) -> pa.Table:
-  """How much filters have in common, two by two.
+  """Tabulates the overlap of filters, two by two.
 
   Args:
     filters: ids, a `Filter` or a `Selection` by name.
@@ -333,13 +332,13 @@ def check_fingerprints(
   asked_name: str,
   asked: Mapping[str, str],
 ) -> None:
-  """Refuses what belongs to other inputs.
+  """Raises ValueError where two fingerprints of one name differ.
 
   Args:
-    name: what carries the first fingerprints.
+    name: the carrier of the first fingerprints.
     found: names and values.
-    asked_name: what carries the others.
-    asked: names and values; what only one of the two has is not compared.
+    asked_name: the carrier of the others.
+    asked: names and values; those that only one of the two has don't count.
 
   Raises:
     ValueError: a fingerprint that differs; the text has both.
@@ -364,7 +363,7 @@ def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
 
 
 def _listed(ids: Any) -> Any:
-  """Ids of a set or a range as a list; arrays as they are."""
+  """Lists the ids of a set or a range; returns arrays as they are."""
   return ids if hasattr(ids, "__array__") else list(ids)
 
 

@@ -1,4 +1,4 @@
-"""One call, one answer: which labels are wrong, which samples are members.
+"""One call, one answer: wrong labels, likely members, the best samples.
 
 Every function takes scores [N, T], a ledger, or a selection that was made.
 """
@@ -19,7 +19,7 @@ RANKINGS = ("quality", "keep_probability")
 
 
 class Membership(NamedTuple):
-  """Which samples a reference was likely trained on."""
+  """The samples that a reference was likely trained on."""
 
   ids: np.ndarray  # the likely members', best first
   mask: np.ndarray  # booleans [N], in the order of the scores
@@ -36,7 +36,7 @@ def find_label_issues(
   min_examples_per_class: int = 1,
   **options: Any,
 ) -> np.ndarray:
-  """Which samples are likely mislabelled.
+  """Finds the samples that are likely mislabelled.
 
   Args:
     scores: raw scores [N, T], high = good, the ledger that holds them, or a
@@ -74,7 +74,7 @@ def find_label_issues(
   least = operator.index(min_examples_per_class)
   if least < 0:
     raise ValueError(f"min_examples_per_class is {least}; expected >= 0.")
-  selection = selection_of(scores, options)
+  selection = as_selection(scores, options)
   worst = worst_first(selection)
   if ranking == "quality" and selection.quality is not None:
     worst = worst[np.argsort(selection.quality[worst], kind="stable")]
@@ -110,7 +110,7 @@ def label_quality_scores(scores: Any, **options: Any) -> np.ndarray:
     >>> label_quality_scores(scores, mark=0.0).round(2)
     array([0.75, 0.25, 0.67])
   """
-  quality = selection_of(scores, options).quality
+  quality = as_selection(scores, options).quality
   if quality is None:
     raise ValueError("the selection has no quality; make it with select.")
   return quality
@@ -123,7 +123,7 @@ def discover_members(
   count: int | None = None,
   **options: Any,
 ) -> Membership:
-  """Which samples the reference was likely trained on.
+  """Finds the samples that the reference was likely trained on.
 
   A reference pulls toward the samples it was fitted to; they score high.
 
@@ -131,7 +131,7 @@ def discover_members(
     scores: raw scores [N, T], high = good, the ledger that holds them, or a
       Selection.
     members: ids of the true members, where they are known, to compare with.
-    count: how many members there are; the samples kept if not given.
+    count: the number of members; that of the samples kept if not given.
     **options: for `select`.
 
   Returns:
@@ -150,7 +150,7 @@ def discover_members(
   References:
     Huang et al., arXiv 2501.06708, on which samples a model was trained.
   """
-  selection = selection_of(scores, options)
+  selection = as_selection(scores, options)
   quality = _known_quality(selection)
   if count is None:
     likely = np.flatnonzero(selection.keep & (quality >= 0))
@@ -191,8 +191,8 @@ def subset(
   Args:
     scores: raw scores [N, T], high = good, the ledger that holds them, or a
       Selection.
-    budget: how many samples, an integer from 1 to N; or their share, a float
-      in (0, 1].
+    budget: the number of samples, an integer from 1 to N; or their share, a
+      float in (0, 1].
     labels: the given labels [N], for class_balanced.
     class_balanced: whether classes count alike.
     **options: for `select`.
@@ -215,7 +215,7 @@ def subset(
     raise ValueError("class_balanced needs labels [N], one a sample.")
   if labels is not None and not class_balanced:
     raise ValueError("labels have no effect without class_balanced=True.")
-  selection = selection_of(scores, options)
+  selection = as_selection(scores, options)
   n = len(selection)
   if isinstance(budget, (float, np.floating)):
     if not 0 < budget <= 1:
@@ -232,8 +232,8 @@ def subset(
   return selection.ids[best[:budget]]
 
 
-def selection_of(scores: Any, options: dict[str, Any]) -> Selection:
-  """The selection given, or the one that `select` makes by the options."""
+def as_selection(scores: Any, options: dict[str, Any]) -> Selection:
+  """Returns the selection given, or makes one by `select` with the options."""
   if not isinstance(scores, Selection):
     return select(scores, **options)
   if options:
@@ -245,7 +245,7 @@ def selection_of(scores: Any, options: dict[str, Any]) -> Selection:
 
 
 def _known_quality(selection: Selection) -> np.ndarray:
-  """The quality, with -1, below all others, where there is none."""
+  """Returns the quality, with -1, below all others, where there is none."""
   quality = selection.quality
   if quality is None or np.isnan(quality).all():
     raise ValueError(
@@ -279,7 +279,7 @@ def _leave_some(
 
 
 def _place_in_group(groups: np.ndarray) -> np.ndarray:
-  """Of each item, how many of its group come before it."""
+  """Counts for each item the items of its group that come before it."""
   order = np.argsort(groups, kind="stable")
   ordered = groups[order]
   starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

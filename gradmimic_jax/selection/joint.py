@@ -1,10 +1,10 @@
-"""One model of all scores: what kind each sample is, seen through all steps.
+"""The joint model of all scores: each sample's kind, seen through all steps.
 
-A sample is clean or not. A step sees that through scores with a location and
-a width for either kind, of its own; what a sample's steps share beyond its
-kind is their covariance. So all steps together are one number a sample (the
-best linear combination of their scores), and whether there are two kinds at
-all is decided once, on that number.
+A sample is of one of two kinds, clean or not. Each step sees the kind through
+scores with a location and a width of their own for either kind; what a sample's
+steps share beyond its kind is their covariance. So all steps together are one
+number a sample (the best linear combination of their scores), and whether there
+are two kinds at all is decided once, on that number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EQUAL = "all scores are equal"
 
 
 class Joint(NamedTuple):
-  """What the joint model says."""
+  """The outcome of the joint model."""
 
   probability: np.ndarray  # of being clean [N]; nan where nothing can be said
   quality: np.ndarray  # [N] in [0, 1]; nan without a finite score
@@ -75,16 +75,16 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
     seed: for the bootstrap alone.
 
   Returns:
-    What the model says of the samples and of the steps.
+    The outcome for the samples and for the steps.
   """
-  units = tuple(pooling.unit_of(column, mark) for column in scores.T)
+  units = tuple(pooling.fit_unit(column, mark) for column in scores.T)
   steps, of = _distinct_steps(scores, units)
   found = _fit_in_order(
     scores[:, steps], tuple(units[step] for step in steps), mark, seed
   )
 
   def moved(step: int, value: float) -> float:
-    """A score of the step that this one is a copy of, in this one's unit."""
+    """Converts a score of the step that this one copies to this one's unit."""
     mine, theirs = units[step], units[steps[of[step]]]
     if mine is None or theirs is None or mine == theirs:
       return value
@@ -111,7 +111,7 @@ def fit(scores: np.ndarray, *, mark: float | None, seed: int) -> Joint:
 def _distinct_steps(
   scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
 ) -> tuple[list[int], list[int]]:
-  """The steps that are no copies, and which of them each step is [T].
+  """Finds the steps that are no copies, and for each step [T] the one it is.
 
   They come in an order that doesn't depend on theirs, nor on their units:
   sums depend on the order of their terms in the last digits, and what is
@@ -143,7 +143,7 @@ def _are_copies(
   one: int,
   other: int,
 ) -> bool:
-  """Whether two steps say the same, each in its unit."""
+  """True if two steps have the same scores, each in its unit."""
   mine, theirs = units[one], units[other]
   if mine is None or theirs is None or mine.constant or theirs.constant:
     return False
@@ -243,7 +243,7 @@ def _fit_in_order(
 
 
 def _nothing(scores: np.ndarray, notes: list[str]) -> Joint:
-  """Of scores that are all the same in every step."""
+  """Makes the outcome for scores that are all the same in every step."""
   seen = np.isfinite(scores).any(axis=1)
   pooled = np.where(seen, 0.0, np.nan)
   level = np.where(seen, 0.5, np.nan)
@@ -261,7 +261,7 @@ def _nothing(scores: np.ndarray, notes: list[str]) -> Joint:
 
 
 class _Fit(NamedTuple):
-  """A pool of the steps, and what it shows."""
+  """A pool of the steps, and the populations that it shows."""
 
   pool: pooling.Pool
   evidence: populations.Evidence
@@ -276,7 +276,7 @@ def _fitted(
   units: tuple[pooling.Unit | None, ...],
   mark: float | None,
 ) -> _Fit:
-  """All steps alike; then, if that is two populations, as well as they tell."""
+  """Fits all steps alike; if that shows two populations, weighs the steps."""
   found = _choose_pool(scores, units, mark)
   for _ in range(_ROUNDS):
     if found.pair is None:
@@ -303,7 +303,7 @@ def _fitted(
 def _fitted_rows(
   scores: np.ndarray, units: tuple[pooling.Unit | None, ...], *, out: bool
 ) -> np.ndarray:
-  """Rows to fit: on the scale in all steps; evenly by score if many.
+  """Chooses rows to fit: on the scale in all steps; evenly by score if many.
 
   A few samples a million times as far out as all others would be a population
   of their own; with `out` those below are taken in.
@@ -329,7 +329,7 @@ def _fitted_rows(
 def _compared(
   scores: np.ndarray, pool: pooling.Pool, mark: float | None
 ) -> _Fit:
-  """What a pool shows."""
+  """Compares one population with two in a pool."""
   x, noise = pool(scores)
   seen = ~np.isnan(x)
   evidence, points, unit = populations.compare(x[seen], noise[seen])
@@ -342,7 +342,7 @@ def _choose_pool(
   units: tuple[pooling.Unit | None, ...],
   mark: float | None,
 ) -> _Fit:
-  """All steps alike, on the scale that makes the pooled scores likelier.
+  """Pools all steps alike, on the scale that makes the pooled scores likelier.
 
   Both are densities of the scores in units of their step: what asinh does to
   a density is its slope, the geometric mean over a sample's steps.
@@ -383,7 +383,7 @@ def _on_its_side(
   units: tuple[pooling.Unit | None, ...],
   mark: float | None,
 ) -> bool:
-  """Whether there is a pair whose lower one is below the mark in all steps.
+  """True if there is a pair whose lower one is below the mark in all steps.
 
   That is, by the median over all steps alike: some steps, weighed up, may show
   two groups of their own, such as early ones that know nothing.
@@ -403,7 +403,7 @@ def _on_its_side(
 
 
 def _in_common(scores: np.ndarray, pool: pooling.Pool) -> pooling.Pool | None:
-  """The pool with the first principal component's weights, none below 0."""
+  """Weighs the pool by the first principal component, no weight below 0."""
   used = np.flatnonzero(pool.weight)
   if len(used) < 3:
     return None
@@ -425,7 +425,7 @@ def _in_common(scores: np.ndarray, pool: pooling.Pool) -> pooling.Pool | None:
 def _believed(
   evidence: populations.Evidence, mark: float | None
 ) -> populations.Two | None:
-  """The pair, if it lies apart and, with a mark, on both sides of it."""
+  """Returns the pair if it lies apart and, with a mark, on both sides of it."""
   pair = evidence.two
   if pair is None or pair.separation < populations.LEAST_SEPARATION:
     return None
@@ -445,7 +445,7 @@ def _weighed(
   pair: populations.Two,
   mark: float | None,
 ) -> pooling.Pool | None:
-  """The pool with steps weighed by what they tell; None if none tells."""
+  """Weighs the pool's steps by what they tell; None if none tells."""
   n, n_steps = scores.shape
   x, noise = pool(scores)
   seen = ~np.isnan(x)
@@ -494,7 +494,7 @@ def _weighed(
 
 
 def _correlation(covariance, deviation, usable, n):
-  """Correlations of the steps, shrunk toward one that all have in common."""
+  """Estimates the steps' correlations, shrunk toward one common to all."""
   scale = np.where(usable, deviation, 1)
   correlation = np.clip(covariance / np.outer(scale, scale), -1, 1)
   np.fill_diagonal(correlation, 1.0)
@@ -510,7 +510,7 @@ def _correlation(covariance, deviation, usable, n):
 
 
 def _nonnegative(correlation, told, usable):
-  """Weights w >= 0 with C w = told as far as that goes."""
+  """Finds weights w >= 0 with C w = told as far as that goes."""
   weight = np.zeros(len(told))
   active = np.flatnonzero(usable & (told > 0))
   while len(active):
@@ -526,10 +526,10 @@ def _nonnegative(correlation, told, usable):
 
 
 def _cuts(pool: pooling.Pool, two: populations.Two) -> np.ndarray:
-  """Where each step votes keep, in the scores' own units [T].
+  """Returns the cut of each step, in the scores' own units [T].
 
-  The cuts together are the pooled cut: a sample above all of them is above
-  that, and one below all of them below.
+  A step votes keep above its cut. The cuts together are the pooled cut: a
+  sample above all of them is above that, and one below all of them below.
   """
   low, high = (float(mode) for mode in two.mode)
   grid = np.linspace(low, high, 2001)
@@ -546,13 +546,13 @@ def _cuts(pool: pooling.Pool, two: populations.Two) -> np.ndarray:
 
 
 def _score_at(pool: pooling.Pool, unit: pooling.Unit, y: float) -> float:
-  """The score at which y is."""
+  """Converts y to a score."""
   z = math.sinh(min(max(y, -700.0), 700.0)) if pool.curved else y
   return _unscaled(z, unit)
 
 
 def _unscaled(z: float, unit: pooling.Unit) -> float:
-  """The score at which z is, as large as a number can be at most."""
+  """Converts z to a score, as large as a number can be at most."""
   largest = np.finfo(np.float64).max
   with np.errstate(over="ignore"):
     return float(
@@ -563,7 +563,7 @@ def _unscaled(z: float, unit: pooling.Unit) -> float:
 def _fits(
   pool: pooling.Pool, two: populations.Two | None
 ) -> list[dict[str, float]]:
-  """A step's two locations, in the scores' own units, and its weight."""
+  """Returns each step's two locations, in the scores' own units, and weight."""
   if two is None:
     return [{} for _ in pool.units]
   total = float(pool.weight.sum())
@@ -582,7 +582,7 @@ def _fits(
 
 
 def _by_the_mark(x, mark, probability, seen):
-  """Judges a lone population by its side of the mark; what is said of it."""
+  """Judges a lone population by its side of the mark; returns a note on it."""
   above = float((x > 0).mean())
   if above >= ABOVE:
     return f"one population above {mark:g}: all kept"
@@ -594,14 +594,14 @@ def _by_the_mark(x, mark, probability, seen):
 
 
 def _by_votes(scores: np.ndarray, mark: float) -> np.ndarray:
-  """Laplace's rule [n]: (scores above the mark + 1) / (scores + 2)."""
+  """Computes Laplace's rule [n]: (scores above the mark + 1) / (scores + 2)."""
   seen = np.isfinite(scores)
   above = (seen & (scores > mark)).sum(axis=1)
   return (above + 1) / (seen.sum(axis=1) + 2)
 
 
 def _one_sided_cuts(scores, notes, population):
-  """Cuts by which a lone population votes the same for all."""
+  """Makes cuts by which a lone population votes the same for all."""
   cuts = np.full(scores.shape[1], np.nan)
   for step, column in enumerate(scores.T):
     if notes[step] == population and "nothing" not in population:
@@ -617,7 +617,7 @@ def _one_sided_cuts(scores, notes, population):
 def _off_scale(
   scores: np.ndarray, units: tuple[pooling.Unit | None, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Samples [N] off the scale below in a step, and in every step they have."""
+  """Finds samples [N] off the scale below in a step, and in all their steps."""
   always = np.isfinite(scores).any(axis=1)
   ever = np.zeros(len(scores), bool)
   for unit, column in zip(units, scores.T, strict=True):
@@ -629,7 +629,7 @@ def _off_scale(
 
 
 def _dependence(pool: pooling.Pool) -> dict[str, float | None]:
-  """How many steps count, and how many independent ones they are worth."""
+  """Counts the steps that count, and the independent ones they are worth."""
   used = np.flatnonzero(pool.weight)
   deviation = np.sqrt(np.diag(pool.covariance)[used])
   correlation = pool.covariance[np.ix_(used, used)] / np.outer(

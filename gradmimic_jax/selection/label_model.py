@@ -1,4 +1,4 @@
-"""Label models: what turns a sample's T votes into one probability.
+"""Label models: they turn a sample's T votes into one probability.
 
 | name                      | voters differ | in how right they are            |
 |---------------------------|---------------|----------------------------------|
@@ -30,7 +30,7 @@ from gradmimic_jax.selection import voters as voters_lib
 
 
 class KeepProbability(NamedTuple):
-  """What a label model says."""
+  """The outcome of a label model."""
 
   probability: np.ndarray  # [N], nan where a sample has no vote
   diagnostics: dict[str, Any]  # plain numbers and strings, by name
@@ -208,7 +208,7 @@ LABEL_MODELS: dict[str, LabelModel] = {
 
 
 def make_label_model(name: Any) -> LabelModel:
-  """The label model of a name, or the given one.
+  """Returns the label model of a name, or the given one.
 
   Args:
     name: a key of `LABEL_MODELS`, or a label model.
@@ -239,7 +239,7 @@ def make_label_model(name: Any) -> LabelModel:
 
 
 def agreeing(probability: np.ndarray, votes: np.ndarray) -> np.ndarray:
-  """Probabilities [N] that never contradict votes [N, T] that all agree.
+  """Corrects probabilities [N] that contradict votes [N, T] that all agree.
 
   A clean fraction near 0 or 1 can outweigh a few weak votes. The votes win: the
   sample goes just to their side of 1/2.
@@ -295,7 +295,7 @@ def _decided(
     return KeepProbability(
       share, _about(votes, voters, nothing, share, share, note)
     )
-  ballots = voters_lib.ballots_of(votes[np.ix_(voted, voters)])
+  ballots = voters_lib.count_ballots(votes[np.ix_(voted, voters)])
   found = fit(ballots)
   free = np.full(len(votes), np.nan)
   free[voted] = (0.5 * (1 + np.tanh(0.5 * found.log_odds)))[ballots.row]
@@ -309,7 +309,7 @@ def _decided(
 
 
 def _about(votes, voters, found, free, probability, note) -> dict[str, Any]:
-  """The diagnostics, all in numbers and strings that JSON has."""
+  """Makes the diagnostics, all in numbers and strings that JSON has."""
   n_steps, n_voters = votes.shape[1], len(voters)
   keep = ~(probability < 0.5)
   share = majority(votes).probability

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Where a score is off the scale: further out, on its side, than this and than
+# A score is off the scale if it is further out, on its side, than this and than
 # three times all but the outermost 3 % (one sample at least).
 _OFF_SCALE = 60.0
 _OFF_SHARE = 0.03
@@ -34,12 +34,12 @@ class Unit(NamedTuple):
     return np.clip(z, -_LARGEST, _LARGEST, out=z)
 
 
-def unit_of(scores: np.ndarray, mark: float | None) -> Unit | None:
-  """The unit of a step's scores [n]; None if none is finite.
+def fit_unit(scores: np.ndarray, mark: float | None) -> Unit | None:
+  """Fits the unit of a step's scores [n]; None if none is finite.
 
-  The center is the median, or the mark; the scale is the median distance from
-  it, of the scores that aren't there, times 1.4826 (a standard deviation of a
-  Gaussian) unless there is a mark.
+  The center is the median, or the mark. The scale is the median distance from
+  it, of the scores that don't lie on it, times 1.4826 (a standard deviation of
+  a Gaussian) unless there is a mark.
 
   Args:
     scores: real numbers [n]; what isn't finite is missing.
@@ -73,7 +73,7 @@ def unit_of(scores: np.ndarray, mark: float | None) -> Unit | None:
 
 
 class Pool(NamedTuple):
-  """How steps are pooled: x = sum w (y - a) / sum w b, over a sample's steps.
+  """A way to pool steps: x = sum w (y - a) / sum w b, over a sample's steps.
 
   y is z pulled in to the unit's ends, or asinh of that.
   """
@@ -86,7 +86,7 @@ class Pool(NamedTuple):
   covariance: np.ndarray  # [T, T], of y on samples of one kind
 
   def y(self, scores: np.ndarray, step: int) -> np.ndarray:
-    """A step's column [n] of scores as y; nan where it is missing."""
+    """Converts a step's column [n] of scores to y; nan where it is missing."""
     unit = self.units[step]
     if unit is None or unit.constant:
       return np.full(len(scores), np.nan)
@@ -132,7 +132,7 @@ class Pool(NamedTuple):
 
 
 def even_pool(units: tuple[Unit | None, ...], *, curved: bool) -> Pool:
-  """The pool in which every step with different scores counts alike."""
+  """Makes the pool in which every step with different scores counts alike."""
   usable = np.array(
     [float(unit is not None and not unit.constant) for unit in units]
   )
@@ -140,7 +140,9 @@ def even_pool(units: tuple[Unit | None, ...], *, curved: bool) -> Pool:
   return Pool(units, curved, usable, np.zeros(n), np.ones(n), np.eye(n))
 
 
-def quality_of(pooled: np.ndarray, probability: np.ndarray) -> np.ndarray:
+def calibrate_quality(
+  pooled: np.ndarray, probability: np.ndarray
+) -> np.ndarray:
   """Maps pooled scores to [0, 1]: monotone, and calibrated on probabilities.
 
   Isotonic regression of the keep probabilities on the pooled scores, by up to
@@ -155,9 +157,8 @@ def quality_of(pooled: np.ndarray, probability: np.ndarray) -> np.ndarray:
     else if there is no probability to calibrate on.
 
   Example:
-    >>> quality_of(np.array([-2.0, 1.0, 3.0]), np.array([0.0, 1.0, 0.9])).round(
-    ...   2
-    ... )
+    >>> pooled, probability = np.array([-2.0, 1.0, 3.0]), np.array([0, 1, 0.9])
+    >>> calibrate_quality(pooled, probability).round(2)
     array([0.  , 0.95, 0.95])
   """
   level = np.full(len(pooled), np.nan)
@@ -191,13 +192,13 @@ def quality_of(pooled: np.ndarray, probability: np.ndarray) -> np.ndarray:
 # Points of the map from pooled score to quality. Quantiles lie close where the
 # scores do, so that a thousand are enough however many samples there are.
 _BINS = 1000
-# What of a quality only ranks, so that better scores have a higher one also
-# where the probability makes no difference.
+# The share of a quality that only ranks, so that better scores have a higher
+# quality also where the probability makes no difference.
 _RANK_SHARE = 1e-3
 
 
 def ranked(level: np.ndarray, pooled: np.ndarray) -> np.ndarray:
-  """Makes a level that never falls with the pooled score one that rises.
+  """Makes a level that never falls with the pooled score rise with it.
 
   q_i = (1 - e) level_i + e (share of samples with a lower pooled score, and
   half of those with the same one), e = 0.001.

@@ -48,7 +48,7 @@ class _Kernels(NamedTuple):
   right: np.ndarray
 
   def distance(self, x, noise):
-    """How far x is from the mode, in widths."""
+    """Measures the distance of x from the mode, in widths."""
     d = (x - self.mode) / noise
     return d / np.where(d < 0, self.left, self.right)
 
@@ -61,7 +61,7 @@ class _Tails(NamedTuple):
 
   @property
   def gaussian(self) -> bool:
-    """Whether all are."""
+    """True if all tails are Gaussian."""
     return bool((np.r_[self.below, self.above] == _GAUSSIAN).all())
 
   def areas(self) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +141,7 @@ class Two(NamedTuple):
 
 
 class Evidence(NamedTuple):
-  """What the numbers say: one population, or two."""
+  """The evidence for one population of numbers, or two."""
 
   two: Two | None  # the best pair of populations; None if there is no pair
   gain: float  # BIC of the best single population - BIC of the best pair
@@ -208,7 +208,7 @@ def compare(
     Chen and Tan, Inference for multivariate normal mixtures, 2009.
     Fernandez and Steel, On Bayesian Modeling of Fat Tails and Skewness, 1998.
   """
-  points, shift, scale = points_of(x, noise)
+  points, shift, scale = make_points(x, noise)
   singles = _single_costs(points)
   single = min(singles, key=singles.__getitem__)
   pairs = _pair_costs(points)
@@ -232,8 +232,10 @@ def compare(
   return Evidence(two, gain, best, single, family), points, (shift, scale)
 
 
-def points_of(x: np.ndarray, noise: np.ndarray) -> tuple[Points, float, float]:
-  """The points to fit, with shift and scale; see `compare`."""
+def make_points(
+  x: np.ndarray, noise: np.ndarray
+) -> tuple[Points, float, float]:
+  """Makes the points to fit, with shift and scale; see `compare`."""
   order = np.lexsort((noise, x))
   x, noise = x[order], noise[order]
   n = len(x)
@@ -273,7 +275,7 @@ def resampled_shares(
   n_draws: int,
   seed: int,
 ) -> np.ndarray:
-  """The upper population's share in bootstrap samples [n_draws].
+  """Draws the upper population's share in bootstrap samples [n_draws].
 
   Each draw weighs the points anew (Poisson, mean their weight) and fits the
   family of `two` from where it stands.
@@ -283,7 +285,7 @@ def resampled_shares(
     two: the fit.
     shift: of the points.
     scale: of the points.
-    n_draws: how many.
+    n_draws: their number.
     seed: for the draws.
   """
   rng = np.random.default_rng(seed)
@@ -361,7 +363,7 @@ def _log_density(x, noise, kernels, tails):
 
 
 def _downweights(x, noise, kernels, tails):
-  """What a point counts for the widths: less, the further it is out."""
+  """Returns a point's weight for the widths: less, the further it is out."""
   if tails.gaussian:
     return 1.0
   d = kernels.distance(x, noise)
@@ -512,7 +514,7 @@ def _pair_costs(points: Points) -> dict[str, tuple[float, Two]]:
 
 
 def _tails(tail: float) -> _Tails:
-  """The same on all sides."""
+  """Returns the same tail for all sides."""
   return _Tails(np.full((2, 1), tail), np.full((2, 1), tail))
 
 
@@ -521,7 +523,7 @@ def _kernel_name(tail: float) -> str:
 
 
 def _starts(points: Points) -> _State | None:
-  """Pairs cut at some quantiles and at the widest gaps."""
+  """Makes pairs cut at some quantiles and at the widest gaps."""
   x, weight = points.x, points.weight
   n = weight.sum()
   place = (np.cumsum(weight) - 0.5 * weight) / n
@@ -542,7 +544,7 @@ def _starts(points: Points) -> _State | None:
 
 
 def _distinct(likelihood: np.ndarray, state: _State) -> np.ndarray:
-  """Indices of the likeliest pairs that aren't the same."""
+  """Finds the indices of the likeliest pairs that differ."""
   kept: list[int] = []
   for one in np.argsort(-likelihood, kind="stable"):
     if all(
@@ -605,7 +607,7 @@ def _single_likelihood(points: Points, tail: float, skewed: bool) -> float:
 
 
 def _power_likelihood(points: Points, power: float, skewed: bool) -> float:
-  """Of the density that falls as exp(-|d|^power / power) on either side.
+  """Log likelihood of a density that falls as exp(-|d|^power / power).
 
   The widths have a closed form for each mode; the mode is one of the points.
   """
@@ -626,7 +628,7 @@ def _power_likelihood(points: Points, power: float, skewed: bool) -> float:
 
 
 def _one_sided_likelihoods(points: Points) -> dict[str, float]:
-  """Of shifted log-normal and gamma distributions, the better way round."""
+  """Likelihoods of shifted log-normal and gamma ones, the better way round."""
   n = float(points.weight.sum())
   best = {"log-normal": -math.inf, "gamma": -math.inf}
   offsets = np.geomspace(1e-3, 30, 16)[:, None]

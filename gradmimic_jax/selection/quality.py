@@ -1,4 +1,4 @@
-"""What a selection says about a data set: its quality, how much to drop."""
+"""The quality of a data set by a selection, and how much of it to drop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DatasetQuality(NamedTuple):
 
 
 class RemovalCurve(NamedTuple):
-  """How good removing the worst samples is, for every number of them."""
+  """The estimated success of removing the worst samples, by their number."""
 
   removed: np.ndarray  # int64 [K], ascending, the worst first
   precision: np.ndarray  # [K], estimated share of mislabelled among them
@@ -73,12 +73,12 @@ def dataset_quality(
   population's share in fits to resampled scores, and 1 with the probability
   that there is one population only. With votes it is a bootstrap over steps
   and samples: each time, as many steps and samples are drawn with replacement
-  and the label model is fitted anew. It covers which steps and samples there
-  happen to be; what all steps get wrong alike it can't see. It is widened where
-  needed to hold the estimate and the share of samples kept, which is another
-  one: where all votes agree, no draw differs, but the keep probability still
-  isn't 1. Of one population it holds what as many samples can't exclude, and
-  the share of samples that score above the mark, if there is one.
+  and the label model is fitted anew. It covers the chance in which steps and
+  samples there are; it can't see an error that all steps share. It is widened
+  where needed to hold the estimate and the share of samples kept, which is
+  another one: where all votes agree, no draw differs, but the keep probability
+  still isn't 1. Of one population it holds what as many samples can't exclude,
+  and the share of samples that score above the mark, if there is one.
 
   Args:
     selection: what `select` gave. Where a function aggregated the votes, the
@@ -180,7 +180,7 @@ def _vote_interval(
 def removal_curve(
   selection: Selection, *, sure: float = 0.9, max_points: int = 1000
 ) -> RemovalCurve:
-  """How many samples to remove, and how many of those would be mislabelled.
+  """Estimates precision and recall of removing the worst samples.
 
   Samples go in order of keep probability, then quality, the lowest first. With
   p_i the keep probability,

@@ -26,7 +26,7 @@ _OF_LEDGERS = "0 for a ledger, None for an array"
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Selection:
-  """Which samples to keep, with the votes behind it.
+  """The samples to keep, with the votes behind the decision.
 
   `str(selection)` sums it up in a few lines.
 
@@ -236,7 +236,7 @@ def select(
     population = found.population
     fit_size = joint.FIT_SIZE
   else:
-    votes, cuts = binarize_lib.votes_of(scores, binarizer, seed=seed)
+    votes, cuts = binarize_lib.binarize_columns(scores, binarizer, seed=seed)
     fit_size = binarize_lib.FIT_SIZE
   if binarizer is None and aggregate == "label_model":
     probability = label_model_lib.agreeing(found.probability, votes)
@@ -244,7 +244,7 @@ def select(
     label_diagnostics = found.about | _agreement(probability, votes)
   else:
     probability, label_diagnostics = label_model(votes)
-    quality = pooling.quality_of(_pooled(scores), probability)
+    quality = pooling.calibrate_quality(_pooled(scores), probability)
   keep = ~(probability < 0.5)  # so that nan, no vote, is kept
   n_votes = [int((column >= 0).sum()) for column in votes.T]
   n_keeps = [int((column == 1).sum()) for column in votes.T]
@@ -280,7 +280,7 @@ def select(
 def _agreement(
   probability: np.ndarray, votes: np.ndarray
 ) -> dict[str, list[float | None]]:
-  """How often each step's votes are the decision, and are right."""
+  """Measures how often each step's votes are the decision, and are right."""
   agreements: list[float | None] = []
   accuracies: list[float | None] = []
   known = ~np.isnan(probability)
@@ -294,8 +294,8 @@ def _agreement(
 
 
 def _pooled(scores: np.ndarray) -> np.ndarray:
-  """All steps alike, each in its own unit."""
-  units = tuple(pooling.unit_of(column, None) for column in scores.T)
+  """Pools all steps alike, each in its own unit."""
+  units = tuple(pooling.fit_unit(column, None) for column in scores.T)
   pooled, _ = pooling.even_pool(units, curved=False)(scores)
   # Scores that are all the same are known, though they tell nothing.
   known = np.isfinite(scores).any(axis=1)

@@ -1,4 +1,4 @@
-"""What votes say about the voters: how good they are, and how dependent.
+"""Estimates about voters from their votes: how good and how dependent.
 
 Samples that were voted on alike can't be told apart, so everything here works
 on the distinct rows of votes and how often each occurs.
@@ -24,7 +24,7 @@ class Ballots(NamedTuple):
 
 
 class Voters(NamedTuple):
-  """What is estimated about T voters and the samples."""
+  """Estimates about T voters and the samples."""
 
   keep_accuracy: np.ndarray  # [T], P(votes keep | clean and voting)
   drop_accuracy: np.ndarray  # [T], P(votes drop | noisy and voting)
@@ -35,7 +35,7 @@ class Voters(NamedTuple):
   iterations: int
 
 
-def ballots_of(votes: np.ndarray) -> Ballots:
+def count_ballots(votes: np.ndarray) -> Ballots:
   """Counts the distinct rows of votes.
 
   Args:
@@ -79,9 +79,10 @@ def fit_dawid_skene(
 
   starting at q_i = the share of keep votes. w_i = 1 is maximum likelihood;
   tempered, w_i = n_i / sum of the correlations among i's n_i votes, so that
-  copies of a vote count once. The correlations are those of `correlation_of`
-  under the estimates of maximum likelihood; if they leave three voters or more,
-  both are brought up to date until they have settled.
+  copies of a vote count once. The correlations are those of
+  `estimate_correlation` under the estimates of maximum likelihood; if they
+  leave three voters or more, both are brought up to date until they have
+  settled.
 
   A tempered fit also ignores what would let a keep vote speak for drop.
 
@@ -117,7 +118,7 @@ def fit_dawid_skene(
       iterations += 1
       # Dependence is estimated now and then: it costs T times as much.
       if correlated and (settled or iterations % _STEPS_PER_WEIGHT == 0):
-        correlation = correlation_of(ballots, clean, *rates[:2])
+        correlation = estimate_correlation(ballots, clean, *rates[:2])
         if _effective(correlation) < _LEAST_VOTERS:
           return None
         new = _weights(ballots, correlation)
@@ -128,7 +129,7 @@ def fit_dawid_skene(
   rates, weight, settled = climb(rates, even, False)
   if temper:
     clean = _sigmoid(_log_odds(ballots, rates, even, monotone=True))
-    correlation = correlation_of(ballots, clean, *rates[:2])
+    correlation = estimate_correlation(ballots, clean, *rates[:2])
     weight = _weights(ballots, correlation)
     # Dependent votes look better than they are, so that weights belong into
     # the rounds. But it takes three voters to tell how good each is: if no
@@ -139,13 +140,13 @@ def fit_dawid_skene(
         rates, weight, settled = found
   # Once more, so that probabilities and estimates belong together.
   log_odds = _log_odds(ballots, rates, weight, monotone=temper)
-  correlation = correlation_of(ballots, _sigmoid(log_odds), *rates[:2])
+  correlation = estimate_correlation(ballots, _sigmoid(log_odds), *rates[:2])
   a, b, c = rates
   return Voters(a, b, float(c), correlation, log_odds, settled, iterations)
 
 
 def _effective(correlation: np.ndarray) -> float:
-  """How many independent voters these are worth."""
+  """Computes the number of independent voters that these are worth."""
   n = len(correlation)
   return n * n / float(np.clip(correlation.sum(), n, n * n))
 
@@ -209,7 +210,7 @@ def fit_triplet(
   weight = np.ones(len(clean))
   iterations, settled = 0, False
   while not settled and iterations < max_iterations:
-    correlation = correlation_of(ballots, clean, accuracy, accuracy)
+    correlation = estimate_correlation(ballots, clean, accuracy, accuracy)
     new = _weights(ballots, correlation) if temper else weight
     settled = iterations > 0 and float(np.abs(new - weight).max()) < 1e-3
     weight = new
@@ -237,13 +238,13 @@ def _median_edge(moment, t):
   return float(np.sqrt(min(np.median(squares), 1.0)))
 
 
-def correlation_of(
+def estimate_correlation(
   ballots: Ballots,
   clean: np.ndarray,
   keep_accuracy: np.ndarray,
   drop_accuracy: np.ndarray,
 ) -> np.ndarray:
-  """How votes go together beyond what clean and noisy explain.
+  """Estimates the correlation of votes beyond what clean and noisy explain.
 
   With x_it = 1 for keep and m_t(z) the voter's expectation for samples of kind
   z, C_ts = mean over the samples on which both vote of
@@ -278,7 +279,7 @@ def correlation_of(
 
 
 def _weights(ballots, correlation):
-  """What a vote counts [P]: n / (sum of the correlations of the n votes)."""
+  """Returns a vote's weight by row [P]: n / (sum of n votes' correlations)."""
   cast = ballots.keep + ballots.drop
   n = cast.sum(axis=1)
   return n / np.clip(((cast @ correlation) * cast).sum(axis=1), n, n * n)

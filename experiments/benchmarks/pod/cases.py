@@ -69,7 +69,8 @@ def table(config: Any, results: dict[str, Any]) -> str:
 def _be_many(devices):
   """Makes this host as many devices, unless JAX has started already."""
   with contextlib.suppress(RuntimeError):
-    now = jax.config.jax_num_cpu_devices
+    # JAX's type of its config knows few of the flags there are.
+    now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     jax.config.update("jax_num_cpu_devices", max(now, devices))
 
 
@@ -110,10 +111,10 @@ def case_of(key: str, config: Any) -> Case:
       " configs/benchmark/pod.py."
     )
   try:
-    numbers = [int(x) for x in parts[1:4]]
+    batch_size, devices, fsdp = (int(x) for x in parts[1:4])
   except ValueError as error:
     raise ValueError(f"the case {key!r} has no numbers: {error}.") from error
-  case = Case(parts[0], *numbers, *parts[4:])
+  case = Case(parts[0], batch_size, devices, fsdp, *parts[4:])
   if case.batch_size % case.devices or case.devices % case.fsdp:
     raise ValueError(
       f"the case {key!r} can't be shared by {case.devices} devices, {case.fsdp}"

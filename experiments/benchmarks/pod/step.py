@@ -147,7 +147,7 @@ def compile_step(case: Case, section: Any, found: list[Any]) -> Compiled:
   """
   mesh = mesh_of(case, found)
   step, shapes = train_step(case, section, mesh)
-  around = contextlib.nullcontext()
+  around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
   if case.step == "streaming_mesh":
     around = jax.set_mesh(mesh)
   with around:
@@ -212,7 +212,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
 def model(section: Any) -> tuple[Any, Any]:
   """A section's model: its `apply`, and its parameters as shapes."""
   shape = (section.image_size, section.image_size, 3)
-  made = {}
+  made: dict[str, Any] = {}
 
   def create():
     if section.name == "clip":

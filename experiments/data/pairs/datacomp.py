@@ -348,7 +348,7 @@ def write_ids(
     fingerprints: what they belong to.
   """
   ids = as_ids(ids)
-  write = gm.export.write_npy
   if ids.dtype.names:
-    write = gm.export.write_datacomp_subset
-  write(path, ids, fingerprints=fingerprints)
+    gm.export.write_datacomp_subset(path, ids, fingerprints=fingerprints)
+  else:
+    gm.export.write_npy(path, ids, fingerprints=fingerprints)

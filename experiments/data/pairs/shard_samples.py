@@ -384,7 +384,8 @@ class _Grouper:
     self, parts: Parts, limits: limits_lib.Limits, rule: str | None = None
   ):
     """Begins with no group; without a rule until two would differ."""
-    self.rule, self.group = rule, None
+    self.rule = rule
+    self.group: _Group | None = None
     self._parts, self._limits = parts, limits
 
   def add(self, member: tar.Member) -> _Group | None:
@@ -630,22 +631,20 @@ def _is_in(keep: np.ndarray, uid: str) -> bool:
 
 def kept_uids(
   keep: Any, *, fingerprints: Mapping[str, str] | None = None
-) -> np.ndarray | None:
+) -> np.ndarray:
   """Uids to keep as `read` wants them: `u8,u8` ascending, each once.
 
   Args:
     keep: The path of a DataComp subset file or of a selection as `.parquet` or
-      `.csv`, a `gm.filters.Filter`, uids as strings or pairs, or None.
+      `.csv`, a `gm.filters.Filter`, or uids as strings or pairs.
     fingerprints: What a file should belong to.
 
   Returns:
-    Pairs [K], or None.
+    Pairs [K].
 
   Raises:
     ValueError: If uids don't read, are for other data, or there is none.
   """
-  if keep is None:
-    return None
   if isinstance(keep, (str, os.PathLike)):
     asked = {"fingerprints": fingerprints}
     suffix = pathlib.Path(keep).suffix

@@ -8,6 +8,7 @@ number of processes may be given the same command: they share the cells.
 import hashlib
 import io
 import itertools
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -161,7 +162,7 @@ def cells_of(config: Any) -> list[Cell]:
       name, config.mimic
     ):
       points = list(itertools.product(rates, config.probe.weighting_values))
-      points.sort(key=lambda point: point[1])  # one value's rates together
+      points.sort(key=operator.itemgetter(1))  # one value's rates together
     else:
       points = [(rate, None) for rate in rates]
     together = [points]
@@ -460,7 +461,13 @@ class _Grid:
     """The references' heads, in the order of the seeds."""
     found = {}
     for cell in self._references(seeds):
-      for run in self._result(cell)["runs"]:
+      result = self._result(cell)
+      if result is None:  # it was there when this began
+        raise ValueError(
+          f"{self._file(cell)} is gone or damaged; give the same command again,"
+          " which makes it anew."
+        )
+      for run in result["runs"]:
         file = self.folder / SAMPLES / run["samples"]
         with probe_report.samples(file) as arrays:
           found[run["seed"]] = {
@@ -506,7 +513,7 @@ def _collect(samples, by_step, batches, epoch, epochs, num_samples):
       samples[field] = np.full(shape, np.nan, np.float32)
     for s in range(values.shape[1]):
       real = batches.mask[s]
-      where = batches.index[s][real]
+      where = batches.sample[s][real]
       for k in range(values.shape[2]):
         samples[field][s, k, where, epoch] = values[:, s, k][real]
 

@@ -80,10 +80,12 @@ def load(
   if direction == "noisy_gradient":
     return _independent_batches(config, data, devices)
   if config.mimic.outputs is not None:
-    found = _logged_outputs(config.mimic.outputs, data)
+    digest, outputs = _logged_outputs(config.mimic.outputs, data)
   else:
-    found = _outputs_of_run(finished_run(config), config, data, devices)
-  return _from_outputs(*found, devices)
+    digest, outputs = _outputs_of_run(
+      finished_run(config), config, data, devices
+    )
+  return _from_outputs(digest, outputs, devices)
 
 
 def _gather(images, labels, rows, data):

@@ -58,7 +58,7 @@ class Classification(Task):
         config, needs_clean=direction == "clean_gradient"
       )
     self.data = data
-    self._scaling = {"mean": data.mean, "std": data.std}
+    self._scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
     shuffled = {
       "batch_size": config.batch_size,
       "seed": config.seed,
@@ -180,7 +180,7 @@ class Classification(Task):
       self.data.train.images,
       labels,
       batch_size=self.config.batch_size,
-      indices=range(first * self.config.batch_size, len(labels)),
+      indices=np.arange(first * self.config.batch_size, len(labels)),
       process=self.devices.process,
       **self._scaling,
     )

@@ -188,8 +188,8 @@ def _of_shapes(config, tokenize):
 
 def _positions(path, pairs):
   """Finds the uids of a filter among all; missing ones are no loss."""
-  keep = shard_samples.kept_uids(path, fingerprints=fingerprints(pairs))
-  keep, uids = gm.filters.Filter(keep, path), pairs.uids
+  read = shard_samples.kept_uids(path, fingerprints=fingerprints(pairs))
+  keep, uids = gm.filters.Filter(read, path), pairs.uids
   applied = keep.apply(parse_uids(uids))
   if not applied.kept:
     raise ValueError(
@@ -260,7 +260,8 @@ def _of_shards(config, tokenize):
 
 def _first(stream, count):
   """The first pairs of a stream: images and tokens."""
-  images, text = [], []
+  images: list[np.ndarray] = []
+  text: list[np.ndarray] = []
   iterator = iter(stream)
   while sum(map(len, images)) < count:
     batch = next(iterator, None)

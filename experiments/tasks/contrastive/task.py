@@ -159,7 +159,8 @@ class Contrastive(Task):
       memory,
       distributed.Devices.alone(),
     )
-    return memory.truth.uids, np.sum(found.image * found.text, axis=1)
+    image, text = map(np.asarray, found.pair)
+    return memory.truth.uids, np.sum(image * text, axis=1)
 
   @property
   def samples(self) -> int | None:

@@ -12,6 +12,7 @@ from configs.benchmark import methods as methods_config
 from experiments import benchmarks
 from experiments.benchmarks import methods, timing
 from experiments.runtime import workdir as workdir_lib
+from experiments.studies import comparison, plan
 
 
 @pytest.mark.parametrize(
@@ -66,23 +67,23 @@ FOUND = {
 def test_costs_of_the_first_batch_size_are_read_back(tmp_path):
   file = tmp_path / methods.RESULT_FILE
   workdir_lib.write_json(file, FOUND)
-  found = methods.load(file)
+  found = comparison._load_costs(file)
   assert found["batch_size"] == 32
   assert found["methods"] == FOUND["batches"]["32"]
   workdir_lib.write_json(file, FOUND | {"batches": {}})
   with pytest.raises(ValueError, match="has no batches"):
-    methods.load(file)
+    comparison._load_costs(file)
   workdir_lib.write_json(file, {"methods": {}})
   with pytest.raises(ValueError, match="its machine is"):
-    methods.load(file)
+    comparison._load_costs(file)
 
 
 def test_costs_are_asked_for_by_a_study():
   config = methods_config.get_config("study=shapes,others=rho,ess=0.5+0.7")
-  names = methods._settings(config)
-  assert {"sgd", "grad_mimic_weights_all_ess0.5", "rho_ess0.7"} <= set(names)
+  names = plan.plan_settings(config)
+  assert {"grad_mimic_weights_all_ess0.5", "rho_ess0.7"} <= set(names)
   config = methods_config.get_config("study=label_noise,dataset=dtd")
-  assert methods._settings(config)["rho"] == {"method": "rho"}
+  assert plan.plan_settings(config)["rho"] == {"method": "rho"}
   for arg in ("study=nonsense", "rate=0.4", "rate=0.4,study=digits"):
     with pytest.raises(ValueError, match="expected study=digits or"):
       methods_config.get_config(arg)

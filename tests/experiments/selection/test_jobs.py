@@ -232,6 +232,7 @@ def test_what_a_pass_refuses(scored, make_scored, make_config, tmp_path):
   for config, error, match in (
     (score_config.get_config(), FileNotFoundError, "expected the workdir of a"),
     (job(scored, method="sgd"), ValueError, "gives no scores"),
+    (job(pairs, method="grand"), ValueError, "'grand'; expected one of sgd"),
     (job(scored, flush_every=0), ValueError, "flush_every is 0; expected at"),
     (job(pairs, split="test"), ValueError, "the data of .* has no splits"),
   ):

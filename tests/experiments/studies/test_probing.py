@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import gradmimic_jax as gm
 from configs import label_noise
-from experiments import methods, models, tasks
+from experiments import methods, models, study as study_command, tasks
 from experiments.data import pipeline, sources
 from experiments.runtime import checkpoint, claims
 from experiments.studies import plan
@@ -299,6 +300,15 @@ def test_a_grid_that_cannot_be(make_grid, tmp_path, overrides, message):
   with pytest.raises(ValueError, match=message):
     probe.run_grid(make_grid(**overrides), tmp_path / "grid")
   assert not list(tmp_path.rglob("cells"))
+
+
+def test_a_study_with_a_section_probe_is_a_grid(
+  make_grid, tmp_path, monkeypatch
+):
+  """And no job of several processes."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="one for a single process"):
+    study_command.main(make_grid(), tmp_path / "grid")
 
 
 def test_cells_cover_the_grid_once(make_grid):

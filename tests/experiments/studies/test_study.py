@@ -16,6 +16,7 @@ from experiments import tasks
 from experiments.data.pairs import datacomp
 from experiments.selection import filters
 from experiments.studies import plan, records, runner, summary, tables
+from experiments.tasks import base
 from experiments.training import trainer
 
 _FILTERS = {"contrastive": "clip_top90 - mimic_bottom20"}
@@ -257,3 +258,19 @@ def test_the_numbers_on_digits(tmp_path, digits_dir, rate, sgd, grad_mimic):
   assert mean(runs["grad_mimic"], "test_accuracy") >= grad_mimic
   assert mean(detected, "auroc") >= 0.99
   assert mean(detected, "f1") >= 0.95
+
+
+@pytest.mark.parametrize(
+  ("ids", "other"),
+  [
+    ([7, 2, 5], 9),
+    (["b", "c", "a"], "zz"),
+    ([f"{n:032x}" for n in range(3)], "f" * 32),
+  ],
+)
+def test_the_truth_is_found_by_ids(ids, other):
+  truth = base.Truth(np.array(ids), np.array(["", "code", "swapped"]))
+  assert list(truth.kinds_of(np.array([ids[2], ids[0]]))) == ["swapped", ""]
+  assert list(truth.is_wrong) == [False, True, True]
+  with pytest.raises(ValueError, match="1 of 1 ids are not among the 3"):
+    truth.kinds_of(np.array([other]))
