@@ -306,7 +306,7 @@ def test_scores_are_of_any_method_that_has_some(runs, task, tmp_path):
   assert_scored(tmp_path, scoring.score_dataset(config, tmp_path))
 
 
-@by_default("classification")
+@by_default()
 def test_two_processes_train_alike(runs, task, tmp_path):
   """Of the same batches, up to the order of sums; the first one speaks."""
   _, folder, result, _ = runs.whole(task)

@@ -30,6 +30,17 @@ MASK = np.arange(SIZE) % 5 != 3
 TEMPERATURE = 0.3
 
 
+KINDS_AND_MASKS = pytest.mark.parametrize(
+  ("kind", "masked"),
+  [
+    ("clip", True),
+    ("sigmoid", False),
+    pytest.param("clip", False, marks=pytest.mark.slow),
+    pytest.param("sigmoid", True, marks=pytest.mark.slow),
+  ],
+)
+
+
 def draw(seed, bias=-1.5):
   rng = np.random.default_rng(seed)
   return {
@@ -126,8 +137,7 @@ def check(result, expected, mask):
     close(grads[name], leaf, err_msg=name)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("kind", contrastive.KINDS)
+@KINDS_AND_MASKS
 def test_losses_scores_weights_and_gradient_are_the_dense_ones(kind, masked):
   mask = MASK if masked else MASK | True
   result = step(kind)(PARAMS, REFERENCE, BATCH | {"mask": mask}, mask=mask)
@@ -314,7 +324,9 @@ def reference_features():
   )
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+  "masked", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_toward_similarities_descends_both_divergences(masked):
   mask = MASK if masked else MASK | True
   found = jax.jit(contrastive.toward_similarities(apply))(
@@ -326,6 +338,7 @@ def test_toward_similarities_descends_both_divergences(masked):
     )
 
 
+@pytest.mark.slow
 def test_scores_toward_similarities_on_eight_devices():
   rows, everywhere = mesh_of_eight()
   fn = step(direction=contrastive.toward_similarities(apply))
@@ -395,8 +408,7 @@ def agreement_by_definition(kind, mask):
   return scores
 
 
-@pytest.mark.parametrize("kind", contrastive.KINDS)
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@KINDS_AND_MASKS
 def test_agreement_is_each_pairs_slope_toward_the_reference(kind, masked):
   mask = MASK if masked else MASK | True
   outputs = contrastive.outputs_of(apply, kind)
