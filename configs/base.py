@@ -1,4 +1,4 @@
-"""What the configs of all tasks have in common, and how arguments are read.
+"""Fields that the configs of all tasks share, and reading of arguments.
 
 `configs/classification.py`, `configs/contrastive.py` and the like list every
 field of their task. A field that is not there is refused, on the command line
@@ -85,6 +85,10 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.grand_epochs = 1
   config.mimic.scope = "all"  # or "layers"
   config.mimic.engine = "auto"  # or "forward", "per_sample"
+  # How many samples' gradients exist at a time; None: as the engine has it.
+  config.mimic.microbatch_size = config_dict.placeholder(int)
+  # Refuses losses that depend on batch mates where an engine can't take them.
+  config.mimic.check_independence = True
 
   config.select = config_dict.ConfigDict()
   # "auto", "gmm", "threshold", "kmeans" or "top_fraction"

@@ -73,7 +73,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 
 def vit() -> config_dict.ConfigDict:
-  """What a vision transformer is made of; a small one for 32-pixel images."""
+  """Sizes of a vision transformer; a small one for 32-pixel images."""
   config = config_dict.ConfigDict()
   config.patch_size = 4  # pixels; divides both sides of the images
   config.width = 192

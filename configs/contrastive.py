@@ -117,6 +117,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.mimic.fraction = 0.7
   # The losses of a batch depend on each other: no other engine can do it.
   config.mimic.engine = "forward"
+  config.mimic.microbatch_size = config_dict.placeholder(int)  # nor in parts
+  config.mimic.check_independence = True
 
   config.select.binarize = "gmm"  # for the report
   config.select.aggregate = "majority"

@@ -13,8 +13,9 @@ are reported on, is written to `tuned.json`: give it to a study as
 `config.study.tuned`.
 """
 
+from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies.tuning import main
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, prepare=initial.sized)

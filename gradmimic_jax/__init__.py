@@ -23,6 +23,11 @@ from gradmimic_jax.independence import check_independence
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reference import ReferenceReport, check_reference
 from gradmimic_jax.reporting import report
+from gradmimic_jax.scores import (
+  excess_loss,
+  output_agreement,
+  random_score,
+)
 from gradmimic_jax.selection import (
   DatasetQuality,
   Membership,

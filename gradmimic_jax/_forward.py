@@ -72,10 +72,11 @@ def _without_poison(leaves, found, problem):
   step. If all samples are sound, a gradient that is not finite is left for the
   user to see.
   """
-  sound = jnp.isfinite(found.losses) & jnp.isfinite(found.scores)
-  if problem.baseline is not None:
-    # Such a sample has no weight either, but its own gradient may be sound.
-    sound |= jnp.isfinite(found.losses) & ~jnp.isfinite(problem.baseline)
+  sound = jnp.isfinite(found.losses)
+  if problem.score.needs_gradients:
+    # Others say nothing of gradients: where only they are not finite, the
+    # sample has no weight, but its own gradient may be sound.
+    sound &= jnp.isfinite(found.scores)
   return _tree.zero_nonfinite(
     leaves, unless=jnp.all(sound), lost=problem.lost(found.valid)
   )
@@ -143,7 +144,13 @@ def _answer(problem, losses, descents, aux, pullback):
     gram, counted = _gram(problem, losses, pullback)
   losses = _mesh.rows_like(_tree.to_accumulate(losses), problem.candidates)
   scores = problem.score.of(
-    Measured(losses, descents, norms, problem.baseline, gram, counted),
+    Measured(
+      descents=descents,
+      norms=norms,
+      gram=gram,
+      valid=counted,
+      **problem.known(losses, aux),
+    ),
     problem.candidates,
   )
   valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)

@@ -45,9 +45,8 @@ def score_rows(
   unit: list[jax.Array] | None,
   flags: list[bool],
   score: Score,
-  losses: jax.Array | None = None,
-  baseline: jax.Array | None = None,
-  candidates: jax.Array | None = None,
+  candidates: jax.Array,
+  **known: Any,
 ) -> jax.Array:
   """Scores `[B]` of per-sample gradients `[B, *p]`.
 
@@ -56,9 +55,8 @@ def score_rows(
     unit: the unit direction over the mimic layers, if the score asks.
     flags: which leaves are mimic layers.
     score: how what is measured becomes scores.
-    losses: `[B]`, if the score asks.
-    baseline: `[B]`, what stands in the reference's place, if the score asks.
-    candidates: bool `[B]`, the samples that may count; None is all.
+    candidates: bool `[B]`, the samples that may count.
+    **known: what else is known, by `Measured`'s names.
 
   Returns:
     Scores `[B]`.
@@ -71,11 +69,13 @@ def score_rows(
     norms = _tree.row_norms(mimic)
   gram = valid = None
   if score.needs_gram:
-    valid = _tree.rows_finite(rows)
-    for more in (candidates, None if losses is None else jnp.isfinite(losses)):
-      valid = valid if more is None else valid & more
+    valid = _tree.rows_finite(rows) & candidates
+    if known.get("losses") is not None:
+      valid &= jnp.isfinite(known["losses"])
     gram, valid = inner_products(mimic, valid)
-  measured = Measured(losses, descents, norms, baseline, gram, valid)
+  measured = Measured(
+    descents=descents, norms=norms, gram=gram, valid=valid, **known
+  )
   return score.of(measured, rows[0])
 
 
@@ -154,9 +154,8 @@ def dense(problem: Problem) -> tuple[Answer, list[jax.Array]]:
     problem.unit,
     problem.flags,
     problem.score,
-    losses,
-    problem.baseline,
     problem.candidates,
+    **problem.known(losses, aux),
   )
   valid = problem.candidates & jnp.isfinite(losses) & sound_rows(rows, scores)
   return Answer(scores, losses, valid, aux), rows

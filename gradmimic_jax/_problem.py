@@ -21,8 +21,22 @@ class Problem(NamedTuple):
   unit: list[jax.Array] | None  # unit direction over them, if the score asks
   score: Score  # how what is measured becomes scores
   candidates: jax.Array  # bool [B]: real samples whose input is finite
-  baseline: jax.Array | None  # [B], the reference's losses, if the score asks
+  baseline: jax.Array | None  # [B], if the score has one
+  reference: Any  # as it came, if the score asks
+  step: Any  # [], updates done so far, if the caller said
   real: jax.Array  # bool []: whether there is a sample that is no padding
+
+  def known(self, losses: jax.Array, aux: Any) -> dict[str, Any]:
+    """What a score may look at besides gradients, by `Measured`'s names."""
+    rows = self.score.needs_reference
+    return {
+      "losses": losses,
+      "baseline": self.baseline,
+      "aux": aux if self.score.needs_aux else None,
+      "batch": self.batch if rows else None,
+      "reference": self.reference,
+      "step": self.step,
+    }
 
   def lost(self, valid: jax.Array) -> jax.Array:
     """Whether there are samples but none is valid, bool `[]`."""

@@ -220,7 +220,20 @@ def _no_sums(leaves, groups, names, rows):
 def _stack(problem, microbatch_size):
   """What of the problem has a batch axis in microbatches, and the way back."""
   split_rows, restore = _microbatches(problem.candidates, microbatch_size)
-  rows = {"batch": problem.batch, "baseline": problem.baseline}
+  size = problem.candidates.size
+  for path, leaf in jax.tree_util.tree_leaves_with_path(problem.reference):
+    if jnp.shape(leaf)[:1] != (size,):
+      name = "/".join(["reference", *filter(None, [_tree.key_path(path)])])
+      raise ValueError(
+        f"{name} has shape {jnp.shape(leaf)} with score {problem.score.name!r}"
+        f" in microbatches; expected a leading axis [{size}], a row for each"
+        " sample, or engine='forward'."
+      )
+  rows = {
+    "batch": problem.batch,
+    "baseline": problem.baseline,
+    "reference": problem.reference,
+  }
   stacked = jax.tree.map(split_rows, rows)
   stacked["candidates"] = split_rows(problem.candidates, fill=False)
   return stacked, restore

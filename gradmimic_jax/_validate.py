@@ -214,7 +214,9 @@ def padding_mask(mask: Any, size: int, rows: Any = None) -> jax.Array:
   return mask if rows is None else _mesh.rows_like(mask, rows)
 
 
-def baseline(score: str, reference: Any, size: int) -> jax.Array:
+def baseline(
+  score: str, reference: Any, size: int, name: str = "reference"
+) -> jax.Array:
   """What a score takes in the reference's place, `[B]`; raises if it isn't."""
   expected = (
     f"with score={score!r} expected one number for each sample of this batch"
@@ -223,13 +225,12 @@ def baseline(score: str, reference: Any, size: int) -> jax.Array:
   )
   arrays = isinstance(reference, (jax.Array, np.ndarray))
   if not arrays or not is_array(reference):
-    raise TypeError(f"reference is {_kind(reference)}; {expected}")
+    raise TypeError(f"{name} is {_kind(reference)}; {expected}")
   numbers = jnp.asarray(reference)
   floating = jnp.issubdtype(numbers.dtype, jnp.floating)
   if numbers.shape != (size,) or not floating:
     raise ValueError(
-      f"reference has shape {numbers.shape} and dtype {numbers.dtype};"
-      f" {expected}"
+      f"{name} has shape {numbers.shape} and dtype {numbers.dtype}; {expected}"
     )
   return _tree.to_accumulate(numbers)
 

@@ -29,6 +29,7 @@ from gradmimic_jax.weighting import Weighting
 
 _ENGINES = {"forward": _forward, "per_sample": _per_sample}
 SCOPES = ("all", "layers")
+_ADVICE = "Pass has_aux=True if it returns (losses, aux)."
 
 
 class _Solver(NamedTuple):
@@ -110,11 +111,14 @@ def mimic_value_and_grad(
     layers: the mimic layers: None (all), a regular expression or a list of them
       on "/"-joined leaf paths, a predicate `(path, leaf) -> bool`, or a tree of
       bools.
-    score: `"projection"`, or `"cosine"` (divided by the gradient norm too). To
-      compare with: `"gradient_norm"` (GraNd) and `"excess_loss"` (RHO-loss; the
-      reference is then the reference's losses on this batch, `[B]`), which look
-      at no direction; `"given"` (the reference is then the scores `[B]`); or a
-      score that is made, such as `matching.omp(0.3)`.
+    score: `"projection"`, or `"cosine"` (divided by the gradient norm too); or
+      `output_agreement(losses_of)`, which looks at the outputs in losses_fn's
+      aux and takes a reference of any initialisation. To compare with:
+      `"gradient_norm"` (GraNd) and `"excess_loss"` (RHO-loss; the reference is
+      then the reference's losses on this batch, `[B]`, or with
+      `excess_loss(losses_of)` its outputs), which look at no direction;
+      `"given"` (the reference is then the scores `[B]`); or another score that
+      is made, such as `matching.omp(0.3)` or `random_score()`.
     weighting: `softmax`, `ess_softmax`, `top_fraction`, `positive`,
       `proportional`, `uniform`, or a callable of their kind.
     scope: the leaves that get the weighted gradient: `"all"`, or `"layers"`
@@ -148,16 +152,16 @@ def mimic_value_and_grad(
     `fn(params, reference, batch, *, mask=None, step=None, **kwargs) -> ((loss,
     MimicInfo), grads)`. `reference`: what the direction asks for. `batch`: a
     tree of arrays with leading axis `[B]`. `mask`: bool `[B]`, False for
-    padding. `step`: updates done so far, needed by scheduled weightings; it is
-    not handed to losses_fn. Other keyword arguments go to losses_fn and to the
-    direction. `loss`: mean unweighted loss over the valid samples. `grads`: the
-    reweighted gradient, a tree like params.
+    padding. `step`: updates done so far, needed by scheduled weightings and
+    random scores; it is not handed to losses_fn. Other keyword arguments go to
+    losses_fn and to the direction. `loss`: mean unweighted loss over the valid
+    samples. `grads`: the reweighted gradient, a tree like params.
 
   Raises:
-    ValueError: an unknown score, scope or engine, or a score that microbatches
-      can't give; and, from `fn`, shapes that don't fit, layers that match
-      nothing, or, in the per-sample engine, losses or an aux that are not of
-      single samples.
+    ValueError: an unknown score, scope or engine, a score that microbatches
+      can't give, or one that looks at an aux without has_aux; and, from `fn`,
+      shapes that don't fit, layers that match nothing, or, in the per-sample
+      engine, losses or an aux that are not of single samples.
     TypeError: from `fn`, trees or dtypes that don't fit.
 
   Example:
@@ -186,17 +190,13 @@ def mimic_value_and_grad(
   weighting_lib.check(weighting)
   directions.check(direction)
   score_kind = scores_lib.get(score)
+  _check_aux(score_kind, has_aux)
   engine, solver = _engine(engine, score_kind, microbatch_size)
   independence_of = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
-    plain = _problem.plain_losses_fn(
-      losses_fn,
-      has_aux,
-      kwargs,
-      "Pass has_aux=True if it returns (losses, aux).",
-    )
-    arguments = params, reference, batch, mask, kwargs
+    plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, _ADVICE)
+    arguments = params, reference, batch, mask, step, kwargs
     problem, mask, distance = _pose(
       plain, direction, layers, score_kind, *arguments
     )
@@ -231,6 +231,7 @@ def mimic_scores(
   score: str | Score = "projection",
   engine: str = "auto",
   microbatch_size: int | None = None,
+  has_aux: bool = False,
   check_independence: bool = True,
 ) -> Callable[..., MimicScores]:
   """Mimic scores of a batch, without a gradient.
@@ -241,17 +242,19 @@ def mimic_scores(
   forward passes, and no backward pass.
 
   Args:
-    losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`.
+    losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`, or `(losses,
+      aux)` with `has_aux`.
     direction: as in `mimic_value_and_grad`.
     layers: the mimic layers, as in `mimic_value_and_grad`.
     score: as in `mimic_value_and_grad`.
     engine: as in `mimic_value_and_grad`.
     microbatch_size: as in `mimic_value_and_grad`.
+    has_aux: as in `mimic_value_and_grad`; only the score sees the aux.
     check_independence: as in `mimic_value_and_grad`.
 
   Returns:
     `fn(params, reference, batch, *, mask=None, step=None, **kwargs) ->
-    MimicScores`, called as `mimic_value_and_grad`'s; `step` has no effect.
+    MimicScores`, called as `mimic_value_and_grad`'s.
 
   Raises:
     ValueError: as `mimic_value_and_grad`.
@@ -273,19 +276,17 @@ def mimic_scores(
   """
   directions.check(direction)
   score_kind = scores_lib.get(score)
+  _check_aux(score_kind, has_aux)
   engine, solver = _engine(engine, score_kind, microbatch_size)
   independence_of = _independence_check(engine, check_independence)
 
   def fn(params, reference, batch, *, mask=None, step=None, **kwargs):
-    del step  # taken, so that both functions may be called alike
-    plain = _problem.plain_losses_fn(
-      losses_fn, False, kwargs, "mimic_scores takes no aux: return losses only."
-    )
-    arguments = params, reference, batch, mask, kwargs
+    plain = _problem.plain_losses_fn(losses_fn, has_aux, kwargs, _ADVICE)
+    arguments = params, reference, batch, mask, step, kwargs
     problem, mask, distance = _pose(
       plain, direction, layers, score_kind, *arguments
     )
-    with independence_of(losses_fn, problem, kwargs, False):
+    with independence_of(losses_fn, problem, kwargs, has_aux):
       found = solver.answer(problem)
     scores, losses = _presentable(found, mask)
     return MimicScores(scores, losses, distance)
@@ -299,6 +300,15 @@ def _finished(fn, direction, score, engine):
     fn = _sharing.computed_once(fn)
   fn.engine = engine
   return fn
+
+
+def _check_aux(score, has_aux):
+  if score.needs_aux and not has_aux:
+    raise ValueError(
+      f"score is {score.name!r}, which looks at losses_fn's aux, with"
+      " has_aux=False; expected has_aux=True and a losses_fn that returns"
+      " (losses, aux)."
+    )
 
 
 def _engine(name, score, microbatch_size):
@@ -342,7 +352,16 @@ def _independence_check(engine, wanted):
 
 
 def _pose(
-  losses_fn, direction, layers, score, params, reference, batch, mask, kwargs
+  losses_fn,
+  direction,
+  layers,
+  score,
+  params,
+  reference,
+  batch,
+  mask,
+  step,
+  kwargs,
 ):
   """The step as a Problem, the padding mask and the direction's norm."""
   _validate.floating_params(params)
@@ -352,17 +371,18 @@ def _pose(
   mask = _validate.padding_mask(mask, size, jax.tree.leaves(batch)[0])
   batch, candidates = _problem.mend_rows(batch, mask)
   params = jax.tree.map(jnp.asarray, params)
-  unit, distance, baseline = None, jnp.zeros([]), None
+  unit, distance = None, jnp.zeros([])
   if score.needs_descents:
     unit, distance = directions.unit_vector(
       directions.call(direction, params, reference, batch, candidates, kwargs),
       params,
       flags,
     )
-  if score.needs_baseline:
-    baseline = _validate.baseline(score.name, reference, size)
-    baseline = _mesh.rows_like(baseline, candidates)
-  candidates = _mesh.together(candidates, params, batch, unit, baseline, kwargs)
+  baseline = score.baseline_of(reference, batch, step, candidates)
+  reference = reference if score.needs_reference else None
+  candidates = _mesh.together(
+    candidates, params, batch, unit, baseline, reference, kwargs
+  )
   problem = _problem.Problem(
     losses_fn,
     params,
@@ -372,6 +392,8 @@ def _pose(
     score,
     candidates,
     baseline,
+    reference,
+    step,
     jnp.any(mask),
   )
   return problem, mask, distance

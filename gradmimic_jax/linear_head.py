@@ -244,10 +244,13 @@ def scores(
   kind = scores_lib.get(score)
   features, errors = _wide(features, errors)
   mask = _validate.padding_mask(mask, features.shape[0], features)
-  if kind.needs_baseline:
+  if kind.needs_besides or kind.make_baseline:
+    needed, instead = kind.needs_besides or "the step", "use gm.mimic_scores"
+    if needed == "losses":
+      instead = "subtract the reference's losses from the learner's"
     raise ValueError(
-      f"score is {kind.name!r}, which needs no gradients but losses; subtract"
-      " the reference's losses from the learner's."
+      f"score is {kind.name!r}, which needs no gradients but {needed};"
+      f" {instead}."
     )
   valid = mask & _tree.rows_finite([features, errors])
   features = jnp.where(valid[:, None], features, 0)
@@ -261,7 +264,7 @@ def scores(
     products = _mesh.whole(gram(features, errors, has_bias=has_bias))
     valid = _mesh.whole(valid) & jnp.isfinite(jnp.diagonal(products))
     products = jnp.where(valid[:, None] & valid[None, :], products, 0)
-  measured = Measured(None, along, norms, None, products, valid)
+  measured = Measured(descents=along, norms=norms, gram=products, valid=valid)
   found = kind.of(measured, features)
   valid &= jnp.isfinite(found)
   unknown = jnp.where(mask, jnp.nan, 0).astype(found.dtype)

@@ -7,7 +7,7 @@ looked at over the mimic layers only.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,16 @@ from gradmimic_jax import _mesh, _validate
 class Measured(NamedTuple):
   """What an engine knows of a batch's samples; None where nobody asked."""
 
-  losses: jax.Array | None  # [B]
-  descents: jax.Array | None  # [B], <-g_i, v> / ||v||
-  norms: jax.Array | None  # [B], ||g_i||
-  baseline: jax.Array | None  # [B], what stands in the reference's place
+  losses: jax.Array | None = None  # [B]
+  descents: jax.Array | None = None  # [B], <-g_i, v> / ||v||
+  norms: jax.Array | None = None  # [B], ||g_i||
+  baseline: jax.Array | None = None  # [B], known before any loss is
   gram: jax.Array | None = None  # [B, B], <g_i, g_j>; 0 where not valid
   valid: jax.Array | None = None  # bool [B], the samples in the gram
+  aux: Any = None  # losses_fn's aux
+  batch: Any = None  # leaves [B, ...], as losses_fn sees them
+  reference: Any = None  # what came as the reference
+  step: Any = None  # [], updates done so far, if the caller said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Score:
     fn: `Measured -> scores [B]`.
     needs_descents: whether `fn` looks at the descents, and so at a direction.
     needs_norms: whether `fn` looks at the gradient norms.
-    needs_baseline: whether `fn` looks at a number a sample that stands in the
-      reference's place, such as the reference's loss.
+    needs_baseline: whether the reference is the baseline: a number a sample,
+      such as the reference's loss.
     needs_gram: whether `fn` looks at all samples' inner products with each
       other, and at which of them are valid. Its scores then depend on batch
       mates; it sees no sample that is padding or not finite.
@@ -48,12 +52,43 @@ class Score:
   needs_norms: bool = False
   needs_baseline: bool = False
   needs_gram: bool = False
+  needs_aux: bool = False
+  needs_reference: bool = False
+  make_baseline: Callable[..., jax.Array] | None = None
+
+  @property
+  def needs_gradients(self) -> bool:
+    """Whether `fn` looks at anything of the samples' gradients."""
+    return self.needs_descents or self.needs_norms or self.needs_gram
+
+  @property
+  def needs_besides(self) -> str:
+    """What `fn` looks at that isn't of gradients, in words; "": nothing."""
+    if self.needs_aux:
+      return "losses_fn's aux"
+    return "losses" if self.needs_baseline or self.needs_reference else ""
+
+  def baseline_of(
+    self, reference: Any, batch: Any, step: Any, rows: jax.Array
+  ) -> jax.Array | None:
+    """The baseline `[B]`, divided over devices as `rows [B]` are; or None."""
+    if self.needs_baseline:
+      found = _validate.baseline(self.name, reference, len(rows))
+    elif self.make_baseline is not None:
+      found = self.make_baseline(reference, batch, step, len(rows))
+      found = _validate.baseline(
+        self.name, found, len(rows), "what make_baseline returned"
+      )
+    else:
+      return None
+    return _mesh.rows_like(found, rows)
 
   def of(self, measured: Measured, rows: jax.Array) -> jax.Array:
     """Scores `[B]`, divided over devices as `rows [B]` are."""
     if self.needs_gram:
       # Every sample's score depends on all of them.
-      measured = jax.tree.map(_mesh.whole, measured)
+      samples = measured._replace(step=None)
+      measured = jax.tree.map(_mesh.whole, samples)._replace(step=measured.step)
     return _mesh.rows_like(self.fn(measured), rows)
 
 
@@ -102,11 +137,10 @@ def get(name: str | Score) -> Score:
   * `"gradient_norm"`: `m_i = ||g_i||`, GraNd; there is no direction.
   * `"excess_loss"`: `m_i = l_i(params) - l_i(reference)`, RHO-loss; the
     reference's losses `[B]` stand in the place of the reference.
-  * `"given"`: the scores `[B]` themselves stand there, from wherever they are;
-    `output_agreement` makes some.
+  * `"given"`: the scores `[B]` themselves stand there, from wherever they are.
 
-  Scores with options of their own are made, not named: see
-  `gradmimic_jax.matching`.
+  Scores with options of their own are made, not named: `excess_loss`,
+  `output_agreement`, `random_score`, and those of `gradmimic_jax.matching`.
 
   Args:
     name: one of the five, or a Score.
@@ -133,12 +167,86 @@ def get(name: str | Score) -> Score:
   return SCORES[name]
 
 
+def excess_loss(losses_of: Callable[[Any, Any], jax.Array]) -> Score:
+  """Excess losses of a reference whose outputs are known, for `score=`.
+
+  `m_i = l_i(params) - losses_of(r, batch)_i`
+
+  with r the reference's outputs, which stand in the reference's place. It is
+  `"excess_loss"` for outputs that were stored once, for any labels.
+
+  Args:
+    losses_of: `(outputs, batch) -> losses [B]`.
+
+  Returns:
+    A Score.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import gradmimic_jax as gm
+    >>> def losses_of(outputs, batch):
+    ...   return (outputs - batch["y"]) ** 2
+    >>> score = gm.mimic_scores(
+    ...   lambda params, batch: losses_of(params["w"] * batch["x"], batch),
+    ...   score=gm.excess_loss(losses_of))
+    >>> batch = {"x": jnp.ones(2), "y": jnp.array([1.0, 3.0])}
+    >>> score({"w": jnp.zeros([])}, jnp.array([1.0, 1.0]), batch).scores
+    Array([1., 5.], dtype=float32)
+
+  References:
+    Mindermann et al., `arXiv:2206.07137 <https://arxiv.org/abs/2206.07137>`_
+    (RHO-loss).
+  """
+  return Score(
+    "excess_loss",
+    _excess_loss,
+    needs_reference=True,
+    make_baseline=lambda reference, batch, *_: losses_of(reference, batch),
+  )
+
+
+def random_score(seed: int = 0) -> Score:
+  """Scores by chance, for `score=`: what the others have to be better than.
+
+  Uniform in [0, 1), drawn anew in each step. They depend on the seed, the step
+  and a sample's place in the batch alone: all runs that see the same batches
+  draw the same ones, whatever the engine.
+
+  Args:
+    seed: of the draws.
+
+  Returns:
+    A Score. Functions with it need `step=`, the updates done so far.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import gradmimic_jax as gm
+    >>> score = gm.mimic_scores(
+    ...   lambda params, batch: batch * params["w"], score=gm.random_score())
+    >>> found = score({"w": jnp.ones([])}, None, jnp.ones(3), step=0)
+    >>> bool(((found.scores >= 0) & (found.scores < 1)).all())
+    True
+  """
+
+  def draw(reference, batch, step, size):
+    del reference, batch
+    if step is None:
+      raise ValueError(
+        "step is None with score 'random', which draws anew in each step;"
+        " expected step=, the updates done so far."
+      )
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.uniform(key, (size,))
+
+  return Score("random", _given, make_baseline=draw)
+
+
 def output_agreement(
-  losses_of: Callable[[jax.Array], jax.Array],
-  outputs: jax.Array,
-  reference: jax.Array,
-) -> jax.Array:
-  """Mimic scores in the space of outputs, for `score="given"`.
+  losses_of: Callable[[jax.Array, Any], jax.Array],
+  *,
+  outputs_of: Callable[[Any], jax.Array] = lambda aux: aux,
+) -> Score:
+  """Mimic scores in the space of outputs, for `score=`.
 
   `m_i = <-dl_i/df_i, softmax(r_i) - softmax(f_i)>`
 
@@ -148,7 +256,54 @@ def output_agreement(
   what a sample's own label says; here they don't enter. (With r_i - f_i in
   place of the probabilities' difference it would be, to first order, the excess
   loss, which is unbounded.) No tangent goes through the model: it costs nothing
-  beside the outputs.
+  beside the outputs, which losses_fn has anyway and returns as its aux.
+
+  Args:
+    losses_of: `(outputs [B, C], batch) -> losses [B]`, each of its own row
+      only.
+    outputs_of: what of losses_fn's aux are the outputs; all of it, if nothing
+      is said.
+
+  Returns:
+    A Score, of functions with `has_aux=True`. Their `reference` is the
+    reference's logits for this batch `[B, C]`, of any architecture; a sample
+    whose logits are not finite has no score. Calling them raises TypeError or
+    ValueError where one of the two is no logits, or they differ in shape.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> import gradmimic_jax as gm
+    >>> def losses_of(outputs, batch):
+    ...   return optax.softmax_cross_entropy_with_integer_labels(
+    ...     outputs, batch["y"])
+    >>> def losses_fn(params, batch):
+    ...   outputs = batch["x"] @ params["w"]
+    ...   return losses_of(outputs, batch), outputs
+    >>> step = gm.mimic_value_and_grad(
+    ...   losses_fn, score=gm.output_agreement(losses_of), has_aux=True)
+    >>> batch = {"x": jnp.ones((2, 1)), "y": jnp.array([0, 1])}
+    >>> reference = jnp.array([[9.0, -9.0], [9.0, -9.0]])  # 0 for both
+    >>> (loss, info), grads = step({"w": jnp.zeros((1, 2))}, reference, batch)
+    >>> info.scores
+    Array([ 0.5, -0.5], dtype=float32)
+  """
+
+  def fn(measured):
+    return agreement(
+      lambda outputs: losses_of(outputs, measured.batch),
+      outputs_of(measured.aux),
+      measured.reference,
+    )
+
+  return Score("output_agreement", fn, needs_aux=True, needs_reference=True)
+
+
+def agreement(
+  losses_of: Callable[[jax.Array], jax.Array],
+  outputs: jax.Array,
+  reference: jax.Array,
+) -> jax.Array:
+  """What `output_agreement` computes, of arrays.
 
   Args:
     losses_of: `outputs [B, C] -> losses [B]`, each of its own row only.
@@ -169,7 +324,7 @@ def output_agreement(
     ...   return optax.softmax_cross_entropy_with_integer_labels(
     ...     outputs, labels)
     >>> reference = jnp.array([[9.0, -9.0], [9.0, -9.0]])  # 0 for both
-    >>> output_agreement(losses_of, jnp.zeros((2, 2)), reference)
+    >>> agreement(losses_of, jnp.zeros((2, 2)), reference)
     Array([ 0.5, -0.5], dtype=float32)
   """
   outputs = jax.lax.stop_gradient(_validate.logits("outputs", outputs))

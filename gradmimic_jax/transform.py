@@ -88,7 +88,8 @@ def reweight_by_mimic_score(
       and checkpointed with it.
     layers: the mimic layers, as in `mimic_value_and_grad`.
     score: `"projection"`, `"cosine"`, `"gradient_norm"`, or a score that is
-      made, such as `matching.omp(0.3)`.
+      made and needs neither losses nor outputs, such as `matching.omp(0.3)` or
+      `random_score()`.
     weighting: `"softmax"`, `"ess_softmax"`, `"top_fraction"`, `"positive"`,
       `"proportional"`, `"uniform"`, or a weighting as in `mimic_value_and_grad`
       (with `optax.inject_hyperparams`, by name only).
@@ -134,10 +135,11 @@ def reweight_by_mimic_score(
     weighting, temperature=temperature, fraction=fraction
   )
   score_kind = scores_lib.get(score)
-  if score_kind.needs_baseline:
+  if score_kind.needs_besides:
     raise ValueError(
-      f"score is {score_kind.name!r}, which needs losses; an optax"
-      " transformation sees gradients only: use gm.mimic_value_and_grad."
+      f"score is {score_kind.name!r}, which needs {score_kind.needs_besides};"
+      " an optax transformation sees gradients only: use"
+      " gm.mimic_value_and_grad."
     )
 
   def init_fn(params):
@@ -187,7 +189,13 @@ def reweight_by_mimic_score(
       )
     unit, distance = directions.normalize(directions.gap(mimic, stored))
     scores = _per_sample.score_rows(
-      rows, unit, flags, score_kind, candidates=mask
+      rows,
+      unit,
+      flags,
+      score_kind,
+      mask,
+      baseline=score_kind.baseline_of(None, None, state.count, mask),
+      step=state.count,
     )
     valid = mask & _per_sample.sound_rows(rows, scores)
     weights = weighting_lib.guarded(weigh, scores, valid, state.count)

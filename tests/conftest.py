@@ -17,6 +17,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# How XLA turns programs into machine code: in one piece each, and without the
+# emitters that take four times as long for a faster loop. XLA stops at flags
+# that it doesn't know; one that a later XLA lacks can go.
+_FAST_COMPILATION = (
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
+
+
 def pytest_configure(config):
   """Lets the default suite compile fast, not make fast.
 
@@ -28,3 +37,5 @@ def pytest_configure(config):
     and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
   ):
     jax.config.update("jax_disable_most_optimizations", True)
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])

@@ -6,15 +6,20 @@ import pytest
 import gradmimic_jax as gm
 from gradmimic_jax import cleanlab
 
-datalab = pytest.importorskip(
-  "cleanlab.datalab.datalab",
-  reason="needs cleanlab: pip install 'gradmimic_jax[cleanlab]'",
-)
 N = 300
+
+
+def datalab():
+  """Imported where it is used: it is heavy, and all workers collect this."""
+  return pytest.importorskip(
+    "cleanlab.datalab.datalab",
+    reason="needs cleanlab: pip install 'gradmimic_jax[cleanlab]'",
+  )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
+  datalab()
   return cleanlab.register()
 
 
@@ -28,7 +33,7 @@ def found():
 
 
 def lab_of(labels, scores, **options):
-  lab = datalab.Datalab(
+  lab = datalab().Datalab(
     data={"label": labels.tolist()}, label_name="label", verbosity=0
   )
   lab.find_issues(issue_types={"grad_mimic": {"scores": scores, **options}})
@@ -89,7 +94,7 @@ def test_the_report_shows_the_worst(found, lab, capsys):
 
 def test_a_saved_lab_comes_back(lab, tmp_path):
   lab.save(str(tmp_path / "lab"))
-  again = datalab.Datalab.load(str(tmp_path / "lab"))
+  again = datalab().Datalab.load(str(tmp_path / "lab"))
   assert again.get_issues("grad_mimic").equals(lab.get_issues("grad_mimic"))
 
 
@@ -140,7 +145,7 @@ def test_ids_that_are_text_are_found(found, tmp_path):
   ],
 )
 def test_ids_of_other_rows(registered, ids, message):
-  lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
+  lab = datalab().Datalab(data={"text": ["a"] * N}, verbosity=0)
   selection = gm.select(np.ones((3, 1)), ids=["000", "001", "002"])
   with pytest.raises((ValueError, TypeError), match=message):
     registered(datalab=lab).find_issues(scores=selection, ids=ids)
@@ -148,17 +153,17 @@ def test_ids_of_other_rows(registered, ids, message):
 
 def test_a_frame_with_ids_is_no_scores(registered):
   pd = pytest.importorskip("pandas")
-  lab = datalab.Datalab(data={"text": ["a"] * 2}, verbosity=0)
+  lab = datalab().Datalab(data={"text": ["a"] * 2}, verbosity=0)
   frame = pd.DataFrame({"id": [5, 7], "score": [0.1, -0.2]})
   with pytest.raises(TypeError, match="column 'id'"):
     registered(datalab=lab).find_issues(scores=frame)
 
 
 def test_without_labels_or_votes(found):
-  lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
+  lab = datalab().Datalab(data={"text": ["a"] * N}, verbosity=0)
   lab.find_issues(issue_types={"grad_mimic": {"scores": found[0][:, :2]}})
   assert "classes" not in lab.get_info("grad_mimic")
-  lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
+  lab = datalab().Datalab(data={"text": ["a"] * N}, verbosity=0)
   lab.find_issues(issue_types={"grad_mimic": {"scores": np.ones((N, 2))}})
   assert not lab.get_issues("grad_mimic")["is_grad_mimic_issue"].any()
   assert np.isnan(lab.get_issue_summary("grad_mimic")["score"].item())
@@ -175,7 +180,7 @@ def test_without_labels_or_votes(found):
   ],
 )
 def test_scores_of_other_samples(found, registered, scores, message, capsys):
-  lab = datalab.Datalab(data={"text": ["a"] * N}, verbosity=0)
+  lab = datalab().Datalab(data={"text": ["a"] * N}, verbosity=0)
   with pytest.raises(ValueError, match=message):
     registered(datalab=lab).find_issues(scores=scores)
   lab.find_issues(issue_types={"grad_mimic": {"scores": scores}})
@@ -186,9 +191,7 @@ def test_it_is_registered_once(registered, capsys):
   assert cleanlab.register() is registered
   assert cleanlab.register(task="regression") is not registered
   assert not capsys.readouterr().out
-  assert (
-    "grad_mimic"
-    in datalab.Datalab(data={"a": [1]}, verbosity=0).list_possible_issue_types()
-  )
+  lab = datalab().Datalab(data={"a": [1]}, verbosity=0)
+  assert "grad_mimic" in lab.list_possible_issue_types()
   with pytest.raises(ValueError, match="Invalid task"):
     cleanlab.register(task="regresion")

@@ -137,7 +137,18 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("name", COUPLED)
+def slow_if_in(names, cases):
+  return [
+    pytest.param(name, marks=pytest.mark.slow) if name in names else name
+    for name in cases
+  ]
+
+
+# What others of them show, too.
+MORE_COUPLED = ("a standard deviation", "bfloat16", "the valid count")
+
+
+@pytest.mark.parametrize("name", slow_if_in(MORE_COUPLED, COUPLED))
 def test_what_is_no_matter_of_single_samples_is_refused(name):
   losses_fn, message = COUPLED[name]
   with pytest.raises(ValueError, match=message) as caught:
@@ -145,8 +156,17 @@ def test_what_is_no_matter_of_single_samples_is_refused(name):
   assert "check_independence=False" in str(caught.value)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("door", [gm.mimic_value_and_grad, gm.mimic_scores])
+@pytest.mark.parametrize(
+  ("door", "option"),
+  [
+    # Each door, and each option at one of them.
+    (door, option)
+    if (n + i) % 2
+    else pytest.param(door, option, marks=pytest.mark.slow)
+    for i, door in enumerate((gm.mimic_value_and_grad, gm.mimic_scores))
+    for n, option in enumerate(OPTIONS)
+  ],
+)
 def test_every_door_to_the_per_sample_engine_refuses_it(door, option):
   arguments = PARAMS, REFERENCE, BATCH
   fn = door(batch_norm, **OPTIONS[option])
@@ -182,7 +202,12 @@ def transformations(call):
   }
 
 
-@pytest.mark.parametrize("how", ["jit", "grad", "vmap", "scan", "remat"])
+@pytest.mark.parametrize(
+  "how",
+  slow_if_in(
+    ("jit", "grad", "remat"), ("vmap", "scan", "jit", "grad", "remat")
+  ),
+)
 def test_closed_over_tracers_hide_nothing(how):
   def losses(centred):
     def call(w):
@@ -292,13 +317,22 @@ INDEPENDENT = {
 }
 
 
+MORE_INDEPENDENT = "masked", "logarithms", "uint32 keys", "keys of another kind"
+
+
 @pytest.mark.parametrize(
   ("name", "traced"),
   [
-    *((name, False) for name in INDEPENDENT),
-    ("BatchNorm with running averages", True),
-    ("noise that is the same for all", True),
+    *((name, False) for name in INDEPENDENT if name not in MORE_INDEPENDENT),
     ("uint32 keys", True),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        *((name, False) for name in MORE_INDEPENDENT),
+        ("BatchNorm with running averages", True),
+        ("noise that is the same for all", True),
+      )
+    ),
   ],
 )
 def test_what_is_a_matter_of_single_samples_is_taken(name, traced):
@@ -326,7 +360,6 @@ def test_a_key_a_sample_gives_all_engines_the_same_losses(name):
         {"engine": "forward"},
         {"engine": "per_sample"},
         {"microbatch_size": 5},  # does not divide 12
-        {"microbatch_size": 5, "weighting": gm.positive()},
       )
     ]
 

@@ -240,7 +240,22 @@ def close_trees(actual, expected, tolerance):
     )
 
 
-def options(model, exhaustive=False):
+# Every choice, score and scope, and every pair of scores and scopes.
+FEW = [
+  ("everything", "projection", "all"),
+  ("head", "projection", "layers"),
+  ("last block", "cosine", "all"),
+]
+MORE = [
+  ("head", "cosine", "layers"),
+  ("head kernel", "projection", "all"),
+  ("list", "projection", "layers"),
+  ("predicate", "projection", "all"),
+  ("bool tree", "projection", "layers"),
+]
+
+
+def options(model, exhaustive):
   """What is asked of a model; most of the MLP, which compiles fastest."""
   if exhaustive:
     return [
@@ -248,27 +263,11 @@ def options(model, exhaustive=False):
       for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
       if score == "projection" or model == "mlp"
     ]
-  asked = [
-    ("everything", "projection", "all"),
-    ("head", "projection", "layers"),
-    ("last block", "projection", "all"),
-    ("list", "projection", "layers"),
-    ("last block", "cosine", "all"),
-  ]
-  if model == "mlp":
-    asked += [
-      ("everything", "cosine", "all"),
-      ("head", "cosine", "layers"),
-      ("head kernel", "projection", "layers"),
-      ("last block", "projection", "layers"),
-      ("predicate", "projection", "all"),
-      ("bool tree", "projection", "layers"),
-    ]
-  return asked
+  return FEW + MORE if model == "mlp" else FEW
 
 
 @functools.cache
-def everything(model, engine, exhaustive=False):
+def everything(model, engine, exhaustive):
   """All options of a model and engine, in one compilation."""
   losses_fn, params, reference, batch = task(model)
   asked = options(model, exhaustive)
@@ -298,6 +297,12 @@ def everything(model, engine, exhaustive=False):
     )
     for masked in (False, True)
   }
+
+
+def asked_of_mlp(
+  engine, choice="everything", score="projection", scope="all", *, masked=False
+):
+  return everything("mlp", engine, False)[masked][choice, score, scope]
 
 
 @functools.cache
@@ -332,17 +337,29 @@ def test_engines_agree_with_dense_float64(model, exhaustive, engine, masked):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_engines_agree_with_each_other(model):
-  forward = jax.tree.leaves(everything(model, "forward"))
-  per_sample = jax.tree.leaves(everything(model, "per_sample"))
+  forward = jax.tree.leaves(everything(model, "forward", False))
+  per_sample = jax.tree.leaves(everything(model, "per_sample", False))
   for a, b in zip(forward, per_sample, strict=True):
     close(a, np.asarray(b, np.float64), 1e-5)
 
 
 @functools.cache
 def compiled(losses_fn, engine, **kwargs):
-  """One compilation for all the tests that ask the same."""
+  """One compilation for all the tests that ask the same; NumPy's arrays."""
   kwargs = {"weighting": gm.softmax(TEMPERATURE)} | kwargs
-  return jax.jit(gm.mimic_value_and_grad(losses_fn, engine=engine, **kwargs))
+  fn = jax.jit(gm.mimic_value_and_grad(losses_fn, engine=engine, **kwargs))
+  return lambda *args, **more: jax.device_get(fn(*args, **more))
+
+
+each_engine_and_score = pytest.mark.parametrize(
+  ("engine", "score"),
+  [
+    ("forward", "projection"),
+    ("per_sample", "cosine"),
+    pytest.param("forward", "cosine", marks=pytest.mark.slow),
+    pytest.param("per_sample", "projection", marks=pytest.mark.slow),
+  ],
+)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -356,13 +373,12 @@ def test_no_mask_means_all_samples(engine):
   )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("score", SCORES)
+@each_engine_and_score
 def test_mimic_scores_are_the_scores_of_mimic_value_and_grad(engine, score):
   losses_fn, *arguments = task("mlp")
   fn = gm.mimic_scores(losses_fn, layers="^head/", score=score, engine=engine)
   scores = jax.jit(fn)(*arguments, mask=MASK)
-  _, info = everything("mlp", engine)[True]["head", score, "layers"][0]
+  _, info = asked_of_mlp(engine, "head", score, "layers", masked=True)[0]
   for name in scores._fields:
     close(getattr(scores, name), np.asarray(getattr(info, name)), 1e-6)
 
@@ -390,13 +406,13 @@ def test_aux_comes_back_for_every_sample(engine):
 
   fn = compiled(with_aux, engine, has_aux=True)
   (loss, info), grads = fn(params, reference, batch)
-  logits = jax.jit(mlp_logits)(params, batch)
-  close(info.aux["logits"], np.asarray(logits), 1e-6)
+  logits = np.asarray(jax.jit(mlp_logits)(params, batch))
+  close(info.aux["logits"], logits, 1e-6)
   np.testing.assert_array_equal(
     info.aux["more"][0], np.argmax(logits, axis=-1) == batch["y"]
   )
   assert info.aux["more"][0].shape == (SIZE,)
-  without = everything("mlp", engine)[False]["everything", "projection", "all"]
+  without = asked_of_mlp(engine)
   close(loss, np.asarray(without[0][0]), 1e-6)
   close_trees(flat(grads), flat(without[1]), 1e-6)
 
@@ -424,7 +440,7 @@ def test_keyword_arguments_reach_the_losses_and_the_direction(engine):
   (loss, info), grads = fn(
     params, reference, batch, factor=jnp.float32(3), sign=jnp.float32(-1)
   )
-  plain = everything("mlp", engine)[False]["everything", "projection", "all"]
+  plain = asked_of_mlp(engine)
   close(loss, -3 * np.asarray(plain[0][0]), 1e-5)
   close(info.scores, 3 * np.asarray(plain[0][1].scores), 1e-5)
   close(info.weights, np.asarray(plain[0][1].weights), 1e-5)
@@ -433,8 +449,7 @@ def test_keyword_arguments_reach_the_losses_and_the_direction(engine):
   )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("score", SCORES)
+@each_engine_and_score
 def test_bfloat16_params_agree_with_float64_to_2e_2(engine, score):
   narrow = jax.tree.map(
     lambda p: jnp.asarray(p, jnp.bfloat16), task("mlp")[1:3]
@@ -541,16 +556,15 @@ def without(row):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("row", [0, 4])
-def test_broken_features_leave_the_other_samples_untouched(engine, value, row):
-  x = task("mlp").batch["x"].copy()
-  x[row, 2] = value
-  others_as_if_masked(
-    run_breakable(engine, MASK | True, x=x),
-    run_breakable(engine, without(row)),
-    row,
-  )
+def test_broken_features_leave_the_other_samples_untouched(engine):
+  for row, value in itertools.product([0, 4], [np.nan, np.inf, -np.inf]):
+    x = task("mlp").batch["x"].copy()
+    x[row, 2] = value
+    others_as_if_masked(
+      run_breakable(engine, MASK | True, x=x),
+      run_breakable(engine, without(row)),
+      row,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -681,8 +695,16 @@ def test_the_only_real_sample_broken_gives_nan_loss_and_gradient(engine):
   no_gradient(run_breakable(engine, first, x=x), np.nan)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("score", SCORES)
+# The cosine's own 0 / 0 once; a program more for the other engine is slow.
+@pytest.mark.parametrize(
+  ("engine", "score"),
+  [
+    ("forward", "projection"),
+    ("per_sample", "projection"),
+    ("per_sample", "cosine"),
+    pytest.param("forward", "cosine", marks=pytest.mark.slow),
+  ],
+)
 def test_reference_equal_to_params_gives_uniform_weights(engine, score):
   losses_fn, params, _, batch = task("mlp")
   fn = compiled(losses_fn, engine, score=score)
@@ -744,14 +766,16 @@ def test_forward_is_exact_for_losses_that_couple_the_batch():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_compiles_once_for_each_shape(engine):
-  losses_fn, params, reference, batch = task("mlp")
+  def losses_fn(params, x):
+    return jnp.square(x @ params)
+
   fn = jax.jit(gm.mimic_value_and_grad(losses_fn, engine=engine))
-  for factor in (1, 2, 3):
-    scaled = batch | {"x": factor * batch["x"]}
-    fn(params, reference, scaled, mask=MASK)
-    fn(reference, params, scaled, mask=~MASK)
+  params, reference, x = np.float32([1, 2]), np.float32([3, 1]), np.eye(6, 2)
+  for factor in np.float32([1, 2, 3]):
+    fn(params, reference, factor * x.astype("f4"), mask=MASK)
+    fn(reference, params, factor * x.astype("f4"), mask=~MASK)
   assert fn._cache_size() == 1
-  fn(params, reference, jax.tree.map(lambda x: x[:4], batch), mask=MASK[:4])
+  fn(params, reference, x[:4].astype("f4"), mask=MASK[:4])
   assert fn._cache_size() == 2
 
 
@@ -781,7 +805,7 @@ def test_a_scheduled_temperature_follows_the_step():
   for engine in ENGINES:
     fn = compiled(losses_fn, engine, weighting=gm.softmax(schedule))
     (_, info), _ = fn(*arguments, step=5)
-    late = everything("mlp", engine)[False]["everything", "projection", "all"]
+    late = asked_of_mlp(engine)
     close(info.weights, np.asarray(late[0][1].weights), 1e-6)
     (_, info), _ = fn(*arguments, step=1)
     close(info.weights, np.asarray(gm.softmax(0.3)(info.scores)), 1e-6)

@@ -18,7 +18,7 @@ from gradmimic_jax import _files
 from gradmimic_jax.selection import Selection, export, filters, select, uids
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def selection():
   rng = np.random.default_rng(0)
   scores = np.where(np.arange(60) < 40, 1, -1)[:, None] + rng.normal(
@@ -321,7 +321,13 @@ def round_trips(folder, selection):
   yield "parquet", export.read_parquet(path)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+  "seed",
+  [
+    seed if seed < 20 else pytest.param(seed, marks=pytest.mark.slow)
+    for seed in range(60)
+  ],
+)
 def test_text_ids_come_back_as_text(tmp_path, seed):
   ids = list(TRICKY) if seed == 0 else generated_ids(seed)
   selection = small_selection(ids, seed)
@@ -341,7 +347,7 @@ def test_text_ids_come_back_as_text(tmp_path, seed):
     assert not re.match(r"\s*[=+@\-]|[\t\r\n]", cell), cell
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(7))
 @pytest.mark.parametrize("prints", [None, {"data": "digits"}])
 def test_csv_files_of_the_release_before(tmp_path, seed, prints):
   # Formulas were left as they are, and so was text that looks escaped.

@@ -1,5 +1,7 @@
 """The method against numbers produced by its authors' functions."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,6 @@ import gradmimic_jax as gm
 
 LAYERS = ("head.weight", "body.weight")
 TEMPERATURES = (0.03, 0.1, 0.5, 1.0)
-SCORES = {"proj": "projection", "cos": "cosine"}
 SCOPES = {"layer_only": "layers", "all": "all"}
 ENGINES = ("forward", "per_sample")
 
@@ -61,37 +62,60 @@ def step(golden, engine, **kwargs):
   return jax.jit(fn)(tree(golden, "params/"), tree(golden, "reference/"), batch)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("score", SCORES)
-def test_losses_scores_and_softmax_weights(golden, engine, layer, score):
-  (loss, info), _ = step(
-    golden, engine, layers=exact(layer), score=SCORES[score]
-  )
-  close(info.losses, golden["losses"], 1e-5)
-  close(loss, golden["losses"].mean(), 1e-5)
-  close(info.scores, golden[f"score/{layer}/{score}"], 1e-5)
-  for temperature in TEMPERATURES:
-    weights = gm.softmax(temperature)(info.scores)
-    expected = golden[f"weights/{layer}/normed_{score}/{temperature}"]
-    close(weights, expected, 1e-5)
+def covering(*axes, fast):
+  """Their product; what isn't in `fast`, which covers all pairs, is slow."""
+  return [
+    case if case in fast else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(*axes)
+  ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("scope", SCOPES)
-def test_gradients_in_both_scopes(golden, engine, layer, scope):
-  _, grads = step(
+PAIRS = {
+  ("forward", "head.weight", "layer_only"),
+  ("forward", "body.weight", "all"),
+  ("per_sample", "head.weight", "all"),
+  ("per_sample", "body.weight", "layer_only"),
+}
+
+
+@pytest.mark.parametrize(
+  ("engine", "layer", "scope"), covering(ENGINES, LAYERS, SCOPES, fast=PAIRS)
+)
+def test_losses_scores_weights_and_gradients(golden, engine, layer, scope):
+  (loss, info), grads = step(
     golden,
     engine,
     layers=exact(layer),
     weighting=gm.softmax(0.5),
     scope=SCOPES[scope],
   )
+  close(info.losses, golden["losses"], 1e-5)
+  close(loss, golden["losses"].mean(), 1e-5)
+  close_scores_and_weights(golden, info.scores, layer, "proj")
   expected = tree(golden, f"grad/{layer}/{scope}/")
   assert grads.keys() == expected.keys()
   for name, value in expected.items():
     close(grads[name], value, 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("engine", "layer"),
+  covering(
+    ENGINES,
+    LAYERS,
+    fast={("forward", "head.weight"), ("per_sample", "body.weight")},
+  ),
+)
+def test_cosines_and_their_weights(golden, engine, layer):
+  (_, info), _ = step(golden, engine, layers=exact(layer), score="cosine")
+  close_scores_and_weights(golden, info.scores, layer, "cos")
+
+
+def close_scores_and_weights(golden, scores, layer, kind):
+  close(scores, golden[f"score/{layer}/{kind}"], 1e-5)
+  for temperature in TEMPERATURES:
+    expected = golden[f"weights/{layer}/normed_{kind}/{temperature}"]
+    close(gm.softmax(temperature)(scores), expected, 1e-5)
 
 
 OPTIMIZERS = {
@@ -103,9 +127,20 @@ OPTIMIZERS = {
 METHOD = dict(layers=exact("head.weight"), weighting=gm.softmax(0.5))
 
 
-@pytest.mark.parametrize("how", [*ENGINES, "transformation"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+  ("how", "optimizer", "scope"),
+  covering(
+    (*ENGINES, "transformation"),
+    OPTIMIZERS,
+    SCOPES,
+    fast={
+      ("forward", "sgd", "all"),
+      ("per_sample", "adamw", "layer_only"),
+      ("transformation", "adamw", "all"),
+      ("transformation", "sgd", "layer_only"),
+    },
+  ),
+)
 def test_twelve_steps(golden, how, optimizer, scope):
   params, reference = tree(golden, "params/"), tree(golden, "reference/")
   xs, ys = golden["traj/x"], golden["traj/y"]

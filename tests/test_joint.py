@@ -5,14 +5,24 @@ import math
 
 import numpy as np
 import pytest
-from generated_scores import broken, f1, make, run
+from generated_scores import (
+  SHAPES,
+  _density_of_sum,
+  broken,
+  f1,
+  gain_of_truth,
+  judged,
+  make,
+  run,
+  undecidable,
+)
 from hypothesis import Phase, given, settings, strategies as st
 from scipy import integrate, optimize, stats
 
 import gradmimic_jax as gm
 from gradmimic_jax import metrics
 from gradmimic_jax.selection import joint, pooling, populations, select
-from gradmimic_jax.selection.binarizers import make_binarizer
+from gradmimic_jax.selection.binarize import make_binarizer
 
 
 def run_scores(seed, rate, n=1500, n_steps=8):
@@ -276,13 +286,45 @@ def test_generated_sets_come_out_right(seed):
 
 @pytest.mark.slow
 def test_thousands_of_generated_sets_come_out_right():
-  failures = run(2000, 100_000)
-  for about, found in failures.items():
-    print(about, "|", "; ".join(found))
-  print(f"2000 matrices, {len(failures)} with failures")
-  # Not none: of few samples, or groups in each other's tails, a set now and
-  # then looks like another kind.
-  assert len(failures) <= 50
+  outcome = run(2000, 100_000)
+  print(outcome)
+  # Not none is wrong, but about one in 200: of skewed noise with missing
+  # entries, samples with a single score are flagged too often.
+  assert len(outcome.wrong) <= 20
+  assert len(outcome.undecidable) <= 35
+  assert not any(
+    "none wrong" in " ".join(bad) for bad in outcome.wrong.values()
+  )
+
+
+def test_what_nobody_can_decide_is_stated_by_the_truth():
+  """By a brute-force density, and not by how far apart the groups are alone."""
+  x = np.random.default_rng(0).normal(np.arange(60)[:, None] < 20, 1.0)[:, 0]
+  log_f = np.stack([stats.norm.logpdf(x), stats.norm.logpdf(x, 1)])
+  got = gain_of_truth("gaussian", log_f, 1 / 3, x, np.ones(60))
+  density = 2 / 3 * stats.norm.pdf(x) + 1 / 3 * stats.norm.pdf(x, 1)
+  pair = -2 * np.log(density).sum() + 4 * math.log(60) * 60 / 54
+  one = -2 * stats.norm.logpdf(x, x.mean(), x.std()).sum()
+  one += 2 * math.log(60) * 60 / 56
+  assert got <= one - pair + 0.5  # the Gaussian is one of the list
+  assert got < 0
+  rng = np.random.default_rng(1)
+  for shape in ("t4", "gamma"):
+    grid, log_density = _density_of_sum(shape, 3)
+    step = grid[1] - grid[0]
+    assert np.exp(log_density).sum() * step == pytest.approx(1, abs=1e-3)
+    sums = SHAPES[shape].rvs((20_000, 3), random_state=rng).sum(1)
+    below = np.cumsum(np.exp(log_density)) * step
+    for q in (0.1, 0.5, 0.9):
+      assert below[grid <= np.quantile(sums, q)][-1] == pytest.approx(
+        q, abs=0.015
+      )
+  # No more than a few sets, and none whose groups hardly anybody could miss.
+  some = [made for made in map(make, range(60)) if judged(made)]
+  assert len(some) > 10
+  open_ = [made for made in some if undecidable(made)]
+  assert len(open_) <= 3
+  assert all(made.gain < 20 for made in open_)
 
 
 # What is known to have come out wrong.
@@ -515,6 +557,35 @@ def test_a_unit_is_the_median_and_the_middle_distance():
   assert pooling.unit_of(scores[:3], None).constant
   marked = pooling.unit_of(scores, 4.0)
   assert (marked.center, marked.scale) == (4.0, 1.0)
+
+
+def test_copies_are_those_of_the_brute_force_comparison(monkeypatch):
+  """In blocks, of which most rule a pair out, as over all samples at once."""
+  monkeypatch.setattr(joint, "_BLOCK", 7)
+  copies = np.zeros((8, 8))
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(20, 60))
+    one = rng.normal(size=n)
+    one[rng.random(n) < 0.2] = np.nan
+    seen = np.flatnonzero(~np.isnan(one))
+    late, gap, other_gap = one.copy(), one.copy(), one.copy()
+    late[seen[-1]] += 0.01
+    gap[rng.choice(seen)] = np.nan
+    other_gap[[seen[-1], np.flatnonzero(np.isnan(one))[-1]]] = np.nan, 0.0
+    others = one.astype(np.float16), late, gap, other_gap, -one
+    scores = np.stack([one, one * 1e9, one * 3 - 2, *others], axis=1)
+    units = tuple(pooling.unit_of(column, None) for column in scores.T)
+    z = [unit.z(column) for unit, column in zip(units, scores.T, strict=True)]
+    for i in range(8):
+      for j in range(8):
+        same = np.allclose(z[i], z[j], rtol=1e-6, atol=1e-9, equal_nan=True)
+        assert joint._are_copies(scores, units, i, j) == same
+        copies[i, j] += same
+    steps, of = joint._distinct_steps(scores[:, :3], units[:3])
+    assert (len(steps), of) == (1, [0, 0, 0])
+  assert (copies[:3, :3] == 10).all()
+  assert (copies[:3, 3:] == 0).all()
 
 
 def test_pooling_is_the_brute_force_mean():

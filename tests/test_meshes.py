@@ -42,6 +42,15 @@ def with_aux(params, batch):
   return losses_fn(params, batch), {"hits": outputs.argmax(-1) == batch["y"]}
 
 
+def label_losses(outputs, batch):
+  return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
+
+
+def with_outputs(params, batch):
+  outputs = outputs_fn(params, batch)
+  return label_losses(outputs, batch), outputs
+
+
 def make_params(seed):
   rng = np.random.default_rng(seed)
   shapes = {
@@ -186,9 +195,7 @@ def agreement(data):
       outputs, data["batch"]["y"]
     )
 
-  return gm.scores.output_agreement(
-    losses_of, data["logits"], data["logits"][:, ::-1]
-  )
+  return gm.scores.agreement(losses_of, data["logits"], data["logits"][:, ::-1])
 
 
 ESS = gm.ess_softmax(0.3)
@@ -220,6 +227,17 @@ CASES = {
   "toward outputs": step(
     "logits", direction=gm.toward_outputs(outputs_fn), microbatch_size=8
   ),
+  **{
+    f"output agreement {name}": step(
+      "logits",
+      fn=with_outputs,
+      has_aux=True,
+      score=gm.output_agreement(label_losses),
+      **options,
+    )
+    for name, options in (("forward", {}), ("stream", {"microbatch_size": 8}))
+  },
+  "random": step(score=gm.random_score(), microbatch_size=8),
   "toward a clean gradient": step(
     "batch", direction=gm.toward_clean_gradient(losses_fn)
   ),
@@ -277,14 +295,18 @@ def assert_divided(case, result, data):
     assert [specs(x) for x in found] == [(), rows, rows, rows]
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of the others than the first layout, what divides in a way of its own.
+OF_FSDP = ("forward", "stream", "matching", "transformation", "linear head")
+
+
 @pytest.mark.parametrize(
-  "layout",
+  ("layout", "case"),
   [
-    name
-    if name in ("rows over two axes", "fsdp")
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name in LAYOUTS
+    (layout, case)
+    if layout == "rows over two axes" or (layout == "fsdp" and case in OF_FSDP)
+    else pytest.param(layout, case, marks=pytest.mark.slow)
+    for layout in LAYOUTS
+    for case in CASES
   ],
 )
 def test_what_comes_out_is_divided_as_what_came_in(layout, case):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gradmimic_jax as gm
@@ -150,11 +151,125 @@ def test_output_agreement_is_the_slope_of_each_loss_toward_the_reference():
   descent = np.eye(4)[labels] - softmax(outputs)
   expected = (descent * (softmax(reference) - softmax(outputs))).sum(axis=1)
   args = [jnp.asarray(x, jnp.float32) for x in (outputs, reference)]
-  scores_fn = functools.partial(gm.scores.output_agreement, losses_of)
+  scores_fn = functools.partial(gm.scores.agreement, losses_of)
   scores = jax.jit(scores_fn)(*args)
   np.testing.assert_allclose(scores, expected, 1e-5, 1e-6)
   with pytest.raises(ValueError, match="same"):
     scores_fn(args[0], args[1][:, :2])
+
+
+OUTPUTS = jnp.asarray(RNG.normal(size=(B, 4)), jnp.float32)
+LOGITS_BATCH = {
+  "x": jnp.asarray(X, jnp.float32),
+  "label": jnp.asarray(RNG.integers(4, size=B)),
+}
+HEAD = {"w": jnp.asarray(RNG.normal(size=(D, 4)), jnp.float32)}
+
+
+def label_losses(outputs, batch):
+  return optax.softmax_cross_entropy_with_integer_labels(
+    outputs, batch["label"]
+  )
+
+
+def with_outputs(params, batch):
+  outputs = batch["x"] @ params["w"]
+  return label_losses(outputs, batch), {"logits": outputs}
+
+
+AGREEMENT = gm.output_agreement(
+  label_losses, outputs_of=lambda aux: aux["logits"]
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_output_agreement_in_every_engine(engine):
+  """Scores by the definition; weights and gradient as of given scores."""
+  outputs = OUTPUTS.at[2].set(jnp.nan)
+  p = np.float64(jax.nn.softmax(with_outputs(HEAD, LOGITS_BATCH)[1]["logits"]))
+  descents = np.eye(4)[LOGITS_BATCH["label"]] - p
+  expected = (descents * (np.float64(jax.nn.softmax(outputs)) - p)).sum(axis=1)
+  counted = MASK & (np.arange(B) != 2)
+  weights = (
+    np.where(counted, np.exp(expected), 0) / np.exp(expected[counted]).sum()
+  )
+  step = gm.mimic_value_and_grad(
+    with_outputs, score=AGREEMENT, has_aux=True, **engine
+  )
+  mask = jnp.asarray(MASK)
+  (_, info), grads = jax.jit(step)(HEAD, outputs, LOGITS_BATCH, mask=mask)
+  found = gm.mimic_scores(with_outputs, score=AGREEMENT, has_aux=True, **engine)
+  scores = jax.jit(found)(HEAD, outputs, LOGITS_BATCH, mask=mask).scores
+  expected[5] = 0  # padding
+  for one in (info.scores, scores):
+    np.testing.assert_allclose(one, expected, 1e-5, 1e-6)
+  np.testing.assert_allclose(info.weights, weights, 1e-5, 1e-6)
+  np.testing.assert_allclose(
+    grads["w"], -np.einsum("i,id,ic->dc", weights, X, descents), 1e-5, 1e-6
+  )
+
+
+def test_output_agreement_needs_an_aux_and_rows():
+  with pytest.raises(ValueError, match=r"'output_agreement'.*has_aux=True"):
+    gm.mimic_value_and_grad(with_outputs, score=AGREEMENT)
+  with pytest.raises(ValueError, match=r"losses_fn's aux.*value_and_grad"):
+    gm.reweight_by_mimic_score(HEAD, score=AGREEMENT)
+  with pytest.raises(ValueError, match=r"'s aux; use gm\.mimic_scores"):
+    gm.linear_head.scores(X, X, score=AGREEMENT)
+  custom = gm.scores.Score(
+    "custom", lambda measured: measured.losses, needs_reference=True
+  )
+  fn = gm.mimic_scores(losses_fn, score=custom, microbatch_size=2)
+  params = {"w": jnp.zeros(D), "c": jnp.zeros([])}
+  with pytest.raises(ValueError, match=r"reference/c has shape \(\).*\[7\]"):
+    jax.eval_shape(
+      fn, params, params, {"x": jnp.ones((B, D)), "y": jnp.ones(B)}
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_excess_losses_of_outputs_are_those_of_their_losses(engine):
+  found = [
+    jax.jit(gm.mimic_scores(with_outputs, score=score, has_aux=True, **engine))(
+      HEAD, reference, LOGITS_BATCH, mask=jnp.asarray(MASK)
+    )
+    for score, reference in (
+      (gm.excess_loss(label_losses), OUTPUTS),
+      ("excess_loss", label_losses(OUTPUTS, LOGITS_BATCH)),
+    )
+  ]
+  np.testing.assert_array_equal(found[0].scores, found[1].scores)
+
+
+def test_random_scores_are_the_same_in_every_engine_and_others_each_step():
+  key = jax.random.fold_in(jax.random.key(3), 11)
+  drawn = np.where(MASK, jax.random.uniform(key, (B,)), 0)
+  score = gm.random_score(3)
+  for engine in ENGINES:
+    step = gm.mimic_value_and_grad(losses_fn, score=score, **engine)
+    params = {"w": jnp.zeros(D), "c": jnp.zeros([])}
+    batch = {"x": jnp.ones((B, D)), "y": jnp.ones(B)}
+    args = params, None, batch
+    mask = jnp.asarray(MASK)
+    (_, info), _ = step(*args, mask=mask, step=jnp.int32(11))
+    np.testing.assert_array_equal(info.scores, drawn)
+    with pytest.raises(ValueError, match="expected step=, the updates done"):
+      step(*args, mask=mask)
+  (_, info), _ = step(*args, mask=mask, step=jnp.int32(12))
+  assert (np.asarray(info.scores)[MASK] != drawn[MASK]).all()
+
+
+def test_the_transformation_draws_the_same_random_scores():
+  params = {"w": jnp.zeros(D)}
+  tx = gm.reweight_by_mimic_score(
+    params, score=gm.random_score(), weighting=gm.top_fraction(0.2)
+  )
+  state, rows = tx.init(params), jnp.asarray(X, jnp.float32)
+  for count in range(2):
+    updates, state = tx.update({"w": rows}, state, params)
+    key = jax.random.fold_in(jax.random.key(0), count)
+    best = np.argmax(jax.random.uniform(key, (B,)))
+    np.testing.assert_allclose(updates["w"], rows[best], rtol=1e-6)
 
 
 @functools.cache

@@ -84,8 +84,8 @@ def test_drops_only_below_one_half():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_votes_are_monotone_in_the_score(method):
-  for seed in range(3):
-    scores, _ = noisy_scores(seed)
+  for seed in range(2):
+    scores, _ = noisy_scores(seed, n=300)
     scores[::50] *= 100  # extreme on both sides
     got = select(scores, binarize=method, **METHODS[method])
     for column, votes in zip(scores.T, got.votes.T, strict=True):
@@ -140,14 +140,14 @@ def test_two_groups_of_one_width_are_told_apart(method, rate):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_deterministic_in_the_seed(method):
-  scores, _ = noisy_scores(3)
+  scores, _ = noisy_scores(3, n=300)
   a, b = (select(scores, binarize=method, **METHODS[method]) for _ in range(2))
   np.testing.assert_array_equal(a.votes, b.votes)
   assert a.diagnostics == b.diagnostics
 
 
 def test_columns_are_binarised_by_themselves():
-  scores, _ = noisy_scores(4)
+  scores, _ = noisy_scores(4, n=300, n_steps=3)
   scores[:, 1] *= 1000
   together = select(scores)
   for step in range(scores.shape[1]):

@@ -14,9 +14,8 @@ import gradmimic_jax as gm
 SIZE, FEATURES, CLASSES, WIDTH = 16, 5, 3, 8
 MASK = np.arange(SIZE) % 5 != 1
 WEIGHTINGS = {
-  "softmax": gm.softmax(0.05),
-  "cold softmax": gm.softmax(1e-3),
-  "schedule": gm.softmax(lambda step: 0.1 / (1 + step.astype(jnp.float32))),
+  # The temperature is the step's: one compilation for a warm and a cold one.
+  "softmax": gm.softmax(lambda step: jnp.array([0.05, 1e-3])[step]),
   "uniform": gm.uniform(),
   "ess": gm.ess_softmax(0.4),
   "top": gm.top_fraction(0.25),
@@ -50,7 +49,7 @@ BATCH = {
   "x": RNG.normal(size=(SIZE, FEATURES)).astype(np.float32),
   "y": RNG.integers(0, CLASSES, SIZE).astype(np.int32),
 }
-STEP = np.int32(3)
+WARM, COLD = np.int32(0), np.int32(1)
 
 
 @functools.cache
@@ -66,9 +65,11 @@ def compiled(weighting, microbatch_size, **kwargs):
   )
 
 
-def run(weighting, microbatch_size, mask=MASK, batch=BATCH, **kwargs):
+def run(
+  weighting, microbatch_size, mask=MASK, batch=BATCH, step=WARM, **kwargs
+):
   fn = compiled(weighting, microbatch_size, **kwargs)
-  return fn(PARAMS, REFERENCE, batch, mask=mask, step=STEP)
+  return fn(PARAMS, REFERENCE, batch, mask=mask, step=step)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -84,27 +85,38 @@ def assert_close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
   "weighting",
   [
-    # Another one of the three that need all scores before any weight.
-    pytest.param(name, marks=pytest.mark.slow) if name == "top" else name
+    # One that needs no scores, one that needs all before any weight, and one
+    # in between.
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("top", "uniform")
+    else name
     for name in WEIGHTINGS
   ],
 )
 def test_streaming_gives_the_full_batch_update(weighting):
   for mask in (MASK, MASK | True):
-    assert_close(run(weighting, 3, mask), run(weighting, None, mask))
+    for step in (WARM, COLD):
+      assert_close(
+        run(weighting, 3, mask, step=step),
+        run(weighting, None, mask, step=step),
+      )
 
 
 @pytest.mark.parametrize(
   "weighting", ["softmax", pytest.param("ess", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("microbatch_size", [1, 8, 1000])
+@pytest.mark.parametrize(
+  "microbatch_size", [1, pytest.param(8, marks=pytest.mark.slow), 1000]
+)
 def test_stream_sizes_from_one_sample_to_more_than_there_are(
   weighting, microbatch_size
 ):
   assert_close(run(weighting, microbatch_size), run(weighting, None))
 
 
-@pytest.mark.parametrize("weighting", ["softmax", "positive"])
+@pytest.mark.parametrize(
+  "weighting", ["softmax", pytest.param("positive", marks=pytest.mark.slow)]
+)
 def test_stream_leaves_outside_the_scope_get_the_plain_mean(weighting):
   options = {"layers": "head", "scope": "layers"}
   result = run(weighting, 3, **options)
@@ -143,11 +155,12 @@ def test_stream_of_padding_only_gives_zero(weighting):
 
 def test_stream_finds_the_highest_score_wherever_it_is():
   # The peak comes last, first, or in between; the carry is rescaled or not.
-  order = np.argsort(np.asarray(run("cold softmax", None)[0][1].scores))
-  expected = run("cold softmax", None, MASK | True)[1]
+  order = np.argsort(np.asarray(run("softmax", None)[0][1].scores))
+  expected = run("softmax", None, MASK | True, step=COLD)[1]
   for rows in (order, order[::-1], np.roll(order, 5)):
     batch = jax.tree.map(lambda x, rows=rows: x[rows], BATCH)
-    assert_close(run("cold softmax", 3, MASK | True, batch)[1], expected)
+    found = run("softmax", 3, MASK | True, batch, step=COLD)[1]
+    assert_close(found, expected)
 
 
 def test_stream_sums_bfloat16_gradients_in_float32():
@@ -162,7 +175,7 @@ def test_stream_sums_bfloat16_gradients_in_float32():
   fn = gm.mimic_value_and_grad(
     linear, microbatch_size=4, weighting=gm.uniform()
   )
-  (_, info), grads = fn(
+  (_, info), grads = jax.jit(fn)(
     cast({"w": np.ones(1)}), cast({"w": np.zeros(1)}), batch
   )
   assert info.scores.dtype == jnp.float32
@@ -178,7 +191,7 @@ def test_stream_holds_one_microbatch_of_gradients(weighting):
 
   def temporary(microbatch_size):
     fn = compiled(weighting, microbatch_size)
-    lowered = fn.lower(params, reference, BATCH, mask=MASK, step=STEP)
+    lowered = fn.lower(params, reference, BATCH, mask=MASK, step=WARM)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
   assert temporary(2) < 0.5 * temporary(None)
@@ -242,23 +255,30 @@ def test_engine_that_takes_a_custom_vjp_is_named():
   def plain(params, batch):
     return losses_fn(params, batch) ** 2
 
-  expected = jax.jit(gm.mimic_value_and_grad(plain))(PARAMS, REFERENCE, BATCH)
-  for options in (
-    {"engine": "per_sample"},
-    {"microbatch_size": 3},
-  ):
-    fn = jax.jit(gm.mimic_value_and_grad(custom, **options))
-    assert_close(fn(PARAMS, REFERENCE, BATCH), expected)
+  @jax.jit
+  def all_of_them(*args):
+    return [
+      gm.mimic_value_and_grad(fn, **options)(*args)
+      for fn, options in (
+        (plain, {}),
+        (custom, {"engine": "per_sample"}),
+        (custom, {"microbatch_size": 3}),
+      )
+    ]
+
+  expected, *found = all_of_them(PARAMS, REFERENCE, BATCH)
+  for one in found:
+    assert_close(one, expected)
 
 
 def test_engines_take_rematerialised_losses():
   remat = jax.checkpoint(losses_fn)
-  expected = run("softmax", None, MASK | True)
+  expected = run("softmax", None, MASK | True, step=WARM)
   for options in ({"engine": "forward"}, {"microbatch_size": 4}):
     fn = gm.mimic_value_and_grad(
       remat, weighting=WEIGHTINGS["softmax"], **options
     )
-    assert_close(jax.jit(fn)(PARAMS, REFERENCE, BATCH), expected)
+    assert_close(jax.jit(fn)(PARAMS, REFERENCE, BATCH, step=WARM), expected)
 
 
 ENGINES = {
@@ -284,10 +304,11 @@ def test_engine_update_is_the_same_on_eight_devices(engine, weighting):
   batch = jax.device_put(BATCH, rows)
   params, reference = jax.device_put((PARAMS, REFERENCE), everywhere)
   mask = jax.device_put(MASK, rows)
-  compiled_fn = fn.lower(params, reference, batch, mask=mask).compile()
+  lowered = fn.lower(params, reference, batch, mask=mask, step=WARM)
+  compiled_fn = lowered.compile()
   # No device ever sees the whole batch.
   assert f"f32[{SIZE},{FEATURES}]" not in compiled_fn.as_text()
   assert_close(
-    compiled_fn(params, reference, batch, mask=mask),
-    fn(PARAMS, REFERENCE, BATCH, mask=MASK),
+    compiled_fn(params, reference, batch, mask=mask, step=WARM),
+    run(weighting, None),
   )

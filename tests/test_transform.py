@@ -74,21 +74,33 @@ def apply(tx, grads, state=None, params=PARAMS, **extra):
     return tx.update(grads, state, params, **extra)
 
 
+def compiled(tx, grads, params=PARAMS, **extra):
+  """The same, strictly, in one program: faster where shapes are new."""
+  return jax.jit(tx.update)(grads, tx.init(params), params, **extra)
+
+
 def shapes(tree):
   return jax.tree.map(lambda x: (jnp.shape(x), jnp.asarray(x).dtype), tree)
 
 
-@pytest.mark.parametrize("scope", ["all", "layers"])
-@pytest.mark.parametrize("score", ["projection", "cosine"])
-@pytest.mark.parametrize("layers", [None, "^head/", HEAD], ids=str)
+@pytest.mark.parametrize(
+  ("layers", "score", "scope"),
+  [
+    (None, "projection", "all"),
+    (None, "cosine", "layers"),
+    ("^head/", "projection", "layers"),
+    (HEAD, "cosine", "all"),
+  ],
+  ids=str,
+)
 def test_it_gives_what_mimic_value_and_grad_gives(grads, layers, score, scope):
   options = dict(
     layers=layers, score=score, scope=scope, weighting=gm.softmax(0.5)
   )
   tx = gm.reweight_by_mimic_score(REFERENCE, **options)
-  fn = gm.mimic_value_and_grad(losses_fn, **options)
-  for mask in (None, MASK):
-    updates, state = apply(tx, grads, mask=mask)
+  fn = jax.jit(gm.mimic_value_and_grad(losses_fn, **options))
+  for mask in (MASK | True, MASK):
+    updates, state = apply(tx, grads, mask=None if mask.all() else mask)
     (_, info), expected = fn(PARAMS, REFERENCE, BATCH, mask=mask)
     close(updates, expected)
     close(state.distance, info.distance)
@@ -105,7 +117,7 @@ def test_every_weighting_gives_what_mimic_value_and_grad_gives(
   grads, weighting
 ):
   tx = gm.reweight_by_mimic_score(REFERENCE, weighting=weighting)
-  fn = gm.mimic_value_and_grad(losses_fn, weighting=weighting)
+  fn = jax.jit(gm.mimic_value_and_grad(losses_fn, weighting=weighting))
   updates, _ = apply(tx, grads, mask=MASK)
   close(updates, fn(PARAMS, REFERENCE, BATCH, mask=MASK)[1], 1e-4)
 
@@ -206,15 +218,11 @@ def test_updates_have_the_dtypes_of_the_gradients(grads):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
 
   tx = gm.reweight_by_mimic_score(narrow(REFERENCE))
-  updates, state = apply_strictly(tx, narrow(grads), narrow(PARAMS))
+  updates, state = compiled(tx, narrow(grads), narrow(PARAMS))
   assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
   assert state.distance.dtype == jnp.float32
   expected, _ = apply(gm.reweight_by_mimic_score(REFERENCE), grads)
   close(jax.tree.map(lambda u: u.astype(jnp.float32), updates), expected, 5e-2)
-
-
-def apply_strictly(tx, grads, params):
-  return tx.update(grads, tx.init(params), params)
 
 
 # Composition with optax.
@@ -291,21 +299,6 @@ def test_the_temperature_can_be_injected(grads):
     close(actual, apply(expected, grads)[0])
 
 
-def test_an_injected_temperature_may_be_a_schedule(grads):
-  tx = optax.inject_hyperparams(
-    lambda temperature: gm.reweight_by_mimic_score(
-      REFERENCE, weighting=gm.softmax(temperature)
-    )
-  )(temperature=optax.linear_schedule(4.0, 1.0, 3))
-  state = None
-  for temperature in (4.0, 3.0, 2.0):
-    updates, state = apply(tx, grads, state)
-    expected = gm.reweight_by_mimic_score(
-      REFERENCE, weighting=gm.softmax(temperature)
-    )
-    close(updates, apply(expected, grads)[0])
-
-
 def test_the_optimizer_inside_may_have_injected_hyperparameters(grads):
   inner = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
   tx = gm.mimic(inner, REFERENCE)
@@ -363,29 +356,12 @@ def test_map_params_with_a_masked_reference():
   assert mapped.reference == specs | {"body": {"w": optax.MaskedNode()}}
 
 
-@pytest.mark.parametrize(
-  "inner",
-  [
-    optax.masked(optax.sgd(0.1), HEAD),
-    optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
-    optax.apply_if_finite(optax.sgd(0.1), 3),
-    optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
-  ],
-  ids=["masked", "MultiSteps", "apply_if_finite", "clip and adamw"],
-)
-def test_wrappers_go_inside(grads, inner):
-  updates, _ = apply(gm.mimic(inner, REFERENCE), grads)
-  assert shapes(updates) == shapes(PARAMS)
-  plain, _ = apply(gm.reweight_by_mimic_score(REFERENCE), grads)
-  close(updates, apply(inner, plain)[0])
-
-
 # Samples that don't count.
 
 
 def test_a_masked_sample_changes_nothing(grads):
   tx = gm.reweight_by_mimic_score(REFERENCE)
-  expected, _ = apply(tx, jax.tree.map(lambda g: g[MASK], grads))
+  expected, _ = compiled(tx, jax.tree.map(lambda g: g[MASK], grads))
   for value in (0, 1e30, np.nan, np.inf):
     padded = jax.tree.map(np.copy, grads)
     jax.tree.map(lambda g, value=value: g.__setitem__(2, value), padded)
@@ -415,10 +391,9 @@ def test_a_score_that_overflows_is_counted_and_left_out(sign):
   slopes = np.array([1, 2, sign * 3e38], np.float32)
   grads = {"w": np.repeat(slopes[:, None], 9, axis=1)}
   tx = gm.reweight_by_mimic_score(reference)
-  updates, state = apply(tx, grads, params=params)
-  expected, _ = apply(
-    tx, grads, params=params, mask=np.array([True, True, False])
-  )
+  mask = np.array([True, True, False])
+  updates, state = compiled(tx, grads, params, mask=mask | True)
+  expected, _ = compiled(tx, grads, params, mask=mask)
   same(updates, expected)
   assert np.all(np.isfinite(updates["w"]))
   assert state.nonfinite == 1
@@ -435,7 +410,7 @@ def test_nothing_left_gives_nan_updates_and_padding_zeros(grads):
 
 def test_one_sample_is_its_own_update(grads):
   one = jax.tree.map(lambda g: g[:1], grads)
-  updates, state = apply(gm.reweight_by_mimic_score(REFERENCE), one)
+  updates, state = compiled(gm.reweight_by_mimic_score(REFERENCE), one)
   close(updates, jax.tree.map(lambda g: g[0], one), 1e-6)
   assert state.effective_sample_size == 1
 
@@ -469,12 +444,6 @@ def test_layers_are_not_chosen_from_outside(grads, wrapper, reference):
     labels = jax.tree.map(lambda head: "mimic" if head else "frozen", HEAD)
     tx = optax.partition({"mimic": tx, "frozen": optax.set_to_zero()}, labels)
   with pytest.raises(TypeError, match=r"layers="):
-    apply(tx, grads)
-
-
-def test_multi_steps_around_it_is_refused(grads):
-  tx = optax.MultiSteps(gm.mimic(optax.sgd(0.1), REFERENCE), 2)
-  with pytest.raises(ValueError, match=r"averaged|broadcast"):
     apply(tx, grads)
 
 

@@ -273,7 +273,7 @@ def test_a_skipped_step_has_no_gradient():
     lambda params, batch: batch * params["w"],
     weighting=gm.positive(otherwise="skip"),
   )
-  (_, info), grads = step(
+  (_, info), grads = jax.jit(step)(
     {"w": jnp.ones([])}, {"w": jnp.array(2.0)}, jnp.array([1.0, 2.0])
   )
   np.testing.assert_array_equal(info.scores, [-1, -2])
@@ -300,8 +300,10 @@ def test_warmup_of_training_is_plain_until_it_is_over():
   def losses_fn(params, batch):
     return -jnp.sum(batch * params[None], axis=-1)
 
-  fn = gm.mimic_value_and_grad(
-    losses_fn, weighting=gm.warmup(gm.top_fraction(0.5), steps=1)
+  fn = jax.jit(
+    gm.mimic_value_and_grad(
+      losses_fn, weighting=gm.warmup(gm.top_fraction(0.5), steps=1)
+    )
   )
   _, first = fn(params, reference, batch, step=0)
   _, second = fn(params, reference, batch, step=1)
@@ -413,12 +415,15 @@ def finite_scores(rng, size, dtype):
   return draws[rng.integers(len(draws))].astype(dtype)
 
 
+@pytest.mark.parametrize(
+  "sizes", [(7,), pytest.param((1, 7), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", FINITE)
-def test_weights_of_any_finite_scores_sum_to_one(name):
+def test_weights_of_any_finite_scores_sum_to_one(name, sizes):
   weigh = jax.jit(lambda s, m: FINITE[name](s, m, jnp.int32(3)))
   rng = np.random.default_rng(0)
   for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
-    for size in (1, 7):
+    for size in sizes:
       for _ in range(40):
         scores = finite_scores(rng, size, dtype)
         mask = rng.random(size) < rng.choice([0.6, 1])

@@ -80,9 +80,13 @@ def test_masked_and_partition_go_inside():
     optax.masked(gm.mimic(optax.sgd(0.1), REFERENCE), MASK).init(PARAMS)
 
 
-def test_flatten_goes_inside():
+def test_flatten_clipping_and_adam_go_inside():
   updates, _ = updates_of(gm.mimic(optax.flatten(optax.sgd(0.1)), REFERENCE))
   same(updates, PLAIN)
+  inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+  updates, _ = updates_of(gm.mimic(inner, REFERENCE))
+  mean, _ = updates_of(gm.reweight_by_mimic_score(REFERENCE))
+  same(updates, updates_of(inner, mean)[0])
 
 
 def test_docstring_names_them():

@@ -82,7 +82,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def _is_prepared(data_dir: str) -> bool:
-  """Whether a finished set is there; it is renamed into place as a whole."""
+  """True if a finished set is there; it is renamed into place as a whole."""
   version = tfds.core.Path(data_dir) / NAME / str(Digits.VERSION)
   return (version / "dataset_info.json").exists()
 

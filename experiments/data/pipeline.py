@@ -36,7 +36,7 @@ _IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-  """How many batches one epoch takes, the last one padded.
+  """Counts the batches of an epoch, the last one padded.
 
   Args:
     num_samples: How many samples an epoch covers.

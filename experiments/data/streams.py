@@ -12,3 +12,5 @@ SHARDS = 5  # the order of shards, by epoch
 WINDOW = 6  # the order within a window of a stream, by epoch and place
 SHAPES = 7  # what the pictures of shapes show, by split
 CAPTIONS = 8  # which captions are wrong, and how
+TEXTS = 9  # which texts are wrong, and how
+HELD_OUT = 10  # which of the sequences are taken, by split

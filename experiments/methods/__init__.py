@@ -1,25 +1,23 @@
-"""How a method weighs a batch: a table of methods."""
+"""Methods by name: how each weighs a batch."""
 
 from experiments.methods.table import (
   DIRECTIONS,
   METHODS,
-  OUTPUT_AGREEMENT,
-  RANDOM,
   SCORES,
   Method,
   create,
   reads_layers,
+  tells_samples_apart,
   weighting,
 )
 
 __all__ = [
   "DIRECTIONS",
   "METHODS",
-  "OUTPUT_AGREEMENT",
-  "RANDOM",
   "SCORES",
   "Method",
   "create",
   "reads_layers",
+  "tells_samples_apart",
   "weighting",
 ]

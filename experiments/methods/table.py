@@ -47,23 +47,22 @@ from gradmimic_jax.scores import Score
 # What `config.mimic.direction` may be, and `config.mimic.score`.
 DIRECTIONS = ("weights", "outputs", "clean_gradient", "noisy_gradient")
 SCORES = ("projection", "cosine")
-RANDOM = "random"
-OUTPUT_AGREEMENT = "output_agreement"
 
 
 class Method(NamedTuple):
-  """What tells one training method from another."""
+  """The choices that tell one training method from another."""
 
   # One of DIRECTIONS, "test_gradient" or "offline_norms", and by that what a
   # step is given as its reference: weights, outputs for the batch, a batch that
   # is clean, independent or of the test split, or the norms [B] that other runs
   # found. None: no reference.
   direction: str | None
-  # Of `gm.mimic_value_and_grad`, or one of the two above. None: no scores;
-  # steps go in the direction itself.
+  # A score, or the name of one: of the task's `Outputs.scores`, or else of the
+  # library's. None: no scores; steps go in the direction itself.
   score: str | Score | None
   weighting: gm.Weighting | None  # None where there is no score
   detached: bool = True  # False: the weights' own gradient takes part
+  by_chance: bool = False  # True: scores that say nothing about the samples
 
 
 def _grad_mimic(config: Any, direction: str | None = None) -> Method:
@@ -114,7 +113,7 @@ def _grand_offline(config: Any) -> Method:
 
 
 def _output_agreement(config: Any) -> Method:
-  return Method("outputs", OUTPUT_AGREEMENT, weighting(config))
+  return Method("outputs", "output_agreement", weighting(config))
 
 
 def _grad_match(config: Any, score: Callable[[Any], Score]) -> Method:
@@ -122,7 +121,8 @@ def _grad_match(config: Any, score: Callable[[Any], Score]) -> Method:
 
 
 def _random(config: Any) -> Method:
-  return Method(None, RANDOM, gm.top_fraction(config.fraction))
+  chosen = gm.top_fraction(config.fraction)
+  return Method(None, gm.random_score(), chosen, by_chance=True)
 
 
 def _distillation(config: Any) -> Method:
@@ -206,9 +206,16 @@ def weighting(config: Any) -> gm.Weighting:
   return gm.warmup(chosen, steps=config.warmup_steps)
 
 
+def tells_samples_apart(method: Method | None) -> bool:
+  """True if the method's scores say anything about the samples."""
+  return (
+    method is not None and method.score is not None and not method.by_chance
+  )
+
+
 def reads_layers(method: Method | None) -> bool:
-  """Whether its scores depend on `config.mimic.layers`."""
-  if method is None or method.score in (None, RANDOM, OUTPUT_AGREEMENT):
-    return False
-  kind = gm.scores.get(method.score)
-  return kind.needs_descents or kind.needs_norms or kind.needs_gram
+  """True if its scores depend on `config.mimic.layers`."""
+  score = method and method.score
+  # A name that the library doesn't know is of a task: it looks at outputs.
+  kind = gm.scores.SCORES.get(score) if isinstance(score, str) else score
+  return kind is not None and kind.needs_gradients

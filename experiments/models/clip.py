@@ -50,7 +50,7 @@ MIMIC_LAYERS = ("image_last_mlp", "text_last_mlp", "both_last_mlp", "all")
 
 
 class Features(NamedTuple):
-  """What CLIP makes of pairs; float32 or wider."""
+  """CLIP's features of pairs; float32 or wider."""
 
   image: jax.Array | None  # [B, D], of length one; None: there were no images
   text: jax.Array | None  # [B, D], of length one; None: there were no tokens
@@ -292,7 +292,7 @@ def create(
 
 
 def options(config: Any) -> dict[str, Any]:
-  """What `CLIP` takes from a config.
+  """Returns the options of `CLIP` in a config.
 
   Args:
     config: `config.model`: `size`, a name in `SIZES` or `PRETRAINED`, and

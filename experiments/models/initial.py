@@ -1,4 +1,4 @@
-"""Where training starts: new parameters, or weights that are there already."""
+"""Initial parameters: new ones, or weights that are there already."""
 
 import pathlib
 from collections.abc import Callable
@@ -11,10 +11,9 @@ from ml_collections import config_dict
 from experiments import models
 from experiments.models.pretrained import (
   clip as clip_pretrained,
-  files as weight_files,
   vit as pretrained,
 )
-from experiments.runtime import checkpoint, workdir as workdir_lib
+from experiments.runtime import checkpoint, hub, workdir as workdir_lib
 
 
 def create(
@@ -86,8 +85,8 @@ def sized(config: Any) -> Any:
     FileNotFoundError: weights that are not there.
     ValueError: weights beside which nothing tells their sizes.
   """
-  model = config.model
-  if model.get("size") != pretrained.SIZE:
+  model = config.get("model")
+  if model is None or model.get("size") != pretrained.SIZE:
     return config
   source = model.get("pretrained")
   if source is None or is_run(source):
@@ -119,7 +118,7 @@ def for_data(
 
 
 def scaling(source: str) -> tuple[list[float], list[float]]:
-  """What the images' channels are scaled by for weights from `source`.
+  """Finds the mean and deviation by which weights expect images to be scaled.
 
   Args:
     source: as `config.model.pretrained`, but not None.
@@ -148,15 +147,15 @@ def scaling(source: str) -> tuple[list[float], list[float]]:
 
 
 def is_run(source: str) -> bool:
-  """Whether that is a run's workdir; published folders have a config too."""
+  """True for a run's workdir; published folders have a config too."""
   folder = pathlib.Path(source)
   return (folder / workdir_lib.CONFIG_FILE).exists() and not (
-    folder / weight_files.WEIGHTS
+    folder / hub.WEIGHTS
   ).exists()
 
 
 def shown_to(folder: pathlib.Path) -> dict[str, Any]:
-  """What a finished run's model was made for: shape, classes, mean and std."""
+  """Reads the input of a finished run's model: shape, classes, mean and std."""
   if not (folder / workdir_lib.RESULT_FILE).exists():
     raise FileNotFoundError(
       f"there is no finished run in {folder}, which config.model.pretrained"

@@ -24,7 +24,7 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class Kernels(NamedTuple):
-  """How a block's kernels are initialised."""
+  """Initialisers of a block's kernels."""
 
   attention_in: Initializer
   attention_out: Initializer
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
     asking: jax.Array | None = None,
     mask: jax.Array | None = None,
   ) -> jax.Array:
-    """What tokens find out from each other.
+    """Lets every token attend to the others.
 
     Args:
       hidden: `[B, T, width]`.

@@ -1,1 +1,1 @@
-"""How jobs run: configs, workdirs, files, devices; nothing about learning."""
+"""Configs, workdirs, files and devices of jobs; nothing about learning."""

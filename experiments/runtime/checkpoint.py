@@ -463,7 +463,7 @@ def _name(path):
 
 
 def _how(leaf):
-  """How orbax is to read an array that goes where this one is."""
+  """Tells orbax how to read an array that goes where this one is."""
   to = getattr(leaf, "sharding", None)
   if to is None or len(to.device_set) == 1:
     # To the default device, and free to go to others.

@@ -127,7 +127,7 @@ def share(
 
 
 def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:
-  """Whether the way is free: no claim, or a stale one, which is removed."""
+  """Removes a stale claim; True if no other claim is in the way."""
   try:
     age = time.time() - path.stat().st_mtime
   except FileNotFoundError:
@@ -152,7 +152,7 @@ def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:
 
 @functools.cache
 def _host() -> str:
-  """What has process numbers of its own: a boot of a machine, or a container.
+  """Names what numbers its own processes: a machine's boot, or a container.
 
   Containers may have one host name, and in each the main process is 1.
   """
@@ -165,7 +165,7 @@ def _host() -> str:
 
 
 def _is_of_the_dead(content: str | None) -> bool:
-  """Whether a claim's process ran on this machine and is gone."""
+  """True if a claim's process ran on this machine and is gone."""
   try:
     about: Any = json.loads(content or "")
     if about["host"] != _host():

@@ -1,4 +1,4 @@
-"""What every job's command line shares: flags, log lines, one-line errors."""
+"""The command line of every job: flags, log lines, one-line errors."""
 
 import contextlib
 import os
@@ -51,6 +51,7 @@ def run(
   *,
   processes: str = ALONE,
   exclusive: bool = False,
+  prepare: Callable[[Any], Any] = lambda config: config,
 ) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
 
@@ -62,6 +63,8 @@ def run(
     processes: what it does with several processes, one of the names above.
     exclusive: whether its workdir is locked meanwhile. Not so for jobs that
       share theirs, nor for those that lock the folders of their runs.
+    prepare: fills in what of the config is read from elsewhere, before anything
+      else is done with it.
   """
   preemption.listen()
   if exclusive:
@@ -90,8 +93,8 @@ def run(
             "this job is one for a single process; expected no --distributed"
             " and no --coordinator"
           )
-        return _run_together(job, processes, debug)
-      job(_config(), _WORKDIR.value)
+        return _run_together(job, prepare, processes, debug)
+      job(prepare(_CONFIG.value), _WORKDIR.value)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
@@ -119,7 +122,7 @@ def _locking(job):
   return locked
 
 
-def _run_together(job, processes, debug):
+def _run_together(job, prepare, processes, debug):
   """As one of several processes, which all end if one of them fails."""
   with contextlib.ExitStack() as stack:
     if not distributed.is_first():
@@ -127,8 +130,10 @@ def _run_together(job, processes, debug):
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
       if processes == FIRST:
-        return distributed.by_first(lambda: job(_config(), _WORKDIR.value))
-      return job(_config(), _WORKDIR.value)
+        return distributed.by_first(
+          lambda: job(prepare(_CONFIG.value), _WORKDIR.value)
+        )
+      return job(prepare(_CONFIG.value), _WORKDIR.value)
     except Exception as error:
       if debug:
         logging.exception("process %d", jax.process_index())
@@ -155,16 +160,6 @@ def _is_news(record):
   return record.levelname != "ERROR" or not (
     "orbax" in record.pathname or record.name == "asyncio"
   )
-
-
-def _config():
-  """The command line's config, with sizes of weights where it asks for them."""
-  config = _CONFIG.value
-  if "model" not in config or config.model.get("size") != "pretrained":
-    return config
-  from experiments.models import initial
-
-  return initial.sized(config)
 
 
 def _parse_flags(argv):

@@ -70,7 +70,7 @@ def start(
 
 
 def is_first() -> bool:
-  """Whether this is the process that prints and writes for all."""
+  """True in the process that prints and writes for all."""
   return jax.process_index() == 0
 
 
@@ -126,7 +126,7 @@ class Devices:
     return devices
 
   def agree(self, here: bool) -> bool:
-    """Whether it is so in every process that takes part."""
+    """True if `here` is true in every process that takes part."""
     return here if self.process[1] == 1 else agree(here)
 
   def divided(self, size: int) -> int:
@@ -134,7 +134,7 @@ class Devices:
     return -(-size // self.count) * self.count
 
   def shardings(self, tree: Any) -> Any:
-    """Of a tree of parameters and their like; None for a single device."""
+    """Makes the shardings of a tree of parameters; None for a single device."""
     if self.mesh is None:
       return None
     return sharding.of_tree(tree, self.mesh)
@@ -144,13 +144,13 @@ class Devices:
     return self._spread(tree, self.shardings)
 
   def place_whole(self, tree: Any) -> Any:
-    """What every process has alike, whole on every device."""
+    """Places a tree that every process has alike, whole on every device."""
     return self._spread(
       tree, lambda tree: jax.tree.map(lambda _: self.whole, tree)
     )
 
   def place_rows(self, tree: Any) -> Any:
-    """What every process has alike: rows divided where their number allows it.
+    """Places a tree that every process has alike, rows divided if possible.
 
     What has no rows, or a number of them that the devices don't divide, is
     whole on every device.
@@ -163,7 +163,7 @@ class Devices:
     return self._spread(tree, lambda tree: jax.tree.map(sharding_of, tree))
 
   def compute(self, make: Callable[..., Any], *args: Any) -> Any:
-    """What `make(*args)` gives, by the rule for parameters from the start."""
+    """Computes `make(*args)`, divided as parameters are from the start."""
     if self.mesh is None:
       return make(*args)
     shardings = self.shardings(jax.eval_shape(make, *args))
@@ -234,21 +234,21 @@ def _own_rows(array):
 
 
 def from_first(tree: Any) -> Any:
-  """What the first process has, in every process: arrays of the same shapes."""
+  """Sends the first process's arrays to every process; shapes must agree."""
   if jax.process_count() == 1:
     return tree
   return multihost_utils.broadcast_one_to_all(tree)
 
 
 def agree(here: bool) -> bool:
-  """Whether it is so in every process."""
+  """True if `here` is true in every process."""
   if jax.process_count() == 1:
     return bool(here)
   return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
 
 
 def texts_of_all(text: str) -> list[str]:
-  """What each process has to say, in their order, in every process."""
+  """Gathers a text of each process, in their order, in every process."""
   if jax.process_count() == 1:
     return [text]
   mine = np.frombuffer(text.encode(), np.uint8)

@@ -50,11 +50,14 @@ def steps(
   given = [unit for unit, value in values.items() if value]
   if not given and not needed:
     return 0
-  if len(given) != 1:
-    shown = ", ".join(f"{fields[unit]}={values[unit]}" for unit in UNITS)
+  if not given:
     raise ValueError(
-      f"{shown}: expected one of them to be at least 1, and the others 0."
+      f"{fields['epochs']} is 0; expected at least 1, of it or of"
+      f" {fields['samples']} or {fields['steps']}."
     )
+  if len(given) > 1:
+    shown = " and ".join(f"{fields[unit]} is {values[unit]}" for unit in given)
+    raise ValueError(f"{shown}; expected one of them, and the others 0.")
   unit = given[0]
   value = values[unit]
   if unit == "steps":

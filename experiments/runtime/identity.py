@@ -65,8 +65,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
   "methods": _RUN,
   "loop": _RUN,
   "check_reference": _RUN,
-  "scale": ("*", "!samples"),
-  "pod": ("*", "!target", "!checks", "!scaling.*", "!paper.*"),
+  "selection_cost": ("*", "!samples"),
+  "pod": ("*", "!target", "!cases", "!scaling.*"),
 }
 
 

@@ -129,7 +129,7 @@ def _take(folder, number):
 
 
 def _lock(descriptor, number):
-  """Whether there is a lock; BlockingIOError where another process has it."""
+  """Locks a file; BlockingIOError where another process has it."""
   if fcntl is None:
     return False
   how = fcntl.LOCK_EX | fcntl.LOCK_NB

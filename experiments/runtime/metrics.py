@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSON lines, TensorBoard, a progress bar."""
+"""Metrics of a run: JSON lines, TensorBoard, a progress bar."""
 
 import itertools
 import json
@@ -179,7 +179,7 @@ def read_metrics(
 
 
 def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
-  """How many steps, from the first on, a run's metrics have lines of."""
+  """Counts the steps, from the first on, that a run's metrics have lines of."""
   steps = {
     row["step"]
     for row in read_metrics(path, fingerprint=fingerprint)

@@ -49,7 +49,7 @@ class Preemption:
       self._previous = signal.signal(signal.SIGTERM, _note)
 
   def reached(self) -> bool:
-    """Whether to stop now; the same in all processes, which all have to ask."""
+    """True if the run is to stop now; all processes ask, and get one answer."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(next(_calls))
     return _asked.is_set()

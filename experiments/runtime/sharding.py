@@ -1,4 +1,4 @@
-"""Which arrays are divided over devices, and along which axis.
+"""Rules for dividing arrays over devices, and along which axis.
 
 The mesh has two axes. A batch's rows are divided over both. Parameters, the
 optimizer's state and a reference are divided over "fsdp" by the rule of
@@ -21,7 +21,7 @@ LEAST_SIZE = 2**16
 def spec_of(
   shape: tuple[int, ...], fsdp: int, *, least_size: int = LEAST_SIZE
 ) -> PartitionSpec:
-  """How an array is divided: along its largest axis that fsdp divides.
+  """Divides an array along its largest axis that fsdp divides.
 
   Args:
     shape: the array's.

@@ -27,12 +27,11 @@ JOBS = (
   "train",
   "tune",
   "study",
-  "probe",
-  "costs",
+  "benchmark",
   "score",
   "select",
   "report",
-  "results",
+  "compare",
 )
 _CELL = re.compile(r"([\w.-]+): *(\w+) +(.+)", re.DOTALL)
 _SWEEP = "sweep"  # in braces: the sweep's own folder
@@ -147,7 +146,7 @@ def _arguments(cell, folder):
 
 
 def _attempt(cell, folder) -> bool:
-  """Whether the cell is done; False: another process is at it."""
+  """Does a cell; False if another process is at it."""
   marker = folder / f"{cell.name}.json"
   # Folders may be moved: their paths are not compared.
   wanted = [cell.job, *cell.arguments]

@@ -15,8 +15,7 @@ import gradmimic_jax as gm
 from experiments import tasks
 from experiments.data import filters
 from experiments.data.pairs import datacomp
-from experiments.reporting import tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.selection import runs
 
 OVERLAP_FILE = "overlap.csv"

@@ -8,16 +8,11 @@ from typing import Any
 import numpy as np
 
 from configs import compare as results_config
-from experiments.benchmarks import methods as costs_lib
-from experiments.reporting import tables
-from experiments.runtime import workdir as workdir_lib
-from experiments.studies import (
-  published,
-  summary as study_report,
-  tuning as tune,
-)
-from gradmimic_jax.reporting import figures
+from experiments.reporting import figures
+from experiments.runtime import tables, workdir as workdir_lib
+from experiments.studies import published, records, tuning
 
+COSTS_FILE = "methods.json"  # of the benchmark of methods
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
@@ -49,7 +44,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   if not groups:
     raise ValueError(
       "config.probe and config.finetune are empty; expected at least one"
-      " folder of a finished experiments.probe or experiments.study."
+      " folder of a finished experiments.study, of heads or of networks."
     )
   ablations = [
     (label, _load([folder]))
@@ -57,9 +52,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = workdir_lib.read_json(
-      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE), {}
-    )
+    costs = _load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [f"# {config.title}", "", *_about(groups)]
@@ -68,9 +61,9 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
     slug = title.lower().replace(" ", "_").replace("-", "_")
     _write_csv(folder / f"{slug}.csv", rows)
     theirs = functools.partial(
-      published.accuracy,
+      published.find,
+      "finetuned" if title == _FINETUNING else "heads",
       summaries[0]["dataset"],
-      finetuned=title == _FINETUNING,
     )
     lines += ["", f"## {title}", "", *_accuracies(rows, costs, theirs)]
     lines += _subsets(rows)
@@ -101,7 +94,7 @@ def _there(path):
 def _load(folders):
   return [
     workdir_lib.read_json(
-      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE), {}
+      _there(pathlib.Path(folder) / records.SUMMARY_FILE), {}
     )
     for folder in folders
   ]
@@ -130,6 +123,7 @@ def _rows(summaries):
   """Every summary's rows with the noise in words."""
   rows = []
   for summary in summaries:
+    accuracy = summary.get("headline", {}).get("accuracy", "test_accuracy")
     rates = dict.fromkeys(
       row["noise_rate"]
       for row in summary["rows"]
@@ -139,7 +133,12 @@ def _rows(summaries):
       # A reference has clean labels: it stands beside every noise.
       shown = rates if row["method"] == _REFERENCE else [row["noise_rate"]]
       for rate in shown:
-        rows.append({"noise": f"{summary['noise']} {rate:.2f}", **row})
+        own = {
+          f"test_accuracy{end}": row[f"{accuracy}{end}"]
+          for end in ("", "_error")
+        }
+        noise = f"{summary['noise']} {rate:.2f}"
+        rows.append({"noise": noise, **row, **own})
   return rows
 
 
@@ -243,7 +242,9 @@ def _detections(rows, method, dataset):
     for name in names:
       theirs = None
       if row["noise"].startswith("symmetric"):
-        theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
+        theirs = published.find(
+          "f1", dataset, name, round(row["noise_rate"], 2)
+        )
       text = tables.number(row[f"f1_{name}"])
       cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
     lines.append([row["noise"], tables.number(row["auroc"]), *cells])
@@ -295,7 +296,7 @@ def _quality(rows, method, path, title):
     "",
     "Quality of the data: estimated clean fraction (and share kept), and"
     " Pearson's r of the share kept with the noise rate"
-    f" (published: {published.QUALITY_CORRELATION}):",
+    f" (published: {published.load().get('quality_correlation')}):",
     "",
     *tables.markdown(
       ["noise", "truth", *names],
@@ -310,6 +311,18 @@ def _pearson(a, b):
   if np.std(a) == 0 or np.std(b) == 0:
     return None
   return float(np.corrcoef(a, b)[0, 1])
+
+
+def _load_costs(file):
+  """Costs of steps, at the first of the batch sizes that were measured."""
+  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
+  for size, entries in found["batches"].items():
+    return {
+      "machine": found["machine"],
+      "batch_size": int(size),
+      "methods": entries,
+    }
+  raise ValueError(f"{file} has no batches; give its command again.")
 
 
 def _cost_notes(costs):
@@ -353,9 +366,10 @@ def _ablations(ablations, folder):
 def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
-    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE), {})
+    settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
     shutil.copy(
-      _there(path / tune.TABLE_FILE), folder / f"{path.name}_{tune.TABLE_FILE}"
+      _there(path / tuning.TABLE_FILE),
+      folder / f"{path.name}_{tuning.TABLE_FILE}",
     )
     for method, entry in settings.items():
       lines.append(

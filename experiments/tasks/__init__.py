@@ -1,4 +1,4 @@
-"""What is learned: a folder for each task, and one line here."""
+"""Tasks, the kinds of learning: a folder for each, and one line here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,12 @@ from experiments.runtime import distributed
 from experiments.tasks.base import Task
 from experiments.tasks.classification.task import Classification
 from experiments.tasks.contrastive.task import Contrastive
+from experiments.tasks.language.task import Language
 
 TASKS: dict[str, type[Task]] = {
   "classification": Classification,
   "contrastive": Contrastive,
+  "language": Language,
 }
 
 

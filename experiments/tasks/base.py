@@ -12,11 +12,20 @@ import numpy as np
 import optax
 
 import gradmimic_jax as gm
+from experiments.data.pairs import datacomp
 from experiments.runtime import (
   distributed,
   durations,
   workdir as workdir_lib,
 )
+from gradmimic_jax.scores import Score
+
+
+class Aux(NamedTuple):
+  """A loss function's outputs besides the losses."""
+
+  hits: jax.Array  # bool [B]
+  outputs: Any  # the learner's
 
 
 class Outputs(NamedTuple):
@@ -26,12 +35,21 @@ class Outputs(NamedTuple):
   # (outputs, batch) -> losses [B] and hits [B]
   losses_and_hits: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
   direction: gm.Direction  # toward the reference's outputs for the batch
-  # (outputs, the reference's, batch) -> scores [B], each sample's on its own
-  agreement: Callable[[Any, Any, Any], jax.Array]
+  # By name: scores that look at outputs, of functions with `Aux`.
+  scores: dict[str, Score]
+  # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
+  divergences: Callable[[Any, Any, Any], jax.Array] | None = None
+  coupled: bool = False  # whether losses depend on batch mates
+
+  def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
+    """Losses `[B]` and `Aux`, of one forward pass."""
+    outputs = self.of(params, batch)
+    losses, hits = self.losses_and_hits(outputs, batch)
+    return losses, Aux(hits, outputs)
 
 
 class Reference(NamedTuple):
-  """What a run's steps go by."""
+  """The reference, as a training step receives it."""
 
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
@@ -49,7 +67,7 @@ class Rows(NamedTuple):
 
 
 class Truth(NamedTuple):
-  """Which training samples are wrong, and how."""
+  """The training samples that are wrong, and how."""
 
   ids: np.ndarray  # [N], as ledgers have them
   kinds: np.ndarray  # text [N]: a kind of noise; "" is none
@@ -58,6 +76,13 @@ class Truth(NamedTuple):
   def is_wrong(self) -> np.ndarray:
     """Bool [N]."""
     return self.kinds != ""
+
+  def kinds_of(self, ids: np.ndarray) -> np.ndarray:
+    """The kinds [M] of some of the samples, by their ids [M]."""
+    own = datacomp.as_ids(self.ids)
+    order = np.argsort(own)
+    rows = np.searchsorted(own[order], datacomp.as_ids(ids))
+    return self.kinds[order[rows]]
 
 
 class Samples(NamedTuple):
@@ -98,6 +123,12 @@ class Task(abc.ABC):
   headline: ClassVar[Headline]
   # What to do where a reference's weights would harm.
   instead: ClassVar[str] = "grad_mimic_outputs or output_agreement"
+  # What studies report besides the headline, and how `facts` calls the number
+  # of samples that a run trains on.
+  more_metrics: ClassVar[tuple[str, ...]] = ()
+  size: ClassVar[str] = "train_samples"
+  # The name of `score_by_reference`; None: there is no such score.
+  reference_score: ClassVar[str | None] = None
 
   config: Any
   devices: distributed.Devices
@@ -190,7 +221,7 @@ class Task(abc.ABC):
       ValueError, FileNotFoundError: as `load_fingerprints`.
     """
     del folder, ledger
-    return Samples(config.task, {})
+    return Samples(config.data.get("name", config.task), {})
 
   @classmethod
   def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +250,7 @@ class Task(abc.ABC):
 
   @property
   def samples(self) -> int | None:
-    """How many a pass over all training samples has; None: nobody knows."""
+    """The number of training samples; None where nobody knows."""
     return None
 
   @abc.abstractmethod
@@ -244,7 +275,7 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def load_reference(self, direction: str) -> Reference:
-    """What a method's direction asks for.
+    """Loads the reference that a method's direction asks for.
 
     Args:
       direction: a method's; see `experiments.methods`.
@@ -258,7 +289,7 @@ class Task(abc.ABC):
     """
 
   def facts(self) -> dict[str, Any]:
-    """What `result.json` says of the data."""
+    """Facts about the data, for `result.json`."""
     return {}
 
   def result_fingerprints(self) -> dict[str, str]:
@@ -271,6 +302,59 @@ class Task(abc.ABC):
 
   def close(self) -> None:
     """Ends what reads batches."""
+    return None
+
+  # What a study asks, without making the task.
+
+  @classmethod
+  def check_study(cls, config: Any) -> None:
+    """Raises ValueError unless a study of the config can be made."""
+    del config
+
+  @classmethod
+  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+    """The kinds of noise that the config adds, as `Truth` has them."""
+    return tuple(config.noise.kinds)
+
+  @classmethod
+  def seed_overrides(cls, seed: int) -> dict[str, Any]:
+    """The fields that follow a study's seed, besides `seed`."""
+    return {"noise.seed": seed}
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """The fields in which a study's reference differs from its learners.
+
+    Args:
+      config: the study's.
+      seed: the study's.
+
+    Returns:
+      `{"dotted.field": value}`.
+    """
+    wanted = config.study.reference
+    return {
+      "seed": seed + wanted.seed_offset,
+      "method": "sgd",
+      "noise.rate": wanted.noise_rate,
+      **durations.overrides(wanted),
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+    """The truth about all training samples of a run, filter or not.
+
+    Args:
+      config: the run's.
+      folder: the run's, which has begun at least.
+
+    Returns:
+      The Truth; None where nobody knows.
+
+    Raises:
+      ValueError: a file in the folder is damaged, or another run's.
+    """
+    del config, folder
     return None
 
 

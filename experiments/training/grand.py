@@ -181,7 +181,7 @@ def fingerprint(config: Any, data: Any) -> str:
 
 
 def _counts(config):
-  """How many runs, and of how many epochs."""
+  """Returns the number of runs, and of epochs in each."""
   runs, epochs = config.mimic.grand_runs, config.mimic.grand_epochs
   if runs < 1 or epochs < 0:
     raise ValueError(

@@ -30,7 +30,7 @@ PROFILE_FOLDER = "profile"
 
 
 class Schedule(NamedTuple):
-  """What happens when, in steps."""
+  """The steps at which a run is evaluated, saved and logged."""
 
   total_steps: int
   eval_every: int  # the end is evaluated in any case
@@ -310,7 +310,7 @@ class _Trace:
 
 
 def nonfinite_samples(folder: pathlib.Path) -> int:
-  """How often a sample was left out because it was not finite."""
+  """Counts how often a sample was left out because it was not finite."""
   rows = writers.read_metrics(folder / writers.METRICS_FILE)
   return int(sum(row.get("train_nonfinite", 0) for row in rows))
 

@@ -1,4 +1,4 @@
-"""Whether a run's reference can guide it, asked before the first step."""
+"""The check of a run's reference before the first step."""
 
 import dataclasses
 import pathlib

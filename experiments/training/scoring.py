@@ -185,7 +185,7 @@ class _Scoring:
       task.losses_fn,
       method,
       task.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)
@@ -271,7 +271,7 @@ class _Scoring:
     return self.task.samples or len(ledger.matrix()[0])
 
   def _done(self, ledger, progress, own):
-    """How many batches are scored and on record, and where passes begin.
+    """Counts the batches that are scored and on record, and where passes begin.
 
     Rows reach the disk before the count of them: what a kill cuts off in
     between is scored again, and a ledger has one row for it all the same.

@@ -1,4 +1,4 @@
-"""What steps put out, on its way to the metrics and the ledger."""
+"""Outputs of steps, on their way to the metrics and the ledger."""
 
 import pathlib
 import time

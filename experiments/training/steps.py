@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import optax
 
 import gradmimic_jax as gm
-from experiments.methods import OUTPUT_AGREEMENT, RANDOM, Method
+from experiments import methods
+from experiments.methods import Method
 from experiments.runtime import sharding
-from experiments.tasks.base import Outputs
-from experiments.tasks.classification import losses as classification
-from gradmimic_jax import layers
-from gradmimic_jax.weighting import guarded
+from experiments.tasks.base import Aux, Outputs
+from gradmimic_jax.scores import Score
 
 
 class TrainState(NamedTuple):
-  """What a run carries from step to step."""
+  """The state that a run carries from step to step."""
 
   step: jax.Array  # [], updates done so far
   params: Any  # the learner's parameters
@@ -25,7 +24,7 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What one train step has to tell; stays on the device until it is asked."""
+  """Outputs of one train step; they stay on the device until they are read."""
 
   metrics: dict[str, jax.Array]  # each [], means over the valid samples
   samples: dict[str, jax.Array]  # score, weight, loss: each [B]; {} if plain
@@ -61,9 +60,8 @@ def make_train_step(
   tx: optax.GradientTransformation,
   method: Method | None,
   config: Any,
-  outputs_fn: Callable[..., jax.Array] | None = None,
-  *,
   outputs: Outputs | None = None,
+  *,
   out_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
   """A jitted step of one method.
@@ -72,12 +70,10 @@ def make_train_step(
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     tx: the optimizer, over averaged gradients.
     method: what weights the samples; None is the plain mean.
-    config: `config.mimic`: `layers`, `scope`, `engine`, and `microbatch_size`
-      and `check_independence` if there are such fields.
-    outputs_fn: `(params, batch) -> logits [B, C]`, for methods that go by the
-      reference's outputs; losses_fn's are then the cross-entropies of these.
-    outputs: of tasks other than classification, in place of outputs_fn: for
-      methods with the direction or the score that they give.
+    config: `config.mimic`: `layers`, `scope`, `engine`, `microbatch_size` and
+      `check_independence`.
+    outputs: the task's, for methods that go by outputs; losses_fn's are then
+      theirs.
     out_shardings: of `(TrainState, StepOutput)`, or what a tree of them begins
       with; None leaves it to the compiler.
 
@@ -90,21 +86,35 @@ def make_train_step(
     `metrics["nonfinite"]`; what they reach of the gradient is 0. Where no
     sample is left, or the gradient is not finite all the same, parameters and
     optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts on.
+
+  Raises:
+    ValueError: microbatches of losses that depend on batch mates.
   """
-  if outputs is None and outputs_fn is not None:
-    outputs = classification.outputs_of(outputs_fn)
-  if outputs_fn is None and outputs is not None:
-    outputs_fn = outputs.of
-  if method is None:
-    gradient = _plain_gradient(losses_fn)
-  elif method.score is None:
-    gradient = _distillation_gradient(outputs_fn)
-  elif method.score == OUTPUT_AGREEMENT:
-    gradient = _agreement_gradient(outputs, method, config)
+  _check_coupled(config, outputs)
+  if method is None or method.score is None:
+    gradient = _plain_gradient(losses_fn, method and outputs)
   elif not method.detached:
-    gradient = _attached_gradient(losses_fn, method)
+    gradient = _attached_gradient(losses_fn, method, outputs)
   else:
     gradient = _mimic_gradient(losses_fn, method, config, outputs)
+  return jax.jit(
+    make_step(gradient, tx), donate_argnums=0, out_shardings=out_shardings
+  )
+
+
+def make_step(
+  gradient: Callable[[TrainState, Any, Any], tuple[Any, StepOutput]],
+  tx: optax.GradientTransformation,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
+  """`make_train_step`'s step, by any gradient, and not jitted.
+
+  Args:
+    gradient: `(state, reference, batch) -> (gradient, StepOutput)`.
+    tx: the optimizer, over averaged gradients.
+
+  Returns:
+    `train_step(state, reference, batch) -> (state, StepOutput)`.
+  """
 
   def train_step(state, reference, batch):
     grads, output = gradient(state, reference, batch)
@@ -120,16 +130,15 @@ def make_train_step(
     output.metrics["skipped"] = (~sound).astype(jnp.int32)
     return TrainState(state.step + 1, params, opt_state), output
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+  return train_step
 
 
 def make_score_step(
   losses_fn: Callable[..., Any],
   method: Method | None,
   config: Any,
-  outputs_fn: Callable[..., jax.Array] | None = None,
-  *,
   outputs: Outputs | None = None,
+  *,
   out_shardings: Any = None,
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
   """A jitted step that scores a batch and changes nothing.
@@ -137,9 +146,9 @@ def make_score_step(
   Args:
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     method: whose scores.
-    config: `config.mimic`: `layers`, `engine`.
-    outputs_fn: `(params, batch) -> logits [B, C]`.
-    outputs: of tasks other than classification, in place of outputs_fn.
+    config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
+      `check_independence`.
+    outputs: as in `make_train_step`.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
@@ -147,28 +156,20 @@ def make_score_step(
     where a sample is not finite. `reference` is as in `make_train_step`.
 
   Raises:
-    ValueError: a method without scores of single samples.
+    ValueError: a method without scores of single samples, or microbatches of
+      losses that depend on batch mates.
   """
-  if method is None or method.score in (None, RANDOM):
+  if method is None or not methods.tells_samples_apart(method):
     raise ValueError(
       "config.method gives no scores that say anything about the samples;"
       " expected one that has, such as grad_mimic."
     )
-  if outputs_fn is not None:
-    outputs = classification.outputs_of(outputs_fn)
-  if method.score == OUTPUT_AGREEMENT:
-    return jax.jit(_agreement_scores(outputs), out_shardings=out_shardings)
+  _check_coupled(config, outputs)
   scores_fn = gm.mimic_scores(
-    lambda params, batch: losses_fn(params, batch)[0],
-    direction=direction_of(method.direction, losses_fn, outputs),
-    layers=config.layers,
-    score=method.score,
-    engine=config.engine,
+    **_engine_options(losses_fn, method, config, outputs)
   )
 
   def score_step(params, reference, batch):
-    if method.score == "excess_loss":
-      reference, _ = outputs.losses_and_hits(reference, batch)
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
@@ -201,106 +202,42 @@ def direction_of(
 
 
 def _is_sound(grads, nonfinite, mask):
-  """Whether there is a finite sample, and a finite gradient of those."""
+  """True if a sample is finite, and so is the gradient of all that are."""
   finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
   return jnp.all(jnp.stack(finite)) & (nonfinite < jnp.sum(mask))
 
 
-def _plain_gradient(losses_fn):
-  def gradient(state, reference, batch):
-    del reference
-    losses, pullback, hits = jax.vjp(
-      lambda params: losses_fn(params, batch), state.params, has_aux=True
-    )
-    grads = _mean(pullback, losses, batch["mask"])
-    loss = _valid_mean(losses, batch["mask"])
-    return grads, StepOutput(_metrics(batch, loss, hits, losses), {})
+def _plain_gradient(losses_fn, outputs):
+  """The plain mean of the losses.
 
-  return gradient
-
-
-def _distillation_gradient(outputs_fn):
-  """Straight toward the reference's outputs; labels are only measured."""
+  With outputs, of the divergences from the reference's: straight toward these,
+  and labels are only measured.
+  """
 
   def gradient(state, reference, batch):
-    def divergences_of(params):
-      logits = outputs_fn(params, batch)
-      measured = classification.losses_and_hits(logits, batch)
-      return classification.divergences(reference, logits), measured
+    def values_of(params):
+      if outputs is None:
+        losses, hits = losses_fn(params, batch)
+        return losses, (losses, hits)
+      found = outputs.of(params, batch)
+      measured = outputs.losses_and_hits(found, batch)
+      return outputs.divergences(reference, found, batch), measured
 
-    divergences, pullback, (losses, hits) = jax.vjp(
-      divergences_of, state.params, has_aux=True
+    values, pullback, (losses, hits) = jax.vjp(
+      values_of, state.params, has_aux=True
     )
-    grads = _mean(pullback, divergences, batch["mask"])
+    _, weights = _valid(values, batch["mask"])
+    grads = _pulled(pullback, weights, values)
     loss = _valid_mean(losses, batch["mask"])
-    metrics = _metrics(batch, loss, hits, divergences) | {
-      "divergence": _valid_mean(divergences, batch["mask"])
-    }
+    metrics = _metrics(batch, loss, hits, values)
+    if outputs is not None:
+      metrics["divergence"] = _valid_mean(values, batch["mask"])
     return grads, StepOutput(metrics, {})
 
   return gradient
 
 
-def _presentable(values, valid, mask):
-  """NaN for samples that are not finite and 0 for padding."""
-  return jnp.where(valid, values, jnp.where(mask, jnp.nan, 0))
-
-
-def _agreement_scores(outputs):
-  def score_step(params, reference, batch):
-    found = outputs.of(params, batch)
-    losses, _ = outputs.losses_and_hits(found, batch)
-    scores = outputs.agreement(found, reference, batch)
-    valid = batch["mask"] & jnp.isfinite(losses) & jnp.isfinite(scores)
-    return {
-      "score": _presentable(scores, valid, batch["mask"]),
-      "loss": _presentable(losses, valid, batch["mask"]),
-    }
-
-  return score_step
-
-
-def _agreement_gradient(outputs, method, config):
-  """Scores and gradient from one forward pass, which gives the outputs too."""
-
-  def gradient(state, reference, batch):
-    def losses_of(params):
-      found = outputs.of(params, batch)
-      losses, hits = outputs.losses_and_hits(found, batch)
-      return losses, (found, hits)
-
-    losses, pullback, (found, hits) = jax.vjp(
-      losses_of, state.params, has_aux=True
-    )
-    mask = batch["mask"]
-    scores = outputs.agreement(found, reference, batch)
-    valid = mask & jnp.isfinite(losses) & jnp.isfinite(scores)
-    weights = guarded(method.weighting, scores, valid, state.step)
-    grads = _pulled(pullback, weights.astype(losses.dtype), losses)
-    plain = valid / jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
-    if config.scope == "layers":
-      chosen = layers.choose(config.layers, state.params)
-      others = _pulled(pullback, plain, losses)
-      flags = jax.tree.unflatten(jax.tree.structure(grads), chosen)
-      grads = jax.tree.map(
-        lambda flag, a, b: a if flag else b, flags, grads, others
-      )
-    samples = {
-      "score": _presentable(scores, valid, mask),
-      "weight": weights,
-      "loss": _presentable(losses, valid, mask),
-    }
-    loss = jnp.sum(plain * jnp.where(valid, losses, 0))
-    metrics = _metrics(batch, loss, hits, samples["score"]) | {
-      "distance": jnp.zeros([]),
-      "effective_sample_size": gm.effective_sample_size(weights),
-    }
-    return grads, StepOutput(metrics, samples)
-
-  return gradient
-
-
-def _attached_gradient(losses_fn, method):
+def _attached_gradient(losses_fn, method, outputs):
   """Excess-loss weights that are not constants of the step, as published.
 
   The gradient of `sum_i w_i(l) l_i` is not `sum_i w_i g_i`: with softmax
@@ -313,7 +250,7 @@ def _attached_gradient(losses_fn, method):
     losses, pullback, hits = jax.vjp(
       lambda params: losses_fn(params, batch), state.params, has_aux=True
     )
-    scores = losses - classification.losses_of(reference, batch)
+    scores = losses - outputs.losses_and_hits(reference, batch)[0]
     valid = batch["mask"] & jnp.isfinite(losses) & jnp.isfinite(scores)
     baseline = jnp.where(valid, losses - scores, 0)
 
@@ -325,10 +262,11 @@ def _attached_gradient(losses_fn, method):
     effective = jnp.where(valid, effective, 0)
     grads = _pulled(pullback, effective, losses)
     loss = _valid_mean(losses, batch["mask"])
+    unknown = jnp.where(batch["mask"], jnp.nan, 0)
     samples = {
-      "score": _presentable(scores, valid, batch["mask"]),
+      "score": jnp.where(valid, scores, unknown),
       "weight": effective,
-      "loss": _presentable(losses, valid, batch["mask"]),
+      "loss": jnp.where(valid, losses, unknown),
     }
     return grads, StepOutput(_metrics(batch, loss, hits, scores), samples)
 
@@ -348,12 +286,6 @@ def _valid_mean(values, mask):
   return jnp.where(lost, jnp.asarray(jnp.nan, mean.dtype), mean)
 
 
-def _mean(pullback, values, mask):
-  """The gradient of the mean over the valid samples."""
-  _, weights = _valid(values, mask)
-  return _pulled(pullback, weights, values)
-
-
 def _pulled(pullback, weights, values):
   """The gradient of the values' weighted sum, the weights being constants."""
   (grads,) = pullback(weights)
@@ -362,45 +294,56 @@ def _pulled(pullback, weights, values):
   return jax.tree.map(lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads)
 
 
-def _random_score(step):
-  """A score that knows the step only: the same in every run of the job."""
+def find_score(method: Method, outputs: Outputs | None) -> Score:
+  """The method's score: the task's of that name, or else the library's."""
+  of_task = {} if outputs is None else outputs.scores
+  return of_task.get(method.score) or gm.scores.get(method.score)
 
-  def fn(measured):
-    key = jax.random.fold_in(jax.random.key(0), step)
-    return jax.random.uniform(key, measured.losses.shape, measured.losses.dtype)
 
-  return gm.scores.Score(RANDOM, fn)
+def _check_coupled(config, outputs):
+  if config.microbatch_size is None or outputs is None or not outputs.coupled:
+    return
+  raise ValueError(
+    f"config.mimic.microbatch_size is {config.microbatch_size}, and the task's"
+    " losses depend on batch mates, whom microbatches don't have; expected None"
+    " and config.mimic.engine='forward'."
+  )
+
+
+def _engine_options(losses_fn, method, config, outputs):
+  """Returns the options that both of the library's functions take."""
+  score = find_score(method, outputs)
+
+  def with_aux(params, batch):
+    if score.needs_aux:
+      return outputs.losses_fn(params, batch)
+    losses, hits = losses_fn(params, batch)
+    return losses, Aux(hits, None)
+
+  return {
+    "losses_fn": with_aux,
+    "direction": direction_of(method.direction, losses_fn, outputs),
+    "layers": config.layers,
+    "score": score,
+    "engine": config.engine,
+    "microbatch_size": config.microbatch_size,
+    "has_aux": True,
+    "check_independence": config.check_independence,
+  }
 
 
 def _mimic_gradient(losses_fn, method, config, outputs):
-  direction = direction_of(method.direction, losses_fn, outputs)
-
-  def value_and_grad_by(score):
-    return gm.mimic_value_and_grad(
-      losses_fn,
-      direction=direction,
-      layers=config.layers,
-      score=score,
-      weighting=method.weighting,
-      scope=config.scope,
-      engine=config.engine,
-      microbatch_size=getattr(config, "microbatch_size", None),
-      has_aux=True,
-      check_independence=getattr(config, "check_independence", True),
-    )
-
-  value_and_grad = None
-  if method.score != RANDOM:
-    value_and_grad = value_and_grad_by(method.score)
+  value_and_grad = gm.mimic_value_and_grad(
+    **_engine_options(losses_fn, method, config, outputs),
+    weighting=method.weighting,
+    scope=config.scope,
+  )
 
   def gradient(state, reference, batch):
-    if method.score == "excess_loss":
-      reference, _ = outputs.losses_and_hits(reference, batch)
-    by = value_and_grad or value_and_grad_by(_random_score(state.step))
-    (loss, info), grads = by(
+    (loss, info), grads = value_and_grad(
       state.params, reference, batch, mask=batch["mask"], step=state.step
     )
-    metrics = _metrics(batch, loss, info.aux, info.scores) | {
+    metrics = _metrics(batch, loss, info.aux.hits, info.scores) | {
       "distance": info.distance,
       "effective_sample_size": info.effective_sample_size,
     }
@@ -419,6 +362,6 @@ def _metrics(batch, loss, hits, per_sample):
   count = jnp.maximum(jnp.sum(mask), 1)
   return {
     "loss": loss,
-    "accuracy": jnp.sum(mask & hits) / count,
+    "accuracy": jnp.sum(jnp.where(mask, hits, 0)) / count,
     "nonfinite": jnp.sum(mask & ~jnp.isfinite(per_sample)),
   }

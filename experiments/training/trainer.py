@@ -118,12 +118,12 @@ class Run:
       tx,
       self.method,
       self.config.mimic,
-      outputs=task.outputs,
+      task.outputs,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
   def check_reference(self) -> dict[str, Any] | None:
-    """What the check found out, if any; raises if the reference would harm."""
+    """Checks the reference's weights, if any; raises if they would harm."""
     return reference_check.check(
       self.config,
       self.folder,

@@ -1,4 +1,4 @@
-"""What people look at: the report of a selection, and figures of a run."""
+"""What people look at: the report of a selection."""
 
 from gradmimic_jax.reporting.page import report
 

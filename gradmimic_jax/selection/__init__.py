@@ -1,8 +1,7 @@
 """Stage 2: from every sample's scores over the steps to a filter."""
 
 from gradmimic_jax.selection import export, filters
-from gradmimic_jax.selection.binarize import Binarizer, Cut
-from gradmimic_jax.selection.binarizers import BINARIZERS
+from gradmimic_jax.selection.binarize import BINARIZERS, Binarizer, Cut
 from gradmimic_jax.selection.issues import (
   Membership,
   discover_members,

@@ -2,7 +2,8 @@
 
 A binariser is a function from a column of finite scores to a `Cut`; a sample
 is kept where its score lies above the cut. So a vote is always monotone in the
-score, whatever was fitted.
+score, whatever was fitted. `"auto"` is none: the joint model (`joint`) cuts all
+steps together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -215,6 +216,64 @@ def gmm() -> Binarizer:
     return Cut(float(value), note, fit)
 
   return cut
+
+
+# name -> factory; `select` hands "threshold" and "top_fraction" their value.
+# "auto" has none: the joint model of all steps cuts them together.
+BINARIZERS: dict[str, Callable[..., Binarizer] | None] = {
+  "auto": None,
+  "threshold": threshold,
+  "kmeans": kmeans,
+  "gmm": gmm,
+  "top_fraction": top_fraction,
+}
+
+
+def make_binarizer(name: Any, **values: float | None) -> Binarizer | None:
+  """The binariser of a name, or the given one.
+
+  Args:
+    name: a key of `BINARIZERS`, or a binariser.
+    **values: `threshold` and `fraction`, each for the binariser that takes it.
+
+  Returns:
+    A binariser; None for "auto", which isn't one of single columns.
+
+  Raises:
+    TypeError: neither a name nor a function.
+    ValueError: an unknown name, a value missing, or one that the binariser
+      doesn't take.
+
+  Example:
+    >>> make_binarizer("threshold", threshold=0.5)([1.0], 0)
+    Cut(value=0.5, note='', fit={})
+  """
+  given = {key: value for key, value in values.items() if value is not None}
+  takes = {"threshold": "threshold", "top_fraction": "fraction"}
+  if not isinstance(name, str) and not callable(name):
+    raise TypeError(
+      f"binarize is {name!r}; expected one of {sorted(BINARIZERS)}, or a"
+      " function (scores [n], seed) -> Cut."
+    )
+  if isinstance(name, str) and name not in BINARIZERS:
+    raise ValueError(
+      f"binarize is {name!r}; expected one of {sorted(BINARIZERS)}."
+    )
+  for key in given:
+    if not isinstance(name, str) or takes.get(name) != key:
+      user = next(user for user, taken in takes.items() if taken == key)
+      raise ValueError(
+        f"{key}={given[key]} has no effect with binarize={name!r}; leave it"
+        f" out, or use binarize={user!r}."
+      )
+  if not isinstance(name, str):
+    return name
+  if name == "top_fraction" and not given:
+    raise ValueError(
+      "binarize='top_fraction' needs fraction, the share to keep, in (0, 1]."
+    )
+  factory = BINARIZERS[name]
+  return factory(*given.values()) if factory else None
 
 
 def votes_of(

@@ -111,7 +111,8 @@ class Pool(NamedTuple):
       y -= self.center[step]
       y *= self.weight[step]
       np.add(total, y, out=total, where=here)
-      signal += here * (self.weight[step] * self.signal[step])
+      step_signal = self.weight[step] * self.signal[step]
+      np.add(signal, step_signal, out=signal, where=here)
     x = np.full(n, np.nan)
     some = signal > 0
     np.divide(total, signal, out=x, where=some)
@@ -213,12 +214,19 @@ def ranked(level: np.ndarray, pooled: np.ndarray) -> np.ndarray:
   seen = ~np.isnan(pooled)
   if not seen.any():
     return quality
-  x = pooled[seen]
-  order = np.argsort(x, kind="stable")
-  ascending = x[order]
+  ascending = pooled[seen]
+  order = np.argsort(ascending, kind="stable")
+  ascending = ascending[order]
   starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])
-  ends = np.r_[starts[1:], len(x)]
-  rank = np.empty(len(x))
-  rank[order] = np.repeat(0.5 * (starts + ends) / len(x), ends - starts)
-  quality[seen] = (1 - _RANK_SHARE) * level[seen] + _RANK_SHARE * rank
+  del ascending  # of millions of samples, each array counts
+  ends = np.r_[starts[1:], len(order)]
+  middle = 0.5 * (starts + ends) / len(order)
+  middle = np.repeat(middle, ends - starts)
+  del starts, ends
+  rank = np.empty(len(order))
+  rank[order] = middle
+  del order, middle
+  rank *= _RANK_SHARE
+  rank += (1 - _RANK_SHARE) * level[seen]
+  quality[seen] = rank
   return quality

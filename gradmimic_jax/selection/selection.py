@@ -14,7 +14,6 @@ from gradmimic_jax.selection import (
   _frames,
   _ids,
   binarize as binarize_lib,
-  binarizers,
   joint,
   label_model as label_model_lib,
   pooling,
@@ -207,7 +206,7 @@ def select(
   References:
     Huang et al., arXiv 2501.06708, the offline stage.
   """
-  binarizer = binarizers.make_binarizer(
+  binarizer = binarize_lib.make_binarizer(
     binarize, threshold=threshold, fraction=fraction
   )
   label_model = label_model_lib.make_label_model(aggregate)

@@ -49,8 +49,8 @@ def start(
     "JAX_ENABLE_X64": str(int(bits == 64)),
     "PYTHONPATH": str(ROOT),
     # What one has compiled the others find.
-    "JAX_COMPILATIONCACHE_DIR": str(CACHE),
-    "JAX_PERSISTENTCACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   options = {
     "stdout": subprocess.PIPE,

@@ -54,8 +54,8 @@ def classifier(simple):
     "mask": np.arange(BATCH) < BATCH - 3,
   }
   losses_fn = classification.make_losses_fn(apply)
-  outputs_fn = classification.make_outputs_fn(apply)
-  return config, params, batch, losses_fn, {"outputs_fn": outputs_fn}
+  outputs = classification.outputs_of(classification.make_outputs_fn(apply))
+  return config, params, batch, losses_fn, outputs
 
 
 def pairs(simple, rows):
@@ -81,7 +81,7 @@ def pairs(simple, rows):
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   losses_fn = contrastive.make_losses_fn(apply, "clip", sharding=rows)
   outputs = contrastive.outputs_of(apply, sharding=rows)
-  return config, params, batch, losses_fn, {"outputs": outputs}
+  return config, params, batch, losses_fn, outputs
 
 
 def towers(batch):
@@ -137,8 +137,8 @@ def update(task, method, engine, devices, folder, simple):
     tx,
     chosen,
     config.mimic,
+    outputs,
     out_shardings=steps.make_shardings(state, devices.mesh),
-    **outputs,
   )
   number, count = devices.process
   part = BATCH // count

@@ -1,10 +1,10 @@
 """A train step compiled for devices that are not there.
 
-Nothing is allocated and nothing runs: the step is that of `experiments.train`
-or `experiments.clip_train`, its arguments are shapes with shardings, and the
-compiler is asked what its program holds in memory and sends between devices.
-The devices are a host's virtual ones, or those of a TPU slice: for these libtpu
-has to be installed, and no TPU.
+Nothing is allocated and nothing runs: the step is that of `experiments.train`,
+its arguments are shapes with shardings, and the compiler is asked what its
+program holds in memory and sends between devices. The devices are a host's
+virtual ones, or those of a TPU slice: for these libtpu has to be installed, and
+no TPU.
 """
 
 import contextlib
@@ -190,7 +190,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
   apply, params = model(section)
   make = _contrastive if section.name == "clip" else _classification
   config = _job_config(case, section, params)
-  losses_fn, tx, batch, more = make(case, section, config, apply, rows)
+  losses_fn, tx, batch, outputs = make(case, section, config, apply, rows)
   method = methods.create(config.method, config.mimic)
   state = jax.eval_shape(functools.partial(steps.init_state, tx=tx), params)
   step = steps.make_train_step(
@@ -198,7 +198,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
     tx,
     method,
     config.mimic,
-    **more,
+    outputs,
     out_shardings=steps.make_shardings(state, mesh),
   )
   shapes = Shapes(
@@ -255,7 +255,7 @@ def _job_config(case, section, params):
 
 
 def _classification(case, section, config, apply, rows):
-  """As `experiments.train` has it."""
+  """As a classification run has it."""
   del rows
   n, size = case.batch_size, section.image_size
   batch = {
@@ -267,12 +267,12 @@ def _classification(case, section, config, apply, rows):
     classification.make_losses_fn(apply),
     optimizer.create(config.optimizer, total_steps=_TOTAL_STEPS),
     batch,
-    {"outputs_fn": classification.make_outputs_fn(apply)},
+    classification.outputs_of(classification.make_outputs_fn(apply)),
   )
 
 
 def _contrastive(case, section, config, apply, rows):
-  """As `experiments.clip_train` has it."""
+  """As a contrastive run has it."""
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   n, size = case.batch_size, section.image_size
   tokens = clip.options(section)["context_length"]
@@ -289,7 +289,7 @@ def _contrastive(case, section, config, apply, rows):
       last=contrastive.keep_logit_scale(),
     ),
     batch,
-    {"outputs": contrastive.outputs_of(apply, config.loss, sharding=rows)},
+    contrastive.outputs_of(apply, config.loss, sharding=rows),
   )
 
 

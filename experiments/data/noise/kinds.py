@@ -48,7 +48,7 @@ CIFAR100_GROUPS = (
 
 
 def noisy_count(rate: float, num_samples: int) -> int:
-  """How many of `num_samples` a noise rate changes: `int(rate * num_samples)`.
+  """Counts the samples that a noise rate changes: `int(rate * num_samples)`.
 
   Taken of the product as it is written: 0.29 * 100 is 28.999... in floating
   point, and counts as 29.

@@ -139,7 +139,7 @@ def apply_noise(
 
 
 def _options_of(kind, rate, context, options) -> dict[str, Any]:
-  """What `kind` is to be handed, once nothing is missing or too much."""
+  """Returns the options of `kind`; raises where one is missing or too many."""
   about = KINDS[kind]
   for name, value in options.items():
     if value is not None and name not in about.takes:

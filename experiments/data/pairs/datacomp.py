@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import gradmimic_jax as gm
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 CLIP_SCORES = ("clip_b32_similarity_score", "clip_l14_similarity_score")
@@ -36,7 +36,7 @@ _MOST_UID = 64  # Bytes; one has 32, and what is longer is none.
 
 
 class Metadata(NamedTuple):
-  """What the metadata files say of a pool, a row a sample."""
+  """The metadata of a pool, a row a sample."""
 
   uids: np.ndarray  # `u8,u8` [N], in the order of the files, repeats included.
   table: pa.Table  # The columns that were asked for, [N].

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 
 # Pillow knows forty formats, some of which run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -59,7 +59,7 @@ _TEMPLATES = (
 
 
 class Attributes(NamedTuple):
-  """What each picture shows, int8 [N]: positions in this module's lists."""
+  """The content of each picture, int8 [N]: positions in this module's lists."""
 
   colour: np.ndarray  # in COLOURS
   shape: np.ndarray  # in SHAPES

@@ -93,7 +93,7 @@ def _of_folder(path):
 
 
 def names(pattern: str) -> list[str]:
-  """What a pattern with braces stands for, whether it is there or not.
+  """Expands a pattern with braces; the files need not exist.
 
   Args:
     pattern: As in `expand`.

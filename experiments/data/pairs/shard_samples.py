@@ -26,7 +26,8 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data.pairs import images, limits as limits_lib, tar
+from experiments.data.pairs import images, tar
+from experiments.runtime import limits as limits_lib
 from gradmimic_jax.selection.uids import parse_uids
 
 FIRST, LAST = "first", "last"  # The dot at which a file's name is cut.
@@ -70,7 +71,7 @@ _REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Which files of one name make a sample.
+  """The extensions of the files that make a sample.
 
   Attributes:
     image: Extensions of images, in lower case, without the dot; files may have
@@ -126,7 +127,7 @@ class Parts:
 
   @functools.cached_property
   def roles(self) -> dict[str, str]:
-    """What each extension stands for: "image", "caption" or "json"."""
+    """The role of each extension: "image", "caption" or "json"."""
     return {
       extension: role for role in _ROLES for extension in getattr(self, role)
     }
@@ -173,7 +174,7 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class Statistics:
-  """What was found while reading; counts go on over epochs.
+  """Counts of what was read; they go on over epochs.
 
   Attributes:
     read: Samples that were looked at, the broken ones included.
@@ -233,7 +234,7 @@ class Statistics:
     return dataclasses.asdict(self)
 
   def advice(self) -> str:
-    """What to do about what is broken, where an option may be the cause."""
+    """Advice about broken samples, where an option may be the cause."""
     found = sorted(self.broken, key=lambda reason: -self.broken[reason])
     texts = (_REMEDIES[reason] for reason in found if reason in _REMEDIES)
     return "".join(f" {text}." for text in dict.fromkeys(texts))
@@ -509,7 +510,7 @@ def _rule_of(
 
 
 def _is_news(folder: str, rule: str) -> bool:
-  """Whether it is the first time: one line is enough for all shards."""
+  """True the first time: one line is enough for all shards."""
   found = (folder, rule)
   is_news = found not in _SAID
   _SAID.add(found)
@@ -523,7 +524,7 @@ def _is_litter(folder: str, name: str) -> bool:
 
 
 def _is_unsafe(name: str) -> bool:
-  """Whether unpacking would put a file outside of the folder, or confuse.
+  """True if unpacking would put a file outside of the folder, or confuse.
 
   Nothing is unpacked here, but others may unpack what this lets pass.
   """
@@ -595,7 +596,7 @@ def _sample(
 
 
 def _about(content: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
-  """What a sample's JSON says; nothing if it has no fields."""
+  """Parses a sample's JSON; {} if it has no fields."""
   try:
     about = limits_lib.parse_json(
       content, most=limits.json_bytes, limits=limits
@@ -606,7 +607,7 @@ def _about(content: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
 
 
 def _field(about: dict[str, Any], name: str, expected: str) -> str:
-  """What is wrong with a field of a sample's JSON."""
+  """Describes what is wrong with a field of a sample's JSON."""
   if about.get(name) is not None:
     return f"{name!r} is {str(about[name])[:40]!r}, not {expected}"
   return f"no {name!r} in the json, which has {', '.join(map(repr, about))}"

@@ -37,12 +37,12 @@ from absl import logging
 from experiments.data import streams
 from experiments.data.pairs import (
   images,
-  in_memory as image_text,
-  limits as limits_lib,
   shard_files,
   shard_samples,
 )
 from experiments.data.pairs.shard_samples import Parts, Sample, Statistics
+from experiments.data.rows import check_state
+from experiments.runtime import limits as limits_lib
 
 Tokenizer = Callable[[list[str]], np.ndarray]
 
@@ -184,7 +184,7 @@ class ShardStream(grain.IterDataset):
 
 
 class _Place(NamedTuple):
-  """Where a window begins."""
+  """The place in the shards where a window begins."""
 
   epoch: int
   shard: int  # In the order of the epoch.
@@ -220,7 +220,7 @@ class ShardIterator(grain.DatasetIterator):
     self._reader_place = place
 
   def get_state(self) -> dict[str, Any]:
-    """Where the stream is, for `set_state`."""
+    """Returns the stream's place, for `set_state`."""
     return {
       "fingerprint": self._stream.fingerprint,
       "place": list(self._place),
@@ -239,7 +239,7 @@ class ShardIterator(grain.DatasetIterator):
     Raises:
       ValueError: If it is the state of a stream of other data or settings.
     """
-    image_text.check_state(state, self._stream.fingerprint)
+    check_state(state, self._stream.fingerprint)
     place = _Place(*state["place"])
     self._start_at(place, Statistics(), state["samples_before_epoch"])
     if state["has_window"]:

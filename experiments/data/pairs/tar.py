@@ -13,7 +13,7 @@ and pax headers before it where a name is long).
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import limits as limits_lib
 
 BLOCK = 512
 FILE = "file"  # The one kind of member whose content is of use.
@@ -179,7 +179,7 @@ def _pax_records(content: bytes, place: int) -> Iterator[tuple[str, str]]:
 def _after_sparse_map(
   file: BinaryIO, header: bytes, place: int, end: int
 ) -> int:
-  """Where the content of an old GNU sparse file begins."""
+  """Finds the start of an old GNU sparse file's content."""
   goes_on = header[482]
   while goes_on:
     goes_on = _read(file, place, BLOCK, end)[504]

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from experiments.data.pairs import limits as limits_lib
+from experiments.runtime import hub, limits as limits_lib
 
 TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -165,22 +165,7 @@ def load(
     OSError: the hub can't give the file.
   """
   file = _find(source)
-  try:
-    pieces = _read(file)
-  except gzip.BadGzipFile as error:
-    raise gzip.BadGzipFile(f"{file} can't be read as gzip: {error}.") from error
-  except (OSError, MemoryError):
-    raise
-  except BaseException as error:  # the library raises Exception itself
-    # What its own code doesn't expect it raises as no Exception at all.
-    if not isinstance(error, Exception) and (
-      type(error).__name__ != "PanicException"
-    ):
-      raise
-    raise ValueError(
-      f"{file} can't be read as a tokenizer: {type(error).__name__}:"
-      f" {str(error)[:300]}."
-    ) from error
+  pieces = _readable(file)
   there = pieces.get_vocab(with_added_tokens=True)
   for ends in _ENDS:
     if all(name in there for name in ends):
@@ -190,6 +175,21 @@ def load(
     f" {' or '.join(' and '.join(ends) for ends in _ENDS)}, as CLIP's"
     " tokenizers have them."
   )
+
+
+def read(source: str | os.PathLike) -> tokenizers.Tokenizer:
+  """A published tokenizer of any kind, as the `tokenizers` package has it.
+
+  Args:
+    source: as `load` takes it.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    FileNotFoundError, ValueError, ImportError, OSError: as `load`.
+  """
+  return _readable(_find(source))
 
 
 def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:
@@ -226,9 +226,8 @@ def for_shapes(*, context_length: int = 77) -> Tokenizer:
 def _find(source):
   if str(source).startswith("hf://"):
     # Flax with it, which processes that read data have no need of.
-    from experiments.models.pretrained import files as weight_files
 
-    return weight_files.find(source, (TOKENIZER,), ())
+    return hub.find(source, (TOKENIZER,), ())
   path = pathlib.Path(source)
   if not path.is_dir():
     if path.is_file():
@@ -245,6 +244,26 @@ def _find(source):
     f"no tokenizer in {path} (there is {there}); expected {TOKENIZER},"
     f" {VOCABULARY} with {MERGES}, or {OPENAI[0]}."
   )
+
+
+def _readable(file):
+  """The tokenizer in a file; raises what `load` says."""
+  try:
+    return _read(file)
+  except gzip.BadGzipFile as error:
+    raise gzip.BadGzipFile(f"{file} can't be read as gzip: {error}.") from error
+  except (OSError, MemoryError):
+    raise
+  except BaseException as error:  # the library raises Exception itself
+    # What its own code doesn't expect it raises as no Exception at all.
+    if not isinstance(error, Exception) and (
+      type(error).__name__ != "PanicException"
+    ):
+      raise
+    raise ValueError(
+      f"{file} can't be read as a tokenizer: {type(error).__name__}:"
+      f" {str(error)[:300]}."
+    ) from error
 
 
 def _read(file):
@@ -327,7 +346,7 @@ def _clean(number, text):
 
 
 def _restored(pieces, fields):
-  """What `Tokenizer.__reduce__` took apart."""
+  """Rebuilds a tokenizer from the parts of `Tokenizer.__reduce__`."""
   tokenizer = Tokenizer.__new__(Tokenizer)
   tokenizer.__dict__.update(fields)
   tokenizer._pieces = tokenizers.Tokenizer.from_str(pieces)

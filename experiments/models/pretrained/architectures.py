@@ -1,4 +1,4 @@
-"""What models published weights are of, as their own files say it.
+"""Architectures of published weights, as their own files state them.
 
 A `config.json` beside weights tells what their shapes don't: how many heads the
 attention has, what is added in the norms, which activation there is. Such a
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.models.pretrained import files as weight_files
+from experiments.runtime import hub
 
 # By the size in the name of an architecture, as timm has it.
 _TIMM_HEADS = {
@@ -42,7 +42,7 @@ _HUGGINGFACE_TEXT = _HUGGINGFACE_IMAGE | {"num_attention_heads": 8}
 
 
 class Told(NamedTuple):
-  """What a file beside weights says; fields have the names of the config's."""
+  """The statements of a file beside weights, under the config's names."""
 
   fields: dict[str, Any]  # those it tells
   image_size: tuple[int, int] | None  # height and width in pixels
@@ -52,7 +52,7 @@ class Told(NamedTuple):
 
 
 def of_vit(config: Mapping[str, Any]) -> Told:
-  """What a `config.json` of transformers or timm says of a ViT."""
+  """Reads a ViT from a `config.json` of transformers or timm."""
   if "architecture" in config or "pretrained_cfg" in config:
     return _of_timm(config)
   if config.get("model_type") in ("vit", "deit"):
@@ -113,7 +113,7 @@ def _of_timm(config):
 
 
 def of_clip(config: Mapping[str, Any]) -> Told:
-  """What a `config.json` or an `open_clip_config.json` says of a CLIP."""
+  """Reads a CLIP from a `config.json` or an `open_clip_config.json`."""
   if config.get("model_cfg"):
     return _of_openclip(config["model_cfg"])
   image, text = (
@@ -188,7 +188,7 @@ def check(
   file: pathlib.Path,
   *,
   section: str,
-  beside: str = weight_files.CONFIG,
+  beside: str = hub.CONFIG,
 ) -> None:
   """Refuses a model that what is beside its weights contradicts.
 
@@ -262,7 +262,7 @@ def say_unknown(
       "There is no %s beside %s that tells %s, which can't be seen in the"
       " weights themselves: whether the model's (%s) are right can't be"
       " checked.",
-      weight_files.CONFIG,
+      hub.CONFIG,
       file,
       " and ".join(unknown),
       ", ".join(f"{name}={model.get(name)!r}" for name in unknown),
@@ -363,7 +363,7 @@ def placeholders(
 
 
 def _same(theirs, ours):
-  """Whether two fields are the same; floats may be written differently."""
+  """True if two fields are the same; floats may be written differently."""
   if isinstance(theirs, float) and isinstance(ours, (int, float)):
     return math.isclose(theirs, ours, rel_tol=1e-6)
   return theirs == ours

@@ -16,7 +16,8 @@ from experiments.models.pretrained import (
   positions,
   preprocessing as preparing,
 )
-from experiments.models.pretrained.files import CONFIG, PREPROCESSOR, WEIGHTS
+from experiments.runtime import hub
+from experiments.runtime.hub import CONFIG, PREPROCESSOR, WEIGHTS
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 NAMES = (WEIGHTS, "open_clip_model.safetensors")
@@ -194,7 +195,7 @@ def load(
     Cherti et al., Reproducible scaling laws for contrastive language-image
     learning, `arXiv:2212.07143 <https://arxiv.org/abs/2212.07143>`_.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   stored = weight_files.read(file)
   layout = LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
@@ -240,7 +241,7 @@ def architecture(
     ValueError: it is no CLIP's, or nothing beside it tells its heads and
       activation.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   stored = architectures.placeholders(weight_files.shapes(file))
   layout = LAYOUTS[_layout_of(stored, file)]
   arrays, _ = layouts.rename(stored, layout)
@@ -291,7 +292,7 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
-  """How images must be prepared for the weights in `source`.
+  """Finds the preparation of images that the weights in `source` expect.
 
   Taken from a `preprocessor_config.json` (Hugging Face) or an
   `open_clip_config.json` (OpenCLIP) beside the file; without them it is
@@ -307,7 +308,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
     FileNotFoundError: there is no such file.
     ValueError: what is beside the file can't be read.
   """
-  file = weight_files.find(source, NAMES, BESIDE)
+  file = hub.find(source, NAMES, BESIDE)
   theirs = weight_files.beside(file, PREPROCESSOR)
   openclips = weight_files.beside(file, OPENCLIP_CONFIG)
   with weight_files.about(file, "images"):
@@ -368,7 +369,7 @@ def _grid_of(told, shown, tokens, file):
 
 
 def _advice(arrays, shown, told):
-  """What to set, as far as the file and what is beside it tell."""
+  """Advises what to set, as far as the file and its neighbours tell."""
   fields = dict(shown)
   fields.pop("context_length", None)  # which may be shorter
   for said in told.values():
@@ -382,7 +383,7 @@ def _advice(arrays, shown, told):
 
 
 def _told(file):
-  """What the files beside the weights say, by their names."""
+  """Reads the files beside the weights, by their names."""
   found = {}
   for name in (CONFIG, OPENCLIP_CONFIG):
     config = weight_files.beside(file, name)

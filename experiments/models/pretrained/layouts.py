@@ -10,7 +10,7 @@ from experiments.models.pretrained.preprocessing import Preprocessing
 
 
 class Layout(NamedTuple):
-  """How a library names a model's weights, and its customs."""
+  """A library's names of a model's weights, and its customs."""
 
   prefix: str  # may stand before every name
   sign: str  # a name by which the layout is known
@@ -164,7 +164,7 @@ def rename(
 
 
 def _kind(kind, array):
-  """What flax calls a layer's weight or bias."""
+  """Returns Flax's name of a layer's weight or bias."""
   if kind == "bias":
     return kind
   return "scale" if array.ndim == 1 else "kernel"

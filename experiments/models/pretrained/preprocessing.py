@@ -1,4 +1,4 @@
-"""How images are prepared for published weights, as their libraries say it."""
+"""Preparation of images for published weights, as their libraries state it."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessing(NamedTuple):
-  """What a model was trained to see: `(pixel / 255 - mean) / std`, resized."""
+  """Images as a model was trained on them: `(pixel / 255 - mean) / std`."""
 
   mean: tuple[float, ...]  # one per channel
   std: tuple[float, ...]

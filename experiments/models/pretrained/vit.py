@@ -15,8 +15,9 @@ from experiments.models.pretrained import (
   positions,
   preprocessing as preparing,
 )
-from experiments.models.pretrained.files import CONFIG, PREPROCESSOR
 from experiments.models.vit import POOLINGS
+from experiments.runtime import hub
+from experiments.runtime.hub import CONFIG, PREPROCESSOR
 
 SIZE = "pretrained"  # `config.model.size` that takes all from the file
 
@@ -62,7 +63,7 @@ def load(
     Dosovitskiy et al., An Image is Worth 16x16 Words, `arXiv:2010.11929
     <https://arxiv.org/abs/2010.11929>`_ (3.2: interpolating positions).
   """
-  file = weight_files.find(source)
+  file = hub.find(source)
   stored = weight_files.read(file)
   layout = layouts.LAYOUTS[_layout_of(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
@@ -102,7 +103,7 @@ def architecture(
     ValueError: it is no vision transformer's, or there is no `config.json`
       beside it that tells the number of heads.
   """
-  file = weight_files.find(source)
+  file = hub.find(source)
   stored = architectures.placeholders(weight_files.shapes(file))
   layout = layouts.LAYOUTS[_layout_of(stored, file)]
   arrays, _ = layouts.rename(stored, layout)
@@ -147,7 +148,7 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 
 
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
-  """How images must be prepared for the weights in `source`.
+  """Finds the preparation of images that the weights in `source` expect.
 
   Taken from a `preprocessor_config.json` (Hugging Face) or a `config.json` with
   `pretrained_cfg` (timm) beside the file; without them it is the custom of the
@@ -163,7 +164,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
     FileNotFoundError: there is no such file.
     ValueError: what is beside the file can't be read.
   """
-  file = weight_files.find(source)
+  file = hub.find(source)
   theirs = weight_files.beside(file, PREPROCESSOR)
   timms = (weight_files.beside(file, CONFIG) or {}).get("pretrained_cfg")
   with weight_files.about(file, "images"):
@@ -209,7 +210,7 @@ def _keep_head(arrays, expected):
 
 
 def _advice(arrays, told):
-  """What to set, as far as the file and what is beside it tell."""
+  """Advises what to set, as far as the file and its neighbours tell."""
   fields = {}
   blocks = {name.split("/")[1] for name in arrays if name.startswith("blocks/")}
   fields["depth"] = len(blocks)
@@ -232,7 +233,7 @@ def _advice(arrays, told):
 
 
 def _told(file):
-  """What the `config.json` beside the weights says."""
+  """Reads the `config.json` beside the weights."""
   config = weight_files.beside(file, CONFIG) or {}
   with weight_files.about(file, "the model"):
     return architectures.of_vit(config)

@@ -18,10 +18,9 @@ from experiments import models
 from experiments.data import pipeline, sources
 from experiments.models import initial
 from experiments.models.pretrained import (
-  files as weight_files,
   vit as pretrained,
 )
-from experiments.runtime import checkpoint, claims, workdir as workdir_lib
+from experiments.runtime import checkpoint, claims, hub, workdir as workdir_lib
 from gradmimic_jax import _files
 
 # Changes with the way in which features are computed.
@@ -332,7 +331,7 @@ def _published(config, source) -> Backbone:
     shape,
     mean,
     std,
-    workdir_lib.fingerprint(_sum_of(weight_files.find(source)), vit),
+    workdir_lib.fingerprint(_sum_of(hub.find(source)), vit),
   )
 
 

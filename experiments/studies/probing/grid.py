@@ -22,7 +22,7 @@ from configs import label_noise
 from experiments import methods
 from experiments.data import noise
 from experiments.runtime import claims, workdir as workdir_lib
-from experiments.studies import detection, runner as study, settings as tuning
+from experiments.studies import detection, plan, settings as tuning
 from experiments.studies.probing import (
   features as features_lib,
   heads,
@@ -103,7 +103,7 @@ def check(config: Any) -> None:
       raise ValueError(
         f"{field} is {value!r}, which a grid of heads has no use for: its"
         " reference is a head of its own. Leave it out, or use"
-        " experiments.study."
+        " protocol=finetune."
       )
   for field, count in (
     ("study.seeds", len(config.study.seeds)),
@@ -121,7 +121,7 @@ def check(config: Any) -> None:
     if name == "grand_offline":
       raise ValueError(
         "config.study.methods has 'grand_offline', which needs runs of its own;"
-        " use experiments.study for it, or take 'grand'."
+        " use protocol=finetune for it, or take 'grand'."
       )
   detection.check(config)
   for name, fields in tuning.read(config.study.tuned).items():
@@ -293,7 +293,7 @@ class _Grid:
     )
 
   def _reference_labels(self, seed) -> noise.NoisyLabels:
-    """As `study.reference_overrides` has them."""
+    """As `Task.reference_overrides` has them."""
     train = self.data.train
     return noise.apply_noise(
       train.labels,
@@ -322,7 +322,7 @@ class _Grid:
     if is_reference:
       seeds = [seed + wanted.seed_offset for seed in seeds]
       epochs = wanted.num_epochs or epochs
-    configs = [study.derived(self.config, seed=s, **fields) for s in seeds]
+    configs = [plan.derived(self.config, seed=s, **fields) for s in seeds]
     shared, train = configs[0], self.data.train  # but for seeds, all are alike
     method = methods.create(name, shared.mimic)
     noisy = [
@@ -345,7 +345,7 @@ class _Grid:
     values = [value for _, value in cell.points]
     mimic, given_values = shared.mimic, None
     if name in _ONE_VALUE and values[0] is not None:
-      mimic = study.derived(
+      mimic = plan.derived(
         shared,
         seed=seeds[0],
         **{f"mimic.{heads.value_field(mimic)}": values[0]},
@@ -520,6 +520,11 @@ def _write_arrays(path, **arrays):
 
 def main(config: Any, workdir: str) -> None:
   """Runs the grid, then prints the table and where the results are."""
+  if jax.process_count() > 1:  # they share the cells as jobs of their own
+    raise ValueError(
+      "this job is one for a single process; expected no --distributed and no"
+      " --coordinator"
+    )
   summary = run_grid(config, workdir)
   print("\n" + probe_report.markdown(summary))
   for path in summary["files"]:

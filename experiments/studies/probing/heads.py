@@ -20,6 +20,7 @@ import gradmimic_jax as gm
 from experiments import methods, models
 from experiments.data import pipeline
 from experiments.methods import Method
+from experiments.studies import settings
 from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
@@ -145,10 +146,12 @@ def make_epoch(
   Returns:
     `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,
     metrics {name: [S, K]}, samples {name: [T, S, K, B]})`; metrics are means
-    over the steps, but for `nonfinite`, a sum.
+    over the steps, but for `nonfinite` and `skipped`, which are sums.
   """
   losses_fn = classification.make_losses_fn(head.apply)
-  outputs_fn = classification.make_outputs_fn(head.apply)
+  outputs = classification.outputs_of(
+    classification.make_outputs_fn(head.apply)
+  )
 
   def run_step(state, labels, value, reference, images, batch):
     mimic = mimic_view(config, value)
@@ -158,7 +161,7 @@ def make_epoch(
       reference = head.apply(reference, images[0])
     elif direction == "noisy_gradient":
       reference = {"image": images[1], "label": labels[batch.other_index]}
-    step = _make_step(losses_fn, tx, method, mimic, outputs_fn)
+    step = _make_step(losses_fn, tx, method, mimic, outputs)
     return step(
       state,
       reference,
@@ -187,7 +190,7 @@ def make_epoch(
     sums = {key: jnp.sum(value, axis=0) for key, value in metrics.items()}
     count = by_step.mask.shape[0]
     means = {
-      key: value if key == "nonfinite" else value / count
+      key: value if key in ("nonfinite", "skipped") else value / count
       for key, value in sums.items()
     }
     return states, means, samples
@@ -239,15 +242,7 @@ def value_field(config: Any) -> str:
 
 def reads_value(name: str, config: Any) -> bool:
   """Whether that method looks at the field of the grid's values at all."""
-  seen = []
-
-  class Recorder:
-    def __getattr__(self, field):
-      seen.append(field)
-      return config[field]
-
-  methods.create(name, Recorder())
-  return value_field(config) in seen
+  return value_field(config) in settings.fields_read(name, config)
 
 
 def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
@@ -258,28 +253,25 @@ def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
   return types.SimpleNamespace(**fields)
 
 
-def _make_step(losses_fn, tx, method, config, outputs_fn):
+def _make_step(losses_fn, tx, method, config, outputs):
   """The general loop's step, or the same numbers by closed forms."""
-  score = method and method.score
-  ours = (None, methods.RANDOM, methods.OUTPUT_AGREEMENT)
-  if score not in ours and method.detached:
-    kind = gm.scores.get(score)
-    if kind.needs_norms or kind.needs_gram:
-      return _closed_step(losses_fn, tx, method, kind, config, outputs_fn)
-  return steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+  if method is not None and method.score is not None and method.detached:
+    score = steps.find_score(method, outputs)
+    if score.needs_norms or score.needs_gram:
+      gradient = _closed_gradient(losses_fn, method, score, config, outputs)
+      return steps.make_step(gradient, tx)
+  return steps.make_train_step(losses_fn, tx, method, config, outputs)
 
 
-def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
+def _closed_gradient(losses_fn, method, score, config, outputs):
   """For scores that look at all samples' gradients, which are never made."""
-  direction_fn = steps.direction_of(
-    method.direction, losses_fn, classification.outputs_of(outputs_fn)
-  )
+  direction_fn = steps.direction_of(method.direction, losses_fn, outputs)
 
-  def step(state, reference, batch):
+  def gradient(state, reference, batch):
     params, mask = state.params, batch["mask"]
-    features, outputs = batch["image"], outputs_fn(params, batch)
-    losses, hits = losses_fn(params, batch)
-    errors = gm.linear_head.errors(outputs, batch["label"])
+    features, logits = batch["image"], outputs.of(params, batch)
+    losses, hits = outputs.losses_and_hits(logits, batch)
+    errors = gm.linear_head.errors(logits, batch["label"])
     # In flattening order: bias, then kernel.
     has_bias, has_kernel = layers_lib.choose(config.layers, params)
     if not has_kernel:
@@ -307,10 +299,6 @@ def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
     if config.scope == "layers" and not has_bias:
       bias = gm.linear_head.gradient(features, errors, equal)[1]
     grads = {"head": {"bias": bias, "kernel": kernel}}
-    updates, opt_state = tx.update(grads, state.opt_state, params)
-    state = steps.TrainState(
-      state.step + 1, optax.apply_updates(params, updates), opt_state
-    )
     count = jnp.maximum(jnp.sum(mask), 1)
     metrics = {
       "loss": jnp.sum(jnp.where(valid, losses, 0) * equal),
@@ -318,7 +306,6 @@ def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
       "nonfinite": jnp.sum(mask & ~valid),
       "distance": distance,
       "effective_sample_size": gm.effective_sample_size(weights),
-      "grad_norm": optax.tree.norm(grads),
     }
     unknown = jnp.where(mask, jnp.nan, 0)
     samples = {
@@ -326,6 +313,6 @@ def _closed_step(losses_fn, tx, method, score, config, outputs_fn):
       "weight": weights,
       "loss": jnp.where(valid, losses, unknown),
     }
-    return state, steps.StepOutput(metrics, samples)
+    return grads, steps.StepOutput(metrics, samples)
 
-  return step
+  return gradient

@@ -1,4 +1,4 @@
-"""What classification trains on and is tested on: images with labels."""
+"""Data of classification: images with labels."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ NOISE_OPTIONS = ("mapping", "matrix", "path", "column", "id_column")
 
 
 class Data(NamedTuple):
-  """What a run trains and is tested on."""
+  """Training and test data of a run."""
 
   train: sources.Dataset
   test: sources.Dataset
@@ -147,7 +147,7 @@ def clean_positions(
 
 
 def input_of(data: Any) -> dict[str, Any]:
-  """What a run's model was made for, and is shown."""
+  """Describes the input of a run's model."""
   return {
     "shape": list(data.train.images.shape[1:]),
     "num_classes": data.train.num_classes,

@@ -40,9 +40,18 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
 
 
 def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
-  """What classification makes of logits `outputs_fn(params, batch)`."""
+  """Outputs of classification, of logits `outputs_fn(params, batch)`."""
   return Outputs(
-    outputs_fn, losses_and_hits, gm.toward_outputs(outputs_fn), agreement
+    outputs_fn,
+    losses_and_hits,
+    gm.toward_outputs(outputs_fn),
+    scores={
+      "output_agreement": gm.output_agreement(
+        losses_of, outputs_of=lambda aux: aux.outputs
+      ),
+      "excess_loss": gm.excess_loss(losses_of),
+    },
+    divergences=divergences,
   )
 
 
@@ -59,24 +68,21 @@ def losses_and_hits(
   return losses_of(logits, batch), hits
 
 
-def agreement(logits: jax.Array, reference: jax.Array, batch: Any) -> jax.Array:
-  """Mimic scores `[B]` in the space of logits `[B, C]`, by the labels."""
-  return gm.scores.output_agreement(
-    lambda logits: losses_of(logits, batch), logits, reference
-  )
-
-
-def divergences(reference: jax.Array, logits: jax.Array) -> jax.Array:
+def divergences(
+  reference: jax.Array, logits: jax.Array, batch: Any = None
+) -> jax.Array:
   """`KL(softmax(reference) || softmax(logits))` per sample.
 
   Args:
     reference: the reference's logits `[B, C]`, constants.
     logits: the learner's `[B, C]`.
+    batch: is not looked at.
 
   Returns:
     Divergences `[B]`; NaN, with gradient 0, where the reference's logits are
     not finite.
   """
+  del batch
   known = jnp.all(jnp.isfinite(reference), axis=-1)
   # Zero times NaN is NaN: such a row must not get into the computation.
   targets = jax.nn.log_softmax(jnp.where(known[:, None], reference, 0))

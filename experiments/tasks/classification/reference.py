@@ -1,4 +1,4 @@
-"""What a run goes by beside weights: a reference's outputs, or other samples.
+"""References of classification: weights, outputs, or other samples.
 
 Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs that go by the same reference.

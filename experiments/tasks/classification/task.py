@@ -10,10 +10,17 @@ from configs import classification as classification_config
 from experiments.data import filters, noise, pipeline, sources
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
-from experiments.tasks.base import Headline, Reference, Rows, Samples, Task
+from experiments.tasks import evaluation
+from experiments.tasks.base import (
+  Headline,
+  Reference,
+  Rows,
+  Samples,
+  Task,
+  Truth,
+)
 from experiments.tasks.classification import (
   data as data_lib,
-  evaluation,
   losses,
   reference as reference_lib,
 )
@@ -219,4 +226,42 @@ class Classification(Task):
     data_lib.write_input(folder, self.data)
     noise.save(
       folder / data_lib.LABELS_FILE, self.data.labels, self.data.train.ids
+    )
+
+  @classmethod
+  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+    """See `Task`."""
+    return (config.noise.column or config.noise.kind,)
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    wanted = config.study.reference
+    # Another architecture has no use for the learner's weights.
+    own = {"model.pretrained": None} if wanted.model or wanted.widths else {}
+    fields = {
+      "model.name": wanted.model,
+      "model.widths": tuple(wanted.widths),
+      "data.train_split": config.data.test_split
+      if wanted.test_leak
+      else wanted.train_split,
+    }
+    return {
+      **super().reference_overrides(config, seed),
+      "noise.seed": seed + wanted.seed_offset,
+      "noise.kind": "symmetric",
+      **{f"noise.{name}": None for name in data_lib.NOISE_OPTIONS},
+      **{field: value for field, value in fields.items() if value},
+      **own,
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+    """See `Task`."""
+    labels = filters.own_labels(
+      folder / data_lib.LABELS_FILE, workdir_lib.of_result(folder)
+    )
+    (kind,) = cls.noise_kinds(config)
+    return Truth(
+      np.arange(len(labels.labels)), np.where(labels.is_noisy, kind, "")
     )

@@ -1,4 +1,4 @@
-"""What a CLIP run trains and is evaluated on: `shapes`, or streamed shards."""
+"""Data of image-text runs: drawn shapes, or streamed shards."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Memory(NamedTuple):
 
 
 class Data(NamedTuple):
-  """What a run trains and is evaluated on."""
+  """Training and evaluation data of a run."""
 
   batches: Any  # a grain data set of training batches
   one_pass: Callable[[], Any]  # one of all pairs, each once and in order
@@ -187,7 +187,7 @@ def _of_shapes(config, tokenize):
 
 
 def _positions(path, pairs):
-  """Where the uids of a filter are; those that are missing are no loss."""
+  """Finds the uids of a filter among all; missing ones are no loss."""
   keep = shard_samples.kept_uids(path, fingerprints=fingerprints(pairs))
   keep, uids = gm.filters.Filter(keep, path), pairs.uids
   applied = keep.apply(parse_uids(uids))

@@ -112,7 +112,7 @@ class Evaluation:
       )
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """What there is to say of parameters; NaN where they have diverged.
+    """Evaluates parameters; NaN where they have diverged.
 
     Args:
       params: the learner's.

@@ -20,6 +20,7 @@ import gradmimic_jax as gm
 from experiments.models.clip import Features
 from experiments.tasks.base import Outputs
 from gradmimic_jax import Direction
+from gradmimic_jax.scores import Score
 
 Apply = Callable[..., Features]
 
@@ -151,7 +152,7 @@ def outputs_of(
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> Outputs:
-  """What contrastive learning makes of `Features`.
+  """Outputs of contrastive learning, of `Features`.
 
   Args:
     apply: the learner's, `(params, images, tokens) -> Features`.
@@ -161,11 +162,28 @@ def outputs_of(
   Returns:
     The Outputs.
   """
+  measure = functools.partial(losses_and_hits, kind=kind, sharding=sharding)
+
+  def agrees(measured):
+    return agreement(
+      measured.aux.outputs,
+      measured.reference,
+      measured.batch,
+      kind,
+      sharding=sharding,
+    )
+
   return Outputs(
     functools.partial(_features, apply),
-    functools.partial(losses_and_hits, kind=kind, sharding=sharding),
+    measure,
     toward_similarities(apply, sharding=sharding),
-    functools.partial(agreement, kind=kind, sharding=sharding),
+    scores={
+      "output_agreement": Score(
+        "output_agreement", agrees, needs_aux=True, needs_reference=True
+      ),
+      "excess_loss": gm.excess_loss(lambda *given: measure(*given)[0]),
+    },
+    coupled=True,
   )
 
 
@@ -261,7 +279,7 @@ def agreement(
       )
     return optax.softmax_cross_entropy_with_integer_labels(logits, own)
 
-  found = gm.scores.output_agreement(
+  found = gm.scores.agreement(
     losses_of,
     _both_ways(ours, counted, sharding),
     _both_ways(theirs, counted, sharding),

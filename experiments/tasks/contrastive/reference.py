@@ -119,7 +119,7 @@ def model_of(
     raise ValueError(
       f"method {config.method!r} needs a reference: set"
       " --config.mimic.reference to the workdir of a finished run or to"
-      " published weights, or use experiments.clip_study, which trains one."
+      " published weights, or use experiments.study, which trains one."
     )
   if initial.is_run(source) or not _is_published(source):
     return _of_run(pathlib.Path(source), config, like, place)

@@ -10,7 +10,14 @@ from configs import contrastive as contrastive_config
 from experiments.models import clip
 from experiments.models.pretrained import clip as clip_pretrained
 from experiments.runtime import checkpoint, distributed
-from experiments.tasks.base import Headline, Reference, Rows, Samples, Task
+from experiments.tasks.base import (
+  Headline,
+  Reference,
+  Rows,
+  Samples,
+  Task,
+  Truth,
+)
 from experiments.tasks.contrastive import (
   data as data_lib,
   evaluation,
@@ -34,6 +41,9 @@ class Contrastive(Task):
     "random",
   )
   headline = Headline("held_out_loss", "zero_shot_accuracy@1")
+  more_metrics = ("image_to_text@1", "text_to_image@1")
+  size = "train_pairs"
+  reference_score = "CLIP score of the reference"
   instead = "output_agreement or grad_mimic_outputs"
   last = losses.keep_logit_scale()
 
@@ -210,3 +220,41 @@ class Contrastive(Task):
   def close(self) -> None:
     """See `Task`."""
     self.batches.close()
+
+  @classmethod
+  def check_study(cls, config: Any) -> None:
+    """See `Task`."""
+    if config.data.name != data_lib.SHAPES:
+      raise ValueError(
+        f"config.data.name is {config.data.name!r}; a study needs to know which"
+        " captions are wrong: expected 'shapes'. For shards, give"
+        " experiments.train and experiments.select one by one."
+      )
+
+  @classmethod
+  def seed_overrides(cls, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    return {"data.seed": seed}
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    sizes = config.study.reference
+    fields = {
+      f"model.clip.{tower}_{name}": sizes[name]
+      for name in ("width", "depth")
+      for tower in ("image", "text")
+    }
+    return {
+      **super().reference_overrides(config, seed),
+      **{field: value for field, value in fields.items() if value},
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+    """See `Task`."""
+    del folder
+    if config.data.name != data_lib.SHAPES:
+      return None
+    pairs = data_lib.train_pairs(config)
+    return Truth(pairs.uids, pairs.noise_kind)

@@ -1,4 +1,4 @@
-"""What a contrastive model's features can do without training: two tests.
+"""Two tests of a contrastive model's features that need no training.
 
 Zero-shot classification names the class whose texts are the most similar to an
 image; retrieval finds an image's texts among all texts, and a text's image
@@ -155,7 +155,7 @@ def _shares(asking, asked, wanted, owners, ks):
 
 
 def _chances(places, tied, good):
-  """That one of `good` is at one of the first places among `tied` others."""
+  """Chance that one of `good` is at a first place among `tied` others."""
   misses = np.ones(len(places))
   for taken in range(max(int(places.max(initial=0)), 0)):
     left = np.maximum(tied + good - taken, 1)

@@ -29,14 +29,13 @@ from experiments.data.pairs import (
   datacomp,
   images,
   in_memory as image_text,
-  limits as limits_lib,
   shapes,
   shard_files,
   shard_samples,
   shards,
   tar,
 )
-from experiments.runtime import cache as arrays
+from experiments.runtime import cache as arrays, limits as limits_lib
 
 SIZE = 16
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

@@ -12,6 +12,7 @@ import gradmimic_jax as gm
 from experiments import methods, models
 from experiments.data import pipeline
 from experiments.runtime import distributed
+from experiments.studies.probing import heads
 from experiments.tasks.classification import (
   data as data_lib,
   losses as classification,
@@ -32,6 +33,9 @@ def losses_fn(params, batch):
   return losses, jnp.argmax(logits, axis=-1) == batch["label"]
 
 
+OUTPUTS = classification.outputs_of(outputs_fn)
+
+
 @pytest.fixture
 def linear(make_config):
   """Two steps of plain descent on logits `x @ w`, by a method's name."""
@@ -48,7 +52,7 @@ def linear(make_config):
     config = make_config(**fields).mimic
     tx = optax.sgd(1.0)
     step = steps.make_train_step(
-      losses_fn, tx, methods.create(name, config), config, outputs_fn
+      losses_fn, tx, methods.create(name, config), config, OUTPUTS
     )
     state = steps.init_state({"w": jnp.array(start)}, tx)
     moves, outputs = [], []
@@ -59,8 +63,15 @@ def linear(make_config):
       outputs.append(output)
     return moves, outputs
 
+  def score(name, given, **overrides):
+    config = make_config(**overrides).mimic
+    method = methods.create(name, config)
+    step = steps.make_score_step(losses_fn, method, config, OUTPUTS)
+    return step({"w": jnp.array(start)}, given, batch)["score"]
+
   return types.SimpleNamespace(
     run=run,
+    score=score,
     batch=batch,
     params={"w": jnp.asarray(start)},
     outputs=jnp.float32(rng.normal(size=(10, 3)) * 2),
@@ -178,20 +189,29 @@ def normed():
     variance = jnp.square(center).mean(axis=-1, keepdims=True)
     return jnp.tanh(center * jax.lax.rsqrt(variance + 1e-6)) @ params["out"]
 
-  def losses_fn(params, batch):
-    return classification.losses_and_hits(outputs_fn(params, batch), batch)
+  return classification.outputs_of(outputs_fn), params, batch
 
-  return outputs_fn, losses_fn, params, batch
+
+def plain_losses(outputs):
+  """Losses and hits, as jobs hand them over."""
+
+  def losses_fn(params, batch):
+    losses, aux = outputs.losses_fn(params, batch)
+    return losses, aux.hits
+
+  return losses_fn
 
 
 def test_one_forward_pass_gives_losses_and_outputs(make_config, normed):
-  outputs_fn, losses_fn, params, batch = normed
+  outputs, params, batch = normed
   config = make_config(**{"mimic.weighting": "softmax"}).mimic
   tx = optax.sgd(1.0)
 
   def flops(name):
     method = methods.create(name, config)
-    step = steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+    step = steps.make_train_step(
+      plain_losses(outputs), tx, method, config, outputs
+    )
     state = steps.init_state(params, tx)
     compiled = step.lower(state, jnp.zeros((64, 10)), batch).compile()
     return compiled.cost_analysis()["flops"]
@@ -203,20 +223,21 @@ def test_one_forward_pass_gives_losses_and_outputs(make_config, normed):
 
 @pytest.mark.slow
 def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
-  outputs_fn, losses_fn, params, batch = normed
-  outputs = jnp.float32(np.random.default_rng(1).normal(size=(64, 10)))
+  outputs, params, batch = normed
+  losses_fn = plain_losses(outputs)
+  theirs = jnp.float32(np.random.default_rng(1).normal(size=(64, 10)))
   config = make_config(
     **{"mimic.layers": "^out$", "mimic.scope": "layers"}
   ).mimic
   tx = optax.sgd(1.0)
   method = methods.create("output_agreement", config)
-  step = steps.make_train_step(losses_fn, tx, method, config, outputs_fn)
+  step = steps.make_train_step(losses_fn, tx, method, config, outputs)
   state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
-  state, output = step(state, outputs, batch)
-  scores = gm.scores.output_agreement(
+  state, output = step(state, theirs, batch)
+  scores = gm.scores.agreement(
     lambda logits: classification.losses_of(logits, batch),
-    outputs_fn(params, batch),
-    outputs,
+    outputs.of(params, batch),
+    theirs,
   )
   (loss, info), grads = gm.mimic_value_and_grad(
     losses_fn,
@@ -237,6 +258,60 @@ def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
     jax.tree.leaves(found), jax.tree.leaves((loss, samples, moved)), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["output_agreement", "random"]
+  + [pytest.param(x, marks=pytest.mark.slow) for x in ("rho", "grad_mimic")],
+)
+def test_steps_in_microbatches_are_the_same_steps(linear, name):
+  given = linear.outputs
+  if name == "grad_mimic":
+    given = {"w": linear.params["w"] + 1}
+  options = {"mimic.microbatch_size": 4, "mimic.temperature": 0.3}
+  parts = linear.run(name, given, **options)
+  options["mimic.microbatch_size"] = None
+  whole = linear.run(name, given, **options)
+  if name != "random":
+    scores = linear.score(name, given, **{"mimic.microbatch_size": 4})
+    np.testing.assert_allclose(
+      scores, whole[1][0].samples["score"], rtol=1e-4, atol=1e-5
+    )
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_closed_form_skips_a_broken_step_and_counts_it(make_config):
+  """As the general loop does: features that overflow, then sound ones."""
+  config = make_config().mimic
+  head = heads.create(4, 3, [0])
+  tx = optax.adam(0.1)
+  make = jax.jit(heads.make_epoch(head, tx, "grand", config))
+  features = jnp.stack([jnp.full([1, 4], jnp.inf), jnp.ones([1, 4])])
+  states = heads.init_states(head, tx, 1)
+  before = jax.device_get(states)
+  given = heads.Given(jnp.zeros([1, 1, 2], jnp.int32), None, None)
+
+  def epoch(rows):
+    index = np.array(rows).reshape(1, -1, 1)
+    batches = heads.Batches(index, index, np.ones_like(index, bool), None, None)
+    return make(states, given, features[:, 0], batches)
+
+  after, metrics, _ = epoch([0, 0])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (before.params, before.opt_state),
+    (after.params, after.opt_state),
+  )
+  assert int(after.step[0, 0]) == 2
+  assert int(metrics["skipped"][0, 0]) == int(metrics["nonfinite"][0, 0]) == 2
+  after, metrics, _ = epoch([1, 0])
+  assert int(metrics["skipped"][0, 0]) == 1
+  assert (
+    after.params["head"]["kernel"] != before.params["head"]["kernel"]
+  ).any()
+  assert np.isfinite(after.params["head"]["kernel"]).all()
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from configs import (
 from experiments import tasks
 from experiments.data import filters, noise
 from experiments.data.pairs import shard_samples
-from experiments.reporting import page as report, tables
-from experiments.runtime import checkpoint, distributed, workdir
+from experiments.reporting import page as report
+from experiments.runtime import checkpoint, distributed, tables, workdir
 from experiments.selection import files as select, filters as cuts, runs
 from experiments.tasks.classification import data as data_lib
 from experiments.tasks.contrastive import data as pairs_lib

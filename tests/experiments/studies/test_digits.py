@@ -9,7 +9,7 @@ import gradmimic_jax as gm
 from configs import digits
 from experiments.data import noise
 from experiments.selection import runs as select_lib
-from experiments.studies import runner as study
+from experiments.studies import plan, runner as study
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
@@ -79,7 +79,7 @@ def test_what_is_kept_trains_as_well_as_what_is_clean(tmp_path, digits_dir):
     file = gm.export.write_npy(
       folder / "clean.npy", np.flatnonzero(~truth.is_noisy)
     )
-    only = study.derived(
+    only = plan.derived(
       config, seed=seed, method="sgd", **{"data.filter": str(file)}
     )
     clean.append(train.train_and_evaluate(only, folder / "clean"))

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import gradmimic_jax as gm
+from configs import clip as clip_config
 from experiments import methods
 from experiments.models import clip
 from experiments.models.clip import Features
@@ -217,6 +218,23 @@ def test_engines_that_show_one_pair_at_a_time_are_refused(options):
     jax.eval_shape(fn, PARAMS, REFERENCE, BATCH)
 
 
+def test_jobs_refuse_microbatches_of_pairs():
+  config = clip_config.get_config().unlock().mimic
+  config.microbatch_size = 4
+  outputs = contrastive.outputs_of(apply)
+  for name in ("sgd", "grad_mimic_weights"):
+    with pytest.raises(
+      ValueError, match=r"microbatch_size is 4.*expected None"
+    ):
+      steps.make_train_step(
+        contrastive.make_losses_fn(apply),
+        optax.sgd(1.0),
+        methods.create(name, config),
+        config,
+        outputs,
+      )
+
+
 def test_the_sigmoid_loss_needs_a_bias_and_kinds_have_names():
   def without(*arguments):
     return apply(*arguments)._replace(logit_bias=None)
@@ -376,9 +394,16 @@ def test_agreement_is_each_pairs_slope_toward_the_reference(kind, masked):
   mask = MASK if masked else MASK | True
   outputs = contrastive.outputs_of(apply, kind)
   batch = BATCH | {"mask": mask}
-  found = jax.jit(outputs.agreement)(
-    outputs.of(PARAMS, batch), reference_features(), batch
-  )
+  score = outputs.scores["output_agreement"]
+
+  @jax.jit
+  def scores(reference):
+    losses, aux = outputs.losses_fn(PARAMS, batch)
+    return score.fn(
+      gm.scores.Measured(losses, aux=aux, batch=batch, reference=reference)
+    )
+
+  found = scores(reference_features())
   expected = agreement_by_definition(kind, mask)
   assert np.ptp(expected[mask]) > 0.1
   np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
@@ -405,6 +430,8 @@ def test_a_step_by_agreement_weighs_the_dense_gradient():
       "scope": "all",
       "layers": None,
       "engine": "forward",
+      "microbatch_size": None,
+      "check_independence": True,
     }
   )
   train_step = steps.make_train_step(
@@ -412,7 +439,7 @@ def test_a_step_by_agreement_weighs_the_dense_gradient():
     (tx := optax.sgd(1.0)),
     methods.create("output_agreement", config),
     config,
-    outputs=contrastive.outputs_of(apply),
+    contrastive.outputs_of(apply),
   )
   batch = BATCH | {"mask": MASK}
   state = steps.init_state(jax.tree.map(jnp.array, PARAMS), tx)

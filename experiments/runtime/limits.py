@@ -1,4 +1,4 @@
-"""How much is believed of files that strangers wrote: all limits in one place.
+"""Limits of what is believed of files by strangers, all in one place.
 
 Nothing in a shard is ever unpacked to disk, followed as a link, or run. Beyond
 that, every size that a file claims is compared with these before memory is
@@ -74,7 +74,7 @@ DEFAULT = Limits()
 def parse_json(
   content: bytes | str, *, most: int, limits: Limits = DEFAULT
 ) -> Any:
-  """What JSON says, unless it is larger or deeper than is believed.
+  """Parses JSON, unless it is larger or deeper than is believed.
 
   Args:
     content: The file's content.

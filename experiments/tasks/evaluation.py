@@ -1,4 +1,4 @@
-"""Mean loss and accuracy over a test set."""
+"""Mean loss and accuracy over held-out batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def make_eval_step(
     mask = batch["mask"]
     return {
       "loss": jnp.sum(jnp.where(mask, losses, 0)),
-      "hits": jnp.sum(mask & hits),
+      "hits": jnp.sum(jnp.where(mask, hits, 0)),
       "count": jnp.sum(mask),
     }
 

@@ -1,7 +1,7 @@
 """Figures of a run: learning curves, score histograms, contact sheets.
 
 Each function draws one PNG file and returns its path. matplotlib is imported
-when a figure is drawn, as the library otherwise does without it.
+when a figure is drawn: most jobs draw none.
 """
 
 import contextlib

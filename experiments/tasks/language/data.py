@@ -1,0 +1,325 @@
+"""Data of language models: windows of documents."""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import gradmimic_jax as gm
+from experiments.data import filters, rows as rows_lib, streams
+from experiments.tasks.language import (
+  noise as noise_lib,
+  texts as texts_lib,
+  tokens as tokens_lib,
+)
+
+# What tells which sequences to train on.
+_FILTERS = {
+  ".npy": gm.export.read_npy,
+  ".parquet": lambda path: gm.export.read_parquet(path).kept_ids,
+  ".csv": lambda path: gm.export.read_csv(path).kept_ids,
+}
+
+
+class Sequences(NamedTuple):
+  """Sequences of tokens, and what they are."""
+
+  tokens: np.ndarray  # int32 [N, T + 1]: start, tokens, padding
+  ids: np.ndarray  # str [N], the document's name and the window's number
+  kind: np.ndarray  # str [N], one of noise.KINDS, or noise.CLEAN
+
+
+class Data(NamedTuple):
+  """Training and evaluation data of a run."""
+
+  batches: rows_lib.Rows  # a grain data set: tokens, uid, index, mask
+  fingerprint: str  # of those, the same in all processes
+  train: Sequences  # all of them, filter or not
+  held_out: Sequences  # clean, of other documents
+  tokenizer: tokens_lib.Tokenizer
+  train_size: int  # how many are trained on
+
+
+def load(config: Any) -> Data:
+  """Training and held-out sequences as the config has them.
+
+  Args:
+    config: `data` (`path`, `field`, `documents`, `most_bytes`, `tokenizer`,
+      `length`, `shortest`, `held_out_fraction`, `train_size`, `held_out_size`,
+      `seed`, `filter`), `noise` (`rate`, `kinds`, `seed`), `batch_size` and
+      `seed`.
+
+  Returns:
+    The Data.
+
+  Raises:
+    FileNotFoundError: a file that is not there.
+    ValueError: a file that can't be read, too little text, a value out of
+      range, or a filter of other data.
+  """
+  processes = jax.process_count()
+  if config.batch_size % processes:
+    raise ValueError(
+      f"config.batch_size is {config.batch_size} in {processes} processes;"
+      " expected a multiple of their number."
+    )
+  tokenizer, train, held_out = _sequences(
+    json.dumps(config.data.to_dict() | {"filter": None}, sort_keys=True),
+    json.dumps(config.noise.to_dict(), sort_keys=True),
+  )
+  indices = None
+  if config.data.filter is not None:
+    indices = _positions(config.data.filter, train.ids)
+  batches = make_batches(
+    train,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    indices=indices,
+    process=(jax.process_index(), processes),
+  )
+  held = hashlib.sha256(held_out.tokens.tobytes()).hexdigest()
+  return Data(
+    batches,
+    f"{batches.fingerprint}-{held[:16]}",
+    train,
+    held_out,
+    tokenizer,
+    len(train.ids) if indices is None else len(indices),
+  )
+
+
+def make_batches(
+  sequences: Sequences,
+  *,
+  batch_size: int,
+  seed: int | None,
+  indices: np.ndarray | None = None,
+  num_epochs: int | None = None,
+  drop_last: bool = True,
+  process: tuple[int, int] = (0, 1),
+) -> rows_lib.Rows:
+  """Batches of sequences as a grain data set.
+
+  Args:
+    sequences: all there are, [N].
+    batch_size: rows in a batch of all processes.
+    seed: of the order, which is a fresh one each epoch; None keeps it.
+    indices: positions [M] of the sequences to go over; None takes all.
+    num_epochs: when to stop; None goes on for ever.
+    drop_last: whether to leave out what doesn't fill an epoch's last batch.
+    process: which process this is, and of how many.
+
+  Returns:
+    A data set of this process's rows: "tokens" int32 [B, T + 1], "uid", "index"
+    and "mask". Its iterator has `get_state` and `set_state`.
+
+  Raises:
+    ValueError: a value out of range, or no batch at all.
+  """
+  number, count = process
+  return rows_lib.Rows(
+    {"tokens": sequences.tokens},
+    sequences.ids,
+    batch_size=batch_size // count,
+    seed=seed,
+    num_epochs=num_epochs,
+    indices=indices,
+    drop_last=drop_last,
+    process_index=number,
+    process_count=count,
+  )
+
+
+def cut(
+  documents: Sequence[texts_lib.Document],
+  tokenizer: tokens_lib.Tokenizer,
+  *,
+  length: int,
+  shortest: int,
+) -> tuple[Sequences, np.ndarray]:
+  """Cuts documents into windows that don't overlap.
+
+  Args:
+    documents: in any number.
+    tokenizer: what makes tokens of them.
+    length: tokens in a window, T.
+    shortest: what is left at a document's end is left out if it has fewer.
+
+  Returns:
+    The windows [N], and the position of the document of each.
+
+  Raises:
+    ValueError: a value out of range.
+  """
+  if length < 2 or not 1 <= shortest <= length:
+    raise ValueError(
+      f"config.data.length is {length} and shortest {shortest}; expected a"
+      " length of at least 2, and a shortest from 1 to that."
+    )
+  rows, ids, owners = [], [], []
+  for owner, document in enumerate(documents):
+    tokens = tokenizer.encode(document.text)
+    for number, start in enumerate(range(0, len(tokens), length)):
+      window = tokens[start : start + length]
+      if len(window) >= shortest:
+        rows.append(pad(window, tokenizer, length))
+        ids.append(f"{document.name}:{number}")
+        owners.append(owner)
+  tokens = np.array(rows, np.int32).reshape(-1, length + 1)
+  kind = np.full(len(ids), noise_lib.CLEAN)
+  return Sequences(tokens, np.array(ids, np.str_), kind), np.array(owners, int)
+
+
+def pad(
+  tokens: np.ndarray, tokenizer: tokens_lib.Tokenizer, length: int
+) -> np.ndarray:
+  """Start, the first `length` tokens, and padding: int32 `[length + 1]`."""
+  row = np.full(length + 1, tokenizer.padding, np.int32)
+  row[0] = tokenizer.start
+  row[1 : 1 + len(tokens)] = tokens[:length]
+  return row
+
+
+def split(
+  sequences: Sequences,
+  owners: np.ndarray,
+  *,
+  fraction: float,
+  seed: int,
+) -> np.ndarray:
+  """Draws the sequences that are held out: whole documents.
+
+  Documents go by a hash of seed and tokens, so those with the same text go
+  together.
+
+  Args:
+    sequences: all there are, [N].
+    owners: integers [N], the document of each.
+    fraction: of the sequences that are held out, at least; in (0, 1).
+    seed: of the draw.
+
+  Returns:
+    Bool [N], which are held out.
+
+  Raises:
+    ValueError: a fraction out of range, or a single text.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(
+      f"config.data.held_out_fraction is {fraction}; expected more than 0 and"
+      " less than 1."
+    )
+  key = repr((seed, streams.HELD_OUT)).encode()
+  _, starts = np.unique(owners, return_index=True)
+  parts = np.split(sequences.tokens, np.sort(starts)[1:])
+  digests = np.array(
+    [
+      hashlib.blake2b(part.tobytes(), key=key[:64]).hexdigest()
+      for part in parts
+    ]
+  )
+  sizes = np.array([len(part) for part in parts])
+  names, inverse = np.unique(digests, return_inverse=True)
+  held = np.cumsum(np.bincount(inverse, weights=sizes))
+  last = int(np.searchsorted(held, fraction * sizes.sum()))
+  if last + 1 >= len(names):
+    raise ValueError(
+      f"the text has {len(names)} different documents, of which {last + 1} hold"
+      f" out config.data.held_out_fraction={fraction} of it; expected one that"
+      " is left to train on: take more text, or (of a .txt file) set"
+      " config.data.documents='windows'."
+    )
+  return np.repeat(inverse <= last, sizes)
+
+
+@functools.lru_cache(maxsize=2)
+def _sequences(section, noise):
+  """Tokenizer, training and held-out sequences; studies ask many times."""
+  section, noise = json.loads(section), json.loads(noise)
+  tokenizer = tokens_lib.load(section["tokenizer"])
+  if section["path"] is None:
+    documents: Sequence[texts_lib.Document] = texts_lib.embedded()
+  else:
+    documents = texts_lib.read(
+      section["path"],
+      field=section["field"],
+      documents=section["documents"],
+      most_bytes=section["most_bytes"],
+    )
+  length = section["length"]
+  where = section["path"] or "the text that ships with Python"
+  found, owners = cut(
+    documents, tokenizer, length=length, shortest=section["shortest"]
+  )
+  if len(found.ids) < 2:
+    raise ValueError(
+      f"{where} makes {len(found.ids)} sequences of config.data.length={length}"
+      " tokens; expected two at least: take more text, or lower length or"
+      " shortest."
+    )
+  if section["path"] and section["documents"] == "windows":
+    owners = np.arange(len(owners))
+  held = split(
+    found,
+    owners,
+    fraction=section["held_out_fraction"],
+    seed=section["seed"],
+  )
+  rng = np.random.default_rng((section["seed"], streams.HELD_OUT))
+  train = _some(found, ~held, section["train_size"], rng)
+  held_out = _some(found, held, section["held_out_size"], rng)
+  noisy = noise_lib.apply_noise(
+    [
+      tokenizer.decode(row[row != tokenizer.padding][1:])
+      for row in train.tokens
+    ],
+    rate=noise["rate"],
+    seed=noise["seed"],
+    kinds=tuple(noise["kinds"]),
+    characters=tokenizer.characters * length,
+  )
+  tokens = train.tokens.copy()
+  for row in np.flatnonzero(noisy.kind != noise_lib.CLEAN):
+    tokens[row] = pad(tokenizer.encode(noisy.texts[row]), tokenizer, length)
+  return tokenizer, Sequences(tokens, train.ids, noisy.kind), held_out
+
+
+def _some(sequences, chosen, size, rng):
+  """At most so many of the chosen ones, drawn; 0: all of them."""
+  rows = np.flatnonzero(chosen)
+  if 0 < size < len(rows):
+    rows = np.sort(rng.permutation(rows)[:size])
+  return Sequences(*(array[rows] for array in sequences))
+
+
+def _positions(path, ids):
+  """Finds a filter's ids among all; missing ones are no loss."""
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"config.data.filter is {path!r}, and there is no such file; expected a"
+      " .npy file of the ids to keep, or a selection as .parquet or .csv."
+    )
+  suffix = pathlib.Path(path).suffix
+  if suffix not in _FILTERS:
+    raise ValueError(
+      f"config.data.filter is {path!r}; expected a file that ends with one of"
+      f" {', '.join(_FILTERS)}."
+    )
+  try:
+    filters.check_manifest(path)
+    chosen = gm.filters.Filter(_FILTERS[suffix](path), path)
+    integers = chosen.ids.dtype.kind == "i"
+    applied = chosen.apply(np.arange(len(ids)) if integers else ids)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"config.data.filter {path!r}: {error}") from error
+  if not applied.kept:
+    raise ValueError(
+      f"config.data.filter {path!r} keeps none of the {len(ids)} sequences; its"
+      f" {len(chosen)} ids are of other data, or it is empty."
+    )
+  return np.flatnonzero(applied.mask)
