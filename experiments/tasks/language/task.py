@@ -1,7 +1,7 @@
 """Text, some sequences of which are no prose."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from experiments.tasks.base import (
   Headline,
   Reference,
   Rows,
+  Samples,
   Task,
   Truth,
   finished_run,
@@ -79,6 +80,32 @@ class Language(Task):
     self.losses_fn = losses.make_losses_fn(apply, padding=padding)
     self.outputs = losses.make_outputs(apply, padding=padding)
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """See `Task`. A page shows the text of each sequence."""
+    del folder, ledger
+    data = data_lib.load(config)
+    tokenizer, sequences = data.tokenizer, data.train
+    special = (tokenizer.padding, tokenizer.start)
+    captions = []
+    for row, kind in zip(sequences.tokens, sequences.kind, strict=True):
+      text = tokenizer.decode(row[~np.isin(row, special)])
+      # What is wrong comes first: long texts are cut off. Half a character at
+      # a window's edge is no Unicode.
+      text = text.encode(errors="replace").decode()
+      captions.append(f"[{kind or 'clean'}] {text}")
+    facts = {
+      "text": config.data.path or "what ships with Python",
+      "sequences": len(captions),
+      "not prose": f"{np.mean(sequences.kind != ''):.1%}",
+      "model": config.model.name,
+    }
+    return Samples(
+      "language", facts, {"ids": sequences.ids, "captions": captions}
+    )
 
   @property
   def samples(self) -> int:

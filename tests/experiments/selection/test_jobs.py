@@ -19,6 +19,7 @@ import pytest
 
 import gradmimic_jax as gm
 from configs import (
+  language,
   report as report_config,
   score as score_config,
   select as select_config,
@@ -553,3 +554,19 @@ def test_a_run_of_an_earlier_release_is_told_so(scored, tmp_path):
   ):
     with pytest.raises(ValueError, match=r"made by an earlier release.*--work"):
       again()
+
+
+def test_a_page_of_text_shows_it(tmp_path):
+  config = language.get_config().unlock()
+  config.update_from_flattened_dict(
+    {"data.train_size": 40, "data.held_out_size": 8}
+  )
+  task = tasks.get(config)
+  samples = task.load_samples(config, tmp_path, {})
+  truth = task.load_truth(config, tmp_path)
+  np.testing.assert_array_equal(samples.dataset["ids"], truth.ids)
+  for caption, kind in zip(
+    samples.dataset["captions"], truth.kinds, strict=True
+  ):
+    assert caption.startswith(f"[{kind or 'clean'}] ")
+    assert len(caption.encode()) > 20
