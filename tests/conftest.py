@@ -37,5 +37,6 @@ def pytest_configure(config):
     and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
   ):
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of its processes, too
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])

@@ -87,12 +87,16 @@ def make(task: str, data_dir: str, **fields: Any) -> Any:
 
 
 @contextlib.contextmanager
-def before_step(count: int, happens: Callable[[], None]) -> Iterator[None]:
-  """A run calls `happens` before its step `count`, which it has to reach."""
-  make_step, reached = steps.make_train_step, []
+def before_step(count: int, happens: Callable[[], None]) -> Iterator[list]:
+  """A run calls `happens` before its step `count`, which it has to reach.
+
+  Gives a list, which gets the step that it makes.
+  """
+  make_step, reached, made = steps.make_train_step, [], []
 
   def make_eventful(*args, **options):
     step, done = make_step(*args, **options), []
+    made.append(step)
 
     def eventful(*args):
       if len(done) == count:
@@ -104,7 +108,7 @@ def before_step(count: int, happens: Callable[[], None]) -> Iterator[None]:
     return eventful
 
   with mock.patch.object(steps, "make_train_step", make_eventful):
-    yield
+    yield made
   assert reached, f"the run has ended before step {count}."
 
 
@@ -119,7 +123,7 @@ def interrupted(count: int) -> Iterator[None]:
     yield
 
 
-def killed(folder: pathlib.Path, to: pathlib.Path, count: int) -> None:
+def kill(folder: pathlib.Path, to: pathlib.Path, count: int) -> None:
   """Copies a run's folder as a kill before its step `count` leaves it."""
   end = time.monotonic() + 60
   while checkpoint.steps(folder) != list(range(2, count + 1, 2)):

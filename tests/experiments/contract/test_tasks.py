@@ -1,5 +1,6 @@
 """What every task's jobs promise, asked of each of them."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -14,12 +15,12 @@ import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks, metrics
-from experiments.training import scoring, trainer
+from experiments.training import scoring, steps, trainer
 
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
 
-def of_tasks(*some):
+def by_default(*some):
   """A test that asks these tasks by default, and the others if slow."""
   return pytest.mark.parametrize(
     "task",
@@ -27,64 +28,64 @@ def of_tasks(*some):
       pytest.param(x, marks=() if x in some else pytest.mark.slow)
       for x in tiny.TASKS
     ],
-    indirect=True,
-    scope="module",
   )
+
+
+every_task = by_default(*tiny.TASKS)
 
 
 def test_every_task_is_asked():
   assert set(tiny.TASKS) == set(tasks.TASKS)
 
 
-@pytest.fixture(scope="module", params=tiny.TASKS)
-def task(request):
-  return request.param
+class Runs:
+  """Finished runs, each trained once, and what kills leave of them."""
 
+  def __init__(self, folder, digits_dir):
+    self.folder, self.digits_dir = folder, digits_dir
+    self.reference = functools.cache(self._reference)
+    self.made = functools.cache(self._made)
+    self._whole = {}
 
-@pytest.fixture(scope="module")
-def make(task, digits_dir):
-  return lambda **fields: tiny.make(task, digits_dir, **fields)
+  def config(self, task, **fields):
+    return tiny.make(task, self.digits_dir, **fields)
 
+  def _reference(self, task):
+    """The folder of a run on clean data."""
+    folder = self.folder / task / "reference"
+    config = self.config(task, method="sgd", **{"noise.rate": 0.0})
+    trainer.train_and_evaluate(config, folder)
+    return str(folder)
 
-@pytest.fixture(scope="module")
-def reference(make, tmp_path_factory):
-  """The folder of a finished run on clean data."""
-  folder = tmp_path_factory.mktemp("reference") / "run"
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    trainer.train_and_evaluate(
-      make(method="sgd", **{"noise.rate": 0.0}), folder
-    )
-  return str(folder)
+  def _made(self, task):
+    """The task itself."""
+    return tasks.create(self.config(task), distributed.Devices.alone())
 
+  def toward_reference(self, task, method="grad_mimic", **fields):
+    fields["mimic.reference"] = self.reference(task)
+    return self.config(task, method=method, **fields)
 
-@pytest.fixture(scope="module")
-def whole(make, reference, tmp_path_factory):
-  """A method's config, the folder of its finished run, and the result.
+  def whole(self, task, method="grad_mimic", **fields):
+    """The config, the folder and the result of a run.
 
-  Beside the folder is what a kill would have left of it.
-  """
-  runs = {}
-
-  def run(method, **fields):
-    key = (method, *sorted(fields.items()))
-    if key not in runs:
-      config = make(method=method, **{"mimic.reference": reference}, **fields)
-      folder = tmp_path_factory.mktemp("whole") / "run"
+    Beside the folder is what a kill would have left of it.
+    """
+    config = self.toward_reference(task, method, **fields)
+    key = config.to_json()
+    if key not in self._whole:
+      folder = self.folder / task / f"run{len(self._whole)}" / "run"
+      left = folder.with_name("killed")
       with tiny.before_step(
-        KILLED_BEFORE,
-        lambda: tiny.killed(folder, folder.with_name("killed"), KILLED_BEFORE),
-      ):
+        KILLED_BEFORE, lambda: tiny.kill(folder, left, KILLED_BEFORE)
+      ) as made:
         result = trainer.train_and_evaluate(config, folder)
-      runs[key] = (config, folder, result)
-    return runs[key]
-
-  return run
+      self._whole[key] = (config, folder, result, made)
+    return self._whole[key]
 
 
 @pytest.fixture(scope="module")
-def made(make):
-  """The task itself."""
-  return tasks.create(make(), distributed.Devices.alone())
+def runs(tmp_path_factory, digits_dir):
+  return Runs(tmp_path_factory.mktemp("runs"), digits_dir)
 
 
 def assert_same_run(like, one, other):
@@ -100,12 +101,15 @@ def assert_same_run(like, one, other):
     assert tables[0].equals(tables[1])
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, made, tmp_path):
-  config, folder, result = whole("grad_mimic")
+@every_task
+def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
+  config, folder, result, (step,) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
+  # Steps that are compiled anew are asked for by the slow test.
+  monkeypatch.setattr(steps, "make_train_step", lambda *_, **options: step)
   again = trainer.train_and_evaluate(config, tmp_path / "run")
   assert {**again, "seconds": 0} == {**result, "seconds": 0}
-  assert_same_run(made.params, folder, tmp_path / "run")
+  assert_same_run(runs.made(task).params, folder, tmp_path / "run")
 
 
 METHODS = [
@@ -128,35 +132,35 @@ METHODS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("task", "method", "fields"), METHODS, indirect=["task"], scope="module"
-)
+@pytest.mark.parametrize(("task", "method", "fields"), METHODS)
 def test_an_interrupted_run_goes_on_bit_for_bit(
-  whole, made, reference, tmp_path, method, fields
+  runs, tmp_path, task, method, fields
 ):
   """Whatever a method keeps: outputs, norms, batches, places in the data."""
-  config, folder, result = whole(method, **fields)
+  config, folder, result, _ = runs.whole(task, method, **fields)
   for count in (0, 2, 5):
     run = tmp_path / str(count)
     with tiny.interrupted(count):
       trainer.train_and_evaluate(config, run)
     assert checkpoint.steps(run) == list(range(2, count + 1, 2))
     # What is kept of the reference's outputs is computed anew on the way.
-    for file in pathlib.Path(reference).glob("*.npy"):
+    for file in pathlib.Path(runs.reference(task)).glob("*.npy"):
       file.unlink()
     again = trainer.train_and_evaluate(config, run)
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
-    assert_same_run(made.params, folder, run)
+    assert_same_run(runs.made(task).params, folder, run)
 
 
-def test_a_finished_run_is_not_repeated(whole, monkeypatch):
-  config, folder, result = whole("grad_mimic")
+@every_task
+def test_a_finished_run_is_not_repeated(runs, task, monkeypatch):
+  config, folder, result, _ = runs.whole(task)
   monkeypatch.setattr(trainer.Run, "to_the_end", None)
   assert trainer.train_and_evaluate(config, folder) == result
 
 
-def test_a_workdir_in_use_is_refused(whole, tmp_path):
-  config, _, _ = whole("grad_mimic")
+@every_task
+def test_a_workdir_in_use_is_refused(runs, task, tmp_path):
+  config = runs.toward_reference(task)
   with (
     locks.hold(tmp_path / "run"),
     pytest.raises(locks.InUseError, match="run"),
@@ -164,9 +168,10 @@ def test_a_workdir_in_use_is_refused(whole, tmp_path):
     trainer.train_and_evaluate(config, tmp_path / "run")
 
 
-def test_a_workdir_of_another_config_is_refused(whole, make):
-  _, folder, _ = whole("grad_mimic")
-  other = make(method="grad_mimic", **{"optimizer.learning_rate": 0.5})
+@every_task
+def test_a_workdir_of_another_config_is_refused(runs, task):
+  _, folder, _, _ = runs.whole(task)
+  other = runs.toward_reference(task, **{"optimizer.learning_rate": 0.5})
   with pytest.raises(
     ValueError,
     match=r"belongs to another config: .*learning_rate is \S+ there and 0\.5",
@@ -174,17 +179,15 @@ def test_a_workdir_of_another_config_is_refused(whole, make):
     trainer.train_and_evaluate(other, folder)
 
 
-@of_tasks("classification", "contrastive")
-def test_microbatches_train_alike_or_are_refused(
-  whole, make, made, reference, tmp_path
-):
-  fields = {"method": "grad_mimic", "mimic.reference": reference}
-  config = make(**fields, **{"mimic.microbatch_size": 4})
+@by_default("classification", "contrastive")
+def test_microbatches_train_alike_or_are_refused(runs, task, tmp_path):
+  config = runs.toward_reference(task, **{"mimic.microbatch_size": 4})
+  made = runs.made(task)
   if made.outputs.coupled:
     with pytest.raises(ValueError, match=r"microbatch_size is 4.*batch mates"):
       trainer.train_and_evaluate(config, tmp_path / "run")
     return
-  _, folder, _ = whole("grad_mimic")
+  _, folder, _, _ = runs.whole(task)
   trainer.train_and_evaluate(config, tmp_path / "run")
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
@@ -193,67 +196,58 @@ def test_microbatches_train_alike_or_are_refused(
   )
 
 
-class TestScoring:
-  """Of every sample, at each of a run's checkpoints."""
-
-  def config(self, folder, reference, **fields):
-    config = score_config.get_config(f"learner={folder}").unlock()
-    config.batch_size, config.flush_every = 16, 1
-    config.mesh.data = 1
-    config.mimic.reference = reference
-    config.update(fields)
-    return config.lock()
-
-  @pytest.fixture(scope="class")
-  def scored(self, whole, reference, tmp_path_factory):
-    """The job's config, its folder, and what a kill would have left of it."""
-    _, learner, _ = whole("grad_mimic")
-    config = self.config(learner, reference)
-    folder = tmp_path_factory.mktemp("scored") / "whole"
-    append, done = gm.ScoreLedger.append, []
-
-    def appending(*args, **fields):
-      if len(done) == 4:
-        shutil.copytree(folder, folder.with_name("killed"))
-      done.append(None)
-      return append(*args, **fields)
-
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(gm.ScoreLedger, "append", appending)
-      scoring.score_dataset(config, folder)
-    return config, folder
-
-  def scores_of(self, folder):
-    ids, scores = gm.ScoreLedger(folder / "ledger").matrix()
-    assert len(ids) == 48
-    assert scores.shape == (48, 3)
-    assert np.isfinite(scores).all()
-    return scores
-
-  def test_a_killed_pass_goes_on(self, scored):
-    config, folder = scored
-    killed = folder.with_name("killed")
-    assert len(gm.ScoreLedger(killed / "ledger")) == 4 * 16
-    self.scores_of(folder)
-    scoring.score_dataset(config, killed)
-    tables = [gm.ScoreLedger(x / "ledger").table() for x in (folder, killed)]
-    assert tables[0].equals(tables[1])
-
-  def test_output_agreement(self, whole, reference, tmp_path):
-    _, learner, _ = whole("grad_mimic")
-    config = self.config(learner, reference, method="output_agreement")
-    result = scoring.score_dataset(config, tmp_path / "scores")
-    assert (result["samples"], result["checkpoints"]) == (48, [2, 4, 6])
-    self.scores_of(tmp_path / "scores")
+def score_of(runs, task, **fields):
+  """The config of a pass over the data with a run's checkpoints."""
+  _, learner, _, _ = runs.whole(task)
+  config = score_config.get_config(f"learner={learner}").unlock()
+  config.batch_size, config.flush_every = 16, 1
+  config.mesh.data = 1
+  config.mimic.reference = runs.reference(task)
+  config.update(fields)
+  return config.lock()
 
 
-@of_tasks("classification")
-def test_two_processes_train_alike(task, whole, make, reference, tmp_path):
+def assert_scored(folder, result):
+  """Every sample has a score at each checkpoint."""
+  ids, scores = gm.ScoreLedger(folder / "ledger").matrix()
+  assert len(ids) == result["samples"] == 48
+  assert result["checkpoints"] == [2, 4, 6]
+  assert scores.shape == (48, 3)
+  assert np.isfinite(scores).all()
+
+
+@every_task
+def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
+  config = score_of(runs, task)
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  append, done = gm.ScoreLedger.append, []
+
+  def appending(*args, **fields):
+    if len(done) == 4:
+      shutil.copytree(whole, killed)
+    done.append(None)
+    return append(*args, **fields)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(gm.ScoreLedger, "append", appending)
+    assert_scored(whole, scoring.score_dataset(config, whole))
+  assert len(gm.ScoreLedger(killed / "ledger")) == 4 * 16
+  scoring.score_dataset(config, killed)
+  tables = [gm.ScoreLedger(x / "ledger").table() for x in (whole, killed)]
+  assert tables[0].equals(tables[1])
+
+
+@every_task
+def test_scores_are_of_any_method_that_has_some(runs, task, tmp_path):
+  config = score_of(runs, task, method="output_agreement")
+  assert_scored(tmp_path, scoring.score_dataset(config, tmp_path))
+
+
+@by_default("classification")
+def test_two_processes_train_alike(runs, task, tmp_path):
   """Of the same batches, up to the order of sums; the first one speaks."""
-  _, folder, result = whole("grad_mimic")
-  config = make(
-    **{"method": "grad_mimic", "mimic.reference": reference, "mesh.data": 2}
-  )
+  _, folder, result, _ = runs.whole(task)
+  config = runs.toward_reference(task, **{"mesh.data": 2})
   file = tmp_path / "config.json"
   file.write_text(config.to_json())
   code = (
@@ -278,19 +272,23 @@ def test_two_processes_train_alike(task, whole, make, reference, tmp_path):
   np.testing.assert_allclose(scores, alone, rtol=1e-3, atol=1e-5)
 
 
-def test_the_reference_is_asked_for_by_name(make, tmp_path):
+@every_task
+def test_the_reference_is_asked_for_by_name(runs, task, tmp_path):
+  config = runs.config(task, method="grad_mimic")
   with pytest.raises(ValueError, match="needs a reference"):
-    trainer.train_and_evaluate(make(method="grad_mimic"), tmp_path / "run")
+    trainer.train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
-def test_devices_that_do_not_divide_a_batch_are_refused(make, tmp_path):
+@every_task
+def test_devices_that_do_not_divide_a_batch_are_refused(runs, task, tmp_path):
+  config = runs.config(task, **{"mesh.data": 3})
   with pytest.raises(ValueError, match="16 on 3 devices"):
-    trainer.train_and_evaluate(make(**{"mesh.data": 3}), tmp_path / "run")
+    trainer.train_and_evaluate(config, tmp_path / "run")
 
 
-def test_a_task_that_is_not_there(make):
-  config = make().copy_and_resolve_references().unlock()
+def test_a_task_that_is_not_there(runs):
+  config = runs.config("language").copy_and_resolve_references().unlock()
   config.task = "origami"
   with pytest.raises(ValueError, match="has the task 'origami'; expected one"):
     tasks.create(config, distributed.Devices.alone())

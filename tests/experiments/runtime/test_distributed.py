@@ -20,7 +20,7 @@ from experiments import models
 from experiments.data import pipeline
 from experiments.data.pairs import in_memory as image_text
 from experiments.runtime import checkpoint, distributed, sharding
-from experiments.training import steps, trainer as train
+from experiments.training import steps
 
 CASE = str(pathlib.Path(update_case.__file__))
 
@@ -282,24 +282,6 @@ class TestCheckpoints:
     saver.close()
 
 
-def fields_of(config, *names):
-  """The config's fields, for a command line."""
-  return {
-    name: functools.reduce(lambda x, part: x[part], name.split("."), config)
-    for name in names
-  }
-
-
-# What `make_config` has otherwise than configs/digits.py, but for the mesh.
-OVERRIDES = (
-  "data.data_dir",
-  "num_epochs",
-  "batch_size",
-  "model.widths",
-  "optimizer.learning_rate",
-)
-
-
 def params_of(config, workdir):
   """A run's last parameters."""
   _, like = models.create(
@@ -315,53 +297,6 @@ def assert_close(got, want, rtol):
     for tree in (got, want)
   )
   assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs)
-
-
-def test_two_processes_train_as_one_does(make_config, tmp_path):
-  """Each with half of every batch, and of the large parameters."""
-  config = make_config(
-    **{
-      "num_epochs": 1,
-      "model.widths": (256, 256),
-      "optimizer.name": "sgd",
-      "method": "random",
-    }
-  )
-  fields = {
-    **fields_of(config, *OVERRIDES),
-    "optimizer.name": "sgd",
-    "method": "random",
-    "mesh.fsdp": 2,
-  }
-  started = processes.start(
-    [
-      *("-m", "experiments.train"),
-      *processes.flags_of(
-        "configs/digits.py:seeds=1", tmp_path / "two", **fields
-      ),
-    ],
-    count=2,
-  )
-  alone = train.train_and_evaluate(config, tmp_path / "one")
-  first, second = processes.finish(started)
-  together = json.loads((tmp_path / "two" / "result.json").read_text())
-  assert together["fingerprint"] in first  # which speaks for both
-  assert together["fingerprint"] not in second
-  assert together["fingerprint"] == alone["fingerprint"]
-  assert together["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)
-  assert_close(
-    *(params_of(config, tmp_path / name) for name in ("two", "one")), 1e-5
-  )
-  tables = [
-    gm.ScoreLedger(tmp_path / name / "ledger").table()
-    for name in ("two", "one")
-  ]
-  for column in ("id", "step", "epoch"):
-    assert tables[0][column].equals(tables[1][column])
-  for column in ("score", "weight", "loss"):
-    np.testing.assert_allclose(
-      *(table[column].to_numpy() for table in tables), rtol=1e-5, atol=1e-6
-    )
 
 
 MIMIC = (

@@ -155,7 +155,7 @@ def test_without_locks_a_claim_has_to_do(tmp_path, monkeypatch):
 def test_training_is_refused_before_data_are_read(
   make_config, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(train, "load_data", None)
+  monkeypatch.setattr(train, "Run", None)
   with (
     locks.hold(tmp_path / "run"),
     pytest.raises(locks.InUseError, match="run is in use"),

@@ -79,20 +79,22 @@ def test_commands_are_printed_and_nothing_runs(tmp_path, capsys):
   assert not folder.exists()
 
 
-def test_a_failed_cell_is_told_and_run_again(tmp_path, digits_dir):
+def test_a_failed_cell_is_told_and_run_again(tmp_path, monkeypatch):
+  """By a real job whose command line has an unknown field."""
   folder = tmp_path / "sweep"
-  line = (
-    f"a: train --config=configs/digits.py --config.data.data_dir={digits_dir}"
-  )
-  short = f"{line} --config.num_epochs=1 --config.batch_size=512"
-  with pytest.raises(ChildProcessError, match=r"a failed: error: .*'sgdd'"):
-    sweep.run_sweep(sweep_of(f"{short} --config.method=sgdd"), folder)
+  line = "a: train --config=configs/digits.py"
+  with pytest.raises(
+    ChildProcessError, match=r"a failed: error: unknown config field.*nam"
+  ):
+    sweep.run_sweep(sweep_of(f"{line} --config.data.nam=cifar10"), folder)
+  assert "Traceback" not in (folder / "a.log").read_text()
   assert not (folder / "a.json").exists()
-  sweep.run_sweep(sweep_of(short), folder)
-  assert json.loads((folder / "a.json").read_text())["seconds"] > 0
-  before = (folder / "a.json").stat().st_mtime_ns
-  sweep.run_sweep(sweep_of(short), folder)
-  assert (folder / "a.json").stat().st_mtime_ns == before
+  # What a sound job takes for itself is not asked here.
+  monkeypatch.setattr(sweep, "_arguments", lambda *_: ["-S", "-c", ""])
+  for _ in range(2):
+    sweep.run_sweep(sweep_of(line), folder)
+    monkeypatch.setattr(sweep, "_run", None)  # can't be called
+  assert json.loads((folder / "a.json").read_text())["seconds"] >= 0
 
 
 LEAVING = """

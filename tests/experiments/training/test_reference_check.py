@@ -44,12 +44,27 @@ def mimic(references, seed, **overrides):
   return config(**{**fields, "noise.rate": 0.4, "num_epochs": 1, **overrides})
 
 
+def begin(config, folder):
+  """Starts a run, which stops before its first step."""
+
+  def stop(self):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Run, "to_the_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+      train.train_and_evaluate(config, folder)
+
+
 def test_a_reference_of_the_own_seed_is_ok_and_recorded(references, tmp_path):
-  train.train_and_evaluate(mimic(references, 0), tmp_path / "run")
+  begin(mimic(references, 0), tmp_path / "run")
   report = json.loads((tmp_path / "run" / reference_check.FILE).read_text())
   assert report["verdict"] == "ok"
   assert report["num_samples"] == 256
   assert len(report["path"]) == len(report["path_losses"])
+  # Another one in the same workdir is checked for itself.
+  with pytest.raises(ValueError, match="foreign basin"):
+    train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
 
 
 def test_a_foreign_reference_stops_a_run_until_it_is_mended(
@@ -60,35 +75,17 @@ def test_a_foreign_reference_stops_a_run_until_it_is_mended(
   assert not (tmp_path / "run").exists()
   # What the message advises works in the same workdir.
   mended = mimic(references, 1000, method="grad_mimic_outputs")
-  train.train_and_evaluate(mended, tmp_path / "run")
+  begin(mended, tmp_path / "run")
   assert not (tmp_path / "run" / reference_check.FILE).exists()
 
 
 def test_force_goes_on_with_a_foreign_reference(references, tmp_path):
   forced = mimic(references, 1000, **{"mimic.force": True})
-  train.train_and_evaluate(forced, tmp_path / "run")
+  begin(forced, tmp_path / "run")
   with pytest.raises(ValueError, match="foreign basin"):
     train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
   report = json.loads((tmp_path / "run" / reference_check.FILE).read_text())
   assert report["verdict"] == "foreign basin"
-
-
-def test_another_reference_in_the_same_workdir_is_checked(
-  references, tmp_path, monkeypatch
-):
-  """As after a stop before the first checkpoint."""
-  own = mimic(references, 0)
-
-  def stopped(self):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(train.Run, "to_the_end", stopped)
-    with pytest.raises(KeyboardInterrupt):
-      train.train_and_evaluate(own, tmp_path / "run")
-  assert (tmp_path / "run" / reference_check.FILE).exists()
-  with pytest.raises(ValueError, match="foreign basin"):
-    train.train_and_evaluate(mimic(references, 1000), tmp_path / "run")
 
 
 @pytest.mark.slow
