@@ -1,4 +1,4 @@
-"""The seam: what jobs ask of a task, whatever is learned."""
+"""The seam: the interface between jobs and tasks, whatever is learned."""
 
 import abc
 import functools
@@ -38,10 +38,10 @@ class Outputs(NamedTuple):
   scores: dict[str, Score]
   # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
   divergences: Callable[[Any, Any, Any], jax.Array] | None = None
-  coupled: bool = False  # whether losses depend on batch mates
+  coupled: bool = False  # True if losses depend on batch mates
 
   def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
-    """Losses `[B]` and `Aux`, of one forward pass."""
+    """Computes losses `[B]` and `Aux`, in one forward pass."""
     outputs = self.of(params, batch)
     losses, hits = self.losses_and_hits(outputs, batch)
     return losses, Aux(hits, outputs)
@@ -52,17 +52,17 @@ class Reference(NamedTuple):
 
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
-  # `for_batch(batch) -> what the train step takes`, for a batch as it was read;
+  # `for_batch(batch) -> the step's reference`, for a batch as it was read;
   # of several processes each gives its own rows.
   for_batch: Callable[[Any], Any]
 
 
 class Rows(NamedTuple):
-  """A batch as it was read, taken apart."""
+  """A batch as it was read, in parts."""
 
   ids: np.ndarray  # [B], as ledgers have them
   real: np.ndarray  # bool [B], False for padding
-  seen: dict[str, np.ndarray]  # what the model sees; `mask` is among it
+  seen: dict[str, np.ndarray]  # the model's input; `mask` is among it
 
 
 class Truth(NamedTuple):
@@ -73,7 +73,7 @@ class Truth(NamedTuple):
 
   @property
   def is_wrong(self) -> np.ndarray:
-    """Bool [N]."""
+    """True where a sample is wrong, bool [N]."""
     return self.kinds != ""
 
 
@@ -89,14 +89,14 @@ class Task(abc.ABC):
 
   Attributes:
     config: the run's, with fields that the task works out filled in.
-    devices: what it computes on.
+    devices: the devices that it computes on.
     params: the learner's, before the first step, on the devices.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
-    outputs: what the task makes of a model's outputs.
+    outputs: the functions of the model's outputs.
     batches: training batches, with grain's `get_state` and `set_state`.
     steps_per_epoch: batches in a pass over the data; None: it has no end.
     fingerprints: of all that a run depends on beside config and reference.
-    data_fingerprints: which data a filter of the run's scores belongs to.
+    data_fingerprints: the data that a filter of the run's scores belongs to.
     last: closes the optimizer's chain; None: nothing does.
   """
 
@@ -105,7 +105,7 @@ class Task(abc.ABC):
   # Methods that can train it; None: all.
   methods: ClassVar[tuple[str, ...] | None] = None
   headline: ClassVar[Headline]
-  # What to do where a reference's weights would harm.
+  # Advice where a reference's weights would harm.
   instead: ClassVar[str] = "grad_mimic_outputs or output_agreement"
 
   config: Any
@@ -131,12 +131,12 @@ class Task(abc.ABC):
 
     Args:
       config: the run's.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method; None: it has none.
     """
 
   @classmethod
-  def of_learner(
+  def create_for_scoring(
     cls,
     config: Any,
     devices: distributed.Devices,
@@ -144,11 +144,11 @@ class Task(abc.ABC):
     *,
     direction: str | None = None,
   ) -> "Task":
-    """The task of a finished run, to score its data again.
+    """Creates the task of a finished run, to score its data again.
 
     Args:
       config: the run's.
-      devices: what to compute on.
+      devices: the devices to compute on.
       folder: the run's.
       direction: of the method that scores.
 
@@ -160,35 +160,35 @@ class Task(abc.ABC):
 
   @functools.cached_property
   def total_steps(self) -> int:
-    """Steps of the run."""
+    """The number of steps of the run."""
     return durations.steps(
       self.config, "num", steps_per_epoch=self.steps_per_epoch
     )
 
   @property
   def samples(self) -> int | None:
-    """The number of training samples; None where nobody knows."""
+    """The number of training samples; None if it is unknown."""
     return None
 
   @abc.abstractmethod
   def take(self, batch: dict[str, np.ndarray]) -> Rows:
-    """A training batch, taken apart."""
+    """Takes a training batch apart."""
 
   @abc.abstractmethod
   def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over all training samples in order, from a batch on."""
+    """Goes over all training samples once, in order, from a batch on."""
 
   @abc.abstractmethod
   def evaluate(self, params: Any) -> dict[str, float]:
-    """The metrics of parameters, by the names that are written."""
+    """Computes the metrics of parameters, by the names to write them under."""
 
   def check_losses_fn(self) -> Callable[..., Any]:
-    """`losses_fn`, for the batch that a reference is checked on."""
+    """Returns `losses_fn` for the batch that a reference is checked on."""
     return self.losses_fn
 
   @abc.abstractmethod
   def check_batch(self) -> Any:
-    """Training samples on which a reference is checked, on the devices."""
+    """Returns training samples to check a reference on, on the devices."""
 
   @abc.abstractmethod
   def load_reference(self, direction: str) -> Reference:
@@ -206,24 +206,24 @@ class Task(abc.ABC):
     """
 
   def facts(self) -> dict[str, Any]:
-    """Facts about the data, for `result.json`."""
+    """Returns facts about the data, for `result.json`."""
     return {}
 
   def result_fingerprints(self) -> dict[str, str]:
-    """Whose the files beside `result.json` are, by their names."""
+    """Returns fingerprints of the files beside `result.json`, by name."""
     return {}
 
   def save(self, folder: pathlib.Path) -> None:
-    """Leaves in a run's folder what later jobs need to know of its data."""
+    """Leaves in a run's folder the facts on its data that later jobs need."""
     del folder
 
   def close(self) -> None:
-    """Ends what reads batches."""
+    """Ends the reading of batches."""
     return None
 
 
 def finished_run(config: Any) -> pathlib.Path:
-  """The folder of the finished run that `config.mimic.reference` names.
+  """Finds the finished run that `config.mimic.reference` names.
 
   Args:
     config: a run's.

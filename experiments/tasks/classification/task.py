@@ -37,9 +37,9 @@ class Classification(Task):
 
     Args:
       config: as `configs/classification.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method.
-      data: what `data.load_data` gave for this config; None loads it.
+      data: as `data.load_data` gave it for this config; None loads it.
 
     Raises:
       ValueError: a name, a filter or weights that don't fit.
@@ -94,7 +94,7 @@ class Classification(Task):
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
 
   @classmethod
-  def of_learner(
+  def create_for_scoring(
     cls,
     config: Any,
     devices: distributed.Devices,
@@ -173,7 +173,9 @@ class Classification(Task):
 
   def result_fingerprints(self) -> dict[str, str]:
     """See `Task`."""
-    return {"input": workdir_lib.fingerprint(data_lib.input_of(self.data))}
+    return {
+      "input": workdir_lib.fingerprint(data_lib.describe_input(self.data))
+    }
 
   def save(self, folder: pathlib.Path) -> None:
     """See `Task`."""

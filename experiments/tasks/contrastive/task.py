@@ -48,9 +48,9 @@ class Contrastive(Task):
 
     Args:
       config: as `configs/contrastive.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method, which changes nothing here.
-      data: what `data.load` gave for this config; None loads it.
+      data: as `data.load` gave it for this config; None loads it.
 
     Raises:
       ValueError: a budget, a filter, a tokenizer or weights that don't fit.
@@ -143,7 +143,7 @@ class Contrastive(Task):
     return {
       "samples_seen": self.total_steps * self.config.batch_size,
       "train_pairs": self.data.train_pairs,
-      # What was found in the shards, broken samples and all.
+      # Counts of samples in the shards, broken ones too.
       "shards": None if statistics is None else statistics.as_dict(),
     }
 

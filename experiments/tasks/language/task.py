@@ -25,7 +25,7 @@ from experiments.tasks.base import (
 )
 from experiments.tasks.language import data as data_lib, losses
 
-# What of a reference's config has to be the learner's too: its tokens.
+# Fields of a reference's config that must be the learner's too: its tokens.
 _SAME = ("tokenizer", "length")
 
 
@@ -58,7 +58,7 @@ class Language(Task):
 
     Args:
       config: as `configs/language.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method, which changes nothing here.
 
     Raises:
@@ -168,7 +168,7 @@ class Language(Task):
 
 
 def load_truth(config: Any) -> Truth:
-  """Tells which sequences are no prose, and what they are."""
+  """Finds the sequences that are no prose, and their kinds."""
   sequences = data_lib.load(config).train
   return Truth(sequences.ids, sequences.kind)
 

@@ -331,7 +331,7 @@ SHOWN = {
 
 def column(content, **options):
   """The first column of an image of 256 x 256, and that all others are so."""
-  formats = images.formats_of(("gif", "bmp", "tiff"))
+  formats = images.find_formats(("gif", "bmp", "tiff"))
   found = images.decode(content, size=256, formats=formats, **options)
   assert (found == found[:, :1, :1]).all()
   return found[:, 0, 0]
@@ -399,7 +399,7 @@ class TestTones:
   def test_what_comes_of_each_mode(self, mode, kind, colour, expected):
     options = {"lossless": True} if kind == "WEBP" else {}
     content = saved(kind, Image.new(mode, (8, 8), colour), **options)
-    formats = images.formats_of(("bmp", "tiff"))
+    formats = images.find_formats(("bmp", "tiff"))
     found = images.decode(content, size=8, formats=formats)
     np.testing.assert_array_equal(
       found, np.broadcast_to(np.array(expected), (8, 8, 3))
@@ -486,7 +486,7 @@ class TestHostileImages:
   @pytest.mark.parametrize("what", HOSTILE)
   def test_are_refused_before_they_are_decoded(self, what):
     content, message = HOSTILE[what]
-    formats = images.formats_of(("gif", "bmp", "tiff"))
+    formats = images.find_formats(("gif", "bmp", "tiff"))
     since = time.process_time()
     with pytest.raises(images.BadImageError, match=message) as error:
       images.decode(content, size=8, formats=formats)
@@ -524,7 +524,7 @@ class TestHostileImages:
     """Any byte of any format: an image, or a BadImageError, and soon."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
-    formats = images.formats_of(("gif", "bmp", "tiff"))
+    formats = images.find_formats(("gif", "bmp", "tiff"))
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
       whole = saved(kind, noise)
       for _ in range(400):

@@ -235,7 +235,7 @@ def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
   state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
   state, output = step(state, theirs, batch)
   scores = gm.scores.agreement(
-    lambda logits: classification.losses_of(logits, batch),
+    lambda logits: classification.label_losses(logits, batch),
     outputs.of(params, batch),
     theirs,
   )

@@ -275,7 +275,7 @@ class TestCheckpoints:
     state = self.state(mesh_of(1, 1))
     saver = checkpoint.Checkpointer(tmp_path, keep=2, fingerprint="")
     with monkeypatch.context() as patch:
-      patch.setattr(distributed, "texts_of_all", lambda text: [text, '"b"'])
+      patch.setattr(distributed, "gather_texts", lambda text: [text, '"b"'])
       saver.save(1, state, self.Iterator("a"))
     with pytest.raises(ValueError, match=r"by 2 processes.*there are 1"):
       saver.restore(state, self.Iterator())
