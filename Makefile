@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 # CLIP on rendered shapes with wrong captions: the steps that Grad-Mimic saves,
 # the pairs that it finds, and a page with the worst of them.
 clip-demo: $(INSTALLED)
-	$(RUN) -m experiments.clip_study --config=configs/shapes.py \
+	$(RUN) -m experiments.study --config=configs/shapes.py \
 	  --workdir=runs/clip_shapes
 
 # The whole label-noise study of the paper on those digits: every method, heads

@@ -17,10 +17,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
   config.title = "Label noise"
-  # Workdirs of experiments.probe and of experiments.study.
+  # Workdirs of experiments.study: grids of heads, and studies.
   config.probe = ()
   config.finetune = ()
-  # Workdirs of experiments.tune, and of experiments.costs.
+  # Workdirs of experiments.tune, and of the benchmark of methods.
   config.tuning = ()
   config.costs = config_dict.placeholder(str)
   # Others beside these, as "label=folder", whose methods get a row a label.

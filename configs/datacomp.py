@@ -1,6 +1,6 @@
 """DataComp's training, with Grad-Mimic as published, ready for a pod.
 
-python -m experiments.clip_train --config=configs/datacomp.py:scale=small \
+python -m experiments.train --config=configs/datacomp.py:scale=small \
   --config.data.shards="('shards/{00000000..00001287}.tar',)" \
   --config.data.tokenizer=hf://openai/clip-vit-base-patch32 \
   --config.mimic.reference=hf://openai/clip-vit-base-patch32 \
@@ -16,8 +16,8 @@ does as published all the same; `method=output_agreement` goes by the
 similarities that the reference finds, pair by pair, which need no common basin.
 
 `method=sgd` is the plain run to compare with, `--config.data.filter=subset.npy`
-trains on a subset file, and `experiments.clip_filters` makes such files of a
-run's ledger.
+trains on a subset file, and `experiments.select` makes such files of a run's
+ledger.
 """
 
 from ml_collections import config_dict

@@ -39,7 +39,7 @@ _REFERENCES = {
     "widths": (512, 512),
   },
 }
-_NOISES = {
+_NOISES: dict[str, dict[str, object]] = {
   "symmetric": {"noise.rate": 0.4},
   "human": {"noise.kind": "file", "noise.column": "worst"},
 }

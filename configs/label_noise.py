@@ -2,7 +2,7 @@
 
 Heads on a frozen backbone, all runs of a method in one program:
 
-python -m experiments.probe --workdir=runs/dtd \
+python -m experiments.study --workdir=runs/dtd \
   --config=configs/label_noise.py:dataset=dtd,protocol=probe \
   --config.model.pretrained=hf://google/vit-base-patch16-224-in21k
 
@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 
 def probe() -> config_dict.ConfigDict:
-  """What a grid of heads on a frozen backbone has besides `common`."""
+  """The fields of a grid of heads, beside those of classification."""
   config = config_dict.ConfigDict()
   # The grid: `study.methods` x `study.seeds` x these. `noise.rate` is not used;
   # a rate of 0 with noise that has a rate of its own takes that.

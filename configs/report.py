@@ -6,7 +6,7 @@ python -m experiments.report --config=configs/report.py:run=runs/scores \
 
 from ml_collections import config_dict
 
-from configs import select
+from configs import base, select
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -19,7 +19,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   Returns:
     The config, locked.
   """
-  config = select.get_config(arg).unlock()
+  config = config_dict.ConfigDict()
+  config.run = base.parse_arg(arg, run="")["run"]
+  config.select = select.get_config().select
   # A selection.parquet; None is the run's own, or one by `select`.
   config.selection = config_dict.placeholder(str)
   config.title = config_dict.placeholder(str)

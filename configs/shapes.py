@@ -1,12 +1,12 @@
 """CLIP on rendered shapes, 30 % of them mis-captioned: minutes on a CPU.
 
-python -m experiments.clip_study --config=configs/shapes.py \
+python -m experiments.study --config=configs/shapes.py \
   --workdir=runs/clip_shapes
 
 A tiny CLIP sees 300 batches of 192 out of 12,000 pairs. With three seeds, other
 mimic layers, weightings and filters (results/clip_shapes):
 
-python -m experiments.clip_study --workdir=runs/clip_shapes_full \
+python -m experiments.study --workdir=runs/clip_shapes_full \
   --config=configs/shapes.py:seeds=3,layers=all+image_last_mlp,\
 ess=0.5+0.7+0.9,filters=true
 
@@ -40,7 +40,7 @@ _FILTERS = (
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A study's config; one run of it is what `experiments.clip_train` takes.
+  """A study's config; one run of it is what `experiments.train` takes.
 
   Args:
     arg: `layers`, `direction` ("weights", "outputs"), effective sample sizes

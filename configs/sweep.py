@@ -82,7 +82,7 @@ def _cifar10(values):
     data["data_dir"] = values["data_dir"]
   model = {"name": "resnet", "widths": (16, 32, 64), "patch_size": 2}
   seeds = values["seeds"] or 3
-  noises = {
+  noises: dict[str, dict[str, object]] = {
     "symmetric": {"noise.kind": "symmetric"},
     **{
       column: {
@@ -116,7 +116,7 @@ def _cifar10(values):
     "probe.features": "{sweep}/features",
     "study.methods": _ALL,
   }
-  tuned_on = {
+  tuned_on: dict[str, object] = {
     "data.train_split": "train[25000:45000]",
     "data.test_split": "train[45000:]",
     "probe.rates": (0.4, 0.5, 0.6),
@@ -125,17 +125,17 @@ def _cifar10(values):
     "study.tune.weighting_values": (0.1, 0.3, 0.5, 0.7),
   }
   probe = "configs/label_noise.py:dataset=cifar10,protocol=probe"
-  cells = [_line("backbone", "train", "configs/base.py", backbone)]
+  cells = [_line("backbone", "train", "configs/classification.py", backbone)]
   cells.append(
     _line("probe_tuning", "tune", probe, heads | noises["symmetric"] | tuned_on)
   )
   for name, noise in noises.items():
-    more = {
+    more: dict[str, object] = {
       "probe.rates": (0.3, 0.4, 0.5, 0.6, 0.7) if name == "symmetric" else (0,),
       "study.seeds": tuple(range(seeds)),
       "study.tuned": "{probe_tuning}/tuned.json",
     }
-    cells.append(_line(f"probe_{name}", "probe", probe, heads | noise | more))
+    cells.append(_line(f"probe_{name}", "study", probe, heads | noise | more))
   cells += _probe_ablations(probe, heads | noises["symmetric"], seeds)
 
   # Fine-tuning, on a fifth of the second half.
@@ -169,7 +169,7 @@ def _cifar10(values):
   full = "configs/label_noise.py:dataset=cifar10,protocol=finetune"
   cells.append(_line("finetune_tuning", "tune", full, network | tuned_on))
   network["study.tuned"] = "{finetune_tuning}/tuned.json"
-  settings = {
+  settings: dict[str, dict[str, object]] = {
     f"symmetric_{rate:g}": {"noise.rate": rate} for rate in (0.4, 0.5, 0.6)
   }
   settings |= {
@@ -189,8 +189,8 @@ def _cifar10(values):
   cells.append(
     _line(
       "costs",
-      "costs",
-      full,
+      "benchmark",
+      "configs/benchmark/methods.py:study=label_noise,dataset=cifar10",
       {
         **network,
         "noise.rate": 0.4,
@@ -226,7 +226,7 @@ def _probe_ablations(probe, fields, seeds):
     "start_epoch_3": {"mimic.warmup_steps": 3 * 782},
   }
   return [
-    _line(f"ablation_{name}", "probe", probe, fields | variant)
+    _line(f"ablation_{name}", "study", probe, fields | variant)
     for name, variant in variants.items()
   ]
 
@@ -300,11 +300,11 @@ def _digits(values):
     "study.tune.weighting_values": (0.2, 0.4, 0.7),
   }
   cells = [
-    _line("backbone", "train", "configs/base.py", backbone),
+    _line("backbone", "train", "configs/classification.py", backbone),
     _line("probe_tuning", "tune", probe, common_fields | tuned_on),
     _line(
       "probe_symmetric",
-      "probe",
+      "study",
       probe,
       {**common_fields, "study.tuned": "{probe_tuning}/tuned.json"},
     ),
@@ -316,8 +316,8 @@ def _digits(values):
     ),
     _line(
       "costs",
-      "costs",
-      full,
+      "benchmark",
+      "configs/benchmark/methods.py:study=label_noise,rate=0.4",
       {
         **network,
         "mimic.reference": "{finetune_symmetric_0.4}/seed0/reference",
@@ -345,7 +345,7 @@ def _results(title, cells):
   )
   return _line(
     "results",
-    "results",
+    "compare",
     "configs/compare.py",
     {
       "title": f"{title} under label noise",

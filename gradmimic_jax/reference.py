@@ -32,7 +32,7 @@ from gradmimic_jax.layers import Layers
 # lowest losses, this share of the samples.
 EASIEST = 0.3
 # Between references of the learner's own initialisation and others, as
-# measured by `python -m experiments.basins`.
+# measured by `experiments.benchmark` (check_reference).
 FOREIGN_COSINE = 0.3
 FOREIGN_BARRIER = 0.02  # relative
 # Relative distances below the rounding of float32 parameters.

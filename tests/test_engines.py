@@ -258,7 +258,11 @@ MORE = [
 def options(model, exhaustive):
   """What is asked of a model; most of the MLP, which compiles fastest."""
   if exhaustive:
-    return list(itertools.product(CHOICES, SCORES, SCOPES))
+    return [
+      (choice, score, scope)
+      for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
+      if score == "projection" or model == "mlp"
+    ]
   return FEW + MORE if model == "mlp" else FEW
 
 

@@ -250,7 +250,7 @@ def test_engine_that_takes_a_custom_vjp_is_named():
   with pytest.raises(TypeError, match="engine='per_sample'"):
     jax.eval_shape(gm.mimic_value_and_grad(custom), PARAMS, REFERENCE, BATCH)
   with pytest.raises(TypeError, match="engine='per_sample'"):
-    jax.eval_shape(gm.mimic_scores(custom), PARAMS, REFERENCE, BATCH)
+    gm.mimic_scores(custom)(PARAMS, REFERENCE, BATCH)
 
   def plain(params, batch):
     return losses_fn(params, batch) ** 2

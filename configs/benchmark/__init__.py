@@ -1,1 +1,1 @@
-"""Configs of `experiments.benchmark`."""
+"""Configs of `experiments.benchmark`, one for each benchmark."""

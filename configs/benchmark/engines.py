@@ -1,9 +1,9 @@
 """What a mimic step costs, relative to a plain step of the same model.
 
 python -m experiments.benchmark --config=configs/benchmark/engines.py \
-  --workdir=runs/b
+  --workdir=runs/engines
 
-Prints a table; leaves `benchmark.json` and figures. It takes six to seven
+Prints a table; leaves `engines.json` and figures. It takes six to seven
 minutes on 2 CPU cores, which should have nothing else to do; on an accelerator,
 `configs/benchmark/engines.py:sizes=accelerator` adds a ViT-B/16 at 224 pixels.
 """
@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       f"config argument sizes={sizes!r}; expected one of {', '.join(models)}."
     )
   config = config_dict.ConfigDict()
+  config.benchmark = "engines"
   config.device = ""  # "cpu", "gpu", "tpu"; "" is JAX's default
   # jax_default_matmul_precision, such as "highest"; None is the backend's own
   # (which may be less than float32: it shows in the errors).

@@ -1,8 +1,9 @@
 """What the training loop costs beside its jitted steps.
 
-  python -m experiments.overhead --config=configs/benchmark/loop.py \
-  --workdir=runs/o
+python -m experiments.benchmark --config=configs/benchmark/loop.py \
+  --workdir=runs/loop
 
+Prints what it found; leaves that in `loop.json`, and the files of a run.
 Arguments after a colon: `:model=mlp` measures the digits' MLP as the study has
 it; the default is the small residual convnet at batch 256, on digits of 32
 pixels. Fields of another data set may follow, such as
@@ -33,6 +34,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       f"config argument model={model!r}; expected resnet or mlp."
     )
   config = digits.get_config().unlock()
+  config.benchmark = "loop"
   config.method = "random"
   if model == "resnet":
     config.batch_size = 256

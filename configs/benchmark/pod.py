@@ -1,11 +1,11 @@
 """What a step takes of each device of a pod: memory and communication.
 
-  python -m experiments.pod --config=configs/benchmark/pod.py --workdir=runs/pod
+python -m experiments.benchmark --config=configs/benchmark/pod.py \
+  --workdir=runs/pod
 
-Works formulas out for ViT-L/16 and CLIP B/16, and compiles steps for devices
-that are not there to check them. Prints tables; leaves `pod.json` and `pod.md`.
-It takes half an hour on 2 CPU cores that other jobs hold too; with
-`--config.checks="()"` and `--config.scaling.models="()"` seconds.
+Compiles steps for devices that are not there. Prints tables; leaves `pod.json`
+and `pod.md`. It takes half an hour on 2 CPU cores that other jobs hold too;
+`--config.cases="()"` leaves the larger models out.
 """
 
 from ml_collections import config_dict
@@ -17,7 +17,7 @@ from configs import base, classification, contrastive
 # "plain", "forward", "per_sample", "streaming" (one sample at a time on each
 # device) and "streaming_mesh" (with jax.set_mesh around it); layers "head",
 # "last_mlp" and "all".
-_CHECKS = (
+_CASES = (
   "vit_tiny/64/8/1/streaming/all/softmax",
   "vit_l_2/512/64/1/plain/all/softmax",
   "vit_l_2/512/64/1/forward/last_mlp/softmax",
@@ -45,25 +45,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
+  config.benchmark = "pod"
   # What is compiled for: "host" (virtual CPU devices), or with libtpu installed
   # "v5e", "v6e" or "v5p".
   config.target = "host"
-
-  # Formulas: memory of each model, batch, number of devices and step.
-  config.paper = config_dict.ConfigDict()
-  config.paper.models = ("vit_l", "clip_b", "clip_b_remat")
-  config.paper.batch_sizes = (4096, 16_384, 90_112)
-  config.paper.devices = (8, 64, 256, 512)
-  config.paper.fsdp = (1, 8)
-  config.paper.steps = (
-    "plain/all",
-    "forward/head",
-    "forward/last_mlp",
-    "forward/all",
-    "per_sample/all",
-    "streaming/all",
-  )
-  config.paper.parts_at = (16_384, 256)  # batch and devices of the parts
 
   # Communication: the same step on more and more devices.
   config.scaling = config_dict.ConfigDict()
@@ -73,8 +58,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.scaling.steps = ("forward", "per_sample", "streaming_mesh")
   config.scaling.weightings = ("softmax", "ess_softmax")
 
-  # What is compiled to check the formulas.
-  config.checks = _CHECKS
+  # What devices hold and send, of any of the models below.
+  config.cases = _CASES
 
   large = {"patch_size": 16, "width": 1024, "heads": 16}
   config.vit_l = _vit(224, 1000, depth=24, dtype="bfloat16", **large)

@@ -1,10 +1,11 @@
 """What the offline stage costs on millions of samples.
 
-  python -m experiments.scale --config=configs/benchmark/selection.py \
-  --workdir=runs/scale
+python -m experiments.benchmark --config=configs/benchmark/selection.py \
+  --workdir=runs/selection
 
-Prints a table; leaves `scale.json` and figures. It takes some minutes on 2 CPU
-cores, which should have nothing else to do, and up to 4 GB of memory and disk.
+Prints a table; leaves `selection.json` and figures. It takes some minutes on 2
+CPU cores, which should have nothing else to do, and up to 4 GB of memory and
+disk.
 """
 
 from ml_collections import config_dict
@@ -23,6 +24,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
+  config.benchmark = "selection"
   config.samples = (1_000_000, 2_000_000, 5_000_000, 10_000_000)
   config.steps = 5  # each sees every sample
   config.batch_size = 65_536  # rows an append

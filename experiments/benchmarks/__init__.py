@@ -1,1 +1,67 @@
-"""What steps, loops and selections cost, and how right they are."""
+"""What steps, loops and selections cost, and how right they are.
+
+`config.benchmark` names one of them: a module with `RESULT_FILE`,
+`measure(config, workdir) -> results` and `table(config, results) -> str`.
+"""
+
+import importlib
+import pathlib
+import types
+from typing import Any
+
+import jax
+
+_MODULES = {
+  "engines": "engines",
+  "methods": "methods",
+  "loop": "loop",
+  "selection": "selection",
+  "check_reference": "check_reference",
+  "pod": "pod.cases",
+}
+# The first of several processes measures it alone.
+_BY_FIRST = ("engines",)
+
+
+def load(config: Any) -> types.ModuleType:
+  """The benchmark that `config.benchmark` names.
+
+  Args:
+    config: of `configs/benchmark/`.
+
+  Returns:
+    Its module.
+
+  Raises:
+    ValueError: there is no such benchmark, or the config names none.
+  """
+  name = config.get("benchmark")
+  if name not in _MODULES:
+    raise ValueError(
+      f"config.benchmark is {name!r}; expected one of {', '.join(_MODULES)}, as"
+      " in configs/benchmark/."
+    )
+  return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
+def main(config: Any, workdir: str) -> None:
+  """Measures, then prints the table and where the rest is.
+
+  Args:
+    config: of `configs/benchmark/`.
+    workdir: of the benchmark.
+
+  Raises:
+    ValueError: no such benchmark, one that several processes can't do, or what
+      its `measure` refuses.
+  """
+  benchmark = load(config)
+  several = jax.distributed.is_initialized() and jax.process_count() > 1
+  if several and config.benchmark not in _BY_FIRST:
+    raise ValueError(
+      "this job is one for a single process; expected no --distributed and no"
+      " --coordinator"
+    )
+  results = benchmark.measure(config, workdir)
+  print(f"\n{benchmark.table(config, results)}\n")
+  print(f"all of it: {pathlib.Path(workdir) / benchmark.RESULT_FILE}")

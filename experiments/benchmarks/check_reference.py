@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 import gradmimic_jax as gm
-from configs.benchmark import check_reference as basins_config
+from configs.benchmark import check_reference as check_reference_config
 from experiments.data import pipeline
 from experiments.models import initial
 from experiments.reporting import figures
@@ -23,28 +23,29 @@ from experiments.tasks.classification import (
 )
 from experiments.training import reference_check, trainer as train
 
-RESULT_FILE = "basins.json"
-_FREE = ("basins.", "checkpoint.")
+RESULT_FILE = "check_reference.json"
 
 
-def run_basins(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """Trains what is not there yet, checks every pair, counts the errors.
 
   Args:
     config: as `configs/benchmark/check_reference.py` describes it.
-    workdir: gets a folder for each run, `basins.json` and a figure.
+    workdir: gets a folder for each run, `check_reference.json` and a figure.
 
   Returns:
-    What is in `basins.json`: `checks`, a list of dicts, and `errors`, those of
-    a wrong verdict.
+    What is in `check_reference.json`: `checks`, a list of dicts, and `errors`,
+    those of a wrong verdict.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, basins_config, free=_FREE)
+  folder = workdir_lib.claim(
+    workdir, config, check_reference_config, job="check_reference"
+  )
   checks: list[dict[str, Any]] = []
-  for seed in config.basins.seeds:
+  for seed in config.check_reference.seeds:
     checks += checks_of_seed(config, folder, seed)
   errors = [check for check in checks if is_error(check)]
   results = {"machine": workdir_lib.machine(), "checks": checks}
@@ -58,11 +59,12 @@ def checks_of_seed(
   config: Any, folder: pathlib.Path, seed: int
 ) -> list[dict[str, Any]]:
   """Every learner of a seed against every reference."""
-  epochs = sorted(set(config.basins.epochs))
+  wanted = config.check_reference
+  epochs = sorted(set(wanted.epochs))
 
   def run(name, seed, rate=0.0):
     copy = config.copy_and_resolve_references().unlock()
-    del copy.basins
+    del copy.benchmark, copy.check_reference
     copy.update_from_flattened_dict(
       {
         "seed": seed,
@@ -78,17 +80,17 @@ def checks_of_seed(
     return copy, folder / f"seed{seed}_{name}"
 
   references = {}
-  for kind, offset in (("own", 0), ("foreign", config.basins.foreign)):
+  for kind, offset in (("own", 0), ("foreign", wanted.foreign)):
     _, where = run("reference", seed + offset)
     references[kind] = where
   checks = []
-  for rate in config.basins.rates:
+  for rate in wanted.rates:
     run_config, where = run(f"noise{rate:g}", seed, rate)
     data = data_lib.load_data(run_config)
     apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
     steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
-    batch = data_lib.batch_of(data, samples=config.basins.samples, seed=seed)
+    batch = data_lib.batch_of(data, samples=wanted.samples, seed=seed)
     for epoch in epochs:
       learner = start
       if epoch:
@@ -115,8 +117,10 @@ def checks_of_seed(
   return checks
 
 
-def table(checks: list[dict[str, Any]]) -> str:
+def table(config: Any, results: dict[str, Any]) -> str:
   """Ranges of the two marks and counts of verdicts, by kind of reference."""
+  del config
+  checks = results["checks"]
   lines = [
     f"{'reference':<14} {'epoch':>6} {'weight cosine':>16} {'rel. barrier':>16}"
     f"  verdicts"
@@ -139,6 +143,11 @@ def table(checks: list[dict[str, Any]]) -> str:
       f"{kind + ', ' + quality:<14} {epoch:>6} {spans[0]:>16} {spans[1]:>16}"
       f"  {counts}"
     )
+  lines += [
+    "",
+    f"{len(results['errors'])} of {len(checks)} verdicts take one basin for the"
+    " other.",
+  ]
   return "\n".join(lines)
 
 
@@ -154,22 +163,12 @@ def draw(
     ys.append(check["relative_barrier"])
   return figures.scatter(
     groups,
-    folder / "basins.png",
+    folder / "check_reference.png",
     title=f"{config.data.name}, {config.model.name}: references by their marks",
     xlabel="cosine of the learner's weights with the reference's",
     ylabel="barrier between them, relative",
     vertical=gm.reference.FOREIGN_COSINE,
     horizontal=gm.reference.FOREIGN_BARRIER,
-  )
-
-
-def main(config: Any, workdir: str) -> None:
-  """Runs all checks, then prints the table and the number of errors."""
-  results = run_basins(config, workdir)
-  print(f"\n{table(results['checks'])}")
-  print(
-    f"\n{len(results['errors'])} of {len(results['checks'])} verdicts take one"
-    f" basin for the other. {pathlib.Path(workdir) / RESULT_FILE}"
   )
 
 

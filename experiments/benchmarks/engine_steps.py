@@ -11,7 +11,6 @@ import concurrent.futures
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 
 import gradmimic_jax as gm
 from experiments import models
-from experiments.benchmarks import float64
+from experiments.benchmarks import float64, timing
 from experiments.tasks.classification import losses as classification
 
 RATIOS = ("time", "flops", "memory")
@@ -32,7 +31,7 @@ _TEMPERATURE = 1.0
 class Case(NamedTuple):
   """A row of a table."""
 
-  key: str  # of its entry in `benchmark.json`
+  key: str  # of its entry in `engines.json`
   section: Any  # the model's fields
   batch_size: int
   layers: str
@@ -78,9 +77,8 @@ class Setup:
   def count(self, case: Case) -> dict[str, Any]:
     """The case's entry with FLOPs only, as traced: nothing is compiled."""
     candidate = self._candidate(case)
-    counts = candidate.lowered.cost_analysis(), self._lowered.cost_analysis()
-    ratio = _ratio(*counts, "flops")
-    return _entry(candidate.engine) | {"flops": ratio}
+    flops = timing.ratio(_flops(candidate.lowered), _flops(self._lowered))
+    return _entry(candidate.engine) | {"flops": flops}
 
   def measure(
     self,
@@ -116,16 +114,15 @@ class Setup:
 
   def _measure(self, case, candidate, compiling, compare):
     entry = _entry(candidate.engine)
-    plain = functools.partial(self.plain, self.params, self.batch)
     try:
       compiled = compiling.result()
       output = jax.block_until_ready(compiled(*candidate.args))  # warm-up
-      entry["memory"] = _ratio(_memory(compiled), _memory(self.plain), "temp")
+      entry["memory"] = timing.ratio(
+        timing.temporaries(compiled), timing.temporaries(self.plain)
+      )
       # A scan's body is counted once, however often it runs.
       if case.engine != "streaming":
-        entry["flops"] = _ratio(
-          compiled.cost_analysis(), self.plain.cost_analysis(), "flops"
-        )
+        entry["flops"] = timing.ratio(_flops(compiled), _flops(self.plain))
       if compare:
         scores, grads = jax.device_get(candidate.read(output))
         true_scores, true_grads = self._exact(case)
@@ -133,14 +130,37 @@ class Setup:
         if scores is not None:
           entry["score_error"] = float64.error(scores, true_scores)
       del output
-      entry |= _time(
-        plain, lambda: compiled(*candidate.args), self.config.timing
-      )
+      entry |= self._time(functools.partial(compiled, *candidate.args))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       entry["failed"] = "out of memory"
     return entry
+
+  def _time(self, candidate):
+    """Times two warm steps in turn: the median of the rounds' ratios."""
+    wanted = self.config.timing
+    plain = functools.partial(self.plain, self.params, self.batch)
+    # An accelerator queues calls, as in training; a CPU could overlap them.
+    (device,) = jax.tree.leaves(self.params)[0].devices()
+    ahead = 0 if device.platform == "cpu" else None
+    once = timing.seconds(plain, 1, ahead=ahead)
+    calls = max(1, math.ceil(wanted.shortest / once))
+    rounds = timing.rounds(
+      {"plain": plain, "mimic": candidate},
+      {"plain": calls, "mimic": calls},
+      least=wanted.pairs,
+      at_least_seconds=wanted.seconds,
+      ahead=ahead,
+    )
+    ratios = [each["mimic"] / each["plain"] for each in rounds]
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return {
+      "time": float(middle),
+      "time_quartiles": [float(low), float(high)],
+      "pairs": len(rounds),
+      "plain_seconds": float(np.median([each["plain"] for each in rounds])),
+    }
 
   @functools.cached_property
   def _lowered(self):
@@ -201,7 +221,7 @@ class Setup:
     reference = self.reference_outputs if outputs else self.reference
     args = (self.params, reference, self.batch)
     return _Candidate(
-      step.engine,  # type: ignore[attr-defined]
+      step.engine,
       jax.jit(step).lower(*args),
       args,
       lambda output: (output[0][1].scores, output[1]),
@@ -286,41 +306,7 @@ def _batch(section, size, seed):
   return {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
 
 
-def _time(plain, candidate, timing) -> dict[str, Any]:
-  """Times two warm steps in turn: the median of the pairs' ratios."""
-  calls = max(1, math.ceil(timing.shortest / _seconds(plain, 1)))
-  pairs: list[tuple[float, float]] = []
-  until = time.perf_counter() + timing.seconds
-  while len(pairs) < timing.pairs or time.perf_counter() < until:
-    pairs.append((_seconds(plain, calls), _seconds(candidate, calls)))
-  ratios = [b / a for a, b in pairs]
-  low, middle, high = np.percentile(ratios, [25, 50, 75])
-  return {
-    "time": float(middle),
-    "time_quartiles": [float(low), float(high)],
-    "pairs": len(pairs),
-    "plain_seconds": float(np.median([a for a, _ in pairs])),
-  }
-
-
-def _seconds(step, calls):
-  """Seconds a call, of several in a row."""
-  start = time.perf_counter()
-  for _ in range(calls):
-    output = step()
-    # An accelerator queues calls, as in training; a CPU could overlap them.
-    if next(iter(jax.tree.leaves(output)[0].devices())).platform == "cpu":
-      jax.block_until_ready(output)
-  jax.block_until_ready(output)
-  return (time.perf_counter() - start) / calls
-
-
-def _memory(compiled):
-  analysis = compiled.memory_analysis()
-  return None if analysis is None else {"temp": analysis.temp_size_in_bytes}
-
-
-def _ratio(ours, plain, field):
-  """Of two counts, or None where a backend doesn't tell."""
-  ours, plain = (counts and counts.get(field) for counts in (ours, plain))
-  return ours / plain if ours and plain else None
+def _flops(program):
+  """The compiler's count; None where a backend doesn't tell."""
+  counts = program.cost_analysis()
+  return counts and counts.get("flops")

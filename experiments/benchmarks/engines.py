@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 
-from configs.benchmark import engines as benchmark_config
-from experiments.benchmarks import engine_steps as measure
+from configs.benchmark import engines as engines_config
+from experiments.benchmarks import engine_steps
 from experiments.benchmarks.engine_steps import ERRORS, RATIOS, Case
 from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
 
-RESULT_FILE = "benchmark.json"
+RESULT_FILE = "engines.json"
 SWEPT = ("batch_size", "depth", "width")
 # What a part of the results shows, and what its rows begin with.
 PARTS = {
@@ -29,16 +29,16 @@ PARTS = {
 }
 
 
-def run_benchmark(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """Measures all cases; goes on where an interrupted run stopped.
 
   Args:
     config: as `configs/benchmark/engines.py` describes it.
-    workdir: the benchmark's folder. Gets `benchmark.json`, which grows by an
+    workdir: the benchmark's folder. Gets `engines.json`, which grows by an
       entry a case, and figures.
 
   Returns:
-    What is in `benchmark.json`: the machine, and for each case of the table and
+    What is in `engines.json`: the machine, and for each case of the table and
     point of the sweep its ratios and errors. A ratio is None where it has no
     meaning or the case did not fit into memory.
 
@@ -46,7 +46,7 @@ def run_benchmark(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field, name or device, or a workdir of another config
       or machine.
   """
-  folder = workdir_lib.claim(workdir, config, benchmark_config)
+  folder = workdir_lib.claim(workdir, config, engines_config, job="engines")
   with _settings(config) as device:
     results = _start(folder / RESULT_FILE, device)
     for part in PARTS:
@@ -80,7 +80,7 @@ def _measure(part, cases, config, results, file):
   if not left:
     return
   size = left[0].batch_size
-  setup = measure.Setup(left[0].section, size, config)
+  setup = engine_steps.Setup(left[0].section, size, config)
   if part == "tokens":
     for case in left:
       keep(case, setup.count(case))
@@ -115,7 +115,7 @@ def table_cases(config: Any) -> list[Case]:
     for name in config.models
     for size in config[name].batch_sizes
     for layers in config.layers
-    if layers in measure.patterns(config[name])
+    if layers in engine_steps.patterns(config[name])
     for engine in config.engines
   ]
 
@@ -233,7 +233,8 @@ def draw(
 
 def table(config: Any, results: dict[str, Any]) -> str:
   """The parts as text, one below the other."""
-  lines = []
+  machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
+  lines = [f"ratios to a plain step ({machine}):"]
   for part, (columns, start) in PARTS.items():
     cases = cases_of(part, config)
     if not cases:
@@ -250,13 +251,4 @@ def table(config: Any, results: dict[str, Any]) -> str:
         value, form = entry[name], ".1e" if name in ERRORS else ".3f"
         row += f"{'-' if value is None else format(value, form):>15}"
       lines.append(row + f"  {entry.get('failed', '')}".rstrip())
-  return "\n".join(lines[1:])
-
-
-def main(config: Any, workdir: str) -> None:
-  """Runs the benchmark, then prints the table and where the rest is."""
-  results = run_benchmark(config, workdir)
-  machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
-  print(f"\nratios to a plain step ({machine}):\n")
-  print(table(config, results))
-  print(f"\nfigures and {RESULT_FILE}: {workdir}")
+  return "\n".join(lines)

@@ -7,20 +7,21 @@ same steps run one after the other on a batch that stays on the devices.
 
 import json
 import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from configs.benchmark import loop as loop_config
+from experiments.benchmarks import timing
 from experiments.runtime import (
   metrics as writers,
   prefetch,
   workdir as workdir_lib,
 )
-from experiments.training import loop, steps, trainer as train
+from experiments.training import loop, trainer
 
-RESULT_FILE = "overhead.json"
+RESULT_FILE = "loop.json"
 # In turn: so many steps of the loop, with a checkpoint and files of metrics and
 # scores at their end, and so many on their own. The first rounds warm up.
 _STEPS = 100
@@ -34,26 +35,26 @@ def measure(
   """Measures the loop's overhead; goes over the data as often as it takes.
 
   Args:
-    config: as `configs/classification.py` describes it.
+    config: as `configs/benchmark/loop.py` describes it.
     workdir: the folder; gets what a run of `experiments.train` leaves there,
-      and `overhead.json`.
+      and `loop.json`.
     steps_a_round: how many steps of each kind are timed in turn.
 
   Returns:
-    What is in `overhead.json`: `overhead`, everything but the steps as a share
+    What is in `loop.json`: `overhead`, everything but the steps as a share
     of their time (the median of the rounds), its quartiles, the seconds a step
     takes by itself and in the loop, and `data_wait`, the share of the loop's
     time in which nothing ran for want of data.
 
   Raises:
-    ValueError: as `train.train_and_evaluate`; a workdir that was used before.
+    ValueError: as `trainer.train_and_evaluate`; a workdir that was used before.
   """
-  folder = workdir_lib.claim(workdir, config)
+  folder = workdir_lib.claim(workdir, config, loop_config, job="loop")
   if (folder / writers.METRICS_FILE).exists():
     raise ValueError(
       f"workdir {folder} was used before; expected a new one to measure in."
     )
-  run = train.Run(config, folder)
+  run = trainer.Run(config, folder)
   alone = _Alone(run, steps_a_round)
   total = _ROUNDS * steps_a_round
   loop.run(
@@ -72,7 +73,7 @@ def measure(
     evaluate=alone,
     ledger=run.ledger(),
   )
-  pairs = alone.pairs[_WARM_UP:]
+  pairs = alone.pairs[1 + _WARM_UP :]  # the first has no steps of the loop
   shares = [inside / outside - 1 for inside, outside in pairs]
   rows = writers.read_metrics(folder / writers.METRICS_FILE, timings=True)
   waits = [
@@ -97,21 +98,24 @@ class _Alone:
   """Called where the loop evaluates: times the same steps by themselves.
 
   Attributes:
-    pairs: seconds of the loop since the last call, and of those steps.
+    pairs: seconds since the call before, of the loop; and of those steps.
   """
 
-  def __init__(self, run: train.Run, count: int):
-    self._step, self._count = run.train_step, count
+  def __init__(self, run: trainer.Run, count: int):
+    self._count = count
     batches = run.batches
     start = batches.get_state()
     read = prefetch.Read(next(batches), batches.get_state(), 0)
     batches.set_state(start)
     taken = run.take(0, read)
-    self._given = taken.reference, jax.device_put(taken.batch)
-    # The step takes its state's memory, so these steps need one of their own.
-    self._state = jax.tree.map(jnp.copy, run.state)
+    self._step = timing.TrainStep(
+      run.train_step,
+      jax.tree.map(jnp.copy, run.state),
+      taken.reference,
+      jax.device_put(taken.batch),
+    )
     self.pairs: list[tuple[float, float]] = []
-    self._since: float | None = None
+    self._watch = timing.Watch()
 
   def __call__(self, params: Any) -> dict[str, float]:
     """Times a round.
@@ -122,23 +126,15 @@ class _Alone:
     Returns:
       Nothing to write.
     """
-    inside = 0.0 if self._since is None else time.perf_counter() - self._since
-    since = time.perf_counter()
-    state, output = self._state, None
-    waiting: list[steps.StepOutput] = []
-    for _ in range(self._count):
-      state, output = self._step(state, *self._given)
-      waiting.append(output)
-      if len(waiting) > 2:  # a queue is kept full, as in the loop
-        jax.block_until_ready(waiting.pop(0))
-    self._state = jax.block_until_ready(state)
-    outside = time.perf_counter() - since
-    if self._since is not None:
-      self.pairs.append((inside, outside))
-    self._since = time.perf_counter()
+    inside = self._watch.lap()
+    # A queue is kept full, as in the loop.
+    each = timing.seconds(self._step, self._count, ahead=2)
+    self.pairs.append((inside, self._count * each))
+    self._watch.lap()
     return {}
 
 
-def main(config: Any, workdir: str) -> None:
-  """Measures, then prints what was found."""
-  print(json.dumps(measure(config, workdir), indent=2))
+def table(config: Any, results: dict[str, Any]) -> str:
+  """All that was found, as JSON."""
+  del config
+  return json.dumps(results, indent=2)

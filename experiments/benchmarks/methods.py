@@ -7,123 +7,115 @@ step holds besides its arguments and results. The reference's outputs are found
 once, before training, and don't count.
 """
 
-import time
-from collections.abc import Mapping
+import contextlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.reporting import tables
-from experiments.runtime import prefetch, workdir as workdir_lib
-from experiments.studies import runner as study, settings as tuning
-from experiments.training import trainer as train
+from configs import base
+from experiments import tasks
+from experiments.benchmarks import timing
+from experiments.runtime import prefetch, tables, workdir as workdir_lib
+from experiments.studies import comparison, plan
+from experiments.training import trainer
 
-COSTS_FILE = "costs.json"
+RESULT_FILE = comparison.COSTS_FILE
+_PLAIN = "sgd"
 _ROUNDS = 15
 _SHORTEST = 0.1  # seconds that a method's part of a round should take
 
 
 def measure(config: Any, workdir: Any) -> dict[str, Any]:
-  """Measures a step of every method of `config.study.methods`.
+  """Measures a step of every run of a study, at each batch size.
 
   Args:
-    config: as `configs/classification.py` describes it.
-    workdir: gets `costs.json`, and what methods keep in a run's folder.
+    config: any task's, with `benchmark`. `study` names the methods and, in
+      `cost_batch_sizes`, the batches.
+    workdir: gets `methods.json`, and what methods keep in a run's folder.
 
   Returns:
-    What is in `costs.json`: for each method `time` and `memory` relative to
-    sgd's (`memory` None where the compiler doesn't tell), and `milliseconds`.
+    What is in `methods.json`: `batches`, for each batch size and run `time` and
+    `memory` relative to the plain step's (`memory` None where the compiler
+    doesn't tell), and `milliseconds`.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set or a reference that is not there.
   """
-  folder = workdir_lib.claim(workdir, config, free=("study.",))
-  names = list(dict.fromkeys(("sgd", *config.study.methods)))
-  found = {
-    "machine": workdir_lib.machine(),
-    "batch_size": config.batch_size,
-    "methods": compare({name: _step(config, folder, name) for name in names}),
-  }
-  workdir_lib.write_json(folder / COSTS_FILE, found)
+  config = config.copy_and_resolve_references().unlock()
+  del config.benchmark
+  names = dict.fromkeys((_PLAIN, *config.study.methods))
+  config.study.methods = tuple(names)
+  config.lock()
+  task = tasks.get(config)
+  folder = workdir_lib.claim(workdir, config, task.configs, job="methods")
+  settings = plan.plan_settings(config)
+  found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
+  for size in config.study.cost_batch_sizes or (config.batch_size,):
+    sized = _sized(config, size)
+    found["batches"][str(size)] = _compare(
+      {name: _Step(sized, folder, fields) for name, fields in settings.items()}
+    )
+    # After each size: the next may be too large for the machine.
+    workdir_lib.write_json(folder / RESULT_FILE, found)
   return found
 
 
-def _step(config, folder, name):
-  tuned = tuning.read(config.study.tuned).get(name, {})
-  copy = study.derived(config, seed=config.seed, method=name, **tuned)
-  run = train.Run(copy, folder)
-  taken = run.take(0, prefetch.Read(next(run.batches), None, None))
-  return TimedStep(run.train_step, run.state, taken.reference, taken.batch)
-
-
-class TimedStep:
-  """A method's compiled step on one batch."""
-
-  def __init__(self, train_step: Any, state: Any, reference: Any, batch: Any):
-    """Compiles it.
-
-    Args:
-      train_step: what `steps.make_train_step` gives.
-      state: a state of the run, which is used up.
-      reference: what the step goes by.
-      batch: to take the step on, again and again.
-    """
-    self._others = reference, jax.device_put(batch)
-    self._state = state
-    self._step = train_step.lower(state, *self._others).compile()
-    analysis = self._step.memory_analysis()
-    self.memory = analysis and analysis.temp_size_in_bytes
-    self.seconds(1)  # warm
-
-  def seconds(self, calls: int) -> float:
-    """Seconds a step, of several in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-      self._state, output = self._step(self._state, *self._others)
-    jax.block_until_ready((self._state, output))
-    return (time.perf_counter() - start) / calls
-
-
-def compare(
-  steps: Mapping[str, TimedStep], plain: str = "sgd"
-) -> dict[str, dict[str, float | None]]:
-  """Times steps in turn, round by round.
-
-  Args:
-    steps: by name.
-    plain: the one that the others are relative to.
-
-  Returns:
-    For each `time` and `memory` relative to the plain one's (`memory` None
-    where the compiler doesn't tell), and `milliseconds`.
-  """
-  calls = {
-    name: max(1, round(_SHORTEST / step.seconds(3)))
-    for name, step in steps.items()
-  }
-  rounds = [
-    {name: step.seconds(calls[name]) for name, step in steps.items()}
-    for _ in range(_ROUNDS)
+def table(config: Any, results: dict[str, Any]) -> str:
+  """Batches and methods, as Markdown."""
+  del config
+  rows = [
+    [size, name, *(tables.number(entry[k], 2) for k in ("time", "memory"))]
+    for size, entries in results["batches"].items()
+    for name, entry in entries.items()
   ]
-  memory = steps[plain].memory
+  return "\n".join(tables.markdown(["batch", "step", "time", "memory"], rows))
+
+
+def _sized(config, size):
+  """The config at a batch size of `study.cost_batch_sizes`."""
+  copy = config.copy_and_resolve_references().unlock()
+  if config.study.cost_batch_sizes:
+    copy.batch_size = size
+    # The step alone is looked at: any length will do that has such a batch.
+    base.add_durations(
+      copy, num_steps=100, eval_every_steps=100, save_every_steps=100
+    )
+    if "train_size" in copy.data:
+      copy.data.train_size = max(copy.data.train_size, size)
+  return copy.lock()
+
+
+class _Step:
+  """A method's compiled step on the first batch, and what it holds."""
+
+  def __init__(self, config, folder, overrides):
+    copy = config.copy_and_resolve_references().unlock()
+    copy.update_from_flattened_dict(overrides)
+    run = trainer.Run(copy.lock(), folder)
+    with contextlib.closing(run.task):
+      taken = run.take(0, prefetch.Read(next(run.batches), None, 0))
+    given = taken.reference, jax.device_put(taken.batch)
+    compiled = run.train_step.lower(run.state, *given).compile()
+    self.memory = timing.temporaries(compiled)
+    self.step = timing.TrainStep(compiled, run.state, *given)
+    timing.seconds(self.step, 1)  # warm
+
+
+def _compare(steps):
+  """For each step its entry in `methods.json`."""
+  timed = {name: each.step for name, each in steps.items()}
+  calls = {
+    name: max(1, round(_SHORTEST / timing.seconds(step, 3)))
+    for name, step in timed.items()
+  }
+  rounds = timing.rounds(timed, calls, least=_ROUNDS)
   return {
     name: {
-      "time": float(np.median([r[name] / r[plain] for r in rounds])),
+      "time": float(np.median([r[name] / r[_PLAIN] for r in rounds])),
       "milliseconds": 1000 * float(np.median([r[name] for r in rounds])),
-      "memory": step.memory / memory if step.memory and memory else None,
+      "memory": timing.ratio(each.memory, steps[_PLAIN].memory),
     }
-    for name, step in steps.items()
+    for name, each in steps.items()
   }
-
-
-def main(config: Any, workdir: str) -> None:
-  """Measures, then prints the table."""
-  found = measure(config, workdir)
-  rows = [
-    [name, *(tables.number(entry[key], 2) for key in ("time", "memory"))]
-    for name, entry in found["methods"].items()
-  ]
-  for line in tables.markdown(["method", "time", "memory"], rows):
-    print(line)

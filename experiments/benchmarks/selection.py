@@ -11,31 +11,33 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
 
 import gradmimic_jax as gm
-from configs.benchmark import selection as scale_config
+from configs.benchmark import selection as selection_config
+from experiments.benchmarks import timing
 from experiments.reporting import figures
 from experiments.runtime import workdir as workdir_lib
 
-RESULT_FILE = "scale.json"
+RESULT_FILE = "selection.json"
 STAGES = ("append", "reload", "select", "export")
+_ONE = "from experiments.benchmarks import selection; selection.answer()"
 
 
-def run_scale(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: Any, workdir: Any) -> dict[str, Any]:
   """Measures every size; goes on where an interrupted run stopped.
 
   Args:
     config: as `configs/benchmark/selection.py` describes it.
-    workdir: gets `scale.json`, which grows by an entry a size, and figures.
+    workdir: gets `selection.json`, which grows by an entry a size, and
+      figures.
 
   Returns:
-    What is in `scale.json`: the machine, and for each size the seconds of every
-    stage, their sum, peak memory and the ledger's size in GB (10^9 bytes), and
-    the F1 of what is dropped.
+    What is in `selection.json`: the machine, and for each size the seconds of
+    every stage, their sum, peak memory and the ledger's size in GB (10^9
+    bytes), and the F1 of what is dropped.
 
   Raises:
     ValueError: an unknown field, a size below 1, or another config's workdir.
@@ -45,7 +47,9 @@ def run_scale(config: Any, workdir: Any) -> dict[str, Any]:
       raise ValueError(
         f"config.{name} is {config[name]}; expected at least {least}."
       )
-  folder = workdir_lib.claim(workdir, config, scale_config, free=("samples",))
+  folder = workdir_lib.claim(
+    workdir, config, selection_config, job="selection_cost"
+  )
   file = folder / RESULT_FILE
   results = {"machine": workdir_lib.machine(), "sizes": {}}
   if file.exists():
@@ -55,18 +59,25 @@ def run_scale(config: Any, workdir: Any) -> dict[str, Any]:
       continue
     print(f"{n:,} samples", flush=True)
     asked = workdir_lib.as_dict(config) | {"samples": n}
-    command = [sys.executable, "-m", "experiments.scale", "--one", str(folder)]
-    answer = subprocess.run(
-      command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True,
-      check=True, cwd=pathlib.Path(__file__).parents[2],
+    del asked["benchmark"]
+    answered = subprocess.run(
+      [sys.executable, "-c", _ONE], input=json.dumps([str(folder), asked]),
+      stdout=subprocess.PIPE, text=True, check=True,
+      cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
-    results["sizes"][str(n)] = json.loads(answer.stdout)
+    results["sizes"][str(n)] = json.loads(answered.stdout)
     workdir_lib.write_json(file, results)
   draw(folder, results)
   return results
 
 
-def measure(
+def answer() -> None:
+  """Measures the size that standard input asks for; prints what was found."""
+  folder, sizes = json.load(sys.stdin)
+  print(json.dumps(measure_one(pathlib.Path(folder), **sizes)))
+
+
+def measure_one(
   folder: pathlib.Path,
   *,
   samples: int,
@@ -74,7 +85,7 @@ def measure(
   batch_size: int,
   noise_rate: float,
   seed: int,
-  select: dict[str, str],
+  select: dict[str, Any],
 ) -> dict[str, float]:
   """One size, in this process; its files are removed again.
 
@@ -88,7 +99,7 @@ def measure(
     select: options of `gm.select`.
 
   Returns:
-    As `run_scale` has them.
+    As `measure` has them.
   """
   rng = np.random.default_rng(seed)
   noisy = rng.random(samples, np.float32) < noise_rate
@@ -98,12 +109,10 @@ def measure(
   scratch = folder / f"scratch{samples}"
   shutil.rmtree(scratch, ignore_errors=True)
   seconds = {}
-  started = time.monotonic()
+  watch = timing.Watch()
 
   def done(stage):
-    nonlocal started
-    now = time.monotonic()
-    seconds[stage], started = round(now - started, 2), now
+    seconds[stage] = round(watch.lap(), 2)
 
   ledger = gm.ScoreLedger(scratch / "ledger")
   for epoch in range(steps):
@@ -169,12 +178,12 @@ def draw(folder: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
     )
     for file, unit, lines in (
       (
-        "scale_time.png",
+        "selection_time.png",
         "seconds",
         {"all": "seconds", **{stage: stage for stage in STAGES}},
       ),
       (
-        "scale_memory.png",
+        "selection_memory.png",
         "GB",
         {"peak memory": "peak_gb", "ledger on disk": "ledger_gb"},
       ),
@@ -182,8 +191,9 @@ def draw(folder: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
   ]
 
 
-def table(results: dict[str, Any]) -> str:
+def table(config: Any, results: dict[str, Any]) -> str:
   """The sizes as text."""
+  del config
   columns = (*STAGES, "seconds", "peak_gb", "ledger_gb", "f1")
   lines = [f"{'samples':>12}" + "".join(f"{name:>11}" for name in columns)]
   for n in sorted(map(int, results["sizes"])):
@@ -191,8 +201,3 @@ def table(results: dict[str, Any]) -> str:
     cells = "".join(f"{entry[name]:>11.4g}" for name in columns)
     lines.append(f"{n:>12,}{cells}")
   return "\n".join(lines)
-
-
-def main(config: Any, workdir: str) -> None:
-  """Measures, then prints the table."""
-  print(table(run_scale(config, workdir)))

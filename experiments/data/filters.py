@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from gradmimic_jax import _files
 
 # Beside filters: the SHA-256 of each by its name, from the job that wrote it.
 MANIFEST_FILE = "manifest.json"
-_FORMATS = {
+_FORMATS: dict[str, Callable[..., np.ndarray]] = {
   ".npy": gm.export.read_npy,
   ".parquet": lambda path, **asked: (
     gm.export.read_parquet(path, **asked).kept_ids

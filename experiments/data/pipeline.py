@@ -270,22 +270,22 @@ def _gatherer(
   part = batch_size // count
   own = slice(number * part, (number + 1) * part)
   channels = images.shape[-1]
-  mean, std = np.atleast_1d(mean), np.atleast_1d(std)
-  for name, values in (("mean", mean), ("std", std)):
+  means, stds = np.atleast_1d(mean), np.atleast_1d(std)
+  for name, values in (("mean", means), ("std", stds)):
     if values.shape not in ((1,), (channels,)):
       raise ValueError(
         f"{name} must be one number or one per channel, {channels}, got shape "
         f"{values.shape}"
       )
-  if not (std > 0).all():
-    raise ValueError(f"std must be positive, got {std.tolist()}")
+  if not (stds > 0).all():
+    raise ValueError(f"std must be positive, got {stds.tolist()}")
   labels = np.array(labels, np.int32)
   # (x / 255 - mean) / std in one multiplication and one addition, written out
   # for every value of an image: broadcasting over so few channels is slow.
   image_shape = images.shape[1:]
   mirrored = np.arange(image_shape[1])[::-1]
-  scale = np.broadcast_to(np.float32(1 / (255 * std)), image_shape).copy()
-  shift = np.broadcast_to(np.float32(-mean / std), image_shape).copy()
+  scale = np.broadcast_to(np.float32(1 / (255 * stds)), image_shape).copy()
+  shift = np.broadcast_to(np.float32(-means / stds), image_shape).copy()
 
   def gather(
     rows: np.ndarray, flipped: np.ndarray | None = None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from experiments.models import patches, transformer
@@ -49,13 +50,26 @@ PRETRAINED = "pretrained"  # A size too: that of the published weights.
 MIMIC_LAYERS = ("image_last_mlp", "text_last_mlp", "both_last_mlp", "all")
 
 
+Array = jax.Array | np.ndarray
+
+
 class Features(NamedTuple):
   """CLIP's features of pairs; float32 or wider."""
 
-  image: jax.Array | None  # [B, D], of length one; None: there were no images
-  text: jax.Array | None  # [B, D], of length one; None: there were no tokens
-  logit_scale: jax.Array  # [], the logarithm of the similarities' factor
-  logit_bias: jax.Array | None  # [], is added to them; None adds nothing
+  image: Array | None  # [B, D], of length one; None: there were no images
+  text: Array | None  # [B, D], of length one; None: there were no tokens
+  logit_scale: Array  # [], the logarithm of the similarities' factor
+  logit_bias: Array | None  # [], is added to them; None adds nothing
+
+  @property
+  def pair(self) -> tuple[Array, Array]:
+    """Features of images and of texts; raises ValueError if one is missing."""
+    if self.image is None or self.text is None:
+      raise ValueError(
+        f"there are no {'image' if self.image is None else 'text'} features;"
+        " expected those of images and of texts: give the model both."
+      )
+    return self.image, self.text
 
 
 class CLIP(nnx.Module):
@@ -316,7 +330,7 @@ def options(config: Any) -> dict[str, Any]:
     for name, value in dict(config.get("clip", {})).items()
     if value is not None
   }
-  fields = inspect.signature(CLIP.__init__).parameters.keys()
+  fields = set(inspect.signature(CLIP.__init__).parameters)
   fields -= {"self", "input_shape", "rngs"}
   unknown = sorted(given.keys() - fields)
   if unknown:

@@ -6,31 +6,17 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from absl import logging
-
 import gradmimic_jax as gm
 from configs import report as report_config
+from experiments import tasks
 from experiments.data import filters
 from experiments.runtime import workdir as workdir_lib
-from experiments.selection import files as select
-from experiments.tasks.classification import (
-  data as data_lib,
-  reference as reference_lib,
-)
-from experiments.training import (
-  scoring as score,
-)
+from experiments.selection import files, runs
 
 REPORT_FILE = "report.html"
-_FREE = ("run", "selection", "title", "gallery", "max_bytes")
-# What of a config a page says.
+_JOB = "report"
+# What of any config a page says; a task adds its data and its model.
 _FACTS = {
-  "data set": "data.name",
-  "split": "data.train_split",
-  "label noise": "noise.kind",
-  "noise rate asked for": "noise.rate",
-  "model": "model.name",
   "method": "method",
   "direction": "mimic.direction",
   "score": "mimic.score",
@@ -39,10 +25,11 @@ _FACTS = {
   "reference": "mimic.reference",
   "reference's outputs": "mimic.outputs",
   "epochs": "num_epochs",
+  "samples": "num_samples",
+  "steps": "num_steps",
   "batch size": "batch_size",
   "optimizer": "optimizer.name",
   "learning rate": "optimizer.learning_rate",
-  "seed": "seed",
 }
 
 
@@ -62,11 +49,11 @@ def report_run(config: Any, workdir: Any) -> pathlib.Path:
     FileNotFoundError: there is no ledger in the run's folder, no such
       selection, or the data set is not there.
   """
-  workdir_lib.check(workdir, config, report_config, free=_FREE)
+  workdir_lib.check(workdir, config, report_config, job=_JOB)
   run = pathlib.Path(config.run)
-  ledger = select.ledger_of(run)
-  fingerprints = select.fingerprints_of(run)
-  file = pathlib.Path(config.selection or run / select.SELECTION_FILE)
+  ledger = runs.load_ledger(run)
+  fingerprints = runs.load_fingerprints(run)
+  file = pathlib.Path(config.selection or run / files.SELECTION_FILE)
   if config.selection is not None or file.exists():
     if not file.is_file():
       raise FileNotFoundError(
@@ -76,8 +63,8 @@ def report_run(config: Any, workdir: Any) -> pathlib.Path:
     filters.check_manifest(file)
     selection = gm.export.read_parquet(file, fingerprints=fingerprints)
   else:
-    selection = select.from_ledger(config.select, ledger)
-  folder = workdir_lib.claim(workdir, config, report_config, free=_FREE)
+    selection = files.from_ledger(config.select, ledger)
+  folder = workdir_lib.claim(workdir, config, report_config, job=_JOB)
   return write(
     folder / REPORT_FILE,
     run,
@@ -103,75 +90,35 @@ def write(
     path: of the page.
     run: the run's folder, of `train` or `score`.
     selection: from its ledger.
-    title: None for the data set's name and its label noise.
+    title: None for what the task calls its data.
     results: as `gm.report` takes them.
     **options: for `gm.report`.
 
   Returns:
     The page's path.
   """
-  config = select.config_of(run)
-  config.model.pretrained = None  # images are shown as they are
-  data = data_lib.load_data(config)
-  prints = select.fingerprints_of(run)
-  truth = filters.own_labels(run / data_lib.LABELS_FILE, prints)
-  if title is None:
-    title = f"{config.data.name} {config.data.train_split}"
-    if truth.rate:
-      title += f", {config.noise.kind} noise {truth.rate:.3g}"
-  fingerprints = {"fingerprints": prints}
+  config = runs.load_config(run)
+  prints = runs.load_fingerprints(run)
+  samples = tasks.get(config).load_samples(config, run, prints)
+  diagnostics = selection.diagnostics | {"fingerprints": prints}
   return gm.report(
-    select.ledger_of(run),
-    dataclasses.replace(
-      selection, diagnostics=selection.diagnostics | fingerprints
-    ),
+    runs.load_ledger(run),
+    dataclasses.replace(selection, diagnostics=diagnostics),
     path,
-    title=title,
-    run=_facts(config, run),
+    title=title or samples.title,
+    run=samples.facts | _facts(config, run),
     results=results,
-    dataset={
-      "labels": truth.labels,
-      # Where no noise was added, nobody knows which labels are true.
-      "true_labels": truth.clean_labels if truth.rate else None,
-      "suggested": suggestions(config, data),
-      "class_names": data.train.class_names,
-      "captions": data.train.ids,
-      "images": data.train.images,
-    },
+    dataset=samples.dataset,
     **options,
   )
 
 
-def suggestions(config: Any, data: data_lib.Data) -> np.ndarray | None:
-  """What the reference takes each sample for.
-
-  Args:
-    config: of the run.
-    data: of the run.
-
-  Returns:
-    Classes [N]; None where the run's reference is none that has outputs, or it
-    is not there any more.
-  """
-  if config.mimic.outputs is None and config.mimic.reference is None:
-    return None
-  try:
-    reference = reference_lib.load(config, "outputs", None, data)
-  except (FileNotFoundError, ValueError, TypeError) as error:
-    logging.warning("the report suggests no labels: %s", error)
-    return None
-  outputs = reference.for_batch({"index": np.arange(len(data.train.labels))})
-  return np.argmax(outputs, axis=-1).astype(np.int32)
-
-
 def _facts(config, run):
-  facts = {}
+  flat = workdir_lib.flatten(config)
+  facts: dict[str, Any] = {"seed": config.seed}
   for name, field in _FACTS.items():
-    value: Any = config
-    for key in field.split("."):
-      value = value[key]
-    if value not in (None, ""):
-      facts[name] = value
+    if flat.get(field) not in (None, "", 0):
+      facts[name] = flat[field]
   result = run / workdir_lib.RESULT_FILE
   if result.exists():
     found = workdir_lib.read_json(result, {})
@@ -179,7 +126,7 @@ def _facts(config, run):
       facts["noise rate"] = f"{found['noise_rate']:.4g}"
     if "checkpoints" in found:
       facts["checkpoints of steps"] = found["checkpoints"]
-  if (run / score.RUN_FILE).exists():
+  if runs.is_scored(run):
     facts["scored by"] = "python -m experiments.score"
   return facts | {"folder": run, "page written": datetime.date.today()}
 

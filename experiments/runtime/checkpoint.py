@@ -384,7 +384,7 @@ def load_params(
       f" {there}."
     )
   everywhere = any(
-    len({device.process_index for device in leaf.sharding.device_set}) > 1
+    _is_shared(leaf)
     for leaf in jax.tree.leaves(like)
     if isinstance(leaf, jax.Array)
   )
@@ -436,7 +436,9 @@ def _read(path, like, workdir):
         f" shape {tuple(leaf.shape)} there, expected"
         f" {np.shape(wanted[name])}."
       )
-  hows = their_structure.unflatten([_how(wanted[name]) for name in names])
+  hows = jax.tree.unflatten(
+    their_structure, [_how(wanted[name]) for name in names]
+  )
   found = handler.restore(
     path,
     args=ocp.args.PyTreeRestore(
@@ -455,7 +457,14 @@ def _read(path, like, workdir):
         f"parameter {_name(place)} in {workdir} is not finite: that run has"
         " diverged."
       )
-  return structure.unflatten([leaves[_name(place)] for place, _ in flat])
+  return jax.tree.unflatten(
+    structure, [leaves[_name(place)] for place, _ in flat]
+  )
+
+
+def _is_shared(leaf):
+  """Whether several processes have a part of an array."""
+  return len({device.process_index for device in leaf.sharding.device_set}) > 1
 
 
 def _name(path):

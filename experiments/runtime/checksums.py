@@ -131,6 +131,9 @@ def _read(folder):
     if head != f"checkpoint {_step(folder)}":
       raise ValueError(f"{path} is of another one ({head})")
     for line in lines:
-      total, size, name = _LINE.fullmatch(line).groups()
+      match = _LINE.fullmatch(line)
+      if match is None:
+        raise ValueError(f"{path} is damaged")
+      total, size, name = match.groups()
       known[name] = total, int(size)
   return known

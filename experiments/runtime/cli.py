@@ -94,7 +94,7 @@ def run(
             " and no --coordinator"
           )
         return _run_together(job, prepare, processes, debug)
-      job(prepare(_CONFIG.value), _WORKDIR.value)
+      _call(job, prepare)
     except (ValueError, TypeError, OSError, ImportError) as error:
       # What a user can mend is said in one line.
       if debug:
@@ -122,6 +122,10 @@ def _locking(job):
   return locked
 
 
+def _call(job, prepare):
+  return job(prepare(_CONFIG.value), _WORKDIR.value)
+
+
 def _run_together(job, prepare, processes, debug):
   """As one of several processes, which all end if one of them fails."""
   with contextlib.ExitStack() as stack:
@@ -130,10 +134,8 @@ def _run_together(job, prepare, processes, debug):
       stack.enter_context(contextlib.redirect_stdout(nowhere))
     try:
       if processes == FIRST:
-        return distributed.by_first(
-          lambda: job(prepare(_CONFIG.value), _WORKDIR.value)
-        )
-      return job(prepare(_CONFIG.value), _WORKDIR.value)
+        return distributed.by_first(lambda: _call(job, prepare))
+      return _call(job, prepare)
     except Exception as error:
       if debug:
         logging.exception("process %d", jax.process_index())

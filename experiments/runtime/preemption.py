@@ -25,6 +25,8 @@ _job = False  # True if this process is a job, which ends once it leaves
 class PreemptedError(SystemExit):
   """Ends the job with status 0 once the run is saved."""
 
+  code: int
+
   def __init__(self, message: str):
     super().__init__(int(os.environ.get(STATUS, 0)))
     self.message = message
@@ -40,13 +42,13 @@ class Preemption:
   """
 
   def __init__(self) -> None:
-    self._previous: object = None
     self._listens = (
       jax.process_count() == 1
       and threading.current_thread() is threading.main_thread()
     )
-    if self._listens:
-      self._previous = signal.signal(signal.SIGTERM, _note)
+    self._previous = (
+      signal.signal(signal.SIGTERM, _note) if self._listens else None
+    )
 
   def reached(self) -> bool:
     """True if the run is to stop now; all processes ask, and get one answer."""

@@ -16,18 +16,22 @@ import time
 from typing import Any, NamedTuple
 
 from configs import sweep as sweep_config
-from experiments.runtime import claims, preemption, workdir as workdir_lib
+from experiments.runtime import (
+  claims,
+  preemption,
+  renamed,
+  workdir as workdir_lib,
+)
 
 JOBS = (
   "train",
   "tune",
   "study",
-  "probe",
-  "costs",
+  "benchmark",
   "score",
   "select",
   "report",
-  "results",
+  "compare",
 )
 _CELL = re.compile(r"([\w.-]+): *(\w+) +(.+)", re.DOTALL)
 _SWEEP = "sweep"  # in braces: the sweep's own folder
@@ -65,7 +69,7 @@ def run_sweep(config: Any, workdir: Any) -> list[str]:
     for line in commands:
       print(line)
     return commands
-  workdir_lib.claim(folder, config, sweep_config, free=("cells", "run"))
+  workdir_lib.claim(folder, config, sweep_config, job="sweep")
   done: set[str] = set()
 
   def attempt(cell):
@@ -108,8 +112,10 @@ def parse(lines: Any) -> list[Cell]:
       if other != _SWEEP
     )
     if job not in JOBS:
+      new = renamed.command(job)
       raise ValueError(
         f"cell {name!r} is of job {job!r}; expected one of {', '.join(JOBS)}."
+        + (f" It is now {new}." if new else "")
       )
     if name in cells:
       raise ValueError(f"config.cells has {name!r} twice.")

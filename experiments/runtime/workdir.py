@@ -17,25 +17,14 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from configs import base
+from experiments.runtime import identity
 from gradmimic_jax import _files
 
 CONFIG_FILE = "config.json"
 INPUT_FILE = "input.json"  # what a run's model was made for, and is shown
 RESULT_FILE = "result.json"  # is there once a run has finished
-# Fields that say how a run is carried out, not what it is.
-RUNNING = ("mesh.", "faults.", "log_every", "profile_steps")
-# Fields that any run may be continued with others of: those, and what points
-# elsewhere.
-ALWAYS_FREE = (
-  *RUNNING,
-  "mimic.reference",
-  "mimic.outputs",
-  "data.filter",
-  "model.pretrained",
-  "noise.matrix",
-  "noise.path",
-)
+# What `claim` adds to a config: which job it is of.
+_JOB = "job"
 _SEAL = "checksum"
 _MAX_JSON = 1 << 30  # bytes; features' descriptions have every sample's id
 _REMEDY = "Choose another --workdir, or delete that folder to start over."
@@ -141,27 +130,53 @@ def read_model(folder: pathlib.Path) -> dict[str, Any]:
   return read_json(folder / CONFIG_FILE, {"model": dict})["model"]
 
 
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The config of the job whose folder it is.
+
+  Args:
+    folder: its workdir.
+
+  Returns:
+    The config's sections and fields.
+
+  Raises:
+    OSError: there is none.
+    ValueError: it is damaged, or an earlier release made the folder.
+  """
+  return _read_config(folder)[0]
+
+
+def _read_config(folder):
+  """The config, and the job whose it is."""
+  found = read_json(folder / CONFIG_FILE, {})
+  job = found.pop(_JOB, None)
+  if job not in identity.IDENTITY:
+    raise ValueError(
+      f"{folder} was made by an earlier release, whose runs this one can't go"
+      f" on with or read ({CONFIG_FILE} names no job). Use that release for it,"
+      " or give the job's command again with another --workdir."
+    )
+  return found, job
+
+
 def check_config(
-  folder: pathlib.Path, free: tuple[str, ...], prints: Mapping[str, str]
+  folder: pathlib.Path, job: str, prints: Mapping[str, str]
 ) -> None:
   """Raises ValueError where a run's `config.json` is that of another one.
 
   Args:
     folder: the run's.
-    free: what its job leaves out of the fingerprint, beside `ALWAYS_FREE`.
-    prints: fingerprints that the run left elsewhere; of earlier releases'
-      configs nothing is said.
+    job: which job's it is, a name in `identity.IDENTITY`.
+    prints: fingerprints that the run left elsewhere.
   """
-  file = folder / CONFIG_FILE
-  found = read_json(file, {}, sealed=False)
-  if found.pop(_SEAL, None) is None or "config" not in prints:
+  if "config" not in prints:
     return
-  mine = fingerprint(without(found, (*free, *ALWAYS_FREE)))
+  mine = config_fingerprint(read_config(folder), job)
   if mine != prints["config"]:
     raise ValueError(
-      f"{file} is of another run: its fingerprint is {mine!r}, and by"
-      f" {RESULT_FILE} or the ledger beside it {prints['config']!r}. Restore"
-      " what doesn't belong there."
+      f"{folder / CONFIG_FILE} is of another run: its fingerprint is {mine!r},"
+      f" and by {RESULT_FILE} or the ledger beside it {prints['config']!r}."
+      " Restore what doesn't belong there."
     )
 
 
@@ -209,8 +224,8 @@ def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
   return result
 
 
-def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-  """Writes an `.npz` file, all or nothing."""
+def write_arrays(path: pathlib.Path, **arrays: Any) -> None:
+  """Writes an `.npz` file of what are arrays, all or nothing."""
   content = io.BytesIO()
   np.savez_compressed(content, **arrays)
   write_bytes(path, content.getvalue())
@@ -239,20 +254,34 @@ def as_dict(config: config_dict.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def without(
-  config: config_dict.ConfigDict | dict[str, Any], fields: tuple[str, ...]
+def flatten(
+  config: config_dict.ConfigDict | dict[str, Any],
 ) -> dict[str, Any]:
-  """The config's `{"dotted.field": value}`, less fields that begin so."""
-  flat = _flat(config if isinstance(config, dict) else as_dict(config))
-  return {k: v for k, v in flat.items() if not k.startswith(fields)}
+  """The config as `{"section.field": value}`."""
+  return _flat(config if isinstance(config, dict) else as_dict(config))
+
+
+def config_fingerprint(
+  config: config_dict.ConfigDict | dict[str, Any], job: str
+) -> str:
+  """The fingerprint of the fields that make a job what it is.
+
+  Args:
+    config: the job's.
+    job: a name in `identity.IDENTITY`.
+
+  Returns:
+    Sixteen hex digits.
+  """
+  return fingerprint(identity.pick_fields(flatten(config), job))
 
 
 def check(
   path: str | os.PathLike,
   config: config_dict.ConfigDict,
-  fields: types.ModuleType = base,
+  fields: types.ModuleType,
   *,
-  free: tuple[str, ...] = (),
+  job: str,
 ) -> pathlib.Path:
   """Raises unless `path` may be, or become, the workdir of this config.
 
@@ -261,9 +290,9 @@ def check(
     config: what is going to run in it.
     fields: the module of `configs` whose `get_config()` has every field there
       is for this kind of job.
-    free: beginnings of the fields that may differ from an earlier run's. Those
-      in `ALWAYS_FREE` may in any case: of paths to other inputs it is the
-      contents that count, and the run's fingerprint has those.
+    job: a name in `identity.IDENTITY`, which says what fields may not differ
+      from an earlier run's. Of paths to other inputs it is the contents that
+      count, and the run's fingerprint has those.
 
   Returns:
     The folder's path.
@@ -278,14 +307,19 @@ def check(
   _check_writable(folder)
   file = folder / CONFIG_FILE
   if file.exists():
-    mine = as_dict(config)
-    for field, theirs, ours in _differences(read_json(file, {}), mine):
-      if not field.startswith((*ALWAYS_FREE, *free)):
+    found, theirs_job = _read_config(folder)
+    for field, theirs, ours in _differences(found, as_dict(config)):
+      if identity.counts(field, job):
         raise ValueError(
           f"workdir {folder} belongs to another config: {field} is {theirs!r}"
           f" there and {ours!r} here ({CONFIG_FILE}). Choose another --workdir,"
           " or delete that one to start over."
         )
+    if theirs_job != job:
+      raise ValueError(
+        f"workdir {folder} belongs to another job: {theirs_job!r} there and"
+        f" {job!r} here ({CONFIG_FILE}). Choose another --workdir."
+      )
   elif folder.exists() and any(
     entry.suffix != ".tmp" and not entry.match(".lock*")
     for entry in folder.iterdir()
@@ -382,9 +416,9 @@ def _megabytes(size):
 def claim(
   path: str | os.PathLike,
   config: config_dict.ConfigDict,
-  fields: types.ModuleType = base,
+  fields: types.ModuleType,
   *,
-  free: tuple[str, ...] = (),
+  job: str,
 ) -> pathlib.Path:
   """Makes `path` the workdir of this config, after `check`.
 
@@ -395,7 +429,7 @@ def claim(
     path: the folder; made if it is missing.
     config: as in `check`.
     fields: as in `check`.
-    free: as in `check`.
+    job: as in `check`.
 
   Returns:
     The folder's path.
@@ -403,14 +437,15 @@ def claim(
   Raises:
     ValueError: as `check`.
   """
-  folder = check(path, config, fields, free=free)
+  folder = check(path, config, fields, job=job)
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / CONFIG_FILE, as_dict(config), sealed=True)
+  about = {**as_dict(config), _JOB: job}
+  write_json(folder / CONFIG_FILE, about, sealed=True)
   return folder
 
 
 def check_fields(
-  config: config_dict.ConfigDict, fields: types.ModuleType = base
+  config: config_dict.ConfigDict, fields: types.ModuleType
 ) -> None:
   """Raises ValueError unless the config has exactly the fields there are."""
   known, given = _flat(as_dict(fields.get_config())), _flat(as_dict(config))
@@ -436,7 +471,7 @@ def _differences(theirs, ours):
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     if isinstance(value, dict):
       flat |= _flat(value, f"{prefix}{key}.")

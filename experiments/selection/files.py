@@ -1,101 +1,61 @@
-"""From a ledger to a selection, filter files and a manifest."""
+"""From a ledger to a selection or to filters, as files with a manifest."""
 
 import pathlib
 from typing import Any
 
 import gradmimic_jax as gm
 from configs import select as select_config
-from experiments.data import filters, sources
+from experiments.data import filters as filters_lib
+from experiments.data.pairs import datacomp
 from experiments.runtime import workdir as workdir_lib
-from experiments.tasks.classification import data as data_lib
-from experiments.training import scoring as score, trainer as train
+from experiments.selection import filters, runs
 
 SELECTION_FILE = "selection.parquet"
 KEPT_FILE = "kept.npy"
 CSV_FILE = "selection.csv"
-MANIFEST_FILE = filters.MANIFEST_FILE
+MANIFEST_FILE = filters_lib.MANIFEST_FILE
+_JOB = "selection"
 
 
 def select_run(config: Any, workdir: Any) -> dict[str, Any]:
-  """Selects from a run's ledger.
+  """Selects from a run's ledger, whatever it has learned.
 
   Args:
     config: as `configs/select.py` describes it.
-    workdir: gets the selection as `selection.parquet` and `selection.csv`, the
-      ids to keep as `kept.npy`, and `manifest.json`. Each of the first three
-      can be `config.data.filter` of a run.
+    workdir: gets `manifest.json`, and where `config.filters` is empty the
+      selection as `selection.parquet` and `selection.csv` and the ids to keep
+      as `kept.npy`; otherwise a file of ids for each filter, and how they
+      overlap as `overlap.csv`. Ids that are uids are kept as a DataComp subset
+      file. Each file but the last can be `config.data.filter` of a run.
 
   Returns:
     What is in `manifest.json`.
 
   Raises:
-    ValueError: an unknown field or name, or a workdir of another config.
+    ValueError: an unknown field or name, a workdir of another config, a filter
+      that doesn't read, or one of scores that are not there.
     FileNotFoundError: there is no ledger in the run's folder, or its data set
-      is not there.
+      or metadata are not there.
   """
-  workdir_lib.check(workdir, config, select_config, free=("run",))
+  workdir_lib.check(workdir, config, select_config, job=_JOB)
   run = pathlib.Path(config.run)
-  selection = from_ledger(config.select, ledger_of(run))
-  folder = workdir_lib.claim(workdir, config, select_config, free=("run",))
-  return write(folder, selection, fingerprints_of(run))
-
-
-def ledger_of(run: pathlib.Path) -> gm.ScoreLedger:
-  """The ledger in a run's folder; FileNotFoundError if there is none."""
-  if not (run / train.LEDGER_FOLDER).is_dir():
-    raise FileNotFoundError(
-      f"config.run is {str(run)!r}, and there is no {train.LEDGER_FOLDER} in"
-      " it; expected the workdir of experiments.score, or of a run of a method"
-      " with scores."
+  if config.metadata is not None and not config.filters:
+    raise ValueError(
+      f"config.metadata is {config.metadata!r}, and config.filters, which would"
+      " look at it, is empty. Name filters, such as"
+      " --config.filters=\"('mimic_top30 & basic',)\", or leave it out."
     )
-  return gm.ScoreLedger(run / train.LEDGER_FOLDER)
-
-
-def config_of(run: pathlib.Path) -> Any:
-  """The config of the data in a run's folder, whichever job it is of."""
-  for name in (score.RUN_FILE, workdir_lib.CONFIG_FILE):
-    if (run / name).exists():
-      section = workdir_lib.read_json(run / name, {})
-      if name == score.RUN_FILE:
-        score.check_run(run, section)
-      return score.complete(section, run / name)
-  raise FileNotFoundError(f"{run} is no run's folder: it has no config.json.")
-
-
-def fingerprints_of(run: pathlib.Path) -> dict[str, str]:
-  """What a filter of a run's ledger belongs to.
-
-  Args:
-    run: its folder.
-
-  Returns:
-    The ledger's own fingerprints, and those of data set and labels.
-
-  Raises:
-    ValueError: the files in the folder are damaged, or not of one run.
-    FileNotFoundError: one of them, or the data set, is not there.
-  """
-  own = ledger_of(run).fingerprints
-  config = config_of(run)
-  free = score.FREE if (run / score.RUN_FILE).exists() else train.FREE
-  workdir_lib.check_config(run, free, own)
-  for name, theirs in workdir_lib.of_result(run).items():
-    if own.get(name, theirs) != theirs:
-      raise ValueError(
-        f"{run / workdir_lib.RESULT_FILE} is of another run: its fingerprint"
-        f" {name!r} is {theirs!r}, and the ledger's beside it {own[name]!r}."
-        " Restore the one that doesn't belong there."
-      )
-  labels = filters.own_labels(run / data_lib.LABELS_FILE, own)
-  train_set = sources.of_config(config.data, config.data.train_split)
-  found = filters.fingerprints(config, train_set, labels)
-  for name, value in found.items():
-    if own.get(name, value) != value:
-      raise ValueError(
-        f"{run / workdir_lib.CONFIG_FILE} is of another run, or the data set"
-        f" has changed: its {name} is {value!r}, the ledger's {own[name]!r}."
-      )
-  return {**own, **found}
+  ledger = runs.load_ledger(run)
+  if config.filters:
+    pool = filters.pool_of(run, config.metadata, config.clip_column)
+    made = filters.make(config.filters, pool, seed=config.seed)
+  else:
+    selection = from_ledger(config.select, ledger)
+  prints = runs.load_fingerprints(run)
+  folder = workdir_lib.claim(workdir, config, select_config, job=_JOB)
+  if config.filters:
+    return filters.write(folder, made, pool, prints)
+  return write(folder, selection, prints)
 
 
 def from_ledger(section: Any, ledger: gm.ScoreLedger) -> gm.Selection:
@@ -134,7 +94,7 @@ def write(
   Returns:
     What is in `manifest.json`.
   """
-  gm.export.write_npy(
+  datacomp.write_ids(
     folder / KEPT_FILE, selection.kept_ids, fingerprints=fingerprints
   )
   gm.export.write_parquet(
@@ -151,7 +111,7 @@ def write(
     "aggregate": selection.diagnostics["aggregate"],
     "fingerprints": fingerprints,
     "sha256": {
-      name: filters.file_sha256(folder / name)
+      name: filters_lib.file_sha256(folder / name)
       for name in (KEPT_FILE, SELECTION_FILE, CSV_FILE)
     },
   }
@@ -166,6 +126,16 @@ def _number(value):
 def main(config: Any, workdir: str) -> None:
   """Selects, then prints what came of it and where it is."""
   manifest = select_run(config, workdir)
+  if config.filters:
+    print(
+      f"{manifest['pool']:,} samples in the pool, {manifest['scored']:,} of"
+      " them with mimic scores"
+    )
+    for name, about in manifest["filters"].items():
+      path = pathlib.Path(workdir) / about["file"]
+      print(f"  {name:<30} keeps {about['kept']:>12,}  {path}")
+    print(f"  {pathlib.Path(workdir) / filters.OVERLAP_FILE}")
+    return
   print(f"keeps {manifest['kept']:,} of {manifest['samples']:,} samples;")
   print(manifest["remove"])
   for name in (*manifest["sha256"], MANIFEST_FILE):

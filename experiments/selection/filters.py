@@ -1,4 +1,4 @@
-"""Filters of image-text pairs by mimic and CLIP scores, as subset files.
+"""Filters of what a run has scored: cuts, and expressions of them.
 
 Each percentage is one of the whole pool, taken before anything is combined.
 """
@@ -12,17 +12,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 import gradmimic_jax as gm
-from configs import clip_filters as filters_config
+from experiments import tasks
 from experiments.data import filters
 from experiments.data.pairs import datacomp
-from experiments.reporting import tables
-from experiments.runtime import distributed, workdir as workdir_lib
-from experiments.selection import files as select_lib
-from experiments.tasks.contrastive import (
-  data as clip_data,
-  reference as clip_reference,
-)
-from gradmimic_jax.selection.uids import parse_uids
+from experiments.runtime import tables, workdir as workdir_lib
+from experiments.selection import runs
 
 OVERLAP_FILE = "overlap.csv"
 MANIFEST_FILE = filters.MANIFEST_FILE
@@ -34,94 +28,79 @@ _NAME = re.compile(r"[\w.]+")
 
 
 class Scores(NamedTuple):
-  """Scores by uid, high = good."""
+  """Scores by id, high = good."""
 
-  uids: np.ndarray  # `u8,u8` [M]
+  ids: np.ndarray  # [M]: integers, text, or uids as `u8,u8`
   values: np.ndarray  # [M]
 
 
 class Pool(NamedTuple):
   """What filters choose from, and go by."""
 
-  uids: np.ndarray  # `u8,u8` [N]
+  ids: np.ndarray  # [N], of the same kind
   mimic: Scores | None = None
   clip: Scores | None = None
   basic: gm.filters.Filter | None = None
 
 
-def run_filters(config: Any, workdir: Any) -> dict[str, Any]:
-  """Makes filters of a run's ledger.
+def pool_of(run: pathlib.Path, metadata: str | None, clip_column: str) -> Pool:
+  """Reads what filters of a run's ledger choose from.
 
   Args:
-    config: as `configs/clip_filters.py` describes it.
-    workdir: gets a DataComp subset file for each filter, the overlaps of all as
-      `overlap.csv`, and `manifest.json`.
+    run: the workdir of `train` or `score`.
+    metadata: DataComp's: a Parquet file or a folder of them; None: the pool is
+      what the run has scored.
+    clip_column: of the metadata, the one with CLIP scores.
 
   Returns:
-    What is in `manifest.json`.
+    The Pool.
 
   Raises:
-    ValueError: an unknown field, a filter that doesn't read, or one of scores
-      that are not there.
-    FileNotFoundError: there is no ledger in the run's folder, or no metadata.
+    ValueError: metadata that are damaged or lack a column.
+    FileNotFoundError: there is no ledger, or no metadata.
   """
-  workdir_lib.check(workdir, config, filters_config, free=("run", "metadata"))
-  mimic = mean_scores(pathlib.Path(config.run))
-  pool = Pool(mimic.uids, mimic)
-  if config.metadata is not None:
-    columns = (config.clip_column, *datacomp.BASIC_COLUMNS)
-    metadata = datacomp.read_metadata(config.metadata, columns)
-    clip = Scores(metadata.uids, metadata.column(config.clip_column))
-    pool = Pool(metadata.uids, mimic, clip, datacomp.basic(metadata))
-  made = make(config.filters, pool, seed=config.seed)
-  folder = workdir_lib.claim(
-    workdir, config, filters_config, free=("run", "metadata")
+  mimic = mean_scores(run)
+  if metadata is None:
+    return Pool(mimic.ids, mimic)
+  found = datacomp.read_metadata(
+    metadata, (clip_column, *datacomp.BASIC_COLUMNS)
   )
-  return write(folder, made, pool)
+  clip = Scores(found.uids, found.column(clip_column))
+  return Pool(found.uids, mimic, clip, datacomp.basic(found))
 
 
 def mean_scores(run: pathlib.Path) -> Scores:
-  """The mean of every pair's scores over a run, those of all its processes.
+  """The mean of every sample's scores over a run, those of all its processes.
 
   Args:
-    run: the workdir of `experiments.clip_train`.
+    run: the workdir of `train` or `score`.
 
   Returns:
-    The Scores, uids ascending; pairs whose scores are all NaN are left out.
+    The Scores, ids ascending; samples whose scores are all NaN are left out.
 
   Raises:
     FileNotFoundError: there is no ledger in that folder.
   """
-  rows = select_lib.ledger_of(run).table().select(["id", "score"])
+  rows = runs.load_ledger(run).table().select(["id", "score"])
   rows = rows.filter(pc.is_finite(rows["score"]))
   means = rows.group_by("id").aggregate([("score", "mean")]).sort_by("id")
-  return Scores(parse_uids(means["id"]), means["score_mean"].to_numpy())
+  return Scores(datacomp.as_ids(means["id"]), means["score_mean"].to_numpy())
 
 
-def of_study(config: Any, scored: pathlib.Path | None) -> Pool:
-  """All pairs of a run, with its mimic scores and the reference's CLIP scores.
+def load_pool(config: Any, scored: pathlib.Path | None) -> Pool:
+  """All samples of a run, with its mimic scores and the reference's own.
 
   Args:
     config: a run's, with its reference.
     scored: the folder of the run whose mimic scores count; None: no run's.
 
   Returns:
-    The pool.
+    The Pool; its CLIP scores are what the reference alone says of a sample.
   """
-  memory = clip_data.pool(config)
-  uids = parse_uids(memory.truth.uids)
-  found = clip_reference.features_of_pool(
-    config,
-    clip_reference.model_of(config),
-    memory,
-    distributed.Devices.alone(),
-  )
-  similarity = np.sum(found.image * found.text, axis=1)
-  return Pool(
-    uids,
-    None if scored is None else mean_scores(scored),
-    Scores(uids, similarity),
-  )
+  ids, values = tasks.get(config).score_by_reference(config)
+  ids = datacomp.as_ids(ids)
+  mimic = None if scored is None else mean_scores(scored)
+  return Pool(ids, mimic, Scores(ids, values))
 
 
 def make(
@@ -150,7 +129,9 @@ def make(
   """
   check(expressions)
   names = {name for text in expressions for name in _NAME.findall(text)}
-  atoms = {name: _atom(name, pool, seed) for name in sorted(names)}
+  atoms = {
+    name: _atom(_ATOM.fullmatch(name), pool, seed) for name in sorted(names)
+  }
   return {text: gm.filters.combine(text, atoms) for text in expressions}
 
 
@@ -175,7 +156,7 @@ def check(expressions: Sequence[str]) -> None:
     for name in _NAME.findall(text):
       match = _ATOM.fullmatch(name)
       percent = match and (match["percent"] or match["random"] or "1")
-      if not match or not 0 < int(percent) <= 100:
+      if not 0 < int(percent or 0) <= 100:
         raise ValueError(
           f"the filter {text!r} has {name!r}; expected names such as"
           " mimic_top30, mimic_bottom15, clip_top30, random30 or basic, with"
@@ -183,14 +164,14 @@ def check(expressions: Sequence[str]) -> None:
         )
 
 
-def _atom(name, pool, seed):
-  match = _ATOM.fullmatch(name)
+def _atom(match, pool, seed):
+  name = match[0]
   if match["random"]:
-    size = int(len(pool.uids) * int(match["random"]) / 100) + 1
+    size = int(len(pool.ids) * int(match["random"]) / 100) + 1
     rng = np.random.default_rng((seed, int(match["random"])))
-    size = min(size, len(pool.uids))
-    chosen = rng.choice(len(pool.uids), size, replace=False)
-    return gm.filters.Filter(pool.uids[chosen], name)
+    size = min(size, len(pool.ids))
+    chosen = rng.choice(len(pool.ids), size, replace=False)
+    return gm.filters.Filter(pool.ids[chosen], name)
   found = getattr(pool, match["score"] or name)
   if found is None:
     raise ValueError(
@@ -200,11 +181,11 @@ def _atom(name, pool, seed):
   if match["score"] is None:
     return found
   cut = datacomp.top if match["end"] == "top" else datacomp.bottom
-  return cut(found.uids, found.values, int(match["percent"]) / 100, name)
+  return cut(found.ids, found.values, int(match["percent"]) / 100, name)
 
 
 def file_of(expression: str) -> str:
-  """The name of an expression's subset file."""
+  """The name of an expression's file of ids."""
   words = expression.replace("-", "less").replace("&", "and")
   words = words.replace("|", "or").replace("~", "not")
   return re.sub(r"\W+", "_", words).strip("_") + ".npy"
@@ -214,26 +195,30 @@ def write(
   folder: pathlib.Path,
   made: Mapping[str, gm.filters.Filter],
   pool: Pool,
+  fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-  """Writes a subset file for each filter, and their overlaps.
+  """Writes a file of ids for each filter, and their overlaps.
 
   Args:
     folder: to write to.
     made: filters by name.
     pool: they were chosen from.
+    fingerprints: what they belong to.
 
   Returns:
     The manifest: sizes, files and overlaps.
   """
   for name, one in made.items():
-    gm.export.write_datacomp_subset(folder / file_of(name), one)
+    datacomp.write_ids(
+      folder / file_of(name), one.ids, fingerprints=fingerprints
+    )
   overlaps = gm.filters.overlap(made).to_pylist()
   workdir_lib.write_bytes(
     folder / OVERLAP_FILE, tables.csv_text(overlaps).encode()
   )
   manifest = {
-    "pool": len(pool.uids),
-    "scored": 0 if pool.mimic is None else len(pool.mimic.uids),
+    "pool": len(pool.ids),
+    "scored": 0 if pool.mimic is None else len(pool.mimic.ids),
     "filters": {
       name: {"kept": len(one), "file": file_of(name)}
       for name, one in made.items()
@@ -246,16 +231,3 @@ def write(
   }
   workdir_lib.write_json(folder / MANIFEST_FILE, manifest)
   return manifest
-
-
-def main(config: Any, workdir: str) -> None:
-  """Makes the filters, then prints their sizes and where they are."""
-  manifest = run_filters(config, workdir)
-  print(
-    f"{manifest['pool']:,} pairs in the pool, {manifest['scored']:,} of them"
-    " with mimic scores"
-  )
-  for name, about in manifest["filters"].items():
-    path = pathlib.Path(workdir) / about["file"]
-    print(f"  {name:<30} keeps {about['kept']:>12,}  {path}")
-  print(f"  {pathlib.Path(workdir) / OVERLAP_FILE}")

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 
 from configs import compare as results_config
-from experiments.benchmarks import methods as costs_lib
-from experiments.reporting import figures, tables
-from experiments.runtime import workdir as workdir_lib
-from experiments.studies import (
-  published,
-  summary as study_report,
-  tuning as tune,
-)
+from experiments.reporting import figures
+from experiments.runtime import tables, workdir as workdir_lib
+from experiments.studies import published, records, tuning
 
+COSTS_FILE = "methods.json"  # of the benchmark of methods
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
@@ -48,7 +44,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   if not groups:
     raise ValueError(
       "config.probe and config.finetune are empty; expected at least one"
-      " folder of a finished experiments.probe or experiments.study."
+      " folder of a finished experiments.study, of heads or of networks."
     )
   ablations = [
     (label, _load([folder]))
@@ -56,9 +52,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = workdir_lib.read_json(
-      _there(pathlib.Path(config.costs) / costs_lib.COSTS_FILE), {}
-    )
+    costs = _load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [f"# {config.title}", "", *_about(groups)]
@@ -67,9 +61,9 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
     slug = title.lower().replace(" ", "_").replace("-", "_")
     _write_csv(folder / f"{slug}.csv", rows)
     theirs = functools.partial(
-      published.accuracy,
+      published.find,
+      "finetuned" if title == _FINETUNING else "heads",
       summaries[0]["dataset"],
-      finetuned=title == _FINETUNING,
     )
     lines += ["", f"## {title}", "", *_accuracies(rows, costs, theirs)]
     lines += _subsets(rows)
@@ -100,7 +94,7 @@ def _there(path):
 def _load(folders):
   return [
     workdir_lib.read_json(
-      _there(pathlib.Path(folder) / study_report.SUMMARY_FILE), {}
+      _there(pathlib.Path(folder) / records.SUMMARY_FILE), {}
     )
     for folder in folders
   ]
@@ -129,6 +123,7 @@ def _rows(summaries):
   """Every summary's rows with the noise in words."""
   rows = []
   for summary in summaries:
+    accuracy = summary.get("headline", {}).get("accuracy", "test_accuracy")
     rates = dict.fromkeys(
       row["noise_rate"]
       for row in summary["rows"]
@@ -138,7 +133,12 @@ def _rows(summaries):
       # A reference has clean labels: it stands beside every noise.
       shown = rates if row["method"] == _REFERENCE else [row["noise_rate"]]
       for rate in shown:
-        rows.append({"noise": f"{summary['noise']} {rate:.2f}", **row})
+        own = {
+          f"test_accuracy{end}": row[f"{accuracy}{end}"]
+          for end in ("", "_error")
+        }
+        noise = f"{summary['noise']} {rate:.2f}"
+        rows.append({"noise": noise, **row, **own})
   return rows
 
 
@@ -152,41 +152,67 @@ def _label(row):
 
 
 def _is_whole(row):
-  """Whether the run was on all of the data."""
-  return row.get("keep") is None and row.get("chosen_by") is None
+  """True for a run on all of the data."""
+  return not (row.get("keep") or row.get("chosen_by") or row.get("filter"))
+
+
+def _pivot(names, rows, key, column, columns, more=lambda found: ()):
+  """A table of accuracies: a line for each key, a cell for each column."""
+  lines: dict[Any, dict[Any, Any]] = {}
+  for row in rows:
+    lines.setdefault(key(row), {})[column(row)] = row
+  return tables.markdown(
+    names,
+    [
+      [
+        *line,
+        *(tables.accuracy(found.get(value)) for value in columns),
+        *more(found),
+      ]
+      for line, found in lines.items()
+    ],
+  )
+
+
+def _noises(rows):
+  return list(dict.fromkeys(row["noise"] for row in rows))
 
 
 def _accuracies(rows, costs, theirs):
   whole = [row for row in rows if _is_whole(row)]
-  noises = list(dict.fromkeys(row["noise"] for row in whole))
-  header = ["method", *noises]
-  measured = costs["methods"] if costs else {}
+  names = ["method", *_noises(whole)]
   beside = any(
     theirs(row["method"], rate) is not None
     for row in whole
     for rate in published.RATES
   )
   if costs:
-    header += ["time", "memory"]
+    names += ["time", "memory"]
   if beside:
-    header += ["published .4 / .5 / .6"]
-  lines = []
-  for label in dict.fromkeys(_label(row) for row in whole):
-    of_method = {r["noise"]: r for r in whole if _label(r) == label}
-    name = next(iter(of_method.values()))["method"]
-    cells = [tables.accuracy(of_method.get(noise)) for noise in noises]
+    names += ["published .4 / .5 / .6"]
+
+  def more(found):
+    method = next(iter(found.values()))["method"]
     if costs:
-      entry = measured.get(name, {})
-      cells += [tables.number(entry.get(k), 2) for k in ("time", "memory")]
+      entry = costs["methods"].get(method, {})
+      yield from (tables.number(entry.get(k), 2) for k in ("time", "memory"))
     if beside:
-      values = [theirs(name, rate) for rate in published.RATES]
-      cells.append(
-        "-"
-        if not any(values)
-        else " / ".join(tables.number(value, 4) for value in values)
-      )
-    lines.append([label, *cells])
-  return ["Test accuracy:", "", *tables.markdown(header, lines)]
+      values = [theirs(method, rate) for rate in published.RATES]
+      shown = " / ".join(tables.number(value, 4) for value in values)
+      yield shown if any(values) else "-"
+
+  return [
+    "Test accuracy:",
+    "",
+    *_pivot(
+      names,
+      whole,
+      lambda row: (_label(row),),
+      lambda row: row["noise"],
+      _noises(whole),
+      more,
+    ),
+  ]
 
 
 def _subsets(rows):
@@ -195,23 +221,16 @@ def _subsets(rows):
   if not parts:
     return []
   keeps = sorted({row["keep"] for row in parts}, reverse=True)
-  keys = dict.fromkeys(
-    (row["noise"], row["chosen_by"] or "random") for row in parts
-  )
-  found = {
-    (row["noise"], row["chosen_by"] or "random", row["keep"]): row
-    for row in parts
-  }
   return [
     "",
     "Test accuracy of plain training on a share of the data:",
     "",
-    *tables.markdown(
+    *_pivot(
       ["noise", "chosen by", *(f"{100 * keep:g} %" for keep in keeps)],
-      [
-        [*key, *(tables.accuracy(found.get((*key, keep))) for keep in keeps)]
-        for key in keys
-      ],
+      parts,
+      lambda row: (row["noise"], row["chosen_by"] or "random"),
+      lambda row: row["keep"],
+      keeps,
     ),
   ]
 
@@ -242,7 +261,9 @@ def _detections(rows, method, dataset):
     for name in names:
       theirs = None
       if row["noise"].startswith("symmetric"):
-        theirs = published.f1(dataset, name, round(row["noise_rate"], 2))
+        theirs = published.find(
+          "f1", dataset, name, round(row["noise_rate"], 2)
+        )
       text = tables.number(row[f"f1_{name}"])
       cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
     lines.append([row["noise"], tables.number(row["auroc"]), *cells])
@@ -260,6 +281,7 @@ def _quality(rows, method, path, title):
   if len(scored) < 2 or not names:
     return []
   noise = [1 - row["clean_fraction"] for row in scored]
+  kept = {name: [row[f"kept_{name}"] for row in scored] for name in names}
   lines = [
     [
       row["noise"],
@@ -272,17 +294,12 @@ def _quality(rows, method, path, title):
     ]
     for row in scored
   ]
-  correlations = [
-    tables.number(_pearson(noise, [row[f"kept_{name}"] for row in scored]))
-    for name in names
-  ]
+  correlations = [tables.number(_pearson(noise, kept[name])) for name in names]
   order = np.argsort(noise)
-  shares = {name: [row[f"kept_{name}"] for row in scored] for name in names} | {
-    "truth": [1 - rate for rate in noise]
-  }
+  shares = kept | {"truth": [1 - rate for rate in noise]}
   figures.learning_curves(
     {
-      name: [(np.take(noise, order), np.take(share, order))]
+      name: [(np.take(noise, order).tolist(), np.take(share, order).tolist())]
       for name, share in shares.items()
     },
     path,
@@ -294,7 +311,7 @@ def _quality(rows, method, path, title):
     "",
     "Quality of the data: estimated clean fraction (and share kept), and"
     " Pearson's r of the share kept with the noise rate"
-    f" (published: {published.QUALITY_CORRELATION}):",
+    f" (published: {published.load().get('quality_correlation')}):",
     "",
     *tables.markdown(
       ["noise", "truth", *names],
@@ -311,6 +328,18 @@ def _pearson(a, b):
   return float(np.corrcoef(a, b)[0, 1])
 
 
+def _load_costs(file):
+  """Costs of steps, at the first of the batch sizes that were measured."""
+  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
+  for size, entries in found["batches"].items():
+    return {
+      "machine": found["machine"],
+      "batch_size": int(size),
+      "methods": entries,
+    }
+  raise ValueError(f"{file} has no batches; give its command again.")
+
+
 def _cost_notes(costs):
   about = costs["machine"]
   return [
@@ -324,37 +353,36 @@ def _cost_notes(costs):
 
 
 def _ablations(ablations, folder):
-  rows = []
-  for label, summaries in ablations:
-    for row in _rows(summaries):
-      if _is_whole(row):
-        rows.append({"setting": label, **row})
+  rows = [
+    {"setting": label, **row}
+    for label, summaries in ablations
+    for row in _rows(summaries)
+    if _is_whole(row)
+  ]
   _write_csv(folder / "ablations.csv", rows)
-  noises = list(dict.fromkeys(row["noise"] for row in rows))
-  found = {(row["setting"], _label(row), row["noise"]): row for row in rows}
-  keys = dict.fromkeys((row["setting"], _label(row)) for row in rows)
-  return tables.markdown(
+  noises = _noises(rows)
+
+  def aurocs(found):
+    values = (found.get(noise, {}).get("auroc") for noise in noises)
+    yield " / ".join(map(tables.number, values))
+
+  return _pivot(
     ["setting", "method", *noises, "AUROC"],
-    [
-      [
-        *key,
-        *(tables.accuracy(found.get((*key, noise))) for noise in noises),
-        " / ".join(
-          tables.number(found.get((*key, noise), {}).get("auroc"))
-          for noise in noises
-        ),
-      ]
-      for key in keys
-    ],
+    rows,
+    lambda row: (row["setting"], _label(row)),
+    lambda row: row["noise"],
+    noises,
+    aurocs,
   )
 
 
 def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
-    settings = workdir_lib.read_json(_there(path / tune.TUNED_FILE), {})
+    settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
     shutil.copy(
-      _there(path / tune.TABLE_FILE), folder / f"{path.name}_{tune.TABLE_FILE}"
+      _there(path / tuning.TABLE_FILE),
+      folder / f"{path.name}_{tuning.TABLE_FILE}",
     )
     for method, entry in settings.items():
       lines.append(

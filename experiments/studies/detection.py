@@ -1,6 +1,7 @@
-"""How well scores find the mislabelled, by one binariser and another."""
+"""How well scores find what is wrong: all of it, by kind, and by binariser."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,31 @@ def measure(
       "estimate": _mean(probability[~np.isnan(probability)]),
     }
   return about
+
+
+def auroc_by_kind(
+  scores: np.ndarray, kinds: np.ndarray, names: Sequence[str]
+) -> dict[str, float | None]:
+  """AUROC of all wrong samples, and of each kind, against those that are right.
+
+  Args:
+    scores: [N], finite; high is good.
+    kinds: text [N], as `Truth.kinds`.
+    names: of the kinds that are told apart.
+
+  Returns:
+    `auroc` and, for each of the names, `auroc_<name>`; None where it isn't
+    defined.
+  """
+
+  def auroc(wrong):
+    chosen = wrong | (kinds == "")
+    if not chosen.any():
+      return None
+    return plain(gm.metrics.auroc(-scores[chosen], wrong[chosen]))
+
+  of_kinds = {f"auroc_{name}": auroc(kinds == name) for name in names}
+  return {"auroc": auroc(kinds != ""), **of_kinds}
 
 
 def mean(config: Any, found: list[dict[str, Any]]) -> dict[str, float | None]:

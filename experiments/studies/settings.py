@@ -42,3 +42,24 @@ def read(path: str | None) -> dict[str, dict[str, Any]]:
         f"{path} has settings of {name!r}; there is no method of that name."
       )
   return settings
+
+
+def fields_read(name: str, config: Any) -> set[str]:
+  """The fields of `config.mimic` that a method looks at.
+
+  Args:
+    name: the method's.
+    config: `config.mimic`.
+
+  Returns:
+    Their names.
+  """
+  seen = set()
+
+  class Recorder:
+    def __getattr__(self, field):
+      seen.add(field)
+      return config[field]
+
+  methods.create(name, Recorder())
+  return seen

@@ -1,264 +1,271 @@
-"""What came out of a study: selection, tables, figures, a report."""
+"""What came out of a study: a row for each run, and `summary.json`."""
 
-import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import gradmimic_jax as gm
-from experiments.data import filters, sources
-from experiments.reporting import figures, page as report_lib, tables
-from experiments.runtime import metrics as writers, workdir as workdir_lib
-from experiments.selection import files as select_lib
-from experiments.studies import detection
-from experiments.tasks.classification import data as data_lib
-from experiments.training import trainer as train
+from experiments.reporting import page
+from experiments.runtime import tables as tables_lib, workdir as workdir_lib
+from experiments.selection import files, filters, runs
+from experiments.studies import detection, figures, plan, tables
+from experiments.studies.plan import BASELINE, REFERENCE
+from experiments.studies.records import (
+  MARKDOWN_FILE,
+  SUMMARY_FILE,
+  TABLE_FILE,
+  Records,
+)
 
-SUMMARY_FILE = "summary.json"
-TABLE_FILE = "results.csv"
-_SHEET = 48  # images on the sheet of the lowest-scored samples
 
-
-def write(
-  config: Any,
-  folder: pathlib.Path,
-  results: dict[str, list[dict[str, Any]]],
-  parts: dict[str, tuple[str | None, float | None]],
-) -> dict[str, Any]:
-  """Selects, and writes what a study found out.
+def write(records: Records) -> dict[str, Any]:
+  """Measures what a study found out, and writes it.
 
   Args:
-    config: the study's.
-    folder: the study's.
-    results: of each run the results, in the order of `config.study.seeds`.
-    parts: of each run on a part of the data who has chosen it (None: chance)
-      and the share that is kept (None: what the selection keeps).
+    records: of the finished runs.
 
   Returns:
     What is in `summary.json`.
   """
-  found = {
-    name: [
-      _detection(config, _run(folder, seed, name)) for seed in _seeds(config)
-    ]
-    for name in _scored(config, folder)
-  }
-  rows = _rows(config, results, found, parts)
-  workdir_lib.write_bytes(folder / TABLE_FILE, tables.csv_text(rows).encode())
+  config, task, results = records.config, records.task, records.results
+  found = _detect(records)
+  rows = [make_row(records, name, found.get(name, [])) for name in results]
+  best = find_best(rows)
+  learner = next(row for row in rows if row["method"] != REFERENCE)
+  one = results[learner["method"]][0]
+  folder = records.folder
   summary = {
-    "dataset": config.data.name,
-    "noise": config.noise.column or config.noise.kind,
-    "noise_rate": _noise_rate(config, results),
-    "seeds": _seeds(config),
+    "task": config.task,
+    "dataset": config.data.get("name", config.task),
+    "noise": ", ".join(task.noise_kinds(config)),
+    "noise_rate": learner["noise_rate"],
+    "seeds": records.seeds,
     "num_epochs": config.num_epochs,
+    "batch_size": config.batch_size,
+    "samples_seen": one["steps"] * config.batch_size,
+    task.size: one.get(task.size),
+    "size": task.size,
+    "headline": task.headline._asdict(),
+    "kinds": list(records.kinds),
     "machine": workdir_lib.machine(),
     "runs": results,
-    "detection": found,
     "rows": rows,
+    "detection": found,
+    "reference_checks": records.load_verdicts(),
+    "overlaps": records.load_overlaps(),
+    "best": best,
     "seconds": round(
-      sum(run["seconds"] for runs in results.values() for run in runs), 1
+      sum(run["seconds"] for members in results.values() for run in members), 1
     ),
-    "figures": [str(path) for path in _draw(config, folder, results)],
-    "results": [str(folder / TABLE_FILE), str(folder / SUMMARY_FILE)],
-    "report": _write_report(config, folder, results),
+    "results": [
+      str(folder / name) for name in (TABLE_FILE, MARKDOWN_FILE, SUMMARY_FILE)
+    ],
   }
-  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
+  summary["figures"] = [str(path) for path in figures.draw(records, summary)]
+  summary["report"] = _write_page(records, summary)
+  write_tables(folder, summary, tables.markdown(summary))
   return summary
 
 
-def select(config: Any, run: pathlib.Path) -> pathlib.Path:
-  """Selects from a run's ledger by `config.select`; the file of what is kept.
+def write_tables(folder: Any, summary: dict[str, Any], text: str) -> None:
+  """Writes a summary, its rows as CSV, and its tables as Markdown.
 
-  The selection's files (`experiments/select.py`) are written to the run's
-  folder.
+  Args:
+    folder: to write to.
+    summary: with `rows`.
+    text: the tables.
   """
-  selection = select_lib.from_ledger(config.select, select_lib.ledger_of(run))
-  select_lib.write(run, selection, select_lib.fingerprints_of(run))
-  return run / select_lib.KEPT_FILE
+  rows = tables_lib.csv_text(summary["rows"])
+  workdir_lib.write_bytes(folder / TABLE_FILE, rows.encode())
+  workdir_lib.write_bytes(folder / MARKDOWN_FILE, text.encode())
+  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
 
 
-def text(summary: dict[str, Any]) -> str:
-  """The study's results, and where they are, as text."""
-  seeds = len(summary["seeds"])
-  paths = [*summary["figures"], *summary["results"]]
-  lines = [
-    f"{summary['dataset']}, {summary['noise']} noise"
-    f" {summary['noise_rate']:.3g}, mean ± standard error of {seeds}"
-    f" seed{'s' if seeds > 1 else ''}:",
-    "",
-    table(summary),
-    "",
-    "figures and results:",
-    *(f"  {path}" for path in paths),
-  ]
-  if summary["report"]:
-    lines += ["", "report:", f"  {summary['report']}"]
-  return "\n".join(lines)
+def select(records: Records, seed: int, name: str) -> gm.Selection:
+  """Selects from a run's ledger by `config.select`, as `experiments.select`.
+
+  Args:
+    records: of a study; the run has finished.
+    seed: the run's.
+    name: the run's.
+
+  Returns:
+    The selection, which is written to the run's folder.
+  """
+  folder = records.path(seed, name)
+  ledger = records.load_ledger(seed, name)
+  selection = files.from_ledger(records.config.select, ledger)
+  files.write(folder, selection, runs.load_fingerprints(folder))
+  return selection
 
 
-def table(summary: dict[str, Any]) -> str:
-  """The study's results as text."""
-  lines = [
-    f"{'method':<26} {'test accuracy':>15} {'train samples':>14} {'seconds':>8}"
-  ]
-  for row in summary["rows"]:
-    lines.append(
-      f"{row['method']:<26} {tables.accuracy(row, 3):>15}"
-      f" {row['train_samples']:>14.0f} {row['seconds']:>8.1f}"
+def make_row(
+  records: Records, name: str, found: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+  """A run's means over the seeds, beside the baseline's of the same seeds.
+
+  Args:
+    records: of the finished runs.
+    name: the run's.
+    found: what its scores detect, for each seed.
+
+  Returns:
+    The row. `saved_loss` (`saved_accuracy`) is the share of the baseline's
+    steps that are left when its final loss (accuracy) is first reached, over
+    the seeds that reach it, `reached_loss` of them; absent without a baseline.
+  """
+  task, members = records.task, records.results[name]
+  run = next(run for run in records.runs if run.name == name)
+  row: dict[str, Any] = {"method": name, "runs": len(members)}
+  row |= {"chosen_by": run.chosen_by, "keep": run.keep, "filter": run.filter}
+  asked = plan.make_config(records.config, run).noise.rate
+  rates = [member.get("noise_rate", asked) for member in members]
+  row["noise_rate"] = float(np.mean(rates))
+  for field in (task.size, "seconds"):
+    if members[0].get(field) is not None:
+      row[field] = float(np.mean([member[field] for member in members]))
+  for field in (*task.headline, *task.more_metrics):
+    row[field], row[f"{field}_error"] = tables_lib.mean_and_error(
+      [member[field] for member in members]
     )
-  for name, entries in summary["detection"].items():
-    lines += ["", f"mislabelled samples found by {name}:"]
-    for key, label in (
-      ("auroc", "AUROC of mean score"),
-      ("f1", "F1 of selection"),
-      ("kept_fraction", "kept fraction"),
-      ("clean_fraction", "true clean fraction"),
-    ):
-      values = [e[key] for e in entries if e[key] is not None]
-      shown = "-"
-      if values:
-        shown = tables.with_error(*tables.mean_and_error(values), 3)
-      lines.append(f"  {label:<24} {shown:>15}")
-  return "\n".join(lines)
+  row |= _compare(records, name)
+  row["nonfinite"] = sum(member["nonfinite_samples"] for member in members)
+  row |= detection.mean(records.config, list(found))
+  for field in ("auroc", *(f"auroc_{kind}" for kind in records.kinds)):
+    row |= _mean_of(found, field)
+  row["clean_share"] = None
+  if run.is_on_a_part or name == BASELINE:
+    shares = [
+      records.clean_share(other) for other in records.runs if other.name == name
+    ]
+    known = [share for share in shares if share is not None]
+    if len(known) == len(shares):
+      row["clean_share"] = float(np.mean(known))
+  return row
 
 
-def _seeds(config):
-  return list(config.study.seeds)
-
-
-def _run(folder, seed, name):
-  return folder / f"seed{seed}" / name
-
-
-def _scored(config, folder):
-  """The methods that have left scores."""
-  first = config.study.seeds[0]
-  return [
-    name
-    for name in config.study.methods
-    if (_run(folder, first, name) / train.LEDGER_FOLDER).exists()
+def _compare(records, name):
+  """A run's gain, and the steps that it saves; {} without a baseline."""
+  headline, plain = records.task.headline, records.results.get(BASELINE)
+  if plain is None:
+    return {}
+  gains = [
+    {"gain": run[headline.accuracy] - other[headline.accuracy]}
+    for run, other in zip(records.results[name], plain, strict=True)
   ]
+  fields = _mean_of(gains, "gain")
+  for what, field, sign in (
+    ("loss", headline.loss, 1),
+    ("accuracy", headline.accuracy, -1),
+  ):
+    saved = []
+    for seed, other in zip(records.seeds, plain, strict=True):
+      steps, values = records.load_curve(seed, name, field)
+      there = steps_to(steps, np.multiply(sign, values), sign * other[field])
+      if there is not None:
+        saved.append({f"saved_{what}": 1 - there / other["steps"]})
+    fields[f"reached_{what}"] = len(saved)
+    fields |= _mean_of(saved, f"saved_{what}")
+  return fields
 
 
-def _truth(run):
-  """The labels that a run was given, and whose of its ledger are wrong."""
-  ledger = gm.ScoreLedger(run / train.LEDGER_FOLDER)
-  ids, scores = ledger.matrix("score")
-  labels = filters.own_labels(run / data_lib.LABELS_FILE, ledger.fingerprints)
-  return ids, scores, labels, labels.is_noisy[ids]
+def _mean_of(entries, field):
+  """The mean of what there is, and its error."""
+  values = [e[field] for e in entries if e.get(field) is not None]
+  mean = tables_lib.mean_and_error(values) if values else (None, None)
+  return dict(zip((field, f"{field}_error"), mean, strict=True))
 
 
-def _detection(config, run):
-  """How well a run's selection, and others, find the mislabelled."""
-  select(config, run)
-  selection = gm.export.read_parquet(run / select_lib.SELECTION_FILE)
-  ids, scores, _, wrong = _truth(run)
-  _, weights = gm.ScoreLedger(run / train.LEDGER_FOLDER).matrix("weight")
-  found = detection.measure(config, scores, weights, wrong)
-  seen = np.isin(ids, selection.ids)
-  chosen = gm.metrics.detection(
-    np.nanmean(scores[seen], axis=1), selection.keep, wrong[seen]
+def steps_to(
+  steps: Sequence[float], values: Sequence[float], target: float
+) -> float | None:
+  """Finds where a falling curve is at a value, or below, for the first time.
+
+  Args:
+    steps: at which it was measured [K], ascending.
+    values: what was measured [K]; NaN reaches nothing.
+    target: the value.
+
+  Returns:
+    The step, on the line from the measurement before; None if it never is.
+
+  Example:
+    >>> steps_to([0, 10, 20], [3.0, 2.0, 1.0], 1.5)
+    15.0
+  """
+  reached = np.flatnonzero(np.asarray(values) <= target)
+  if not len(reached):
+    return None
+  k = int(reached[0])
+  if k == 0 or not np.isfinite(values[k - 1]):
+    return float(steps[k])
+  share = (values[k - 1] - target) / (values[k - 1] - values[k])
+  return float(steps[k - 1] + share * (steps[k] - steps[k - 1]))
+
+
+def find_best(rows: Sequence[dict[str, Any]]) -> str | None:
+  """The run with scores that saves the most steps in all seeds, or None."""
+  able = [
+    row
+    for row in rows
+    if row["auroc"] is not None and row.get("reached_loss") == row["runs"]
+  ]
+  return (
+    max(able, key=lambda row: row["saved_loss"])["method"] if able else None
   )
-  found["f1"] = detection.plain(chosen.f1)
-  found["kept_fraction"] = float(selection.keep.mean())
+
+
+def _detect(records):
+  """By name, how well scores find what is wrong, for each seed."""
+  found: dict[str, list[dict[str, Any]]] = {}
+  for seed in records.seeds:
+    truth = records.load_truth(seed)
+    if truth is None:
+      continue
+
+    def of_scores(ids, scores, truth=truth):
+      kinds = truth.kinds_of(ids)
+      return detection.auroc_by_kind(scores, kinds, records.kinds)
+
+    for name in records.scored:
+      selection = select(records, seed, name)
+      ledger = records.load_ledger(seed, name)
+      ids, scores = ledger.matrix("score")
+      _, weights = ledger.matrix("weight")
+      wrong = truth.kinds_of(ids) != ""
+      entry = detection.measure(records.config, scores, weights, wrong)
+      if entry:
+        entry |= of_scores(*filters.mean_scores(records.path(seed, name)))
+        seen = np.isin(ids, selection.ids)
+        chosen = gm.metrics.f1(~selection.keep, wrong[seen])
+        entry["f1"] = detection.plain(chosen)
+        entry["kept_fraction"] = float(selection.keep.mean())
+      found.setdefault(name, []).append(entry)
+    if records.task.reference_score and REFERENCE in records.results:
+      entry = of_scores(*records.score_by_reference(seed))
+      found.setdefault(records.task.reference_score, []).append(entry)
   return found
 
 
-def _rows(config, results, found, parts):
-  """A row for each run's name: means over the seeds."""
-  rows = []
-  for name, runs in results.items():
-    row: dict[str, Any] = {"method": name, "runs": len(runs)}
-    row["chosen_by"], row["keep"] = parts.get(name, (None, None))
-    for field in ("noise_rate", "train_samples", "seconds"):
-      row[field] = float(np.mean([run[field] for run in runs]))
-    for field in ("test_accuracy", "test_loss"):
-      row[field], row[f"{field}_error"] = tables.mean_and_error(
-        [run[field] for run in runs]
-      )
-    row["nonfinite"] = sum(run["nonfinite_samples"] for run in runs)
-    rows.append(row | detection.mean(config, found.get(name, [])))
-  return rows
-
-
-def _noise_rate(config, results):
-  """The share of wrong labels that the methods saw."""
-  runs = results[config.study.methods[0]]
-  return float(np.mean([run["noise_rate"] for run in runs]))
-
-
-def _draw(config, folder, results):
-  """Draws the study's figures; histograms and sheet of the first seed."""
-  rate = _noise_rate(config, results)
-  kind = config.noise.column or config.noise.kind
-  title = f"{config.data.name}, {kind} noise {rate:.3g}"
-  paths = []
-  for field, file in (
-    ("test_accuracy", "learning_curves.png"),
-    ("test_loss", "test_loss.png"),
-  ):
-    curves: dict[str, list[Any]] = {}
-    for name in results:
-      for seed in config.study.seeds:
-        metrics = _run(folder, seed, name) / writers.METRICS_FILE
-        values = [r[field] for r in writers.read_metrics(metrics) if field in r]
-        curves.setdefault(name, []).append((range(len(values)), values))
-    paths.append(
-      figures.learning_curves(
-        curves,
-        folder / file,
-        title=title,
-        xlabel="epoch",
-        ylabel=field.replace("_", " "),
-      )
-    )
-  train_set = sources.of_config(config.data, config.data.train_split)
-  seed = config.study.seeds[0]
-  for method in _scored(config, folder):
-    ids, scores, labels, wrong = _truth(_run(folder, seed, method))
-    paths.append(
-      figures.score_histograms(
-        scores,
-        wrong,
-        folder / f"scores_{method}.png",
-        title=f"{title}: scores of {method}, seed {seed}",
-      )
-    )
-    lowest = np.argsort(np.nanmean(scores, axis=1))[:_SHEET]
-    names = train_set.class_names
-    paths.append(
-      figures.contact_sheet(
-        train_set.images[ids[lowest]],
-        [
-          f"given {names[labels.labels[i]]}\n"
-          f"true {names[labels.clean_labels[i]]}"
-          for i in ids[lowest]
-        ],
-        folder / f"lowest_{method}.png",
-        title=f"{title}: lowest mean scores of {method}, seed {seed}"
-        " (orange: the label is right)",
-        colored=~wrong[lowest],
-      )
-    )
-  return paths
-
-
-def _write_report(config, folder, results):
-  """The path of the page about the first method with a ledger, if any.
+def _write_page(records, summary):
+  """The path of the page on the best run with scores, or the first, if any.
 
   It is about the study's first seed.
   """
-  for method in _scored(config, folder):
-    run = _run(folder, config.study.seeds[0], method)
-    columns = ("test_accuracy", "train_samples", "seconds")
-    path = report_lib.write(
-      folder / f"report_{method}.html",
-      run,
-      gm.export.read_parquet(run / select_lib.SELECTION_FILE),
-      results={
-        name: {key: runs[0][key] for key in columns}
-        for name, runs in results.items()
-      },
-    )
-    return str(path)
-  return None
+  if not records.scored:
+    return None
+  seed, name = records.seeds[0], summary["best"] or records.scored[0]
+  folder, task = records.path(seed, name), records.task
+  columns = (*task.headline, *task.more_metrics, task.size, "seconds")
+  path = page.write(
+    records.folder / f"report_{name}.html",
+    folder,
+    gm.export.read_parquet(folder / files.SELECTION_FILE),
+    title=f"{tables.title(summary)}: {name}",
+    results={
+      other: {key: members[0][key] for key in columns if key in members[0]}
+      for other, members in records.results.items()
+    },
+  )
+  return str(path)

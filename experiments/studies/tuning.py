@@ -14,15 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from configs import base, label_noise
-from experiments import methods
-from experiments.reporting import tables
-from experiments.runtime import workdir as workdir_lib
-from experiments.studies import runner as study
+from configs import label_noise
+from experiments import methods, tasks
+from experiments.runtime import tables, workdir as workdir_lib
+from experiments.studies import plan, runner
 from experiments.studies.probing import grid as probe, heads
 
 TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
-_FREE = ("study.", "probe.", "select.", "checkpoint.", "noise.rate")
 
 
 def tune(config: Any, workdir: Any) -> dict[str, Any]:
@@ -42,8 +40,8 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
     ValueError: an unknown field or name, or a workdir of another config.
     FileNotFoundError: a data set that is not there.
   """
-  fields = label_noise if "probe" in config else base
-  workdir_lib.check(workdir, config, fields, free=_FREE)
+  fields = label_noise if "probe" in config else tasks.get(config).configs
+  workdir_lib.check(workdir, config, fields, job="tuning")
   if not config.study.tune.learning_rates:
     raise ValueError(
       "config.study.tune.learning_rates is empty; expected at least one."
@@ -54,14 +52,15 @@ def tune(config: Any, workdir: Any) -> dict[str, Any]:
       " one layer. Leave it empty."
     )
   tried = _heads if "probe" in config else _runs
-  folder = workdir_lib.claim(workdir, config, fields, free=_FREE)
+  folder = workdir_lib.claim(workdir, config, fields, job="tuning")
   rows = tried(config, folder)
+  accuracy = tasks.get(config).headline.accuracy
   best: dict[str, Any] = {}
   for row in rows:
     entry = best.setdefault(row["method"], {"accuracy": -1.0, "settings": 0})
     entry["settings"] += 1
-    if row["test_accuracy"] > entry["accuracy"]:
-      entry["accuracy"] = row["test_accuracy"]
+    if row[accuracy] > entry["accuracy"]:
+      entry["accuracy"] = row[accuracy]
       entry["set"] = {
         key: value
         for key, value in row.items()
@@ -78,23 +77,19 @@ def _value_field(config):
 
 def _runs(config, folder):
   """By the general loop: a run for each setting and seed."""
-  runs, settings = [], {}
-  if study.needs_reference(config):
-    runs += [
-      study.Run(seed, study.REFERENCE, study.reference_overrides(config, seed))
-      for seed in config.study.seeds
-    ]
-  needs = tuple(run.name for run in runs[:1])
+  task, tried = tasks.get(config), config.study.tune
+  needs = (plan.REFERENCE,) if plan.needs_reference(config) else ()
+  settings = {}
   for method in config.study.methods:
     values, layers = (None,), (None,)
     if heads.reads_value(method, config.mimic):
-      values = tuple(config.study.tune.weighting_values) or values
+      values = tuple(tried.weighting_values) or values
     if methods.reads_layers(methods.create(method, config.mimic)):
-      layers += tuple(config.study.tune.layers)
+      layers += tuple(tried.layers)
     for rate, value, chosen in itertools.product(
-      config.study.tune.learning_rates, values, layers
+      tried.learning_rates, values, layers
     ):
-      setting = {"optimizer.learning_rate": rate}
+      setting = {"method": method, "optimizer.learning_rate": rate}
       name = f"{method}_rate{rate:g}"
       if value is not None:
         setting[_value_field(config)] = value
@@ -102,16 +97,20 @@ def _runs(config, folder):
       if chosen is not None:
         setting["mimic.layers"] = chosen
         name += f"_layers{workdir_lib.fingerprint(chosen)[:4]}"
-      settings[name] = {"method": method, **setting}
-      runs += [
-        study.Run(seed, name, {"method": method, **setting}, needs)
-        for seed in config.study.seeds
-      ]
-  results = study.run_all(config, folder, runs)
+      settings[name] = setting
+  runs = [
+    plan.Run(seed, name, task.reference_overrides(config, seed))
+    for name in needs
+    for seed in config.study.seeds
+  ]
+  runs += [
+    plan.Run(seed, name, setting, needs)
+    for name, setting in settings.items()
+    for seed in config.study.seeds
+  ]
+  results = runner.run_all(config, folder, runs)
   return [
-    setting
-    | {"test_accuracy": _mean(results[name], "test_accuracy")}
-    | {"test_loss": _mean(results[name], "test_loss")}
+    setting | _means(results[name], reversed(task.headline))
     for name, setting in settings.items()
   ]
 
@@ -136,16 +135,18 @@ def _heads(config, folder):
         "method": method,
         "optimizer.learning_rate": rate,
         _value_field(config): value,
-        "test_accuracy": _mean(members, "test_accuracy"),
-        "test_loss": _mean(members, "test_loss"),
+        **_means(members, ("test_accuracy", "test_loss")),
       }
       for (method, value), members in found.items()
     ]
   return rows
 
 
-def _mean(entries, field):
-  return float(np.mean([entry[field] for entry in entries]))
+def _means(entries, fields):
+  return {
+    field: float(np.mean([entry[field] for entry in entries]))
+    for field in fields
+  }
 
 
 def main(config: Any, workdir: str) -> None:

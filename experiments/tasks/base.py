@@ -4,7 +4,7 @@ import abc
 import functools
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import gradmimic_jax as gm
+from experiments.data.pairs import datacomp
 from experiments.runtime import (
   distributed,
   durations,
@@ -76,6 +77,32 @@ class Truth(NamedTuple):
     """True where a sample is wrong, bool [N]."""
     return self.kinds != ""
 
+  def kinds_of(self, ids: np.ndarray) -> np.ndarray:
+    """Finds the kinds [M] of some of the samples, by their ids [M].
+
+    Raises:
+      ValueError: an id that is not there.
+    """
+    own, ids = datacomp.as_ids(self.ids), datacomp.as_ids(ids)
+    order = np.argsort(own)
+    rows = order[np.searchsorted(own[order], ids) % len(own)]
+    missing = ids[own[rows] != ids]
+    if len(missing):
+      raise ValueError(
+        f"{len(missing)} of {len(ids)} ids are not among the {len(own)}"
+        f" training samples, the first is {missing[0]!r}; expected ids of this"
+        " data."
+      )
+    return self.kinds[rows]
+
+
+class Samples(NamedTuple):
+  """The contents of a page about a run's training samples."""
+
+  title: str
+  facts: dict[str, Any]  # of the data and the model, by name
+  dataset: dict[str, Any] | None = None  # as `gm.report` takes it
+
 
 class Headline(NamedTuple):
   """The two metrics of an evaluation that studies report."""
@@ -90,6 +117,7 @@ class Task(abc.ABC):
   Attributes:
     config: the run's, with fields that the task works out filled in.
     devices: the devices that it computes on.
+    data: the run's, of a type of the task's own.
     params: the learner's, before the first step, on the devices.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     outputs: the functions of the model's outputs.
@@ -101,15 +129,22 @@ class Task(abc.ABC):
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
-  configs: ClassVar[types.ModuleType]
+  configs: types.ModuleType
   # Methods that can train it; None: all.
   methods: ClassVar[tuple[str, ...] | None] = None
   headline: ClassVar[Headline]
   # Advice where a reference's weights would harm.
   instead: ClassVar[str] = "grad_mimic_outputs or output_agreement"
+  # Metrics that studies report besides the headline, and the name in `facts` of
+  # the number of samples that a run trains on.
+  more_metrics: ClassVar[tuple[str, ...]] = ()
+  size: ClassVar[str] = "train_samples"
+  # The name of `score_by_reference`; None: there is no such score.
+  reference_score: ClassVar[str | None] = None
 
   config: Any
   devices: distributed.Devices
+  data: Any
   params: Any
   losses_fn: Callable[..., Any]
   outputs: Outputs
@@ -157,6 +192,67 @@ class Task(abc.ABC):
     """
     del folder
     return cls(config, devices, direction=direction)
+
+  # Of finished runs, for jobs that make no model.
+
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """Describes the data that a filter of a run's scores belongs to.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      The `data_fingerprints` of a Task of that config.
+
+    Raises:
+      ValueError: files in the folder that are not of that ledger.
+      FileNotFoundError: one of them, or the data set, is not there.
+    """
+    del config, folder, ledger
+    return {}
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """Reads the contents of a page about a run's training samples.
+
+    Args:
+      config: of the run, or of what was scored.
+      folder: its folder.
+      ledger: the fingerprints of the ledger in it.
+
+    Returns:
+      The Samples.
+
+    Raises:
+      ValueError, FileNotFoundError: as `load_fingerprints`.
+    """
+    del folder, ledger
+    return Samples(config.data.get("name", config.task), {})
+
+  @classmethod
+  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scores all training samples by the reference alone.
+
+    Args:
+      config: a run's, with its reference.
+
+    Returns:
+      Ids [N] and scores [N], high = good.
+
+    Raises:
+      ValueError: the task has no such score.
+    """
+    raise ValueError(
+      f"the task {config.task!r} has no score by the reference alone; leave out"
+      " filters such as clip_top30."
+    )
 
   @functools.cached_property
   def total_steps(self) -> int:
@@ -219,6 +315,59 @@ class Task(abc.ABC):
 
   def close(self) -> None:
     """Ends the reading of batches."""
+    return None
+
+  # For studies, which don't make the task.
+
+  @classmethod
+  def check_study(cls, config: Any) -> None:
+    """Raises ValueError unless a study of the config can be made."""
+    del config
+
+  @classmethod
+  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+    """Returns the kinds of noise that the config adds, as in `Truth`."""
+    return tuple(config.noise.kinds)
+
+  @classmethod
+  def seed_overrides(cls, seed: int) -> dict[str, Any]:
+    """Returns the fields that follow a study's seed, besides `seed`."""
+    return {"noise.seed": seed}
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """Returns the fields in which a study's reference differs from learners.
+
+    Args:
+      config: the study's.
+      seed: the study's.
+
+    Returns:
+      `{"dotted.field": value}`.
+    """
+    wanted = config.study.reference
+    return {
+      "seed": seed + wanted.seed_offset,
+      "method": "sgd",
+      "noise.rate": wanted.noise_rate,
+      **durations.overrides(wanted),
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+    """Loads the truth about all training samples of a run, filter or not.
+
+    Args:
+      config: the run's.
+      folder: the run's, which has begun at least.
+
+    Returns:
+      The Truth; None if it is unknown.
+
+    Raises:
+      ValueError: a file in the folder is damaged, or another run's.
+    """
+    del config, folder
     return None
 
 

@@ -251,6 +251,8 @@ def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:
     ValueError: a file is missing: its name, and advice. In processes other than
       the first, a RuntimeError.
   """
+  if ledger is None:
+    return
 
   def look():
     remedy = (
@@ -264,8 +266,7 @@ def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:
     if not epochs:
       raise ValueError(f"{ledger.path} has lost all of its rows. {remedy}")
 
-  if ledger is not None:
-    distributed.by_first(look)
+  distributed.by_first(look)
 
 
 def _next(step, reader, log, take):

@@ -52,8 +52,11 @@ def check(
     if known["reference"] != reference.fingerprint:
       known = None
   # All processes check, or none.
-  if distributed.agree(known is not None) and (
-    known["verdict"] != "foreign basin" or config.mimic.force
+  agreed = distributed.agree(known is not None)
+  if (
+    agreed
+    and known is not None
+    and (known["verdict"] != "foreign basin" or config.mimic.force)
   ):
     return known
   report = gm.check_reference(

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from configs import score as score_config
-from experiments import methods, tasks
+from experiments import tasks
 from experiments.runtime import (
   checkpoint,
   distributed,
@@ -28,8 +28,7 @@ RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = train.LEDGER_FOLDER
 RUN_FILE = "run.json"  # the learner's config, as it was scored
 PROGRESS_FILE = "progress.json"
-# These fields may change: they name the same inputs, or change no score.
-FREE = ("learner", "data_dir", "flush_every", "mimic.force")
+JOB = "score"
 
 
 def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a learner, data set or reference that is not there.
     locks.InUseError: another job works in the workdir.
   """
-  workdir_lib.check(workdir, config, score_config, free=FREE)
+  workdir_lib.check(workdir, config, score_config, job=JOB)
   for field in ("batch_size", "flush_every"):
     if config[field] < 1:
       raise ValueError(
@@ -62,7 +61,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
     run_config = learners_config(config)
     scoring = _Scoring(config, run_config, folder)
     if distributed.is_first():
-      workdir_lib.claim(workdir, config, score_config, free=FREE)
+      workdir_lib.claim(workdir, config, score_config, job=JOB)
       workdir_lib.write_json(
         folder / RUN_FILE, workdir_lib.as_dict(run_config), sealed=True
       )
@@ -112,9 +111,9 @@ def learners_config(config: Any) -> Any:
       " (python -m experiments.train)."
     )
   workdir_lib.check_config(
-    file.parent, train.FREE, workdir_lib.of_result(file.parent)
+    file.parent, train.JOB, workdir_lib.of_result(file.parent)
   )
-  run = complete(workdir_lib.read_json(file, {}), file)
+  run = complete(workdir_lib.read_config(file.parent), file)
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
   run.data.filter = None  # all samples are scored, also those that it left out
@@ -173,7 +172,7 @@ class _Scoring:
     devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
     self.devices = devices
     self.learner = pathlib.Path(config.learner)
-    method = methods.create(config.method, config.mimic)
+    method = train.create_method(run)
     self.task = task = tasks.get(run).create_for_scoring(
       run, devices, self.learner, direction=method and method.direction
     )
@@ -202,9 +201,7 @@ class _Scoring:
       ]
     )
     self.fingerprints = {
-      "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
-      ),
+      "config": workdir_lib.config_fingerprint(config, JOB),
       "learner": learner,
       **task.data_fingerprints,
     }

@@ -49,10 +49,10 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
   """
   if mesh is None:
     return None
-  return sharding.of_tree(state, mesh), StepOutput(
-    jax.sharding.NamedSharding(mesh, sharding.WHOLE),
-    jax.sharding.NamedSharding(mesh, sharding.ROWS),
-  )
+  # One stands in the place of a whole dict.
+  whole: Any = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
+  rows: Any = jax.sharding.NamedSharding(mesh, sharding.ROWS)
+  return sharding.of_tree(state, mesh), StepOutput(whole, rows)
 
 
 def make_train_step(
@@ -63,7 +63,7 @@ def make_train_step(
   outputs: Outputs | None = None,
   *,
   out_shardings: Any = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
+) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
 
   Args:
@@ -297,8 +297,13 @@ def _pulled(pullback, weights, values):
 
 def find_score(method: Method, outputs: Outputs | None) -> Score:
   """Finds the method's score, the task's or else the library's."""
+  score = method.score
+  if score is None:
+    raise ValueError("the method has no score; expected one that has.")
   of_task = {} if outputs is None else outputs.scores
-  return of_task.get(method.score) or gm.scores.get(method.score)
+  if isinstance(score, str) and score in of_task:
+    return of_task[score]
+  return gm.scores.get(score)
 
 
 def _check_coupled(config, outputs):

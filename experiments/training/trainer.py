@@ -25,19 +25,7 @@ from experiments.training import (
 
 RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = "ledger"
-
-# Fields that may change when a run is continued: the run doesn't depend on
-# them, or only on their contents, which its fingerprint has.
-FREE = (
-  "select.",
-  "study.",
-  "checkpoint.",
-  "mimic.force",
-  "data.shards",
-  "data.held_out_shards",
-  "data.num_threads",
-  "data.max_broken_share",
-)
+JOB = "run"
 
 
 def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
@@ -63,7 +51,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
     locks.InUseError: another run works in the workdir.
   """
   fields = tasks.get(config).configs
-  folder = workdir_lib.check(workdir, config, fields, free=FREE)
+  folder = workdir_lib.check(workdir, config, fields, job=JOB)
   started = time.monotonic()
   result_file = folder / RESULT_FILE
   with contextlib.ExitStack() as stack:
@@ -77,7 +65,7 @@ def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
       loop.check_finished(folder, run.ledger())
       return result
     if distributed.is_first():
-      workdir_lib.claim(workdir, config, fields, free=FREE)
+      workdir_lib.claim(workdir, config, fields, job=JOB)
       reference_check.save(folder, checked)
       run.task.save(folder)
     distributed.meet()
@@ -102,7 +90,7 @@ class Run:
       task: made of the same config; None makes it.
     """
     loop.check_counts(config, "batch_size", "eval_batch_size")
-    self.method = _method(config)
+    self.method = create_method(config)
     if task is None:
       devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
       direction = self.method and self.method.direction
@@ -112,9 +100,7 @@ class Run:
     self.total_steps, self.batches = task.total_steps, task.batches
     self.schedule = loop.schedule(self.config, task)
     self.fingerprints = {
-      "config": workdir_lib.fingerprint(
-        workdir_lib.without(config, (*FREE, *workdir_lib.ALWAYS_FREE))
-      ),
+      "config": workdir_lib.config_fingerprint(config, JOB),
       **task.fingerprints,
     }
     self.reference = reference_lib.load(self.config, self.method, task, folder)
@@ -205,7 +191,18 @@ class Run:
     return {**self.fingerprints, **self.task.data_fingerprints}
 
 
-def _method(config):
+def create_method(config: Any) -> methods.Method | None:
+  """The method that a run's config names.
+
+  Args:
+    config: the run's.
+
+  Returns:
+    The Method; None: plain training.
+
+  Raises:
+    ValueError: there is no such method, or the task can't be trained by it.
+  """
   able = tasks.get(config).methods
   if able is not None and config.method not in able:
     raise ValueError(

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = ROOT / ".pytest_cache" / "jax"
 
@@ -44,7 +46,13 @@ def start(
     address = f"localhost:{free.getsockname()[1]}"
   environment = {
     **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    # As this process compiles, so do these.
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={devices}",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get(
+      "JAX_DISABLE_MOST_OPTIMIZATIONS",
+      str(int(jax.config.jax_disable_most_optimizations)),
+    ),
     "OMP_NUM_THREADS": "1",
     "JAX_ENABLE_X64": str(int(bits == 64)),
     "PYTHONPATH": str(ROOT),

@@ -2,11 +2,14 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 from configs import digits, language, shapes
+from experiments.runtime import checkpoint
 from experiments.training import steps
 
 TASKS = ("classification", "contrastive", "language")
@@ -34,6 +37,7 @@ _TASK = {
     "optimizer.learning_rate": 1e-2,
   },
   "contrastive": {
+    "optimizer.name": "sgd",  # whose programs are the smallest
     "model.clip.image_width": 16,
     "model.clip.text_width": 16,
     "model.clip.image_depth": 1,
@@ -47,6 +51,7 @@ _TASK = {
     "data.zero_shot_size": 48,
   },
   "language": {
+    "optimizer.name": "sgd",
     "model.decoder.width": 16,
     "model.decoder.depth": 1,
     "model.decoder.mlp_width": 32,
@@ -82,30 +87,42 @@ def make(task: str, data_dir: str, **fields: Any) -> Any:
 
 
 @contextlib.contextmanager
-def interrupted(count: int) -> Iterator[None]:
-  """Training stops with KeyboardInterrupt before its step `count`."""
-  make_step = steps.make_train_step
+def before_step(count: int, happens: Callable[[], None]) -> Iterator[None]:
+  """A run calls `happens` before its step `count`, which it has to reach."""
+  make_step, reached = steps.make_train_step, []
 
-  def make_interrupted(*args, **options):
+  def make_eventful(*args, **options):
     step, done = make_step(*args, **options), []
 
-    def stopping(*args):
+    def eventful(*args):
       if len(done) == count:
-        raise KeyboardInterrupt
+        reached.append(None)
+        happens()
       done.append(None)
       return step(*args)
 
-    return stopping
+    return eventful
 
-  with mock.patch.object(steps, "make_train_step", make_interrupted):
-    try:
-      yield
-    except KeyboardInterrupt:
-      return
-  raise AssertionError(f"the run has ended before step {count}.")
+  with mock.patch.object(steps, "make_train_step", make_eventful):
+    yield
+  assert reached, f"the run has ended before step {count}."
 
 
-def checkpointed(folder: pathlib.Path) -> list[int]:
-  """The steps of the checkpoints in a run's folder."""
-  found = folder / "checkpoints"
-  return sorted(int(path.name) for path in found.iterdir() if path.is_dir())
+@contextlib.contextmanager
+def interrupted(count: int) -> Iterator[None]:
+  """Training stops with KeyboardInterrupt before its step `count`."""
+
+  def stop():
+    raise KeyboardInterrupt
+
+  with before_step(count, stop), contextlib.suppress(KeyboardInterrupt):
+    yield
+
+
+def killed(folder: pathlib.Path, to: pathlib.Path, count: int) -> None:
+  """Copies a run's folder as a kill before its step `count` leaves it."""
+  end = time.monotonic() + 60
+  while checkpoint.steps(folder) != list(range(2, count + 1, 2)):
+    assert time.monotonic() < end, "a checkpoint is late"
+    time.sleep(0.01)
+  shutil.copytree(folder, to)

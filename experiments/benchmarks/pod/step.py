@@ -1,10 +1,10 @@
 """A train step compiled for devices that are not there.
 
-Nothing is allocated and nothing runs: the step is that of `experiments.train`
-or `experiments.clip_train`, its arguments are shapes with shardings, and the
-compiler is asked what its program holds in memory and sends between devices.
-The devices are a host's virtual ones, or those of a TPU slice: for these libtpu
-has to be installed, and no TPU.
+Nothing is allocated and nothing runs: the step is that of `experiments.train`,
+its arguments are shapes with shardings, and the compiler is asked what its
+program holds in memory and sends between devices. The devices are a host's
+virtual ones, or those of a TPU slice: for these libtpu has to be installed, and
+no TPU.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ def compile_step(case: Case, section: Any, found: list[Any]) -> Compiled:
   """
   mesh = mesh_of(case, found)
   step, shapes = train_step(case, section, mesh)
-  around = contextlib.nullcontext()
+  around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
   if case.step == "streaming_mesh":
     around = jax.set_mesh(mesh)
   with around:
@@ -212,7 +212,7 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
 def model(section: Any) -> tuple[Any, Any]:
   """A section's model: its `apply`, and its parameters as shapes."""
   shape = (section.image_size, section.image_size, 3)
-  made = {}
+  made: dict[str, Any] = {}
 
   def create():
     if section.name == "clip":
@@ -255,7 +255,7 @@ def _job_config(case, section, params):
 
 
 def _classification(case, section, config, apply, rows):
-  """As `experiments.train` has it."""
+  """As a classification run has it."""
   del rows
   n, size = case.batch_size, section.image_size
   batch = {
@@ -272,7 +272,7 @@ def _classification(case, section, config, apply, rows):
 
 
 def _contrastive(case, section, config, apply, rows):
-  """As `experiments.clip_train` has it."""
+  """As a contrastive run has it."""
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   n, size = case.batch_size, section.image_size
   tokens = clip.options(section)["context_length"]

@@ -129,9 +129,10 @@ def apply_noise(
   noisy = KINDS[kind].draw(clean, num_classes=num_classes, **handed)
   missing = noisy == NO_LABEL
   if missing.any() and not partial:
+    first = np.asarray(ids)[np.argmax(missing)]
     raise ValueError(
       f"{path} has no label for {missing.sum()} of {len(clean)} samples, such"
-      f" as {str(ids[np.argmax(missing)])!r}; complete it, or let these keep"
+      f" as {str(first)!r}; complete it, or let these keep"
       " their labels with config.noise.partial=true"
     )
   noisy = np.where(missing, clean, noisy)

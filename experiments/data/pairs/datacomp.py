@@ -12,7 +12,7 @@ is left as the file that DataComp's tools read:
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +195,7 @@ def top(
   and those that tie with it.
 
   Args:
-    uids: Strings or pairs `u8,u8` [N], the whole pool.
+    uids: Strings or pairs `u8,u8` [N], the whole pool; or other ids.
     scores: Their scores [N], high = good. NaN is below all others.
     fraction: In (0, 1].
     source: The filter's name.
@@ -229,7 +229,7 @@ def bottom(
   """Finds the samples with the lowest scores, to take away from others.
 
   Args:
-    uids: Strings or pairs `u8,u8` [N], the whole pool.
+    uids: Strings or pairs `u8,u8` [N], the whole pool; or other ids.
     scores: Their scores [N], such as mean mimic scores, high = good. Samples
       whose score is NaN, as those never scored, are not among the lowest and
       don't count for the fraction.
@@ -308,11 +308,47 @@ def basic(
 def _checked(
   uids: Any, scores: Any, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  pairs, scores = parse_uids(uids), np.asarray(scores, np.float64)
-  if scores.shape != pairs.shape:
+  ids, scores = as_ids(uids), np.asarray(scores, np.float64)
+  if scores.shape != ids.shape:
     raise ValueError(
-      f"scores must have one entry per uid, {pairs.shape}, got {scores.shape}"
+      f"scores must have one entry per uid, {ids.shape}, got {scores.shape}"
     )
   if not 0 < fraction <= 1:
     raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-  return pairs, scores
+  return ids, scores
+
+
+def as_ids(ids: Any) -> np.ndarray:
+  """Uids as pairs `u8,u8`, ids of other data as they are.
+
+  Args:
+    ids: [N]: integers, text, pairs, or Arrow's array of one of these.
+
+  Returns:
+    A NumPy array [N].
+  """
+  if isinstance(ids, (pa.Array, pa.ChunkedArray)) and not _is_text(ids.type):
+    return ids.to_numpy()
+  if getattr(ids, "dtype", None) is not None and ids.dtype.kind in "iu":
+    return ids
+  try:
+    return parse_uids(ids)
+  except (TypeError, ValueError):  # some are no uids, so none is
+    return np.asarray(ids)
+
+
+def write_ids(
+  path: pathlib.Path, ids: Any, *, fingerprints: Mapping[str, str] | None = None
+) -> None:
+  """Writes ids to keep: uids as a DataComp subset, others by `gm.export`.
+
+  Args:
+    path: the file's, ending with `.npy`.
+    ids: [n], as `as_ids` takes them.
+    fingerprints: what they belong to.
+  """
+  ids = as_ids(ids)
+  if ids.dtype.names:
+    gm.export.write_datacomp_subset(path, ids, fingerprints=fingerprints)
+  else:
+    gm.export.write_npy(path, ids, fingerprints=fingerprints)

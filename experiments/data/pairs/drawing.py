@@ -69,12 +69,12 @@ def draw(
   back = background.astype(np.float32)[:, None, None]
   step = foreground.astype(np.float32)[:, None, None] - back
   for start in range(0, count, _CHUNK):
-    rows = slice(start, start + _CHUNK)
+    some = slice(start, start + _CHUNK)
     for channel in range(3):
-      value = covered[rows] * step[rows, ..., channel]
-      value += back[rows, ..., channel]
-      value += grain[rows]
-      pixels[rows, ..., channel] = np.clip(value, 0, 255, out=value)
+      value = covered[some] * step[some, ..., channel]
+      value += back[some, ..., channel]
+      value += grain[some]
+      pixels[some, ..., channel] = np.clip(value, 0, 255, out=value)
   return pixels
 
 

@@ -21,6 +21,7 @@ import io
 import re
 import struct
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -322,6 +323,7 @@ def _check_bmp(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 def _check_tiff(encoded: bytes, limits: limits_lib.Limits) -> None:
   """Checks tags: each may point to all of the file; lists become Python's."""
+  order: Literal["little", "big"]
   order = "little" if encoded.startswith(b"II") else "big"
   big = encoded[2:4] in (b"+\0", b"\0+")
   word, entry, counted = (8, 20, 8) if big else (4, 12, 2)

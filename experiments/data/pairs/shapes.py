@@ -63,7 +63,7 @@ class Attributes(NamedTuple):
 
   colour: np.ndarray  # in COLOURS
   shape: np.ndarray  # in SHAPES
-  count: np.ndarray  # in COUNTS
+  objects: np.ndarray  # in COUNTS
   position: np.ndarray  # in POSITIONS
   background: np.ndarray  # in BACKGROUNDS
 
@@ -231,15 +231,15 @@ def _draw(
   attributes: Attributes, rng: np.random.Generator, image_size: int
 ) -> np.ndarray:
   """Draws the pictures [N, S, S, 3], each a little different from others."""
-  size, most = len(attributes.count), len(COUNTS)
+  size, most = len(attributes.objects), len(COUNTS)
   # Of [position, count]: the objects' places, NaN for those there are not.
   places = np.full((2, len(POSITIONS), most, most), np.nan)
   for position, (x, y) in enumerate(POSITIONS.values()):
     for count, along in enumerate(_PLACES):
       for axis, fixed in enumerate((x, y)):
         places[axis, position, count, : count + 1] = fixed or along
-  x, y = places[:, attributes.position, attributes.count]
-  radius = np.take(_RADII, attributes.count) * rng.uniform(0.88, 1.0, size)
+  x, y = places[:, attributes.position, attributes.objects]
+  radius = np.take(_RADII, attributes.objects) * rng.uniform(0.88, 1.0, size)
   jitter = rng.uniform(-1, 1, (2, size, most))
   front = np.array(list(COLOURS.values()))[attributes.colour]
   back = np.array(list(BACKGROUNDS.values()))[attributes.background]
@@ -261,7 +261,7 @@ def _draw(
 def _captions(attributes: Attributes, rng: np.random.Generator) -> list[str]:
   colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
   positions = tuple(POSITIONS)
-  size = len(attributes.count)
+  size = len(attributes.objects)
   templates = rng.integers(len(_TEMPLATES), size=size).tolist()
   says_one = (rng.random(size) < 0.5).tolist()
   rows = zip(*(values.tolist() for values in attributes), strict=True)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -160,7 +161,7 @@ def write(
     >>> write(tempfile.mkdtemp(), [image], ["black"], ["0" * 32])
     ['...00000000.tar']
   """
-  savers = {
+  savers: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": 95},
     "png": {"format": "PNG"},
     "webp": {"format": "WEBP", "lossless": True},
@@ -184,7 +185,7 @@ def write(
   if any(folder.glob("*.tar")):
     raise FileExistsError(f"{folder} has shards in it; choose another folder")
   samples = enumerate(zip(images, captions, uids, strict=True))
-  written = []
+  written: list[str] = []
   while batch := list(itertools.islice(samples, samples_per_shard)):
     content = io.BytesIO()
     with tarfile.open(

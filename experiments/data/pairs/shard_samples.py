@@ -17,8 +17,9 @@ import dataclasses
 import functools
 import hashlib
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -383,7 +384,8 @@ class _Grouper:
     self, parts: Parts, limits: limits_lib.Limits, rule: str | None = None
   ):
     """Begins with no group, and without a rule until two would differ."""
-    self.rule, self.group = rule, None
+    self.rule = rule
+    self.group: _Group | None = None
     self._parts, self._limits = parts, limits
 
   def add(self, member: tar.Member) -> _Group | None:
@@ -627,23 +629,31 @@ def _is_in(keep: np.ndarray, uid: str) -> bool:
   return place < len(keep) and keep[place] == pair
 
 
-def kept_uids(keep: Any) -> np.ndarray | None:
+def kept_uids(
+  keep: Any, *, fingerprints: Mapping[str, str] | None = None
+) -> np.ndarray:
   """Converts uids to keep for `read`: `u8,u8` ascending, each once.
 
   Args:
-    keep: The path of a DataComp subset file, a `gm.filters.Filter`, uids as
-      strings or pairs, or None.
+    keep: The path of a DataComp subset file or of a selection as `.parquet` or
+      `.csv`, a `gm.filters.Filter`, or uids as strings or pairs.
+    fingerprints: Those of the data that a file should be for.
 
   Returns:
-    Pairs [K], or None.
+    Pairs [K].
 
   Raises:
-    ValueError: If uids don't read, or there is none.
+    ValueError: If uids don't read, are for other data, or there is none.
   """
-  if keep is None:
-    return None
   if isinstance(keep, (str, os.PathLike)):
-    keep = gm.export.read_datacomp_subset(keep, multiplicity=True)
+    asked = {"fingerprints": fingerprints}
+    suffix = pathlib.Path(keep).suffix
+    if suffix == ".parquet":
+      keep = gm.export.read_parquet(keep, **asked).kept_ids
+    elif suffix == ".csv":
+      keep = gm.export.read_csv(keep, **asked).kept_ids
+    else:
+      keep = gm.export.read_datacomp_subset(keep, multiplicity=True, **asked)
   if isinstance(keep, gm.filters.Filter):
     keep = keep.ids
   pairs = gm.filters.Filter(parse_uids(keep)).ids

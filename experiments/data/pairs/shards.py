@@ -145,7 +145,7 @@ class ShardStream(grain.IterDataset):
     self.tokenizer = tokenizer
     self.batch_size, self.image_size = batch_size, image_size
     self.seed, self.num_epochs = seed, num_epochs
-    self.keep = shard_samples.kept_uids(keep)
+    self.keep = None if keep is None else shard_samples.kept_uids(keep)
     self.window, self.uid_source, self.parts = window, uid_source, parts
     self.process_index, self.process_count = process_index, process_count
     self.max_broken_share, self.num_threads = max_broken_share, num_threads

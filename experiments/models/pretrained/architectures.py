@@ -56,7 +56,7 @@ def read_vit(config: Mapping[str, Any]) -> Told:
   if "architecture" in config or "pretrained_cfg" in config:
     return _read_timm(config)
   if config.get("model_type") in ("vit", "deit"):
-    config = _HUGGINGFACE_VIT | config
+    config = {**_HUGGINGFACE_VIT, **config}
   return Told(
     _there(
       patch_size=_side(config.get("patch_size")),

@@ -211,7 +211,7 @@ def _keep_head(arrays, expected):
 
 def _advice(arrays, told):
   """Advises what to set, as far as the file and its neighbours tell."""
-  fields = {}
+  fields: dict[str, Any] = {}
   blocks = {name.split("/")[1] for name in arrays if name.startswith("blocks/")}
   fields["depth"] = len(blocks)
   if "patch_embed/bias" in arrays:

@@ -172,6 +172,10 @@ def _compute(file, config, split, flip, backbone):
         rows = part[: len(images) - start]  # the last batch is padded
         values[view, start : start + len(rows)] = rows
         start += len(rows)
+    if values is None:
+      raise ValueError(
+        f"{config.data.name} has no images in {split!r}; expected at least one."
+      )
     if not all(np.isfinite(view).all() for view in values):
       raise ValueError(
         f"features of {config.data.name} by {config.model.pretrained} are not"
@@ -323,14 +327,13 @@ def _published(config, source) -> Backbone:
     )
     return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
 
-  mean, std = _PUBLISHED
+  scaling: tuple[Any, Any] = _PUBLISHED
   if config.probe.scaling == "model":
-    mean, std = initial.scaling(source)
+    scaling = initial.scaling(source)
   return Backbone(
     make,
     shape,
-    mean,
-    std,
+    *scaling,
     workdir_lib.fingerprint(_sum_of(hub.find(source)), vit),
   )
 

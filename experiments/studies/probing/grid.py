@@ -8,6 +8,7 @@ number of processes may be given the same command: they share the cells.
 import hashlib
 import io
 import itertools
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from configs import label_noise
 from experiments import methods
 from experiments.data import noise
 from experiments.runtime import claims, workdir as workdir_lib
-from experiments.studies import detection, runner as study, settings as tuning
+from experiments.studies import detection, plan, settings as tuning
 from experiments.studies.probing import (
   features as features_lib,
   heads,
@@ -33,25 +34,6 @@ from experiments.training import optimizer
 
 CELLS, SAMPLES = "cells", "samples"
 REFERENCE = "reference"
-# May change in a grid's workdir: other cells are added.
-_FREE = (
-  "noise.rate",
-  "probe.rates",
-  "probe.weighting_values",
-  "probe.features",
-  "probe.runs_per_cell",
-  "select.",
-  "study.seeds",
-  "study.methods",
-  "study.binarizers",
-  "study.tuned",
-  "study.tune.",
-  "study.references",
-  "study.retrain",
-  "study.keep_fractions",
-  "study.keep_methods",
-  "checkpoint.",
-)
 # Methods whose fraction must be a number when jit traces.
 _ONE_VALUE = ("grad_match_omp",)
 
@@ -90,7 +72,7 @@ def run_grid(config: Any, workdir: Any) -> dict[str, Any]:
     FileNotFoundError: a data set or a backbone that is not there.
   """
   check(config)
-  folder = workdir_lib.check(workdir, config, label_noise, free=_FREE)
+  folder = workdir_lib.check(workdir, config, label_noise, job="grid")
   cache = pathlib.Path(config.probe.features or folder / "features")
   if config.probe.features is None:
     _claim(folder, config)  # its own folder of features is in it
@@ -122,7 +104,7 @@ def check(config: Any) -> None:
       raise ValueError(
         f"{field} is {value!r}, which a grid of heads has no use for: its"
         " reference is a head of its own. Leave it out, or use"
-        " experiments.study."
+        " protocol=finetune."
       )
   for field, count in (
     ("study.seeds", len(config.study.seeds)),
@@ -140,7 +122,7 @@ def check(config: Any) -> None:
     if name == "grand_offline":
       raise ValueError(
         "config.study.methods has 'grand_offline', which needs runs of its own;"
-        " use experiments.study for it, or take 'grand'."
+        " use protocol=finetune for it, or take 'grand'."
       )
   detection.check(config)
   for name, fields in tuning.read(config.study.tuned).items():
@@ -153,7 +135,7 @@ def check(config: Any) -> None:
 
 
 def _claim(folder, config):
-  workdir_lib.claim(folder, config, label_noise, free=_FREE)
+  workdir_lib.claim(folder, config, label_noise, job="grid")
 
 
 def _load(config, cache):
@@ -180,7 +162,7 @@ def cells_of(config: Any) -> list[Cell]:
       name, config.mimic
     ):
       points = list(itertools.product(rates, config.probe.weighting_values))
-      points.sort(key=lambda point: point[1])  # one value's rates together
+      points.sort(key=operator.itemgetter(1))  # one value's rates together
     else:
       points = [(rate, None) for rate in rates]
     together = [points]
@@ -228,7 +210,7 @@ class _Grid:
           continue
         self._labels(seed, rate)
     self.base = workdir_lib.fingerprint(
-      workdir_lib.without(config, (*_FREE, *workdir_lib.ALWAYS_FREE)),
+      workdir_lib.config_fingerprint(config, "grid"),
       data.train.fingerprint,
       data.test.fingerprint,
     )
@@ -312,7 +294,7 @@ class _Grid:
     )
 
   def _reference_labels(self, seed) -> noise.NoisyLabels:
-    """As `study.reference_overrides` has them."""
+    """As `Task.reference_overrides` has them."""
     train = self.data.train
     return noise.apply_noise(
       train.labels,
@@ -341,7 +323,7 @@ class _Grid:
     if is_reference:
       seeds = [seed + wanted.seed_offset for seed in seeds]
       epochs = wanted.num_epochs or epochs
-    configs = [study.derived(self.config, seed=s, **fields) for s in seeds]
+    configs = [plan.derived(self.config, seed=s, **fields) for s in seeds]
     shared, train = configs[0], self.data.train  # but for seeds, all are alike
     method = methods.create(name, shared.mimic)
     noisy = [
@@ -364,7 +346,7 @@ class _Grid:
     values = [value for _, value in cell.points]
     mimic, given_values = shared.mimic, None
     if name in _ONE_VALUE and values[0] is not None:
-      mimic = study.derived(
+      mimic = plan.derived(
         shared,
         seed=seeds[0],
         **{f"mimic.{heads.value_field(mimic)}": values[0]},
@@ -479,7 +461,13 @@ class _Grid:
     """The references' heads, in the order of the seeds."""
     found = {}
     for cell in self._references(seeds):
-      for run in self._result(cell)["runs"]:
+      result = self._result(cell)
+      if result is None:  # it was there when this began
+        raise ValueError(
+          f"{self._file(cell)} is gone or damaged; give the same command again,"
+          " which makes it anew."
+        )
+      for run in result["runs"]:
         file = self.folder / SAMPLES / run["samples"]
         with probe_report.samples(file) as arrays:
           found[run["seed"]] = {
@@ -525,7 +513,7 @@ def _collect(samples, by_step, batches, epoch, epochs, num_samples):
       samples[field] = np.full(shape, np.nan, np.float32)
     for s in range(values.shape[1]):
       real = batches.mask[s]
-      where = batches.index[s][real]
+      where = batches.sample[s][real]
       for k in range(values.shape[2]):
         samples[field][s, k, where, epoch] = values[:, s, k][real]
 
@@ -539,6 +527,11 @@ def _write_arrays(path, **arrays):
 
 def main(config: Any, workdir: str) -> None:
   """Runs the grid, then prints the table and where the results are."""
+  if jax.process_count() > 1:  # they share the cells as jobs of their own
+    raise ValueError(
+      "this job is one for a single process; expected no --distributed and no"
+      " --coordinator"
+    )
   summary = run_grid(config, workdir)
   print("\n" + probe_report.markdown(summary))
   for path in summary["files"]:

@@ -18,12 +18,14 @@ import optax
 
 import gradmimic_jax as gm
 from experiments import methods, models
-from experiments.data import pipeline
+from experiments.data import noise, pipeline, sources
 from experiments.methods import Method
+from experiments.studies import settings
 from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
 )
+from experiments.tasks.classification.data import Data
 from experiments.training import steps
 from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 
@@ -31,11 +33,11 @@ from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 class Batches(NamedTuple):
   """An epoch's T batches of B, as positions; leading axes may be added."""
 
-  index: np.ndarray  # int32 [T, B], of a sample; padding has a real one
+  sample: np.ndarray  # int32 [T, B], of a sample; padding has a real one
   row: np.ndarray  # int32 [T, B], of its features, mirrored or not
   mask: np.ndarray  # bool [T, B], False for padding
   # Of the independent batches that come with them, if the method wants any.
-  other_index: np.ndarray | None
+  other_sample: np.ndarray | None
   other_row: np.ndarray | None
 
 
@@ -93,10 +95,9 @@ def batches(
   labels = np.arange(num_samples, dtype=np.int32)
   others = None
   if method is not None and method.direction == "noisy_gradient":
-    split = types.SimpleNamespace(images=images, labels=labels, fingerprint="")
-    data = types.SimpleNamespace(
-      train=split, labels=split, indices=indices, mean=[0.0], std=[1.0]
-    )
+    split = sources.Dataset(images, labels, labels, num_samples, (), "")
+    kept = noise.NoisyLabels(labels, labels, np.zeros(num_samples, bool), 0.0)
+    data = Data(split, split, kept, indices, None, [0.0], [1.0])
     others = reference_lib.load(config, method.direction, None, data)
   iterator = pipeline.train_batches(
     images,
@@ -117,9 +118,8 @@ def batches(
       if others is not None:
         beside = others.for_batch(batch)
         other = _positions(beside, num_samples)
-      parts.append(
-        Batches(*_positions(batch, num_samples), batch["mask"], *other)
-      )
+      sample, row = _positions(batch, num_samples)
+      parts.append(Batches(sample, row, batch["mask"], *other))
     yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
@@ -159,12 +159,12 @@ def make_epoch(
     if direction == "outputs":
       reference = head.apply(reference, images[0])
     elif direction == "noisy_gradient":
-      reference = {"image": images[1], "label": labels[batch.other_index]}
+      reference = {"image": images[1], "label": labels[batch.other_sample]}
     step = _make_step(losses_fn, tx, method, mimic, outputs)
     return step(
       state,
       reference,
-      {"image": images[0], "label": labels[batch.index], "mask": batch.mask},
+      {"image": images[0], "label": labels[batch.sample], "mask": batch.mask},
     )
 
   over_runs = jax.vmap(run_step, in_axes=(0, 0, 0, None, None, None))
@@ -241,15 +241,7 @@ def value_field(config: Any) -> str:
 
 def reads_value(name: str, config: Any) -> bool:
   """Whether that method looks at the field of the grid's values at all."""
-  seen = []
-
-  class Recorder:
-    def __getattr__(self, field):
-      seen.append(field)
-      return config[field]
-
-  methods.create(name, Recorder())
-  return value_field(config) in seen
+  return value_field(config) in settings.fields_read(name, config)
 
 
 def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:

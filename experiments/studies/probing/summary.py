@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting import figures, tables
-from experiments.runtime import workdir as workdir_lib
+from experiments.reporting import figures
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import detection
+from experiments.studies.records import MARKDOWN_FILE, SUMMARY_FILE, TABLE_FILE
+from experiments.studies.summary import write_tables
 from gradmimic_jax import _files
-
-SUMMARY_FILE = "summary.json"
-TABLE_FILES = ("results.csv", "results.md")
 
 
 def detections(
@@ -95,14 +94,10 @@ def write(
     "machine": results[0]["machine"],
     "rows": rows,
   }
-  paths = [folder / SUMMARY_FILE, *(folder / name for name in TABLE_FILES)]
+  paths = [folder / name for name in (SUMMARY_FILE, TABLE_FILE, MARKDOWN_FILE)]
   paths += _draw(config, folder, results)
   summary["files"] = [str(path) for path in paths]
-  workdir_lib.write_bytes(
-    folder / TABLE_FILES[0], tables.csv_text(rows).encode()
-  )
-  workdir_lib.write_bytes(folder / TABLE_FILES[1], markdown(summary).encode())
-  workdir_lib.write_json(folder / SUMMARY_FILE, summary)
+  write_tables(folder, summary, markdown(summary))
   return summary
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
@@ -79,10 +80,12 @@ def load(
   if direction == "noisy_gradient":
     return _independent_batches(config, data, devices)
   if config.mimic.outputs is not None:
-    found = _logged_outputs(config.mimic.outputs, data)
+    digest, outputs = _logged_outputs(config.mimic.outputs, data)
   else:
-    found = _load_run_outputs(finished_run(config), config, data, devices)
-  return _from_outputs(*found, devices)
+    digest, outputs = _load_run_outputs(
+      finished_run(config), config, data, devices
+    )
+  return _from_outputs(digest, outputs, devices)
 
 
 def _gather(images, labels, rows, data):
@@ -184,6 +187,28 @@ def _logged_outputs(path, data):
     )
   outputs = outputs.astype(np.float32)
   return _digest(outputs), outputs
+
+
+def suggest_labels(config: Any, data: Any) -> np.ndarray | None:
+  """Suggests the class that the reference takes each sample for.
+
+  Args:
+    config: of the run.
+    data: of the run.
+
+  Returns:
+    Classes [N]; None where the run's reference is none that has outputs, or it
+    is not there any more.
+  """
+  if config.mimic.outputs is None and config.mimic.reference is None:
+    return None
+  try:
+    reference = load(config, "outputs", None, data)
+  except (FileNotFoundError, ValueError, TypeError) as error:
+    logging.warning("the report suggests no labels: %s", error)
+    return None
+  outputs = reference.for_batch({"index": np.arange(len(data.train.labels))})
+  return np.argmax(outputs, axis=-1).astype(np.int32)
 
 
 def _load_run_outputs(where, config, data, devices):

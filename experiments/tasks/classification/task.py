@@ -1,17 +1,24 @@
 """Images with class labels, some of which may be wrong."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from configs import classification as classification_config
-from experiments.data import filters, noise, pipeline
+from experiments.data import filters, noise, pipeline, sources
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
 from experiments.tasks import evaluation
-from experiments.tasks.base import Headline, Reference, Rows, Task
+from experiments.tasks.base import (
+  Headline,
+  Reference,
+  Rows,
+  Samples,
+  Task,
+  Truth,
+)
 from experiments.tasks.classification import (
   data as data_lib,
   losses,
@@ -51,7 +58,7 @@ class Classification(Task):
         config, needs_clean=direction == "clean_gradient"
       )
     self.data = data
-    self._scaling = {"mean": data.mean, "std": data.std}
+    self._scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
     shuffled = {
       "batch_size": config.batch_size,
       "seed": config.seed,
@@ -109,6 +116,45 @@ class Classification(Task):
       data = data._replace(mean=scaling["mean"], std=scaling["std"])
     return cls(config, devices, direction=direction, data=data)
 
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """See `Task`."""
+    labels = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
+    train = sources.of_config(config.data, config.data.train_split)
+    return filters.fingerprints(config, train, labels)
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """See `Task`. Images are shown as they are, whatever the model sees."""
+    config = config.copy_and_resolve_references().unlock()
+    config.model.pretrained = None
+    data = data_lib.load_data(config)
+    truth = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
+    title = f"{config.data.name} {config.data.train_split}"
+    if truth.rate:
+      title += f", {config.noise.kind} noise {truth.rate:.3g}"
+    facts = {
+      "data set": config.data.name,
+      "split": config.data.train_split,
+      "label noise": config.noise.kind,
+      "noise rate asked for": config.noise.rate,
+      "model": config.model.name,
+    }
+    dataset = {
+      "labels": truth.labels,
+      # Where no noise was added, nobody knows which labels are true.
+      "true_labels": truth.clean_labels if truth.rate else None,
+      "suggested": reference_lib.suggest_labels(config, data),
+      "class_names": data.train.class_names,
+      "captions": data.train.ids,
+      "images": data.train.images,
+    }
+    return Samples(title, facts, dataset)
+
   @property
   def samples(self) -> int:
     """See `Task`."""
@@ -134,7 +180,7 @@ class Classification(Task):
       self.data.train.images,
       labels,
       batch_size=self.config.batch_size,
-      indices=range(first * self.config.batch_size, len(labels)),
+      indices=np.arange(first * self.config.batch_size, len(labels)),
       process=self.devices.process,
       **self._scaling,
     )
@@ -182,4 +228,42 @@ class Classification(Task):
     data_lib.write_input(folder, self.data)
     noise.save(
       folder / data_lib.LABELS_FILE, self.data.labels, self.data.train.ids
+    )
+
+  @classmethod
+  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+    """See `Task`."""
+    return (config.noise.column or config.noise.kind,)
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    wanted = config.study.reference
+    # Another architecture has no use for the learner's weights.
+    own = {"model.pretrained": None} if wanted.model or wanted.widths else {}
+    fields = {
+      "model.name": wanted.model,
+      "model.widths": tuple(wanted.widths),
+      "data.train_split": config.data.test_split
+      if wanted.test_leak
+      else wanted.train_split,
+    }
+    return {
+      **super().reference_overrides(config, seed),
+      "noise.seed": seed + wanted.seed_offset,
+      "noise.kind": "symmetric",
+      **{f"noise.{name}": None for name in data_lib.NOISE_OPTIONS},
+      **{field: value for field, value in fields.items() if value},
+      **own,
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+    """See `Task`."""
+    labels = filters.own_labels(
+      folder / data_lib.LABELS_FILE, workdir_lib.of_result(folder)
+    )
+    (kind,) = cls.noise_kinds(config)
+    return Truth(
+      np.arange(len(labels.labels)), np.where(labels.is_noisy, kind, "")
     )

@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 import gradmimic_jax as gm
-from experiments.data import sources
+from experiments.data import filters, sources
 from experiments.data.pairs import (
   in_memory as image_text,
   shapes,
@@ -87,6 +87,8 @@ def load(config: Any) -> Data:
       f"config.batch_size is {config.batch_size} in {processes} processes;"
       " expected a multiple of their number."
     )
+  if config.data.filter is not None:
+    filters.check_manifest(config.data.filter)
   tokenize = load_tokenizer(config)
   if config.data.name == SHAPES:
     return _load_shapes(config, tokenize)
@@ -121,6 +123,11 @@ def train_pairs(config: Any) -> shapes.Shapes:
   return _shapes(config, "train", config.data.train_size, config.noise.rate)
 
 
+def fingerprints(pairs: shapes.Shapes) -> dict[str, str]:
+  """Describes the pairs that a filter belongs to, in words and hashes."""
+  return {"dataset": f"{SHAPES} {pairs.fingerprint[:16]}"}
+
+
 def pool(config: Any) -> Memory:
   """Draws the training pairs, with tokens as the model reads them."""
   pairs = train_pairs(config)
@@ -148,7 +155,7 @@ def _load_shapes(config, tokenize):
   uids = memory.truth.uids
   indices = None
   if config.data.filter is not None:
-    indices = _positions(config.data.filter, uids)
+    indices = _positions(config.data.filter, memory.truth)
 
   def pairs(process, **order):
     return image_text.Pairs(
@@ -179,9 +186,10 @@ def _load_shapes(config, tokenize):
   )
 
 
-def _positions(path, uids):
-  """Finds the uids of a subset file among all; missing ones are no loss."""
-  keep = gm.filters.Filter(shard_samples.kept_uids(path), path)
+def _positions(path, pairs):
+  """Finds the uids of a filter among all; missing ones are no loss."""
+  read = shard_samples.kept_uids(path, fingerprints=fingerprints(pairs))
+  keep, uids = gm.filters.Filter(read, path), pairs.uids
   applied = keep.apply(parse_uids(uids))
   if not applied.kept:
     raise ValueError(
@@ -252,7 +260,8 @@ def _load_shards(config, tokenize):
 
 def _first(stream, count):
   """Reads the first pairs of a stream: images and tokens."""
-  images, text = [], []
+  images: list[np.ndarray] = []
+  text: list[np.ndarray] = []
   iterator = iter(stream)
   while sum(map(len, images)) < count:
     batch = next(iterator, None)

@@ -265,9 +265,10 @@ def agreement(
     TypeError: the reference is no Features.
     ValueError: the reference's features are not of this batch.
   """
-  _check_reference(reference, len(features.image))
   mask = batch.get("mask")
-  ours, theirs = (_pairs(x, mask, sharding) for x in (features, reference))
+  ours = _pairs(features, mask, sharding)
+  _check_reference(reference, len(ours.image))
+  theirs = _pairs(reference, mask, sharding)
   counted = ours.counted & theirs.counted
   own = jnp.repeat(jnp.arange(len(counted)), 2)
 

@@ -76,13 +76,12 @@ def load(
   model = model_of(config, place=devices.place)
   if data.memory is not None:
     found = features_of_pool(config, model, data.memory, devices)
+    image, text = found.pair
     scales = devices.place_whole((found.logit_scale, found.logit_bias))
 
     def stored(batch):
       rows = np.maximum(batch["index"], 0)  # padding gets a real row
-      return Features(
-        *devices.put((found.image[rows], found.text[rows])), *scales
-      )
+      return Features(*devices.put((image[rows], text[rows])), *scales)
 
     return Reference(model.fingerprint, None, stored)
   apply = jax.jit(model.apply)
@@ -119,7 +118,7 @@ def model_of(
     raise ValueError(
       f"method {config.method!r} needs a reference: set"
       " --config.mimic.reference to the workdir of a finished run or to"
-      " published weights, or use experiments.clip_study, which trains one."
+      " published weights, or use experiments.study, which trains one."
     )
   if initial.is_run(source) or not _is_published(source):
     return _load_run(pathlib.Path(source), config, like, place)
@@ -151,7 +150,8 @@ def features_of_pool(
     )
     file = model.folder / f"features_{digest}.npy"
     stored = cache.read(file, shape)
-  if not devices.agree(stored is not None):  # all processes compute, or none
+  agreed = devices.agree(stored is not None)  # all processes compute, or none
+  if not agreed or stored is None:
     extract = clip_features.Extractor(
       model.apply, devices, batch_size=config.eval_batch_size
     )

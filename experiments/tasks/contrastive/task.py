@@ -1,6 +1,7 @@
 """Image-text pairs, some of whose captions may be wrong."""
 
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,14 @@ from configs import contrastive as contrastive_config
 from experiments.models import clip
 from experiments.models.pretrained import clip as clip_pretrained
 from experiments.runtime import checkpoint, distributed
-from experiments.tasks.base import Headline, Reference, Rows, Task
+from experiments.tasks.base import (
+  Headline,
+  Reference,
+  Rows,
+  Samples,
+  Task,
+  Truth,
+)
 from experiments.tasks.contrastive import (
   data as data_lib,
   evaluation,
@@ -33,6 +41,9 @@ class Contrastive(Task):
     "random",
   )
   headline = Headline("held_out_loss", "zero_shot_accuracy@1")
+  more_metrics = ("image_to_text@1", "text_to_image@1")
+  size = "train_pairs"
+  reference_score = "CLIP score of the reference"
   instead = "output_agreement or grad_mimic_outputs"
   last = losses.keep_logit_scale()
 
@@ -72,7 +83,10 @@ class Contrastive(Task):
     self.fingerprints = {"data": self.data.fingerprint}
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
-    self.data_fingerprints = {}
+    memory = self.data.memory
+    self.data_fingerprints = (
+      {} if memory is None else data_lib.fingerprints(memory.truth)
+    )
     if config.mimic.engine == "auto":
       config.mimic.engine = "forward"  # no other can do it
     config.mimic.layers = clip.mimic_layers(config.mimic.layers, self.params)
@@ -90,6 +104,63 @@ class Contrastive(Task):
       loss=config.loss,
       batch_size=config.eval_batch_size,
     )
+
+  @classmethod
+  def load_fingerprints(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> dict[str, str]:
+    """See `Task`. Of shards nothing is asked: a filter is for any pool."""
+    del folder, ledger
+    if config.data.name != data_lib.SHAPES:
+      return {}
+    return data_lib.fingerprints(data_lib.train_pairs(config))
+
+  @classmethod
+  def load_samples(
+    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+  ) -> Samples:
+    """See `Task`. Pairs in shards are not read again for it."""
+    del folder, ledger
+    model = {"model": f"CLIP {config.model.size}"}
+    if config.data.name != data_lib.SHAPES:
+      about = "not shown: they are in shards, which a page doesn't read"
+      return Samples(
+        f"{config.data.name}, image-text pairs",
+        {"data set": config.data.name, "images and captions": about, **model},
+      )
+    pairs = data_lib.train_pairs(config)
+    title = config.data.name
+    if pairs.is_noisy.any():
+      title += f", {pairs.is_noisy.mean():.3g} of the pairs mis-captioned"
+    facts = {
+      "data set": config.data.name,
+      "pairs": len(pairs),
+      "mis-captioned": f"{pairs.is_noisy.mean():.1%}",
+      **model,
+    }
+    dataset = {
+      "ids": pairs.uids,
+      "images": pairs.images,
+      # What is wrong comes first: long captions are cut off.
+      "captions": [
+        f"[{kind or 'clean'}] {caption}"
+        for kind, caption in zip(pairs.noise_kind, pairs.captions, strict=True)
+      ],
+    }
+    return Samples(title, facts, dataset)
+
+  @classmethod
+  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """See `Task`. The similarity of image and caption, of pairs in memory."""
+    memory = data_lib.pool(config)
+    found = reference_lib.features_of_pool(
+      config,
+      reference_lib.model_of(config),
+      memory,
+      distributed.Devices.alone(),
+    )
+    image, text = map(np.asarray, found.pair)
+    return memory.truth.uids, np.sum(image * text, axis=1)
 
   @property
   def samples(self) -> int | None:
@@ -150,3 +221,41 @@ class Contrastive(Task):
   def close(self) -> None:
     """See `Task`."""
     self.batches.close()
+
+  @classmethod
+  def check_study(cls, config: Any) -> None:
+    """See `Task`."""
+    if config.data.name != data_lib.SHAPES:
+      raise ValueError(
+        f"config.data.name is {config.data.name!r}; a study needs to know which"
+        " captions are wrong: expected 'shapes'. For shards, give"
+        " experiments.train and experiments.select one by one."
+      )
+
+  @classmethod
+  def seed_overrides(cls, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    return {"data.seed": seed}
+
+  @classmethod
+  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+    """See `Task`."""
+    sizes = config.study.reference
+    fields = {
+      f"model.clip.{tower}_{name}": sizes[name]
+      for name in ("width", "depth")
+      for tower in ("image", "text")
+    }
+    return {
+      **super().reference_overrides(config, seed),
+      **{field: value for field, value in fields.items() if value},
+    }
+
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+    """See `Task`."""
+    del folder
+    if config.data.name != data_lib.SHAPES:
+      return None
+    pairs = data_lib.train_pairs(config)
+    return Truth(pairs.uids, pairs.noise_kind)

@@ -1,5 +1,6 @@
 """Text, some sequences of which are no prose."""
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,13 @@ class Language(Task):
       "noise_rate": float(np.mean(self.data.train.kind != "")),
     }
 
+  @classmethod
+  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+    """See `Task`."""
+    del folder
+    sequences = data_lib.load(config).train
+    return Truth(sequences.ids, sequences.kind)
+
   def _in_order(self, sequences, batch_size):
     return data_lib.make_batches(
       sequences,
@@ -165,12 +173,6 @@ class Language(Task):
       drop_last=False,
       process=self.devices.process,
     )
-
-
-def load_truth(config: Any) -> Truth:
-  """Finds the sequences that are no prose, and their kinds."""
-  sequences = data_lib.load(config).train
-  return Truth(sequences.ids, sequences.kind)
 
 
 def _model(config, tokenizer):

@@ -9,7 +9,7 @@ import pathlib
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +92,7 @@ def read(
       f" one that ends in {', '.join(SUFFIXES)}, or None for the text that"
       " ships with Python."
     )
+  found: Iterable[tuple[int, str]]
   if path.suffix == ".parquet":
     found = _read_parquet(path, field, most_bytes)
   elif path.suffix == ".jsonl":
@@ -311,7 +312,7 @@ def _bare(source) -> str:
     if not isinstance(body, list):
       continue
     # A text that stands alone does nothing, docstring or not.
-    node.body = [line for line in body if not _is_text(line)] or [ast.Pass()]
+    body[:] = [line for line in body if not _is_text(line)] or [ast.Pass()]
   return ast.unparse(ast.fix_missing_locations(tree))
 
 

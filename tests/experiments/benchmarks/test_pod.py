@@ -1,4 +1,4 @@
-"""Memory and communication of a pod's steps: formulas, compiler, parser."""
+"""Memory and communication of a pod's steps, as compilers have them."""
 
 import json
 import os
@@ -13,12 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import gradmimic_jax as gm
 from configs.benchmark import pod as pod_config
-from experiments.benchmarks.pod import (
-  cases as pod,
-  formulas as pod_paper,
-  step as pod_step,
-)
+from experiments.benchmarks.pod import cases as pod, step as pod_step
 from experiments.benchmarks.pod.collectives import Collective, collectives
+from experiments.runtime import sharding
 from tests.experiments.processes import ROOT
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=8\n\n"
@@ -217,84 +214,70 @@ def case_of(step, weighting="softmax", *, fsdp=1):
   return pod_step.Case("vit_tiny", 64, 8, fsdp, step, "all", weighting)
 
 
+def held(tree):
+  """Bytes on each device."""
+  return sum(
+    np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
 def total(step, kind):
   return sum(x.bytes * x.times for x in step.collectives if x.kind == kind)
 
 
 @pytest.mark.parametrize(
-  ("step", "weighting"),
+  ("step", "weighting", "gradients", "samples"),
   [
-    ("plain", "softmax"),
-    ("forward", "ess_softmax"),
-    pytest.param("per_sample", "softmax", marks=pytest.mark.slow),
-    pytest.param("streaming", "softmax", marks=pytest.mark.slow),
-    pytest.param("streaming_mesh", "ess_softmax", marks=pytest.mark.slow),
+    pytest.param("plain", "softmax", 1, 0, marks=pytest.mark.slow),
+    ("forward", "ess_softmax", 1, 1),
+    pytest.param("per_sample", "softmax", 1, 1, marks=pytest.mark.slow),
+    # Without a mesh that is set, once a microbatch.
+    pytest.param("streaming", "softmax", 8, 1, marks=pytest.mark.slow),
+    # A second sample for its second pass.
+    pytest.param("streaming_mesh", "ess_softmax", 1, 2, marks=pytest.mark.slow),
   ],
 )
-def test_formulas_and_compiler_agree(step, weighting, compiled, section):
-  case, found = case_of(step, weighting), compiled(step, weighting)
-  params = pod_step.model(section)[1]
-  memory = pod_paper.memory(case, section, params)
-  traffic = pod_paper.traffic(case, section, params)
-  # Besides, there are counters of steps: of the run, of the optimizer.
-  assert memory.arguments <= found.arguments <= memory.arguments + 16
-  assert 0.8 < found.temporaries / memory.temporaries < 1.25
-  # A handful of scalars; in streaming without a mesh, of each microbatch.
-  assert 0 <= total(found, "all-reduce") - traffic.all_reduce <= 128
-  assert 0 <= total(found, "all-gather") - traffic.all_gather <= 128
-
-
-def test_a_mimic_step_sends_a_sample_and_scores_more_than_plain(
-  compiled, section
+def test_what_a_step_is_given_and_sends(
+  step, weighting, gradients, samples, compiled, section
 ):
-  plain = compiled("plain", "softmax")
-  mimic = compiled("forward", "ess_softmax")
-  # Not the sums of the weighting's search, either.
-  assert all(x.times == 1 for x in mimic.collectives)
+  case, found = case_of(step, weighting), compiled(step, weighting)
+  mesh = pod_step.mesh_of(case, pod_step.devices("host", 8))
+  _, shapes = pod_step.train_step(case, section, mesh)
+  assert found.arguments == sum(map(held, shapes))
+  whole = sum(4 * x.size for x in jax.tree.leaves(shapes.state.params))
   sample = 4 * 3 * section.image_size**2
-  more = total(mimic, "all-reduce") - total(plain, "all-reduce")
-  assert sample <= more <= sample + 64
-  assert total(plain, "all-gather") == 0
-  assert 4 * 64 <= total(mimic, "all-gather") <= 4 * 64 + 5 * 8
+  # A handful of scalars; in streaming without a mesh, of each microbatch.
+  more = total(found, "all-reduce") - gradients * whole - samples * sample
+  assert 0 <= more <= 128
+  scores = 4 * 64 if weighting == "ess_softmax" else 0
+  assert 0 <= total(found, "all-gather") - scores <= 128
+  if step == "forward":  # not the sums of the weighting's search, either
+    assert all(x.times == 1 for x in found.collectives)
 
 
-def test_shares_of_parameters_are_those_of_the_rule(section):
+def test_large_parameters_are_divided(section):
+  """And with them the reference and the optimizer's two moments."""
   wide = section.copy_and_resolve_references().unlock()
   wide.vit.width, wide.vit.mlp_width = 256, 1024
   case = case_of("forward", fsdp=4)
   mesh = pod_step.mesh_of(case, pod_step.devices("host", 8))
   _, shapes = pod_step.train_step(case, wide, mesh)
-  memory = pod_paper.memory(case, wide, pod_step.model(wide)[1])
-  held = {
-    name: sum(
-      4 * np.prod(x.sharding.shard_shape(x.shape), dtype=int)
-      for x in jax.tree.leaves(tree)
-    )
-    for name, tree in (
-      ("parameters", shapes.state.params),
-      ("optimizer", shapes.state.opt_state),
-      ("reference", shapes.reference),
-    )
-  }
-  counters = held["optimizer"] - memory.optimizer
-  assert held["parameters"] == memory.parameters == memory.reference
-  assert held["reference"] == memory.reference
-  assert 0 <= counters <= 16
-  assert (
-    memory.parameters
-    < pod_paper.memory(
-      case._replace(fsdp=1), wide, shapes.state.params
-    ).parameters
-  )
+  params = held(shapes.state.params)
+  assert held(shapes.reference) == params
+  assert 0 <= held(shapes.state.opt_state) - 2 * params <= 16  # counters
+  sizes = [4 * x.size for x in jax.tree.leaves(shapes.state.params)]
+  large = sum(x for x in sizes if x >= 4 * sharding.LEAST_SIZE)
+  assert large > sum(sizes) / 2
+  assert params == sum(sizes) - large + large / 4
 
 
 def tiny_config(**overrides):
   config = pod_config.get_config().unlock()
   config.update_from_flattened_dict(
     {
-      "paper.models": ("vit_tiny", "clip_tiny"),
       "scaling.models": (),
-      "checks": (),
+      "cases": (),
       **overrides,
     }
   )
@@ -311,8 +294,8 @@ def test_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
   monkeypatch.setattr(pod_step, "compile_step", compile_step)
   first = "vit_tiny/64/8/1/plain/all/softmax"
   second = "vit_tiny/64/8/1/forward/head/softmax"
-  pod.run_pod(tiny_config(checks=(first,)), tmp_path)
-  results = pod.run_pod(tiny_config(checks=(first, second)), tmp_path)
+  pod.measure(tiny_config(cases=(first,)), tmp_path)
+  results = pod.measure(tiny_config(cases=(first, second)), tmp_path)
   assert asked == [first, second]
   assert json.loads((tmp_path / pod.RESULT_FILE).read_text()) == results
   assert results["compiled"]["host"][first]["all-reduce"] == {
@@ -321,11 +304,15 @@ def test_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
     "sent": 420,
     "runs": 3,
   }
-  text = (tmp_path / pod.TABLE_FILE).read_text()
-  assert second in text
-  # A contrastive model has no step that looks at one pair at a time.
-  assert "clip_tiny | forward/all" in text
-  assert "clip_tiny | per_sample" not in text
+  assert second in (tmp_path / pod.TABLE_FILE).read_text()
+
+
+def test_a_contrastive_model_takes_no_step_that_looks_at_one_pair():
+  config = tiny_config(**{"scaling.models": ("clip_tiny", "vit_tiny")})
+  steps = {(case.model, case.step) for case in pod.scaling_cases(config)}
+  clip = {step for model, step in steps if model == "clip_tiny"}
+  assert clip == {"plain", "forward"}
+  assert ("vit_tiny", "per_sample") in steps
 
 
 @pytest.mark.parametrize(
@@ -333,6 +320,7 @@ def test_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
   [
     ("vit_tiny/64/8/1/plain/all", "can't be read"),
     ("vit_huge/64/8/1/plain/all/softmax", "can't be read"),
+    ("target/64/8/1/plain/all/softmax", "can't be read"),
     ("vit_tiny/64/x/1/plain/all/softmax", "numbers"),
     ("vit_tiny/60/8/1/plain/all/softmax", "shared"),
     ("vit_tiny/64/8/3/plain/all/softmax", "shared"),
@@ -340,7 +328,7 @@ def test_job_goes_on_where_it_stopped(tmp_path, monkeypatch):
 )
 def test_a_wrong_case_is_refused(key, match, tmp_path):
   with pytest.raises(ValueError, match=match):
-    pod.run_pod(tiny_config(checks=(key,)), tmp_path / "run")
+    pod.measure(tiny_config(cases=(key,)), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
@@ -356,7 +344,11 @@ def test_wrong_targets_and_names_are_refused(section):
 
 
 @pytest.mark.parametrize(
-  "weighting", [gm.softmax(0.1), gm.ess_softmax(0.4)], ids=["one", "two"]
+  "weighting",
+  [
+    pytest.param(gm.softmax(0.1), id="one"),
+    pytest.param(gm.ess_softmax(0.4), id="two", marks=pytest.mark.slow),
+  ],
 )
 def test_each_device_streams_to_the_same_gradient(weighting):
   """Sums of its own are carried by each device of a mesh that is set.
@@ -369,13 +361,13 @@ def test_each_device_streams_to_the_same_gradient(weighting):
   rng = np.random.default_rng(0)
 
   def draw(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
   params = {"a": draw(5, 4), "b": draw(4, 3)}
   reference = {"a": draw(5, 4), "b": draw(4, 3)}
   batch = {"x": draw(48, 5), "y": draw(48, 3)}
   # The first device has padding only, the second one a row that counts.
-  mask = jnp.arange(48) >= 11
+  mask = np.arange(48) >= 11
 
   def losses_fn(params, batch):
     out = jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
@@ -420,11 +412,10 @@ def test_communication_grows_by_the_scores_only(tmp_path):
   command = [
     sys.executable,
     "-m",
-    "experiments.pod",
+    "experiments.benchmark",
     "--config=configs/benchmark/pod.py",
     f"--workdir={tmp_path}",
-    "--config.paper.models=()",
-    "--config.checks=()",
+    "--config.cases=()",
     "--config.scaling.steps=('forward','per_sample')",
   ]
   subprocess.run(

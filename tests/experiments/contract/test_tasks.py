@@ -1,6 +1,8 @@
 """What every task's jobs promise, asked of each of them."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +16,20 @@ from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks, metrics
 from experiments.training import scoring, trainer
 
-METHODS = ("grad_mimic", "rho", "output_agreement", "random")
+KILLED_BEFORE = 3  # a step; a checkpoint is at 2
+
+
+def of_tasks(*some):
+  """A test that asks these tasks by default, and the others if slow."""
+  return pytest.mark.parametrize(
+    "task",
+    [
+      pytest.param(x, marks=() if x in some else pytest.mark.slow)
+      for x in tiny.TASKS
+    ],
+    indirect=True,
+    scope="module",
+  )
 
 
 def test_every_task_is_asked():
@@ -44,19 +59,24 @@ def reference(make, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(make, reference, tmp_path_factory):
-  """A method's config, the folder of its finished run, and the result."""
+  """A method's config, the folder of its finished run, and the result.
+
+  Beside the folder is what a kill would have left of it.
+  """
   runs = {}
 
-  def run(method):
-    if method not in runs:
-      config = make(method=method, **{"mimic.reference": reference})
-      folder = tmp_path_factory.mktemp("whole") / method
-      runs[method] = (
-        config,
-        folder,
-        trainer.train_and_evaluate(config, folder),
-      )
-    return runs[method]
+  def run(method, **fields):
+    key = (method, *sorted(fields.items()))
+    if key not in runs:
+      config = make(method=method, **{"mimic.reference": reference}, **fields)
+      folder = tmp_path_factory.mktemp("whole") / "run"
+      with tiny.before_step(
+        KILLED_BEFORE,
+        lambda: tiny.killed(folder, folder.with_name("killed"), KILLED_BEFORE),
+      ):
+        result = trainer.train_and_evaluate(config, folder)
+      runs[key] = (config, folder, result)
+    return runs[key]
 
   return run
 
@@ -80,27 +100,53 @@ def assert_same_run(like, one, other):
     assert tables[0].equals(tables[1])
 
 
-@pytest.mark.parametrize(
-  ("method", "count"),
-  [
-    ("grad_mimic", 3),
-    *(
-      pytest.param(method, count, marks=pytest.mark.slow)
-      for method in ("rho", "output_agreement", "random")
-      for count in (0, 2, 5)
-    ),
-  ],
-)
-def test_an_interrupted_run_goes_on_bit_for_bit(
-  whole, made, tmp_path, method, count
-):
-  config, folder, result = whole(method)
-  with tiny.interrupted(count):
-    trainer.train_and_evaluate(config, tmp_path / "run")
-  assert tiny.checkpointed(tmp_path / "run") == list(range(2, count + 1, 2))
+def test_a_killed_run_goes_on_bit_for_bit(whole, made, tmp_path):
+  config, folder, result = whole("grad_mimic")
+  shutil.copytree(folder.with_name("killed"), tmp_path / "run")
   again = trainer.train_and_evaluate(config, tmp_path / "run")
   assert {**again, "seconds": 0} == {**result, "seconds": 0}
   assert_same_run(made.params, folder, tmp_path / "run")
+
+
+METHODS = [
+  *(
+    (task, method, {})
+    for task in tiny.TASKS
+    for method in ("rho", "output_agreement", "random")
+  ),
+  *(
+    ("classification", method, fields)
+    for method, fields in (
+      ("grad_mimic_outputs", {"data.flip": True}),
+      ("grad_mimic", {"mimic.direction": "clean_gradient"}),
+      ("agra", {"data.flip": True}),
+      ("grand_offline", {"mimic.grand_runs": 2}),
+      ("distillation", {"data.flip": True}),
+    )
+  ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("task", "method", "fields"), METHODS, indirect=["task"], scope="module"
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+  whole, made, reference, tmp_path, method, fields
+):
+  """Whatever a method keeps: outputs, norms, batches, places in the data."""
+  config, folder, result = whole(method, **fields)
+  for count in (0, 2, 5):
+    run = tmp_path / str(count)
+    with tiny.interrupted(count):
+      trainer.train_and_evaluate(config, run)
+    assert checkpoint.steps(run) == list(range(2, count + 1, 2))
+    # What is kept of the reference's outputs is computed anew on the way.
+    for file in pathlib.Path(reference).glob("*.npy"):
+      file.unlink()
+    again = trainer.train_and_evaluate(config, run)
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    assert_same_run(made.params, folder, run)
 
 
 def test_a_finished_run_is_not_repeated(whole, monkeypatch):
@@ -120,11 +166,15 @@ def test_a_workdir_in_use_is_refused(whole, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused(whole, make):
   _, folder, _ = whole("grad_mimic")
-  other = make(method="sgd")
-  with pytest.raises(ValueError, match=r"belongs to another config: method is"):
+  other = make(method="grad_mimic", **{"optimizer.learning_rate": 0.5})
+  with pytest.raises(
+    ValueError,
+    match=r"belongs to another config: .*learning_rate is \S+ there and 0\.5",
+  ):
     trainer.train_and_evaluate(other, folder)
 
 
+@of_tasks("classification", "contrastive")
 def test_microbatches_train_alike_or_are_refused(
   whole, make, made, reference, tmp_path
 ):
@@ -144,6 +194,8 @@ def test_microbatches_train_alike_or_are_refused(
 
 
 class TestScoring:
+  """Of every sample, at each of a run's checkpoints."""
+
   def config(self, folder, reference, **fields):
     config = score_config.get_config(f"learner={folder}").unlock()
     config.batch_size, config.flush_every = 16, 1
@@ -152,47 +204,52 @@ class TestScoring:
     config.update(fields)
     return config.lock()
 
-  @pytest.mark.parametrize("method", ["grad_mimic", "output_agreement"])
-  def test_every_sample_has_a_score_at_each_checkpoint(
-    self, whole, reference, tmp_path, method
-  ):
-    _, folder, _ = whole("grad_mimic")
-    config = self.config(folder, reference, method=method)
-    result = scoring.score_dataset(config, tmp_path / "scores")
-    ids, scores = gm.ScoreLedger(tmp_path / "scores" / "ledger").matrix()
-    assert len(ids) == result["samples"] == 48
-    assert scores.shape == (48, len(result["checkpoints"]))
-    assert np.isfinite(scores).all()
-
-  def test_an_interrupted_pass_goes_on(
-    self, whole, reference, tmp_path, monkeypatch
-  ):
-    _, folder, _ = whole("grad_mimic")
-    config = self.config(folder, reference)
-    scoring.score_dataset(config, tmp_path / "whole")
+  @pytest.fixture(scope="class")
+  def scored(self, whole, reference, tmp_path_factory):
+    """The job's config, its folder, and what a kill would have left of it."""
+    _, learner, _ = whole("grad_mimic")
+    config = self.config(learner, reference)
+    folder = tmp_path_factory.mktemp("scored") / "whole"
     append, done = gm.ScoreLedger.append, []
 
-    def stopping(*args, **fields):
+    def appending(*args, **fields):
       if len(done) == 4:
-        raise KeyboardInterrupt
+        shutil.copytree(folder, folder.with_name("killed"))
       done.append(None)
       return append(*args, **fields)
 
-    with monkeypatch.context() as patch:
-      patch.setattr(gm.ScoreLedger, "append", stopping)
-      with pytest.raises(KeyboardInterrupt):
-        scoring.score_dataset(config, tmp_path / "run")
-    scoring.score_dataset(config, tmp_path / "run")
-    tables = [
-      gm.ScoreLedger(tmp_path / name / "ledger").table()
-      for name in ("whole", "run")
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(gm.ScoreLedger, "append", appending)
+      scoring.score_dataset(config, folder)
+    return config, folder
+
+  def scores_of(self, folder):
+    ids, scores = gm.ScoreLedger(folder / "ledger").matrix()
+    assert len(ids) == 48
+    assert scores.shape == (48, 3)
+    assert np.isfinite(scores).all()
+    return scores
+
+  def test_a_killed_pass_goes_on(self, scored):
+    config, folder = scored
+    killed = folder.with_name("killed")
+    assert len(gm.ScoreLedger(killed / "ledger")) == 4 * 16
+    self.scores_of(folder)
+    scoring.score_dataset(config, killed)
+    tables = [gm.ScoreLedger(x / "ledger").table() for x in (folder, killed)]
     assert tables[0].equals(tables[1])
 
+  def test_output_agreement(self, whole, reference, tmp_path):
+    _, learner, _ = whole("grad_mimic")
+    config = self.config(learner, reference, method="output_agreement")
+    result = scoring.score_dataset(config, tmp_path / "scores")
+    assert (result["samples"], result["checkpoints"]) == (48, [2, 4, 6])
+    self.scores_of(tmp_path / "scores")
 
-@pytest.mark.slow
+
+@of_tasks("classification")
 def test_two_processes_train_alike(task, whole, make, reference, tmp_path):
-  """Of the same batches, up to the order of sums."""
+  """Of the same batches, up to the order of sums; the first one speaks."""
   _, folder, result = whole("grad_mimic")
   config = make(
     **{"method": "grad_mimic", "mimic.reference": reference, "mesh.data": 2}
@@ -203,13 +260,16 @@ def test_two_processes_train_alike(task, whole, make, reference, tmp_path):
     "import json, sys; from ml_collections import config_dict;"
     " from experiments.runtime import cli; from experiments.training import"
     " trainer; c = config_dict.ConfigDict(json.load(open(sys.argv[-1])));"
-    " del sys.argv[-1];"
-    " cli.run(lambda _, w: trainer.train_and_evaluate(c, w),"
+    " del sys.argv[-1]; cli.run(lambda _, w: trainer.main(c, w),"
     " processes=cli.SHARED)"
   )
   flags = [f"--workdir={tmp_path / 'run'}", "--config=configs/digits.py"]
-  processes.finish(processes.start(["-c", code, *flags, str(file)], count=2))
+  first, second = processes.finish(
+    processes.start(["-c", code, *flags, str(file)], count=2)
+  )
   again = json.loads((tmp_path / "run" / trainer.RESULT_FILE).read_text())
+  assert again["fingerprint"] in first
+  assert again["fingerprint"] not in second
   headline = tasks.TASKS[task].headline.loss
   assert again[headline] == pytest.approx(result[headline], rel=1e-4)
   ids, scores = gm.ScoreLedger(tmp_path / "run" / "ledger").matrix()

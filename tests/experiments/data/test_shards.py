@@ -24,7 +24,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import gradmimic_jax as gm
-from configs import clip as clip_config
+from configs import contrastive as clip_config
 from experiments.data.pairs import (
   datacomp,
   images,

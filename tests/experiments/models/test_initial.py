@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from configs import classification
-from experiments import models
+from experiments import models, tasks
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, sharding
 from experiments.studies import runner as study
@@ -91,10 +91,12 @@ def test_a_study_from_a_backbone(make_config, backbone, tmp_path):
 
 def test_a_reference_of_another_architecture_starts_anew(make_config):
   fields = {"model.pretrained": "somewhere"}
-  same = study.reference_overrides(make_config(**fields), 0)
-  assert "model.pretrained" not in same
+  make = tasks.get(make_config()).reference_overrides
+  assert "model.pretrained" not in make(make_config(**fields), 0)
   other = make_config(**fields, **{"study.reference.widths": (24,)})
-  assert study.reference_overrides(other, 0)["model.pretrained"] is None
+  assert (
+    tasks.get(other).reference_overrides(other, 0)["model.pretrained"] is None
+  )
 
 
 def test_a_backbone_that_does_not_fit(make_config, backbone, tmp_path):

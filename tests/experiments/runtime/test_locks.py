@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from experiments.runtime import claims, locks
-from experiments.studies import runner as study
+from experiments.studies import plan, records, runner
 from experiments.training import trainer as train
 
 # Another program's hand on the lock's file, which knows nothing of ours.
@@ -163,15 +163,17 @@ def test_training_is_refused_before_data_are_read(
     train.train_and_evaluate(make_config(), tmp_path / "run")
 
 
-def test_a_study_leaves_a_run_to_who_has_it(tmp_path):
+def test_a_study_leaves_a_run_to_who_has_it(make_config, tmp_path, monkeypatch):
   """Its claim was thought to be stale: another process only stood still."""
 
-  def train_run(*_):
+  def train_and_evaluate(*_):
     raise locks.InUseError("in use")
 
-  run = study.Run(0, "sgd", {})
+  monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+  run = plan.Run(0, "sgd", {})
   (tmp_path / "seed0").mkdir()
-  assert study._attempt(None, tmp_path, run, train_run) is None
+  there = records.Records(make_config(), tmp_path, [run])
+  assert runner._attempt(there, run) is None
   assert not list((tmp_path / "seed0").iterdir())
 
 

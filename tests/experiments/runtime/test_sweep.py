@@ -13,14 +13,15 @@ import pytest
 
 import gradmimic_jax as gm
 from configs import compare as results_config, sweep as sweep_config
+from experiments import tasks
 from experiments.benchmarks import methods as costs
 from experiments.data import noise
-from experiments.reporting import tables
-from experiments.runtime import preemption, sweep
+from experiments.runtime import preemption, sweep, tables
 from experiments.studies import (
   comparison as results,
+  plan,
   published,
-  runner as study,
+  runner,
   settings as tuning,
   tuning as tune,
 )
@@ -179,7 +180,7 @@ def test_tuning_tries_all_and_a_study_takes_the_best(make_study, tmp_path):
   assert best["sgd"]["accuracy"] == max(accuracies)
 
   path = str(tmp_path / "tuning" / tune.TUNED_FILE)
-  chosen = study.runs_of(make_study(**{"study.tuned": path}))
+  chosen = plan.plan_runs(make_study(**{"study.tuned": path}))
   (ours,) = [run for run in chosen if run.name == "grad_mimic"]
   assert ours.overrides == {"method": "grad_mimic", **best["grad_mimic"]["set"]}
 
@@ -214,7 +215,7 @@ def test_studies_share_a_reference_and_their_tables(
       }
     )
     folders.append(str(tmp_path / f"study{rate}"))
-    summary = study.run_study(config, folders[-1])
+    summary = runner.run_study(config, folders[-1])
   assert len([p for p in shared.iterdir() if p.is_dir()]) >= 1
   first, second = (f"{folder}/seed0/reference" for folder in folders)
   assert (tmp_path / first).resolve() == (tmp_path / second).resolve()
@@ -235,9 +236,11 @@ def test_studies_share_a_reference_and_their_tables(
   assert rows["grad_mimic"]["auroc"] > 0.8
   assert rows["grad_mimic"]["f1_gmm"] > 0.6
 
-  measured = costs.measure(
-    make_study(**{"mimic.reference": first}), tmp_path / "costs"
-  )
+  config = make_study(**{"mimic.reference": first}).unlock()
+  config.benchmark = "methods"
+  costs.measure(config.lock(), tmp_path / "costs")
+  measured = costs.load(tmp_path / "costs" / costs.RESULT_FILE)
+  assert measured["batch_size"] == config.batch_size
   assert measured["methods"]["sgd"]["time"] == pytest.approx(1)
   assert measured["methods"]["grad_mimic"]["memory"] > 0
 
@@ -254,15 +257,14 @@ def test_studies_share_a_reference_and_their_tables(
 
 
 def test_published_numbers():
-  assert published.accuracy("cifar10", "grad_mimic", 0.5) == 0.9392
-  assert published.accuracy("cifar10", "reference", 0.5) == 0.9418
-  assert published.accuracy("cifar10", "rho", 0.5) is None
-  assert published.accuracy("digits", "sgd", 0.5) is None
-  finetuned = published.accuracy("cifar100", "grad_mimic", 0.6, finetuned=True)
-  assert finetuned == 0.2402
-  assert published.accuracy("cifar10", "sgd", 0.6, finetuned=True) is None
-  assert published.f1("dtd", "gmm", 0.6) == 0.96
-  assert published.f1("dtd", "gmm", 0.55) is None
+  assert published.find("heads", "cifar10", "grad_mimic", 0.5) == 0.9392
+  assert published.find("heads", "cifar10", "reference", 0.5) == 0.9418
+  assert published.find("heads", "cifar10", "rho", 0.5) is None
+  assert published.find("heads", "digits", "sgd", 0.5) is None
+  assert published.find("finetuned", "cifar100", "grad_mimic", 0.6) == 0.2402
+  assert published.find("finetuned", "cifar10", "sgd", 0.6) is None
+  assert published.find("f1", "dtd", "gmm", 0.6) == 0.96
+  assert published.find("f1", "dtd", "gmm", 0.55) is None
 
 
 def test_results_of_nothing(tmp_path):
@@ -277,13 +279,8 @@ def test_results_of_nothing(tmp_path):
 
 def test_a_reference_of_the_test_split_is_asked_for_by_name(make_study):
   config = make_study(**{"study.reference.test_leak": True})
-  overrides = study.reference_overrides(config, 0)
+  make = tasks.get(config).reference_overrides
+  overrides = make(config, 0)
   assert overrides["data.train_split"] == "test"
   config = make_study(**{"study.reference.noise_rate": 0.25})
-  assert study.reference_overrides(config, 0)["noise.rate"] == 0.25
-
-
-@pytest.mark.parametrize("keep", [0.0, 1.0, 80])
-def test_a_share_that_is_none(make_study, keep):
-  with pytest.raises(ValueError, match="above 0 and below 1"):
-    study.runs_of(make_study(**{"study.keep_fractions": (keep,)}))
+  assert make(config, 0)["noise.rate"] == 0.25

@@ -1,5 +1,6 @@
 """The jobs of data work: score, select, report; and filters in training."""
 
+import itertools
 import json
 import logging
 import pathlib
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import numpy as np
+import pairs_case
 import pytest
 
 import gradmimic_jax as gm
@@ -20,106 +23,152 @@ from configs import (
   score as score_config,
   select as select_config,
 )
-from experiments import models
-from experiments.data import filters, noise, pipeline
-from experiments.reporting import page as report, tables
-from experiments.runtime import checkpoint, workdir
-from experiments.selection import files as select
-from experiments.tasks.classification import (
-  data as data_lib,
-  losses as classification,
-)
+from experiments import tasks
+from experiments.data import filters, noise
+from experiments.data.pairs import shard_samples
+from experiments.reporting import page as report
+from experiments.runtime import checkpoint, distributed, tables, workdir
+from experiments.selection import files as select, filters as cuts, runs
+from experiments.tasks.classification import data as data_lib
+from experiments.tasks.contrastive import data as pairs_lib
 from experiments.training import scoring as score, trainer as train
+from gradmimic_jax.selection.uids import parse_uids
 
 ROOT = pathlib.Path(__file__).parents[3]
-BATCH = 200  # 8 batches a pass, the last one padded
+DATA = ("digits", "shapes", "shards")
+every_data = pytest.mark.parametrize("scored", DATA, indirect=True)
+
+
+class Scored(NamedTuple):
+  """A pass over one of the data sets, with all that it took."""
+
+  data: str
+  config: Any  # of runs: `config(**fields)`
+  learner: pathlib.Path
+  reference: pathlib.Path
+  job: Any  # the config of `score`
+  folder: pathlib.Path
+  ids: np.ndarray  # of all samples, ascending
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  return tmp_path_factory.mktemp("runs")
+def make_scored(tmp_path_factory, digits_dir):
+  """`make_scored(data, make_config)`: a finished pass; made once."""
+  made: dict[str, Scored] = {}
+  root = tmp_path_factory.mktemp("runs")
+  shards = pairs_case.write_shards(tmp_path_factory.mktemp("shards"))
+
+  def on_shards(**fields):
+    fields = {"method": "sgd", "num_samples": 64, **fields}
+    return pairs_case.on_shards(shards, **fields)
+
+  def run(name, config):
+    train.train_and_evaluate(config, root / name)
+    return root / name
+
+  def make(data, make_config):
+    if data in made:
+      return made[data]
+    if data == "digits":
+      config, batch, ids = make_config, 200, np.arange(1437)
+      reference = run("reference", config(**{"noise.rate": 0.0}))
+    else:
+      configs = {"shapes": pairs_case.on_shapes, "shards": on_shards}
+      config, batch = configs.pop(data), 20
+      # A run on other data may be a reference: each is the other's.
+      ((name, other),) = configs.items()
+      reference = run(name, other())
+      pairs = pairs_case.shapes.load("train", size=96, seed=0, image_size=16)
+      ids = np.sort(np.delete(pairs.uids, 0))  # the first is broken
+      if data == "shapes":
+        ids = np.sort(pairs_lib.train_pairs(config()).uids)
+    learner = run(data, config())
+    job = score_config.get_config(f"learner={learner}").unlock()
+    job.mimic.reference = str(reference)
+    job.batch_size, job.flush_every, job.mesh.data = batch, 3, 1
+    folder = root / f"{data}_scored"
+    score.score_dataset(job.lock(), folder)
+    made[data] = Scored(data, config, learner, reference, job, folder, ids)
+    return made[data]
+
+  return make
 
 
 @pytest.fixture
-def learner(make_config, runs):
-  """A finished run on noisy labels, beside its reference."""
-  clean = make_config(**{"noise.rate": 0.0})
-  train.train_and_evaluate(clean, runs / "reference")
-  train.train_and_evaluate(make_config(), runs / "learner")
-  return runs / "learner"
+def scored(request, make_config, make_scored):
+  return make_scored(getattr(request, "param", "digits"), make_config)
 
 
-@pytest.fixture
-def score_job(learner, runs):
-  """The config that scores with both checkpoints of the learner."""
-  config = score_config.get_config(f"learner={learner}").unlock()
-  config.mimic.reference = str(runs / "reference")
-  config.batch_size, config.flush_every = BATCH, 3
-  return config.lock()
-
-
-@pytest.fixture
-def scored(score_job, runs):
-  folder = runs / "scored"
-  score.score_dataset(score_job, folder)
-  return folder
-
-
-def test_scores_are_those_of_single_gradients(score_job, scored, learner, runs):
-  ids, scores = gm.ScoreLedger(scored / "ledger").matrix()
-  np.testing.assert_array_equal(ids, np.arange(1437))
-  assert scores.shape == (1437, 2)
+@every_data
+def test_a_pass_scores_all_samples_with_each_checkpoint(scored):
+  ids, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
+  np.testing.assert_array_equal(ids, scored.ids)
+  assert scores.shape == (len(ids), len(checkpoint.steps(scored.learner)))
   assert np.isfinite(scores).all()
-  run = score.learners_config(score_job)
-  data = data_lib.load_data(run)
-  apply, params = models.create(
-    run.model, input_shape=(8, 8, 1), num_classes=10, seed=run.seed
-  )
-  losses_fn = classification.make_losses_fn(apply)
-  (batch,) = pipeline.eval_batches(
-    data.train.images,
-    data.labels.labels,
-    batch_size=40,
-    indices=np.arange(1397, 1437),
-    mean=data.mean,
-    std=data.std,
-  )
-  reference = checkpoint.load_params(runs / "reference", params)
-  for epoch, step in enumerate(checkpoint.steps(learner)):
-    theirs = checkpoint.load_params(learner, params, step=step)
+  result = json.loads((scored.folder / "result.json").read_text())
+  assert result["samples"] == len(ids)
 
-    def loss_of_one(tree, sample):
-      return losses_fn(tree, jax.tree.map(lambda x: x[None], sample))[0][0]
 
-    rows = jax.vmap(jax.grad(loss_of_one), in_axes=(None, 0))(theirs, batch)
-    rows, gap = (
-      np.concatenate(
-        [np.float64(leaf).reshape(n, -1) for leaf in jax.tree.leaves(tree)], 1
-      )
-      for tree, n in (
-        (rows, 40),
-        (jax.tree.map(lambda r, p: r - p, reference, theirs), 1),
-      )
+@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
+def test_scores_are_those_of_single_gradients(scored):
+  """Of the last rows, whose batch is padded; pairs have their batch mates."""
+  _, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
+  run = score.learners_config(scored.job)
+  devices = distributed.Devices(scored.job.mesh, batch_size=run.batch_size)
+  task = tasks.get(run).create_for_scoring(run, devices, scored.learner)
+  *_, last = task.passes()
+  rows = task.take(last)
+  real = np.flatnonzero(rows.real)[-3:]
+  at = np.searchsorted(scored.ids, rows.ids[real])
+
+  @jax.jit
+  @jax.jacrev
+  def gradients(params):
+    return task.losses_fn(params, rows.seen)[0][real]
+
+  def flat(tree, *lead):
+    leaves = jax.tree.leaves(tree)
+    return np.concatenate(
+      [np.float64(x).reshape(*lead, -1) for x in leaves], -1
     )
-    expected = -(rows @ gap[0]) / np.linalg.norm(gap)
+
+  reference = flat(checkpoint.load_params(scored.reference, task.params))
+  for epoch, step in enumerate(checkpoint.steps(scored.learner)):
+    params = checkpoint.load_params(scored.learner, task.params, step=step)
+    grads = flat(gradients(params), len(real))
+    gap = reference - flat(params)
     np.testing.assert_allclose(
-      scores[1397:, epoch], expected, rtol=1e-4, atol=1e-6
+      scores[at, epoch],
+      -grads @ gap / np.linalg.norm(gap),
+      rtol=1e-3,
+      atol=2e-5,
     )
 
 
 @pytest.mark.parametrize(
-  "stop_at", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 13))]
+  ("scored", "stop_at"),
+  [
+    ("digits", 4),
+    ("shapes", 4),
+    ("shards", 4),
+    *(
+      pytest.param(data, k, marks=pytest.mark.slow)
+      for data, k in itertools.product(DATA, (1, 7))
+    ),
+  ],
+  indirect=["scored"],
 )
 def test_an_interrupted_pass_ends_with_the_same_ledger(
-  score_job, scored, tmp_path, monkeypatch, stop_at
+  scored, tmp_path, monkeypatch, stop_at
 ):
   class InterruptedPassError(Exception):
     pass
 
-  whole = score._Pass._batches
+  task = tasks.get(score.learners_config(scored.job))
+  whole = task.passes
   count = 0
 
-  def batches(self, first):
+  def passes(self, first=0):
     nonlocal count
     for batch in whole(self, first):
       if count == stop_at:
@@ -128,28 +177,28 @@ def test_an_interrupted_pass_ends_with_the_same_ledger(
       yield batch
 
   with monkeypatch.context() as patch:
-    patch.setattr(score._Pass, "_batches", batches)
+    patch.setattr(task, "passes", passes)
     with pytest.raises(InterruptedPassError):
-      score.score_dataset(score_job, tmp_path / "run")
+      score.score_dataset(scored.job, tmp_path / "run")
   if stop_at >= 3:
     progress = json.loads((tmp_path / "run" / "progress.json").read_text())
-    assert progress["batches"] == {4: 3, 13: 12}[stop_at]
-  score.score_dataset(score_job, tmp_path / "run")
+    assert 3 <= progress["batches"] <= stop_at
+  score.score_dataset(scored.job, tmp_path / "run")
   assert (
     gm.ScoreLedger(tmp_path / "run" / "ledger")
     .table()
-    .equals(gm.ScoreLedger(scored / "ledger").table())
+    .equals(gm.ScoreLedger(scored.folder / "ledger").table())
   )
 
 
 @pytest.mark.slow
-def test_a_killed_pass_ends_with_the_same_ledger(score_job, tmp_path):
+def test_a_killed_pass_ends_with_the_same_ledger(scored, tmp_path):
   command = [
     sys.executable,
     "-m",
     "experiments.score",
-    f"--config=configs/score.py:learner={score_job.learner}",
-    f"--config.mimic.reference={score_job.mimic.reference}",
+    f"--config=configs/score.py:learner={scored.learner}",
+    f"--config.mimic.reference={scored.reference}",
     "--config.batch_size=4",
     "--config.flush_every=5",
   ]
@@ -158,8 +207,8 @@ def test_a_killed_pass_ends_with_the_same_ledger(score_job, tmp_path):
   for flushes in (1, 30, 70):
     process = subprocess.Popen([*command, f"--workdir={tmp_path}/run"], **quiet)
     while process.poll() is None:
-      files = list((tmp_path / "run" / "ledger").glob("*.parquet"))
-      if len(files) >= flushes:
+      written = list((tmp_path / "run" / "ledger").glob("*.parquet"))
+      if len(written) >= flushes:
         break
       time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -173,37 +222,94 @@ def test_a_killed_pass_ends_with_the_same_ledger(score_job, tmp_path):
   assert one.equals(other)
 
 
-def test_a_pass_needs_a_learner_and_scores(score_job, tmp_path):
-  with pytest.raises(FileNotFoundError, match="expected the workdir of a run"):
-    score.score_dataset(score_config.get_config(), tmp_path / "run")
-  config = score_job.copy_and_resolve_references().unlock()
-  config.method = "sgd"
-  with pytest.raises(ValueError, match="gives no scores"):
-    score.score_dataset(config.lock(), tmp_path / "run")
-  assert not (tmp_path / "run").exists()
+def test_what_a_pass_refuses(scored, make_scored, make_config, tmp_path):
+  def job(scored, **fields):
+    config = scored.job.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(fields)
+    return config.lock()
+
+  pairs = make_scored("shapes", make_config)
+  for config, error, match in (
+    (score_config.get_config(), FileNotFoundError, "expected the workdir of a"),
+    (job(scored, method="sgd"), ValueError, "gives no scores"),
+    (job(pairs, method="grand"), ValueError, "'grand'; expected one of sgd"),
+    (job(scored, flush_every=0), ValueError, "flush_every is 0; expected at"),
+    (job(pairs, split="test"), ValueError, "the data of .* has no splits"),
+  ):
+    with pytest.raises(error, match=match):
+      score.score_dataset(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_from_a_ledger_to_a_filter_to_training(
-  scored, make_config, tmp_path, caplog
-):
-  config = select_config.get_config(f"run={scored}").unlock()
+@every_data
+def test_from_a_ledger_to_a_filter_to_training(scored, tmp_path, caplog):
+  config = select_config.get_config(f"run={scored.folder}").unlock()
   config.select.binarize = "gmm"  # "auto" finds that they are too much alike
+  if scored.data != "digits":
+    config.select.binarize = "threshold"
   manifest = select.select_run(config, tmp_path / "filter")
+  ledger = gm.ScoreLedger(scored.folder / "ledger")
+  options = {"threshold": 0.0} if scored.data != "digits" else {}
   selection = gm.select(
-    gm.ScoreLedger(scored / "ledger"), binarize="gmm", aggregate="label_model"
+    ledger,
+    binarize=config.select.binarize,
+    aggregate="label_model",
+    **options,
   )
-  assert 0.5 < selection.kept_fraction < 0.7
+  assert 0.1 < selection.kept_fraction < 0.95
   assert manifest["kept"] == selection.keep.sum()
-  assert json.loads((tmp_path / "filter" / "manifest.json").read_text()) == (
-    manifest
-  )
-  kept = set(selection.kept_ids.tolist())
+  stored = (tmp_path / "filter" / "manifest.json").read_text()
+  assert json.loads(stored) == manifest
   for name in manifest["sha256"]:
     path = str(tmp_path / "filter" / name)
-    indices = data_lib.load_data(make_config(**{"data.filter": path})).indices
-    assert set(indices.tolist()) == kept
-    assert len(indices) == len(kept)
+    if scored.data == "digits":
+      run = scored.config(**{"data.filter": path})
+      found = data_lib.load_data(run).indices
+      wanted = selection.kept_ids
+    else:
+      found = shard_samples.kept_uids(path)
+      wanted = parse_uids(selection.kept_ids)
+      run = scored.config(**{"data.filter": path, "batch_size": 2})
+      count = pairs_lib.load(run).train_pairs
+      assert count == (len(wanted) if scored.data == "shapes" else None)
+    np.testing.assert_array_equal(found, wanted)
   assert "not in" not in caplog.text
+  if scored.data == "shapes":
+    other = scored.config(**{"data.filter": path, "noise.rate": 0.1})
+    with pytest.raises(ValueError, match=r"'dataset' is 'shapes .* in the"):
+      pairs_lib.load(other)
+  # The workdir is now one of this selection.
+  config.select.aggregate = "majority"
+  with pytest.raises(ValueError, match=r"select\.aggregate is 'label_m"):
+    select.select_run(config, tmp_path / "filter")
+
+
+@every_data
+def test_filters_by_expression(scored, tmp_path):
+  config = select_config.get_config(f"run={scored.folder}").unlock()
+  config.filters = ("mimic_top30 - mimic_bottom15", "random30", "mimic_top50")
+  manifest = select.select_run(config.lock(), tmp_path / "filters")
+  n = len(scored.ids)
+  assert manifest["pool"] == manifest["scored"] == n
+  assert manifest["filters"]["random30"]["kept"] == int(0.3 * n) + 1
+  for name, about in manifest["filters"].items():
+    path = tmp_path / "filters" / about["file"]
+    filters.check_manifest(path)
+    read = gm.export.read_datacomp_subset
+    if scored.data == "digits":
+      read = gm.export.read_npy
+    assert len(read(path)) == about["kept"], name
+  # Ids of the one file that is sure of its content: of the best half.
+  _, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
+  mean = scores.astype(np.float64).mean(axis=1)
+  best = scored.ids[mean >= np.sort(mean)[::-1][int(0.5 * n)]]
+  wanted = best if scored.data == "digits" else parse_uids(best)
+  np.testing.assert_array_equal(read(path), wanted)
+  assert len(manifest["overlaps"]) == 3
+  config = select_config.get_config(f"run={scored.folder}").unlock()
+  config.metadata = str(tmp_path)
+  with pytest.raises(ValueError, match=r"config\.filters, which would look"):
+    select.select_run(config, tmp_path / "other")
 
 
 @pytest.fixture(scope="module")
@@ -262,24 +368,52 @@ def test_tables_have_no_formulas():
   ]
 
 
+def test_filters_keep_what_datacomps_rules_keep():
+  rng = np.random.default_rng(0)
+  uids = parse_uids([f"{n:032x}" for n in range(100)])
+  mimic, clip = (rng.permutation(np.arange(100.0)) for _ in range(2))
+  pool = cuts.Pool(
+    uids,
+    cuts.Scores(uids, mimic),
+    cuts.Scores(uids, clip),
+  )
+  expression = "clip_top30 - mimic_bottom20"
+  made = cuts.make([expression, "random30"], pool, seed=0)
+  wanted = uids[(clip >= 69) & (mimic >= 20)]  # int(.3 N) + 1 of the first
+  np.testing.assert_array_equal(made[expression].ids, wanted)
+  assert len(made["random30"]) == 31
+  assert cuts.file_of(expression) == ("clip_top30_less_mimic_bottom20.npy")
+  with pytest.raises(ValueError, match="needs DataComp's metadata"):
+    cuts.make(["basic"], pool, seed=0)
+  # Two filters that would be one file.
+  alike = [
+    "(clip_top30 - mimic_top20) & random30",
+    "clip_top30 - (mimic_top20 & random30)",
+  ]
+  with pytest.raises(ValueError, match="would both be written to"):
+    cuts.make(alike, pool, seed=0)
+
+
+@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
 def test_files_of_other_runs_are_refused(scored, tmp_path):
-  run = tmp_path / "run"
-  shutil.copytree(scored, run)
-  own = select.fingerprints_of(run)
+  run, whole = tmp_path / "run", scored.folder
+  shutil.copytree(whole, run)
+  own = runs.load_fingerprints(run)
   assert own == gm.ScoreLedger(run / "ledger").fingerprints
 
   def refused(name, *words):
     with pytest.raises(ValueError, match=name) as caught:
-      select.fingerprints_of(run)
+      runs.load_fingerprints(run)
     assert all(word in str(caught.value) for word in words)
-    shutil.copy(scored / name, run / name)
+    shutil.copy(whole / name, run / name)
 
-  labels, ids = noise.load(run / "labels.npz")
-  others = noise.apply_noise(
-    labels.clean_labels, rate=0.5, num_classes=10, seed=9
-  )
-  noise.save(run / "labels.npz", others, ids)
-  refused("labels.npz", own["labels"].split()[-1])
+  if scored.data == "digits":
+    labels, ids = noise.load(run / "labels.npz")
+    others = noise.apply_noise(
+      labels.clean_labels, rate=0.5, num_classes=10, seed=9
+    )
+    noise.save(run / "labels.npz", others, ids)
+    refused("labels.npz", own["labels"].split()[-1])
   for name, change in (
     ("run.json", {"seed": 5}),
     ("config.json", {"batch_size": 7}),
@@ -288,7 +422,7 @@ def test_files_of_other_runs_are_refused(scored, tmp_path):
     found = workdir.read_json(run / name)
     workdir.write_json(run / name, found | change, sealed=True)
     refused(name)
-  assert select.fingerprints_of(run) == own
+  assert runs.load_fingerprints(run) == own
 
 
 class TestFilters:
@@ -373,19 +507,49 @@ class TestFilters:
         self.indices(make_config, tmp_path / name)
 
 
+@every_data
 def test_the_page_of_a_run(scored, tmp_path):
-  config = report_config.get_config(f"run={scored}").unlock()
-  config.select.binarize = "gmm"
+  config = report_config.get_config(f"run={scored.folder}").unlock()
+  config.select.binarize = "gmm" if scored.data == "digits" else "threshold"
   path = report.report_run(config, tmp_path / "page")
   found = json.loads(path.with_suffix(".json").read_text())
-  assert found["title"] == "digits train, symmetric noise 0.5"
-  assert found["fingerprints"]["dataset"].startswith("digits train ")
-  assert found["truth"]["f1"] > 0.5
-  # The reference was trained on the true labels: it suggests many of them.
-  counts = np.array(found["matrix"]["counts"])
-  assert counts.sum() == 1437
   assert len(found["histograms"]) == 2
-  assert path.read_text().count("<img") == 72
+  assert found["run"]["scored by"] == "python -m experiments.score"
+  images = path.read_text().count("<img")
+  if scored.data == "digits":
+    assert found["title"] == "digits train, symmetric noise 0.5"
+    assert found["fingerprints"]["dataset"].startswith("digits train ")
+    assert found["truth"]["f1"] > 0.5
+    # The reference was trained on the true labels: it suggests many of them.
+    assert np.sum(found["matrix"]["counts"]) == 1437
+    assert images == 72
+  elif scored.data == "shapes":
+    assert found["title"] == "shapes, 0.292 of the pairs mis-captioned"
+    assert found["fingerprints"]["dataset"].startswith("shapes ")
+    assert "[clean] " in path.read_text()
+    assert images >= 48
+  else:
+    assert "in shards" in found["run"]["images and captions"]
+    assert not images
+
+
+def test_a_page_needs_a_ledger(tmp_path):
   config = report_config.get_config(f"run={tmp_path}")
   with pytest.raises(FileNotFoundError, match="there is no ledger in it"):
     report.report_run(config, tmp_path / "other")
+
+
+def test_a_run_of_an_earlier_release_is_told_so(scored, tmp_path):
+  old = tmp_path / "old"
+  shutil.copytree(scored.learner, old)
+  found = workdir.read_json(old / "config.json")
+  del found["job"], found["task"]
+  workdir.write_json(old / "config.json", found, sealed=True)
+  config = scored.job.copy_and_resolve_references().unlock()
+  config.learner = str(old)
+  for again in (
+    lambda: train.train_and_evaluate(scored.config(), old),
+    lambda: score.score_dataset(config, tmp_path / "scores"),
+  ):
+    with pytest.raises(ValueError, match=r"made by an earlier release.*--work"):
+      again()

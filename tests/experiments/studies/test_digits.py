@@ -8,8 +8,8 @@ import pytest
 import gradmimic_jax as gm
 from configs import digits
 from experiments.data import noise
-from experiments.selection import files as select_lib
-from experiments.studies import runner as study
+from experiments.selection import runs as select_lib
+from experiments.studies import plan, runner as study
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
@@ -31,7 +31,7 @@ def studied(folder, digits_dir, rate, *, retrain=False):
 def found_in(run):
   """The selection of a run's ledger, and which labels are wrong."""
   truth, _ = noise.load(run / data_lib.LABELS_FILE)
-  ledger = select_lib.ledger_of(run)
+  ledger = select_lib.load_ledger(run)
   wrong = truth.is_noisy[ledger.matrix()[0]]
   return gm.select(ledger), gm.select(ledger, binarize="gmm"), wrong
 
@@ -79,7 +79,7 @@ def test_what_is_kept_trains_as_well_as_what_is_clean(tmp_path, digits_dir):
     file = gm.export.write_npy(
       folder / "clean.npy", np.flatnonzero(~truth.is_noisy)
     )
-    only = study.derived(
+    only = plan.derived(
       config, seed=seed, method="sgd", **{"data.filter": str(file)}
     )
     clean.append(train.train_and_evaluate(only, folder / "clean"))

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import gradmimic_jax as gm
 from configs import label_noise
-from experiments import methods, models
+from experiments import methods, models, study as study_command, tasks
 from experiments.data import pipeline, sources
 from experiments.runtime import checkpoint, claims
-from experiments.studies import runner as study
+from experiments.studies import plan
 from experiments.studies.probing import features, grid as probe, heads
 from experiments.training import trainer as train
 
@@ -55,7 +56,7 @@ def make_grid(digits_dir):
 
 def general(config, seed, **overrides):
   """The config of the general loop's run for one run of the grid."""
-  copy = study.derived(config, seed=seed, **overrides).unlock()
+  copy = plan.derived(config, seed=seed, **overrides).unlock()
   del copy.probe
   copy.checkpoint.every_epochs = 100
   return copy.lock()
@@ -75,7 +76,7 @@ def samples_of(folder, method, seed, rate, value=None):
 def assert_equals_the_general_loop(grid, folder, tmp_path, names):
   seed = 1
   reference = tmp_path / "reference"
-  overrides = study.reference_overrides(grid, seed)
+  overrides = tasks.get(grid).reference_overrides(grid, seed)
   reference_seed = overrides.pop("seed")
   train.train_and_evaluate(
     general(grid, reference_seed, **overrides), reference
@@ -301,6 +302,15 @@ def test_a_grid_that_cannot_be(make_grid, tmp_path, overrides, message):
   assert not list(tmp_path.rglob("cells"))
 
 
+def test_a_study_with_a_section_probe_is_a_grid(
+  make_grid, tmp_path, monkeypatch
+):
+  """And no job of several processes."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="one for a single process"):
+    study_command.main(make_grid(), tmp_path / "grid")
+
+
 def test_cells_cover_the_grid_once(make_grid):
   config = make_grid(
     **{
@@ -361,7 +371,7 @@ def test_weighting_values_and_chunks_change_no_run(make_grid, tmp_path):
 JOB = """
 import sys
 from configs import label_noise
-from experiments import probe
+from experiments.studies.probing import grid as probe
 config = label_noise.get_config("seeds=2").unlock()
 config.update_from_flattened_dict({overrides})
 probe.run_grid(config.lock(), {folder!r})
@@ -432,7 +442,7 @@ class TestClaims:
 
   def test_of_a_dead_process_count_for_nothing(self, tmp_path):
     code = (
-      "import pathlib, os; from experiments import claims;"
+      "import pathlib, os; from experiments.runtime import claims;"
       f"claims.take(pathlib.Path({str(tmp_path / 'x')!r})); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)

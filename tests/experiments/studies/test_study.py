@@ -1,39 +1,142 @@
-"""The study: from a config to the table, and the numbers it must show."""
+"""The study of every task: from a config to the tables, and what it refuses."""
 
 import json
+import math
 import pathlib
 
+import jax
+import numpy as np
 import pytest
+import tiny
+from pairs_case import on_shapes
 
+import gradmimic_jax as gm
 from configs import digits
-from experiments.studies import runner as study, summary as study_report
-from experiments.training import trainer as train
+from experiments import tasks
+from experiments.data.pairs import datacomp
+from experiments.selection import filters
+from experiments.studies import plan, records, runner, summary, tables
+from experiments.tasks import base
+from experiments.training import trainer
+
+_FILTERS = {"contrastive": "clip_top90 - mimic_bottom20"}
 
 
-def test_a_study_end_to_end(make_config, tmp_path, monkeypatch):
-  config = make_config()
-  summary = study.run_study(config, tmp_path / "study")
-  assert list(summary["runs"]) == [
-    "reference",
-    "sgd",
-    "grad_mimic",
-    "retrained_grad_mimic",
-  ]
-  (detection,) = summary["detection"]["grad_mimic"]
-  assert detection["clean_fraction"] == pytest.approx(0.5, abs=1e-3)
-  assert 0.9 < detection["auroc"] <= 1
-  for path in summary["figures"]:
-    assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
-  assert "Remove" in pathlib.Path(summary["report"]).read_text()
-  stored = json.loads((tmp_path / "study" / "summary.json").read_text())
-  assert stored == summary
-  assert "grad_mimic" in study_report.table(summary)
+@pytest.fixture(scope="module", params=tiny.TASKS)
+def study(request, digits_dir, tmp_path_factory):
+  """A finished study: its summary, config and folder."""
+  expression = _FILTERS.get(request.param, "mimic_top70 & random90")
+  config = tiny.make(
+    request.param,
+    digits_dir,
+    **{
+      "noise.rate": 0.4,
+      "mimic.force": True,
+      "study.seeds": (0,),
+      "study.methods": ("sgd", "grad_mimic_weights"),
+      "study.retrain": request.param == "classification",
+      "study.filters": (expression,),
+    },
+  )
+  folder = tmp_path_factory.mktemp("study") / "study"
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    return runner.run_study(config, folder), config, folder
 
-  # Finished parts are not repeated, wherever the folder lies by now.
-  (tmp_path / "study").rename(tmp_path / "moved")
-  monkeypatch.setattr(train.Run, "to_the_end", None)
-  again = study.run_study(config, tmp_path / "moved")
-  assert again["runs"] == summary["runs"]
+
+def scored_name(found):
+  return next(name for name in found["runs"] if name.startswith("grad_mimic"))
+
+
+class TestStudy:
+  def test_measures_what_it_promises(self, study):
+    found, config, folder = study
+    rows = {row["method"]: row for row in found["rows"]}
+    scored = scored_name(found)
+    assert list(rows)[:3] == ["reference", "sgd", scored]
+    assert ("retrained_" + scored in rows) == config.study.retrain
+    assert rows["sgd"]["gain"] == 0
+    # The last of what was measured is where the baseline ends.
+    assert 0 <= rows["sgd"]["saved_loss"] < 1
+    assert rows["sgd"]["auroc"] is None
+    assert rows["sgd"]["clean_share"] == pytest.approx(0.6, abs=0.02)
+    assert found["noise_rate"] == pytest.approx(0.4, abs=0.02)
+    assert len(found["kinds"]) == {"classification": 0}.get(config.task, 3)
+    for field in ("auroc", *(f"auroc_{kind}" for kind in found["kinds"])):
+      assert 0 <= rows[scored][field] <= 1
+    (entry,) = found["detection"][scored]
+    assert entry["clean_fraction"] == pytest.approx(0.6, abs=0.05)
+    assert 0 < entry["kept_fraction"] <= 1
+    # Only the task whose reference scores pairs has a row of its own for that.
+    own = set(found["detection"]) - set(rows)
+    assert own == {tasks.get(config).reference_score} - {None}
+    assert list(found["reference_checks"]) == [scored]
+    assert json.loads((folder / "summary.json").read_text()) == found
+    table = (folder / "results.md").read_text()
+    assert all(f"| {name} " in table for name in rows)
+    assert table in tables.text(found)
+    assert len((folder / "results.csv").read_text().splitlines()) == 1 + len(
+      rows
+    )
+    for path in found["figures"]:
+      assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
+
+  def test_the_page_is_about_the_scores(self, study):
+    found, config, _ = study
+    page = pathlib.Path(found["report"]).read_text()
+    assert "Remove" in page
+    assert scored_name(found) in page
+    if config.task == "contrastive":
+      assert "[padded]" in page
+      assert "data:image/png;base64," in page
+
+  def test_filters_are_files_of_the_pool(self, study):
+    found, config, folder = study
+    there = records.Records(config, folder, plan.plan_runs(config))
+    run = next(run for run in there.runs if run.filter)
+    row = next(row for row in found["rows"] if row["filter"])
+    truth = there.load_truth(0)
+    assert len(truth.ids) == 48
+    manifest = json.loads(
+      there.filter_file(run).with_name("manifest.json").read_text()
+    )
+    about = manifest["filters"][run.filter]
+    assert manifest["pool"] == 48
+    assert about["kept"] == row[found["size"]]
+    ids = datacomp.as_ids(truth.ids)
+    read = gm.export.read_npy
+    if ids.dtype.names:
+      read = gm.export.read_datacomp_subset
+    kept = np.isin(ids, read(there.filter_file(run)))
+    assert kept.sum() == about["kept"]
+    share = (~truth.is_wrong)[kept].mean()
+    assert row["clean_share"] == pytest.approx(share)
+
+  def test_is_not_repeated_wherever_it_lies(self, study, tmp_path, monkeypatch):
+    found, config, folder = study
+    folder.rename(tmp_path / "moved")
+    monkeypatch.setattr(trainer.Run, "to_the_end", None)
+    try:
+      again = runner.run_study(config, tmp_path / "moved")
+    finally:
+      (tmp_path / "moved").rename(folder)
+    assert again["runs"] == found["runs"]
+    assert again["rows"] == found["rows"]
+
+  def test_mean_scores_are_the_ledgers(self, study):
+    found, _, folder = study
+    run = folder / "seed0" / scored_name(found)
+    means = filters.mean_scores(run)
+    by_id = {}
+    for row in gm.ScoreLedger(run / "ledger").table().to_pylist():
+      by_id.setdefault(row["id"], []).append(row["score"])
+    assert sum(map(len, by_id.values())) == found["samples_seen"]
+    np.testing.assert_array_equal(means.ids, datacomp.as_ids(sorted(by_id)))
+    np.testing.assert_allclose(
+      means.values, [np.mean(by_id[i]) for i in sorted(by_id)], rtol=1e-6
+    )
 
 
 def test_a_method_that_is_not_there_stops_a_study_at_once(
@@ -41,13 +144,87 @@ def test_a_method_that_is_not_there_stops_a_study_at_once(
 ):
   config = make_config(**{"study.methods": ("sgd", "grad_mimick")})
   with pytest.raises(ValueError, match="expected one of sgd, grad_mimic"):
-    study.run_study(config, tmp_path / "study")
+    runner.run_study(config, tmp_path / "study")
   assert not (tmp_path / "study").exists()
 
 
-def test_a_study_of_nothing(make_config, tmp_path):
-  with pytest.raises(ValueError, match="expected at least one of each"):
-    study.run_study(make_config(**{"study.seeds": ()}), tmp_path / "study")
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"study.seeds": ()}, "expected at least one of each"),
+    ({"study.filters": ("clip_top30",)}, "there are no scores for it"),
+    ({"study.keep_fractions": (0.0,)}, "above 0 and below 1"),
+    ({"study.keep_fractions": (1.0,)}, "above 0 and below 1"),
+    ({"study.keep_fractions": (80,)}, "above 0 and below 1"),
+  ],
+)
+def test_what_a_study_refuses(make_config, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    plan.plan_runs(make_config(**overrides))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"study.methods": ("grad_mimic_weights",)}, "'sgd' to compare with"),
+    ({"study.methods": ("sgd", "grand")}, "config.study.methods has 'grand'"),
+    ({"study.weightings": ("ess",)}, r"expected such as ess0\.5"),
+    ({"study.filters": ("mimic_best30",)}, "expected names such as mimic_top"),
+    (
+      {"study.filters": ("random30",), "study.methods": ("sgd",)},
+      "needs the scores of a run",
+    ),
+    ({"study.reference.width": 32}, "makes it another model"),
+    ({"data.name": "shards"}, "to know which captions are wrong"),
+  ],
+)
+def test_what_a_study_of_pairs_refuses(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    plan.plan_runs(on_shapes(**overrides))
+
+
+def test_a_studys_settings(make_config):
+  arg = (
+    "layers=all+image_last_mlp,direction=weights+outputs,ess=0.3,"
+    "temperature=0.05,others=output_agreement+rho"
+  )
+  names = list(plan.plan_settings(on_shapes(arg)))
+  assert len(names) == 1 + 2 * 2 * 2 + 2 * 2
+  assert "grad_mimic_outputs_image_last_mlp_temperature0.05" in names
+  # Neither looks at layers.
+  assert names[-3::2] == [
+    "output_agreement_temperature0.05",
+    "rho_temperature0.05",
+  ]
+  larger = on_shapes("reference=larger,direction=outputs")
+  reference, *_ = plan.plan_runs(larger)
+  assert reference.overrides["model.clip.image_width"] == 128
+  assert reference.overrides["seed"] == 1000
+  # Methods that have weightings of their own are run once.
+  config = make_config(
+    **{
+      "study.methods": ("sgd", "rho", "rho_topk", "random"),
+      "study.weightings": ("ess0.3", "top0.5"),
+    }
+  )
+  assert list(plan.plan_settings(config)) == [
+    *("sgd", "rho_ess0.3", "rho_top0.5", "rho_topk", "random")
+  ]
+
+
+@pytest.mark.parametrize(
+  ("values", "target", "expected"),
+  [
+    ([5.0, 4.0, 2.0], 3.0, 15.0),
+    ([5.0, 4.0, 2.0], 1.0, None),
+    ([5.0, 2.0, 5.0], 2.0, 10.0),  # the first time counts
+    ([1.0, 2.0, 3.0], 2.0, 0.0),
+    ([math.nan, 1.0, 1.0], 2.0, 10.0),
+    ([math.nan] * 3, 2.0, None),
+  ],
+)
+def test_steps_to_a_loss(values, target, expected):
+  assert summary.steps_to([0, 10, 20], values, target) == expected
 
 
 @pytest.mark.slow
@@ -56,9 +233,12 @@ def test_a_study_of_resized_images(make_config, tmp_path):
   config = make_config(
     **{"data.image_size": 6, "study.methods": ("grad_mimic",)}
   )
-  summary = study.run_study(config, tmp_path / "study")
-  (kept,) = summary["runs"]["retrained_grad_mimic"]
+  found = runner.run_study(config, tmp_path / "study")
+  (kept,) = found["runs"]["retrained_grad_mimic"]
   assert 0 < kept["train_samples"] < 1437
+  # Nothing to compare with.
+  assert "saved_loss" not in found["rows"][-1]
+  assert "steps saved" not in tables.markdown(found)
 
 
 @pytest.mark.slow
@@ -68,13 +248,29 @@ def test_a_study_of_resized_images(make_config, tmp_path):
 def test_the_numbers_on_digits(tmp_path, digits_dir, rate, sgd, grad_mimic):
   config = digits.get_config(f"rate={rate}").unlock()
   config.data.data_dir = digits_dir
-  summary = study.run_study(config.lock(), tmp_path / "study")
+  found = runner.run_study(config.lock(), tmp_path / "study")
 
   def mean(entries, key):
     return sum(entry[key] for entry in entries) / len(entries)
 
-  runs, found = summary["runs"], summary["detection"]["grad_mimic"]
+  runs, detected = found["runs"], found["detection"]["grad_mimic"]
   assert mean(runs["sgd"], "test_accuracy") == pytest.approx(sgd, abs=0.05)
   assert mean(runs["grad_mimic"], "test_accuracy") >= grad_mimic
-  assert mean(found, "auroc") >= 0.99
-  assert mean(found, "f1") >= 0.95
+  assert mean(detected, "auroc") >= 0.99
+  assert mean(detected, "f1") >= 0.95
+
+
+@pytest.mark.parametrize(
+  ("ids", "other"),
+  [
+    ([7, 2, 5], 9),
+    (["b", "c", "a"], "zz"),
+    ([f"{n:032x}" for n in range(3)], "f" * 32),
+  ],
+)
+def test_the_truth_is_found_by_ids(ids, other):
+  truth = base.Truth(np.array(ids), np.array(["", "code", "swapped"]))
+  assert list(truth.kinds_of(np.array([ids[2], ids[0]]))) == ["swapped", ""]
+  assert list(truth.is_wrong) == [False, True, True]
+  with pytest.raises(ValueError, match="1 of 1 ids are not among the 3"):
+    truth.kinds_of(np.array([other]))

@@ -1,107 +1,33 @@
-"""CLIP's jobs: training on shapes and shards, the study, filters, costs."""
+"""CLIP's jobs: training on shapes and shards, filters, costs."""
 
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairs_case
 import processes
 import pytest
+from pairs_case import make, on_shapes, on_shards
 
 import gradmimic_jax as gm
-from configs import (
-  clip_filters as filters_config,
-  datacomp,
-  shapes as clip_shapes,
-)
-from experiments.benchmarks import clip_methods as clip_costs
-from experiments.data import filters
-from experiments.data.pairs import shapes, shard_files
+from configs import datacomp
+from experiments.benchmarks import methods as costs
+from experiments.data.pairs import shapes
 from experiments.runtime import (
   checkpoint,
   metrics as writers,
   workdir as workdir_lib,
 )
 from experiments.selection import filters as clip_filters
-from experiments.studies import (
-  clip_plan as clip_study_runs,
-  clip_records as clip_study_measures,
-  clip_runner as clip_study,
-  clip_summary as clip_study_report,
-)
 from experiments.training import optimizer, steps, trainer as clip_train
-from gradmimic_jax.selection.uids import parse_uids
-
-TINY = {
-  "batch_size": 16,
-  "num_samples": 64,
-  "eval_every_steps": 2,
-  "eval_batch_size": 16,
-  "mesh.data": 1,
-  "model.size": "tiny",
-  "model.clip.image_width": 16,
-  "model.clip.text_width": 16,
-  "model.clip.image_depth": 1,
-  "model.clip.text_depth": 1,
-  "model.clip.image_heads": 2,
-  "model.clip.text_heads": 2,
-  "model.clip.embed_width": 16,
-  "data.image_size": 16,
-  "data.held_out_size": 16,
-  "data.zero_shot_size": 48,
-  "checkpoint.every_steps": 2,
-}
-
-
-def make(config, **overrides):
-  config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({**TINY, **overrides})
-  return config.lock()
-
-
-def on_shapes(arg="", **overrides):
-  return make(
-    clip_shapes.get_config(arg), **{"data.train_size": 48, **overrides}
-  )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Four shards of 24 pairs; one image is no image."""
-  pairs = shapes.load("train", size=96, seed=0, image_size=16)
-  folder = tmp_path_factory.mktemp("shards")
-  shard_files.write(
-    folder,
-    pairs.images,
-    pairs.captions.tolist(),
-    pairs.uids.tolist(),
-    samples_per_shard=24,
-    image_format="png",
-  )
-  first = folder / "00000000.tar"
-  content = first.read_bytes()
-  assert content.count(b"\x89PNG") == 24
-  first.write_bytes(content.replace(b"\x89PNG", b"!PNG", 1))
-  return folder
-
-
-def on_shards(folder, **overrides):
-  return make(
-    datacomp.get_config("scale=small,method=rho"),
-    **{
-      "num_samples": 32,
-      "data.shards": (str(folder),),
-      "data.held_out_shards": (str(folder / "00000003.tar"),),
-      "data.tokenizer": "shapes",
-      "data.window": 16,
-      "data.num_threads": 0,
-      "data.max_broken_share": 0.2,
-      "model.clip.dtype": "float32",
-      **overrides,
-    },
-  )
+  return pairs_case.write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -114,83 +40,6 @@ def teacher(folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("teacher") / "run"
     clip_train.train_and_evaluate(on_shards(folder, method="sgd"), where)
   return where
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-  """A finished study, its config and its folder."""
-  config = on_shapes(**{"study.filters": ("clip_top90 - mimic_bottom20",)})
-  folder = tmp_path_factory.mktemp("study") / "study"
-  with (
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    return clip_study.run_study(config, folder), config, folder
-
-
-class TestStudy:
-  def test_measures_what_it_promises(self, study):
-    summary, _, folder = study
-    assert list(summary["runs"]) == [
-      "reference",
-      "sgd",
-      "grad_mimic_weights_all_ess0.7",
-      "kept_clip_top90_less_mimic_bottom20",
-    ]
-    rows = {row["run"]: row for row in summary["rows"]}
-    assert rows["sgd"]["gain"] == 0
-    # The last of what was measured is where the baseline ends.
-    assert 0 <= rows["sgd"]["saved_loss"] < 1
-    scored = rows["grad_mimic_weights_all_ess0.7"]
-    for kind in ("", "_swapped", "_truncated", "_padded"):
-      assert 0 <= scored[f"auroc{kind}"] <= 1
-    assert rows["sgd"]["auroc"] is None
-    kept = rows["kept_clip_top90_less_mimic_bottom20"]
-    assert 34 <= kept["train_pairs"] <= 44  # of 48: 44 but for up to 9 or 10
-    assert 0.5 < kept["clean_share"] <= 1
-    verdicts = summary["reference_checks"]
-    assert list(verdicts) == ["grad_mimic_weights_all_ess0.7"]
-    assert json.loads((folder / "summary.json").read_text()) == summary
-    assert "grad_mimic_weights_all" in clip_study_report.text(summary)
-    for path in summary["figures"]:
-      assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
-
-  def test_the_page_shows_the_pairs(self, study):
-    page = pathlib.Path(study[0]["report"]).read_text()
-    assert "[padded]" in page
-    assert "data:image/png;base64," in page
-
-  def test_filters_are_subset_files_of_the_pool(self, study):
-    _, config, folder = study
-    pool = parse_uids(clip_study_report._truth(config, 0).uids)
-    there = folder / "seed0" / "filters"
-    (expression,) = config.study.filters
-    file = clip_filters.file_of(expression)
-    kept = gm.export.read_datacomp_subset(there / file)
-    assert np.isin(kept, pool).all()
-    manifest = json.loads((there / "manifest.json").read_text())
-    assert manifest["pool"] == 48
-    assert manifest["filters"][expression] == {"kept": len(kept), "file": file}
-
-  def test_is_not_repeated(self, study, monkeypatch):
-    summary, config, folder = study
-    monkeypatch.setattr(clip_train.Run, "to_the_end", None)
-    again = clip_study.run_study(config, folder)
-    assert again["runs"] == summary["runs"]
-
-  def test_mean_scores_are_the_ledgers(self, study):
-    _, _, folder = study
-    run = folder / "seed0" / "grad_mimic_weights_all_ess0.7"
-    found = clip_filters.mean_scores(run)
-    table = gm.ScoreLedger(run / "ledger").table().to_pylist()
-    by_uid = {}
-    for row in table:
-      by_uid.setdefault(row["id"], []).append(row["score"])
-    assert len(table) == 64  # every sample seen
-    np.testing.assert_array_equal(found.uids, parse_uids(sorted(by_uid)))
-    np.testing.assert_allclose(
-      found.values, [np.mean(by_uid[uid]) for uid in sorted(by_uid)], rtol=1e-6
-    )
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +65,7 @@ def scored(folder, teacher, tmp_path_factory):
 
 
 class TestShards:
-  def test_datacomps_config_runs(self, scored, tmp_path):
+  def test_datacomps_config_runs(self, scored):
     _, run, result = scored
     assert result["steps"] == 4
     assert math.isfinite(result["held_out_loss"])
@@ -226,17 +75,6 @@ class TestShards:
     assert np.isin(ids, uids[::2]).all()
     # All sound pairs in the first pass; the batch at the turn counts for it.
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
-    job = filters_config.get_config(f"run={run}").unlock()
-    job.filters = ("mimic_top30 - mimic_bottom15", "random30")
-    manifest = clip_filters.run_filters(job.lock(), tmp_path / "filters")
-    assert manifest["pool"] == manifest["scored"] == len(ids)
-    assert manifest["filters"]["random30"]["kept"] == 15
-    for name, about in manifest["filters"].items():
-      path = tmp_path / "filters" / about["file"]
-      assert len(gm.export.read_datacomp_subset(path)) == about["kept"], name
-      filters.check_manifest(path)
-    (overlap,) = manifest["overlaps"]
-    assert {overlap["first"], overlap["second"]} == set(job.filters)
 
   def test_an_interrupted_run_goes_on_bit_for_bit(
     self, scored, tmp_path, monkeypatch
@@ -317,89 +155,6 @@ def test_what_a_beginner_gets_wrong(tmp_path, overrides, message):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  ("overrides", "message"),
-  [
-    ({"study.methods": ("grad_mimic_weights",)}, "'sgd' to compare with"),
-    ({"study.methods": ("sgd", "grand")}, "config.study.methods has 'grand'"),
-    ({"study.weightings": ("ess",)}, r"expected such as ess0\.5"),
-    ({"study.filters": ("mimic_best30",)}, "expected names such as mimic_top"),
-    (
-      {"study.filters": ("random30",), "study.methods": ("sgd",)},
-      "needs the scores of a run",
-    ),
-    ({"study.reference.width": 32}, "makes it another model"),
-    ({"data.name": "shards"}, "to know which captions are wrong"),
-  ],
-)
-def test_what_a_study_refuses(overrides, message):
-  with pytest.raises(ValueError, match=message):
-    clip_study_runs.runs_of(on_shapes(**overrides))
-
-
-def test_a_studys_settings():
-  config = on_shapes(
-    "layers=all+image_last_mlp,direction=weights+outputs,ess=0.3,"
-    "temperature=0.05,others=output_agreement+rho"
-  )
-  names = list(clip_study_runs.settings_of(config))
-  assert len(names) == 1 + 2 * 2 * 2 + 2 * 2
-  assert "grad_mimic_outputs_image_last_mlp_temperature0.05" in names
-  # Neither looks at layers.
-  assert names[-3::2] == [
-    "output_agreement_temperature0.05",
-    "rho_temperature0.05",
-  ]
-  larger = on_shapes("reference=larger,direction=outputs")
-  reference, *_ = clip_study_runs.runs_of(larger)
-  assert reference.overrides["model.clip.image_width"] == 128
-  assert reference.overrides["seed"] == 1000
-
-
-def test_filters_keep_what_datacomps_rules_keep():
-  rng = np.random.default_rng(0)
-  uids = parse_uids([f"{n:032x}" for n in range(100)])
-  mimic, clip = (rng.permutation(np.arange(100.0)) for _ in range(2))
-  pool = clip_filters.Pool(
-    uids,
-    clip_filters.Scores(uids, mimic),
-    clip_filters.Scores(uids, clip),
-  )
-  expression = "clip_top30 - mimic_bottom20"
-  made = clip_filters.make([expression, "random30"], pool, seed=0)
-  wanted = uids[(clip >= 69) & (mimic >= 20)]  # int(.3 N) + 1 of the first
-  np.testing.assert_array_equal(made[expression].ids, wanted)
-  assert len(made["random30"]) == 31
-  assert clip_filters.file_of(expression) == (
-    "clip_top30_less_mimic_bottom20.npy"
-  )
-  with pytest.raises(ValueError, match="needs DataComp's metadata"):
-    clip_filters.make(["basic"], pool, seed=0)
-  # Two filters that would be one file.
-  alike = [
-    "(clip_top30 - mimic_top20) & random30",
-    "clip_top30 - (mimic_top20 & random30)",
-  ]
-  with pytest.raises(ValueError, match="would both be written to"):
-    clip_filters.make(alike, pool, seed=0)
-
-
-@pytest.mark.parametrize(
-  ("values", "target", "expected"),
-  [
-    ([5.0, 4.0, 2.0], 3.0, 15.0),
-    ([5.0, 4.0, 2.0], 1.0, None),
-    ([5.0, 2.0, 5.0], 2.0, 10.0),  # the first time counts
-    ([1.0, 2.0, 3.0], 2.0, 0.0),
-    ([math.nan, 1.0, 1.0], 2.0, 10.0),
-    ([math.nan] * 3, 2.0, None),
-  ],
-)
-def test_steps_to_a_loss(values, target, expected):
-  found = clip_study_measures.steps_to([0, 10, 20], values, target)
-  assert found == expected
-
-
 def test_the_optimizer_is_openclips():
   """Warm-up and cosine at DataComp's numbers; what decays and what doesn't."""
   config = datacomp.get_config("scale=small").optimizer
@@ -469,7 +224,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   )
   flags = [
     f"--config.{name}={value}"
-    for name, value in workdir_lib.without(config, ()).items()
+    for name, value in workdir_lib.flatten(config).items()
     if value is not None
   ]
   started = processes.start(
@@ -491,7 +246,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   found = [
     clip_filters.mean_scores(tmp_path / name) for name in ("alone", "run")
   ]
-  np.testing.assert_array_equal(found[0].uids, found[1].uids)
+  np.testing.assert_array_equal(found[0].ids, found[1].ids)
   np.testing.assert_allclose(
     found[0].values, found[1].values, rtol=1e-2, atol=1e-4
   )
@@ -520,17 +275,19 @@ def test_a_foreign_reference_is_flagged(tmp_path):
 
 
 @pytest.mark.slow
-def test_costs_are_of_all_settings(study, tmp_path, monkeypatch):
-  _, config, folder = study
-  monkeypatch.setattr(clip_costs.costs, "_ROUNDS", 2)
-  config = make(
-    config,
+def test_costs_are_of_all_settings(tmp_path, monkeypatch):
+  monkeypatch.setattr(costs, "_ROUNDS", 2)
+  reference = on_shapes(**{"noise.rate": 0.0})
+  clip_train.train_and_evaluate(reference, tmp_path / "reference")
+  config = on_shapes(
     **{
-      "mimic.reference": str(folder / "seed0" / "reference"),
+      "mimic.reference": str(tmp_path / "reference"),
       "study.cost_batch_sizes": (16, 32),
-    },
+    }
   )
-  found = clip_costs.measure(config, tmp_path / "costs")
+  config = config.unlock()
+  config.benchmark = "methods"
+  found = costs.measure(config.lock(), tmp_path / "costs")
   assert list(found["batches"]) == ["16", "32"]
   for entries in found["batches"].values():
     assert entries["sgd"]["time"] == 1

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import gradmimic_jax as gm
-from configs import clip as clip_config
+from configs import contrastive as clip_config
 from experiments import methods
 from experiments.models import clip
 from experiments.models.clip import Features

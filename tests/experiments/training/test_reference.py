@@ -10,10 +10,10 @@ import optax
 import pytest
 
 import gradmimic_jax as gm
-from experiments import methods, models
+from experiments import methods, models, tasks
 from experiments.data import noise, pipeline
 from experiments.runtime import cache, checkpoint
-from experiments.studies import runner as study
+from experiments.studies import plan, runner as study
 from experiments.tasks.classification import (
   data as data_lib,
   losses as classification,
@@ -51,7 +51,9 @@ def studied(make_config):
 @pytest.fixture
 def teacher(studied, shared):
   """The finished run of that reference."""
-  config = study.derived(studied, **study.reference_overrides(studied, 0))
+  config = plan.derived(
+    studied, **tasks.get(studied).reference_overrides(studied, 0)
+  )
   folder = shared / "seed0" / "reference"
   train.train_and_evaluate(config, folder)
   return folder
@@ -258,7 +260,7 @@ class TestCleanSamples:
       method="grad_mimic",
       **{"mimic.direction": "clean_gradient", "mimic.clean_per_class": 4},
     )
-    data = data_lib.load_data(config)
+    data = data_lib.load_data(config, needs_clean=True)
     run = train.Run(config, tmp_path)
     shown = [next(run.batches) for _ in range(run.task.steps_per_epoch)]
     index = np.concatenate([batch["index"] for batch in shown])
@@ -279,7 +281,7 @@ class TestCleanSamples:
         "data.filter": str(tmp_path / "kept.npy"),
       },
     )
-    data = data_lib.load_data(config)
+    data = data_lib.load_data(config, needs_clean=True)
     assert set(data.indices) == set(range(0, 1437, 2)) - set(data.clean)
 
   @pytest.mark.slow
@@ -454,7 +456,7 @@ class TestRuns:
     runs = study.run_all(
       studied,
       shared,
-      [run for run in study.runs_of(studied) if run.seed == 0],
+      [run for run in plan.plan_runs(studied) if run.seed == 0],
     )
     assert list(runs) == ["reference", "rho", "distillation"]
     (reference_run,), (rho,), (distilled,) = runs.values()
@@ -489,10 +491,12 @@ class TestRuns:
     started = []
     for offset in (0, 1000):
       config = make_config(**{"study.reference.seed_offset": offset})
-      config = study.derived(config, **study.reference_overrides(config, 3))
+      config = plan.derived(
+        config, **tasks.get(config).reference_overrides(config, 3)
+      )
       run = train.Run(config, tmp_path)
       started.append(checkpoint.fingerprint(run.state.params))
-    config = study.derived(make_config(), seed=3)
+    config = plan.derived(make_config(), seed=3)
     learner = train.Run(config, tmp_path)
     assert checkpoint.fingerprint(learner.state.params) == started[0]
     assert started[0] != started[1]
@@ -500,7 +504,9 @@ class TestRuns:
   def test_another_reference_section_needs_another_workdir(
     self, make_config, tmp_path
   ):
-    study.workdir_lib.claim(tmp_path / "study", make_config())
+    config = make_config()
+    fields = tasks.get(config).configs
+    study.workdir_lib.claim(tmp_path / "study", config, fields, job="study")
     other = make_config(**{"study.reference.seed_offset": 1000})
     with pytest.raises(ValueError, match=r"seed_offset is 0 there and 1000"):
       study.run_study(other, tmp_path / "study")

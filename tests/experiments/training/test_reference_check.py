@@ -5,8 +5,7 @@ import json
 import jax
 import pytest
 
-from configs.benchmark import check_reference as basins_config
-from experiments.benchmarks import check_reference as basins
+from configs import classification
 from experiments.studies import runner as study
 from experiments.training import reference_check, trainer as train
 
@@ -17,8 +16,7 @@ def references(tmp_path_factory, digits_dir):
   folder = tmp_path_factory.mktemp("references")
 
   def config(**overrides):
-    fields = basins_config.get_config().unlock()
-    del fields.basins
+    fields = classification.get_config().unlock()
     fields.update_from_flattened_dict(
       {
         "data.data_dir": digits_dir,
@@ -119,24 +117,3 @@ def test_no_samples_for_the_check_are_refused(references, tmp_path):
     train.train_and_evaluate(
       mimic(references, 0, **{"mimic.check_samples": 0}), tmp_path / "run"
     )
-
-
-@pytest.mark.slow
-def test_basins_are_told_apart_on_digits(tmp_path, digits_dir):
-  config = basins_config.get_config().unlock()
-  config.update_from_flattened_dict(
-    {
-      "data.data_dir": digits_dir,
-      "num_epochs": 4,
-      "basins.seeds": (0,),
-      "basins.epochs": (0, 4),
-      "basins.rates": (0.0, 0.6),
-    }
-  )
-  results = basins.run_basins(config.lock(), tmp_path / "basins")
-  assert len(results["checks"]) == 16
-  assert results["errors"] == []
-  assert (tmp_path / "basins" / "basins.png").exists()
-  # Whatever is there already is not trained again, and says the same.
-  again = basins.run_basins(config, tmp_path / "basins")
-  assert again["checks"] == results["checks"]

@@ -1,0 +1,110 @@
+"""The one stopwatch: steps in turn, round by round, and what they hold."""
+
+import collections
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+class Watch:
+  """Seconds from one mark to the next."""
+
+  def __init__(self):
+    self._since = time.perf_counter()
+
+  def lap(self) -> float:
+    """Seconds since the last call, or since the watch was made."""
+    now = time.perf_counter()
+    found, self._since = now - self._since, now
+    return found
+
+
+class TrainStep:
+  """A train step that is called again and again on one batch.
+
+  The step takes its state's memory, so each state goes into the next call.
+  """
+
+  def __init__(self, step: Callable[..., Any], state: Any, *given: Any):
+    """Keeps what the step is called with.
+
+    Args:
+      step: `(state, *given) -> (state, output)`.
+      state: a state of its own, which is used up.
+      *given: on the devices.
+    """
+    self._step, self._state, self._given = step, state, given
+
+  def __call__(self) -> Any:
+    """Takes a step; its output."""
+    self._state, output = self._step(self._state, *self._given)
+    return output
+
+
+def seconds(
+  step: Callable[[], Any], calls: int, *, ahead: int | None = None
+) -> float:
+  """Seconds a call, of several in a row.
+
+  Args:
+    step: gives arrays, which may still be computed when it returns.
+    calls: how many.
+    ahead: how many may be under way when the next one starts; None: all.
+
+  Returns:
+    The mean.
+  """
+  watch = Watch()
+  # An output that nobody waits for is let go.
+  waiting = collections.deque[Any](maxlen=1 if ahead is None else None)
+  for _ in range(calls):
+    waiting.append(step())
+    if ahead is not None and len(waiting) > ahead:
+      jax.block_until_ready(waiting.popleft())
+  jax.block_until_ready(list(waiting))
+  return watch.lap() / calls
+
+
+def rounds(
+  steps: Mapping[str, Callable[[], Any]],
+  calls: Mapping[str, int],
+  *,
+  least: int,
+  at_least_seconds: float = 0.0,
+  ahead: int | None = None,
+) -> list[dict[str, float]]:
+  """Times steps in turn, so that what else the machine does hits all of them.
+
+  Args:
+    steps: by name; warm.
+    calls: of each, in a row, in a round.
+    least: number of rounds, and more until `at_least_seconds` are over.
+    at_least_seconds: of all rounds together.
+    ahead: as `seconds` takes it.
+
+  Returns:
+    For each round the seconds of one call of each step.
+  """
+  found: list[dict[str, float]] = []
+  until = time.perf_counter() + at_least_seconds
+  while len(found) < least or time.perf_counter() < until:
+    found.append(
+      {
+        name: seconds(step, calls[name], ahead=ahead)
+        for name, step in steps.items()
+      }
+    )
+  return found
+
+
+def temporaries(compiled: Any) -> int | None:
+  """Bytes besides arguments and results; None: the compiler doesn't tell."""
+  analysis = compiled.memory_analysis()
+  return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def ratio(ours: float | None, plain: float | None) -> float | None:
+  """Of two counts; None where one is 0 or not known."""
+  return ours / plain if ours and plain else None

@@ -1,0 +1,95 @@
+"""What commands, config files and fields of earlier releases are called now.
+
+Looked at before anything heavy is imported, so it imports nothing itself.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+
+_BENCHMARK = "experiments.benchmark --config=configs/benchmark"
+# `python -m experiments.<old>`, of commands that are gone.
+COMMANDS = {
+  "basins": f"{_BENCHMARK}/check_reference.py",
+  "clip_costs": f"{_BENCHMARK}/methods.py",
+  "clip_filters": "experiments.select --config=configs/select.py",
+  "clip_study": "experiments.study, with the same --config",
+  "clip_train": "experiments.train, with the same --config",
+  "costs": f"{_BENCHMARK}/methods.py",
+  "overhead": f"{_BENCHMARK}/loop.py",
+  "pod": f"{_BENCHMARK}/pod.py",
+  "probe": "experiments.study, with the same --config",
+  "results": "experiments.compare --config=configs/compare.py",
+  "scale": f"{_BENCHMARK}/selection.py",
+}
+# Files in configs/.
+CONFIGS = {
+  "basins.py": "benchmark/check_reference.py",
+  "benchmark.py": "benchmark/engines.py",
+  "clip.py": "contrastive.py",
+  "clip_filters.py": "select.py",
+  "clip_shapes.py": "shapes.py",
+  "common.py": "classification.py",
+  "overhead.py": "benchmark/loop.py",
+  "pod.py": "benchmark/pod.py",
+  "results.py": "compare.py",
+  "scale.py": "benchmark/selection.py",
+}
+# Fields of a config.
+FIELDS = {
+  "samples_seen": "num_samples",
+  "eval_every": "eval_every_steps",
+  "checkpoint.keep_every": (
+    "checkpoint.keep_every_epochs (of image-text pairs: keep_every_steps)"
+  ),
+  "study.reference.samples_seen": "study.reference.num_samples",
+}
+_FOLDER = os.path.dirname(os.path.dirname(__file__))  # experiments
+_MODULE = re.compile(r"(?:-m)?experiments\.(\w+)")
+_CONFIG = re.compile(r"(?:--?config=)?(.*\bconfigs[/\\](\w+\.py))(?::.*)?")
+_FIELD = re.compile(r"--?config\.([\w.]+)(?:=.*)?", re.DOTALL)
+
+
+def command(name: str) -> str | None:
+  """What a command is called now; None: it is no old name.
+
+  Args:
+    name: such as "clip_train".
+
+  Returns:
+    What to give to `python -m`.
+  """
+  if os.path.exists(os.path.join(_FOLDER, f"{name}.py")):
+    return None
+  return COMMANDS.get(name)
+
+
+def find(arguments: Sequence[str]) -> str | None:
+  """Looks for an old name in a command line.
+
+  Args:
+    arguments: of `python`, such as `["-m", "experiments.train", ...]`.
+
+  Returns:
+    One line that says the new name; None: there is no old one.
+
+  Example:
+    >>> find(["-m", "experiments.train", "--config.samples_seen=9"])
+    'config.samples_seen is now config.num_samples.'
+  """
+  for place, argument in enumerate(arguments):
+    module = _MODULE.fullmatch(argument)
+    if module and (new := command(module[1])):
+      return f"python -m experiments.{module[1]} is now python -m {new}."
+    file = _CONFIG.fullmatch(argument)
+    is_config = argument.lstrip("-").startswith("config=") or (
+      place > 0 and arguments[place - 1] in ("-config", "--config")
+    )
+    if (
+      is_config and file and file[2] in CONFIGS and not os.path.exists(file[1])
+    ):
+      return f"configs/{file[2]} is now configs/{CONFIGS[file[2]]}."
+    field = _FIELD.fullmatch(argument)
+    if field and field[1] in FIELDS:
+      return f"config.{field[1]} is now config.{FIELDS[field[1]]}."
+  return None
