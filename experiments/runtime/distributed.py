@@ -138,7 +138,7 @@ class Devices:
     """Makes the shardings of a tree of parameters; None for a single device."""
     if self.mesh is None:
       return None
-    return sharding.of_tree(tree, self.mesh)
+    return sharding.make_param_shardings(tree, self.mesh)
 
   def place(self, tree: Any) -> Any:
     """Places parameters that every process has alike, by their own rule."""

@@ -18,7 +18,7 @@ WHOLE = PartitionSpec()
 LEAST_SIZE = 2**16
 
 
-def spec_of(
+def make_spec(
   shape: tuple[int, ...], fsdp: int, *, least_size: int = LEAST_SIZE
 ) -> PartitionSpec:
   """Divides an array along its largest axis that fsdp divides.
@@ -39,7 +39,9 @@ def spec_of(
   return PartitionSpec(*[None] * axis, FSDP)
 
 
-def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
+def make_param_shardings(
+  tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE
+) -> Any:
   """Makes a tree of shardings for parameters.
 
   Args:
@@ -53,7 +55,7 @@ def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
   fsdp = mesh.shape[FSDP]
   return jax.tree.map(
     lambda leaf: NamedSharding(
-      mesh, spec_of(leaf.shape, fsdp, least_size=least_size)
+      mesh, make_spec(leaf.shape, fsdp, least_size=least_size)
     ),
     tree,
   )

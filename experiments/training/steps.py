@@ -52,7 +52,7 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
   # One stands in the place of a whole dict.
   whole: Any = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
   rows: Any = jax.sharding.NamedSharding(mesh, sharding.ROWS)
-  return sharding.of_tree(state, mesh), StepOutput(whole, rows)
+  return sharding.make_param_shardings(state, mesh), StepOutput(whole, rows)
 
 
 def make_train_step(
@@ -177,7 +177,7 @@ def make_score_step(
   return jax.jit(score_step, out_shardings=out_shardings)
 
 
-def direction_of(
+def make_direction(
   name: str,
   losses_fn: Callable[..., Any],
   outputs: Outputs | None,
@@ -328,7 +328,7 @@ def _engine_options(losses_fn, method, config, outputs):
 
   return {
     "losses_fn": with_aux,
-    "direction": direction_of(method.direction, losses_fn, outputs),
+    "direction": make_direction(method.direction, losses_fn, outputs),
     "layers": config.layers,
     "score": score,
     "engine": config.engine,

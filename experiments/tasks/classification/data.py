@@ -161,7 +161,7 @@ def write_input(folder: pathlib.Path, data: Any) -> None:
   workdir_lib.write_json(folder / INPUT_FILE, describe_input(data), sealed=True)
 
 
-def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
+def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
   """Draws random training samples, with the labels that the learner is given.
 
   Args:

@@ -39,7 +39,7 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   return outputs_fn
 
 
-def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
+def make_outputs(outputs_fn: Callable[..., jax.Array]) -> Outputs:
   """Makes the Outputs of classification from `(params, batch) -> logits`."""
   return Outputs(
     outputs_fn,

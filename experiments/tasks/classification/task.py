@@ -97,7 +97,7 @@ class Classification(Task):
       config, data.train, data.labels
     )
     self.losses_fn = losses.make_losses_fn(apply)
-    self.outputs = losses.outputs_of(losses.make_outputs_fn(apply))
+    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply))
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
 
   @classmethod
@@ -197,7 +197,7 @@ class Classification(Task):
   def check_batch(self) -> Any:
     """See `Task`."""
     return self.devices.place_rows(
-      data_lib.batch_of(
+      data_lib.draw_batch(
         self.data,
         samples=self.config.mimic.check_samples,
         seed=self.config.seed,

@@ -146,7 +146,7 @@ def losses_and_hits(
   return jnp.where(pairs.broken, jnp.nan, losses), hits & pairs.counted
 
 
-def outputs_of(
+def make_outputs(
   apply: Apply,
   kind: str = "clip",
   *,

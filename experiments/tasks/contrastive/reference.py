@@ -71,11 +71,11 @@ def load(
       " 'outputs'."
     )
   if direction == "weights":
-    model = model_of(config, like=params, place=devices.place)
+    model = load_model(config, like=params, place=devices.place)
     return Reference(model.fingerprint, model.params, lambda _: model.params)
-  model = model_of(config, place=devices.place)
+  model = load_model(config, place=devices.place)
   if data.memory is not None:
-    found = features_of_pool(config, model, data.memory, devices)
+    found = compute_pool_features(config, model, data.memory, devices)
     image, text = found.pair
     scales = devices.place_whole((found.logit_scale, found.logit_bias))
 
@@ -93,7 +93,7 @@ def load(
   return Reference(model.fingerprint, None, computed)
 
 
-def model_of(
+def load_model(
   config: Any,
   *,
   like: Any = None,
@@ -125,7 +125,7 @@ def model_of(
   return _published(source, config, like, place)
 
 
-def features_of_pool(
+def compute_pool_features(
   config: Any,
   model: Model,
   memory: clip_data.Memory,

@@ -94,7 +94,7 @@ class Contrastive(Task):
     self.losses_fn = losses.make_losses_fn(
       self._apply, config.loss, sharding=devices.rows
     )
-    self.outputs = losses.outputs_of(
+    self.outputs = losses.make_outputs(
       self._apply, config.loss, sharding=devices.rows
     )
     self._evaluation = evaluation.Evaluation(
@@ -153,9 +153,9 @@ class Contrastive(Task):
   def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
     """See `Task`. The similarity of image and caption, of pairs in memory."""
     memory = data_lib.pool(config)
-    found = reference_lib.features_of_pool(
+    found = reference_lib.compute_pool_features(
       config,
-      reference_lib.model_of(config),
+      reference_lib.load_model(config),
       memory,
       distributed.Devices.alone(),
     )

@@ -45,7 +45,7 @@ def mesh_of(data, fsdp, batch_size=8):
   ],
 )
 def test_an_array_is_divided_along_its_largest_axis(shape, fsdp, expected):
-  assert sharding.spec_of(shape, fsdp) == PartitionSpec(*expected)
+  assert sharding.make_spec(shape, fsdp) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize(
