@@ -463,7 +463,7 @@ def _read(path, like, workdir):
 
 
 def _is_shared(leaf):
-  """Whether several processes have a part of an array."""
+  """True if several processes have a part of an array."""
   return len({device.process_index for device in leaf.sharding.device_set}) > 1
 
 

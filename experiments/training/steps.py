@@ -49,7 +49,7 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
   """
   if mesh is None:
     return None
-  # One stands in the place of a whole dict.
+  # One sharding stands for a whole dict.
   whole: Any = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
   rows: Any = jax.sharding.NamedSharding(mesh, sharding.ROWS)
   return sharding.make_param_shardings(state, mesh), StepOutput(whole, rows)

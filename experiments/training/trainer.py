@@ -192,7 +192,7 @@ class Run:
 
 
 def create_method(config: Any) -> methods.Method | None:
-  """The method that a run's config names.
+  """Creates the method that a run's config names.
 
   Args:
     config: the run's.

@@ -319,7 +319,7 @@ def _checked(
 
 
 def as_ids(ids: Any) -> np.ndarray:
-  """Uids as pairs `u8,u8`, ids of other data as they are.
+  """Converts uids to pairs `u8,u8`; ids of other data stay as they are.
 
   Args:
     ids: [N]: integers, text, pairs, or Arrow's array of one of these.
@@ -345,7 +345,7 @@ def write_ids(
   Args:
     path: the file's, ending with `.npy`.
     ids: [n], as `as_ids` takes them.
-    fingerprints: what they belong to.
+    fingerprints: names and values of what they belong to.
   """
   ids = as_ids(ids)
   if ids.dtype.names:

@@ -109,7 +109,7 @@ class Contrastive(Task):
   def load_fingerprints(
     cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
   ) -> dict[str, str]:
-    """See `Task`. Of shards nothing is asked: a filter is for any pool."""
+    """See `Task`. Shards have none: a filter of theirs is for any pool."""
     del folder, ledger
     if config.data.name != data_lib.SHAPES:
       return {}
@@ -119,7 +119,7 @@ class Contrastive(Task):
   def load_samples(
     cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
   ) -> Samples:
-    """See `Task`. Pairs in shards are not read again for it."""
+    """See `Task`. Pairs in shards are not read again."""
     del folder, ledger
     model = {"model": f"CLIP {config.model.size}"}
     if config.data.name != data_lib.SHAPES:
@@ -141,7 +141,7 @@ class Contrastive(Task):
     dataset = {
       "ids": pairs.uids,
       "images": pairs.images,
-      # What is wrong comes first: long captions are cut off.
+      # The kind of noise comes first, as long captions are cut off.
       "captions": [
         f"[{kind or 'clean'}] {caption}"
         for kind, caption in zip(pairs.noise_kind, pairs.captions, strict=True)
@@ -151,7 +151,7 @@ class Contrastive(Task):
 
   @classmethod
   def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """See `Task`. The similarity of image and caption, of pairs in memory."""
+    """See `Task`. Scores are similarities of image and caption in memory."""
     memory = data_lib.pool(config)
     found = reference_lib.compute_pool_features(
       config,
