@@ -90,7 +90,7 @@ def checks_of_seed(
     apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
     steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
-    batch = data_lib.batch_of(data, samples=wanted.samples, seed=seed)
+    batch = data_lib.draw_batch(data, samples=wanted.samples, seed=seed)
     for epoch in epochs:
       learner = start
       if epoch:

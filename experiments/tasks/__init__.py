@@ -17,11 +17,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
-  """The task that `config.task` names.
+  """Finds the task that `config.task` names.
 
   Args:
     config: a run's, or a study's.
-    where: it stands, for the error.
+    where: place of the field, for the error.
 
   Returns:
     Its class.
@@ -40,11 +40,11 @@ def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
 def create(
   config: Any, devices: distributed.Devices, *, direction: str | None = None
 ) -> Task:
-  """The task of a run, with its data and its model.
+  """Creates the task of a run, with its data and its model.
 
   Args:
     config: the run's.
-    devices: what to compute on.
+    devices: the devices to compute on.
     direction: of the run's method; None: it has none.
 
   Returns:

@@ -15,14 +15,13 @@ def load(
   task: Task,
   folder: pathlib.Path | None = None,
 ) -> Reference | None:
-  """The reference that a method asks for.
+  """Loads the reference that a method asks for.
 
   Args:
     config: the run's.
     method: the run's, or None.
     task: the run's.
-    folder: the run's, which keeps what takes long to compute; None keeps
-      nothing.
+    folder: the run's, which keeps results that take long; None keeps nothing.
 
   Returns:
     A Reference, or None for a method that needs none.

@@ -31,18 +31,18 @@ JOB = "run"
 def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
-  Called by all processes of a job at once; they share every batch.
+  All processes of a job call this at once; they share every batch.
 
   Args:
     config: any task's.
     workdir: the run's folder, which all processes see. Gets `config.json`,
-      what the task leaves of its data, checkpoints, `metrics.jsonl` with
+      what the task saves of its data, checkpoints, `metrics.jsonl` with
       TensorBoard events beside it, the ledger of a method with scores, and at
       the end `result.json`.
 
   Returns:
-    What is in `result.json`: the last evaluation, counts, and the seconds since
-    the run was last started.
+    The content of `result.json`: the last evaluation, counts, and the seconds
+    since the run was last started.
 
   Raises:
     ValueError: an unknown field or name, a workdir of another config, a batch
@@ -135,7 +135,7 @@ class Run:
     )
 
   def to_the_end(self) -> dict[str, Any]:
-    """Restores, goes through the steps that are left, and sums up."""
+    """Restores, runs the steps that are left, and sums up."""
     with contextlib.closing(self.task):
       evaluation = loop.run(
         self.folder,
@@ -150,7 +150,7 @@ class Run:
       )
     return {
       "fingerprint": self.fingerprint,
-      # Whose the files beside are.
+      # Fingerprints of the files beside.
       "fingerprints": {
         **self._ledger_fingerprints(),
         **self.task.result_fingerprints(),
@@ -162,7 +162,7 @@ class Run:
     }
 
   def take(self, step: int, read: prefetch.Read) -> loop.Taken:
-    """A batch as the train step takes it."""
+    """Makes a batch as the train step takes it."""
     rows = self.task.take(read.batch)
     epoch = read.epoch
     if self.task.steps_per_epoch is not None:
@@ -176,7 +176,7 @@ class Run:
     )
 
   def ledger(self) -> gm.ScoreLedger | None:
-    """The run's ledger; None for a method without scores."""
+    """Opens the run's ledger; None for a method without scores."""
     if self.method is None or self.method.score is None:
       return None
     return gm.ScoreLedger(
@@ -187,12 +187,12 @@ class Run:
     )
 
   def _ledger_fingerprints(self):
-    """The run's, and of which data and labels a filter made of it is."""
+    """Returns the run's fingerprints, with those of its data and labels."""
     return {**self.fingerprints, **self.task.data_fingerprints}
 
 
 def create_method(config: Any) -> methods.Method | None:
-  """The method that a run's config names.
+  """Creates the method that a run's config names.
 
   Args:
     config: the run's.

@@ -148,7 +148,7 @@ def make_epoch(
     over the steps, but for `nonfinite` and `skipped`, which are sums.
   """
   losses_fn = classification.make_losses_fn(head.apply)
-  outputs = classification.outputs_of(
+  outputs = classification.make_outputs(
     classification.make_outputs_fn(head.apply)
   )
 
@@ -264,7 +264,7 @@ def _make_step(losses_fn, tx, method, config, outputs):
 
 def _closed_gradient(losses_fn, method, score, config, outputs):
   """For scores that look at all samples' gradients, which are never made."""
-  direction_fn = steps.direction_of(method.direction, losses_fn, outputs)
+  direction_fn = steps.make_direction(method.direction, losses_fn, outputs)
 
   def gradient(state, reference, batch):
     params, mask = state.params, batch["mask"]

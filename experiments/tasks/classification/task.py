@@ -44,9 +44,9 @@ class Classification(Task):
 
     Args:
       config: as `configs/classification.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method.
-      data: what `data.load_data` gave for this config; None loads it.
+      data: as `data.load_data` gave it for this config; None loads it.
 
     Raises:
       ValueError: a name, a filter or weights that don't fit.
@@ -97,11 +97,11 @@ class Classification(Task):
       config, data.train, data.labels
     )
     self.losses_fn = losses.make_losses_fn(apply)
-    self.outputs = losses.outputs_of(losses.make_outputs_fn(apply))
+    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply))
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
 
   @classmethod
-  def of_learner(
+  def create_for_scoring(
     cls,
     config: Any,
     devices: distributed.Devices,
@@ -197,7 +197,7 @@ class Classification(Task):
   def check_batch(self) -> Any:
     """See `Task`."""
     return self.devices.place_rows(
-      data_lib.batch_of(
+      data_lib.draw_batch(
         self.data,
         samples=self.config.mimic.check_samples,
         seed=self.config.seed,
@@ -219,7 +219,9 @@ class Classification(Task):
 
   def result_fingerprints(self) -> dict[str, str]:
     """See `Task`."""
-    return {"input": workdir_lib.fingerprint(data_lib.input_of(self.data))}
+    return {
+      "input": workdir_lib.fingerprint(data_lib.describe_input(self.data))
+    }
 
   def save(self, folder: pathlib.Path) -> None:
     """See `Task`."""

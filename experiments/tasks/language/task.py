@@ -27,7 +27,7 @@ from experiments.tasks.base import (
 )
 from experiments.tasks.language import data as data_lib, losses
 
-# What of a reference's config has to be the learner's too: its tokens.
+# Fields of a reference's config that must be the learner's too: its tokens.
 _SAME = ("tokenizer", "length")
 
 
@@ -60,7 +60,7 @@ class Language(Task):
 
     Args:
       config: as `configs/language.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method, which changes nothing here.
 
     Raises:

@@ -116,7 +116,7 @@ def test_scores_are_those_of_single_gradients(scored):
   _, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
   run = score.learners_config(scored.job)
   devices = distributed.Devices(scored.job.mesh, batch_size=run.batch_size)
-  task = tasks.get(run).of_learner(run, devices, scored.learner)
+  task = tasks.get(run).create_for_scoring(run, devices, scored.learner)
   *_, last = task.passes()
   rows = task.take(last)
   real = np.flatnonzero(rows.real)[-3:]
