@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data.pairs import datacomp
@@ -131,7 +132,7 @@ class Task(abc.ABC):
   # The name of `score_by_reference`; None: there is no such score.
   reference_score: ClassVar[str | None] = None
 
-  config: Any
+  config: config_dict.ConfigDict
   devices: distributed.Devices
   data: Any
   params: Any
@@ -146,7 +147,7 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -162,7 +163,7 @@ class Task(abc.ABC):
   @classmethod
   def of_learner(
     cls,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     folder: pathlib.Path,
     *,
@@ -186,7 +187,10 @@ class Task(abc.ABC):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
     """Finds out which data a filter of a run's scores belongs to.
 
@@ -207,7 +211,10 @@ class Task(abc.ABC):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """Reads what a page shows of a run's training samples.
 
@@ -226,7 +233,9 @@ class Task(abc.ABC):
     return Samples(config.data.get("name", config.task), {})
 
   @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+  def score_by_reference(
+    cls, config: config_dict.ConfigDict
+  ) -> tuple[np.ndarray, np.ndarray]:
     """What the reference alone says of all training samples.
 
     Args:
@@ -309,12 +318,12 @@ class Task(abc.ABC):
   # What a study asks, without making the task.
 
   @classmethod
-  def check_study(cls, config: Any) -> None:
+  def check_study(cls, config: config_dict.ConfigDict) -> None:
     """Raises ValueError unless a study of the config can be made."""
     del config
 
   @classmethod
-  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+  def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:
     """The kinds of noise that the config adds, as `Truth` has them."""
     return tuple(config.noise.kinds)
 
@@ -324,7 +333,9 @@ class Task(abc.ABC):
     return {"noise.seed": seed}
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """The fields in which a study's reference differs from its learners.
 
     Args:
@@ -343,7 +354,9 @@ class Task(abc.ABC):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth | None:
     """The truth about all training samples of a run, filter or not.
 
     Args:
@@ -360,7 +373,7 @@ class Task(abc.ABC):
     return None
 
 
-def finished_run(config: Any) -> pathlib.Path:
+def finished_run(config: config_dict.ConfigDict) -> pathlib.Path:
   """The folder of the finished run that `config.mimic.reference` names.
 
   Args:
