@@ -4,10 +4,10 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import noise, sources
@@ -25,7 +25,9 @@ _FORMATS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def fingerprints(
-  config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+  config: config_dict.ConfigDict,
+  train_set: sources.Dataset,
+  labels: noise.NoisyLabels,
 ) -> dict[str, str]:
   """Describes the inputs that a filter belongs to, in words and hashes.
 
@@ -119,7 +121,10 @@ def _digest(labels):
 
 
 def read(
-  path: str, config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+  path: str,
+  config: config_dict.ConfigDict,
+  train_set: sources.Dataset,
+  labels: noise.NoisyLabels,
 ) -> np.ndarray:
   """Reads the positions that a filter keeps; counts ids that are missing.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models.convnet import ConvNet
 from experiments.models.mlp import MLP
@@ -36,7 +37,11 @@ MODELS: dict[
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
   """Makes a model as a pure function and a plain parameter tree.
 
@@ -64,7 +69,11 @@ def create(
 
 
 def create_features(
-  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
   """Makes the model up to its head, for features that are computed once.
 
@@ -92,7 +101,7 @@ def create_features(
   return features, nnx.to_pure_dict(state)
 
 
-def sizes(config: Any) -> dict[str, Any]:
+def sizes(config: config_dict.ConfigDict) -> dict[str, Any]:
   """Returns the model's name, and its options from `config.model`."""
   return {"name": config.name, **MODELS[config.name][1](config)}
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models import patches, transformer
 
@@ -278,7 +279,7 @@ class TextTower(nnx.Module):
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], seed: int
+  config: config_dict.ConfigDict, *, input_shape: tuple[int, ...], seed: int
 ) -> tuple[Callable[..., Features], dict[str, Any]]:
   """Makes CLIP as a pure function and a plain parameter tree.
 
@@ -305,7 +306,7 @@ def create(
   return apply, nnx.to_pure_dict(state)
 
 
-def options(config: Any) -> dict[str, Any]:
+def options(config: config_dict.ConfigDict) -> dict[str, Any]:
   """Returns the options of `CLIP` in a config.
 
   Args:

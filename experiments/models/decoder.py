@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models import transformer
 
@@ -129,7 +130,11 @@ class Decoder(nnx.Module):
 
 
 def create(
-  config: Any, *, vocab_size: int, context_length: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  vocab_size: int,
+  context_length: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
   """Makes a decoder as a pure function and a plain parameter tree.
 

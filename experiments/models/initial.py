@@ -17,7 +17,7 @@ from experiments.runtime import checkpoint, hub, workdir as workdir_lib
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   input_shape: tuple[int, ...],
   num_classes: int,
@@ -68,7 +68,7 @@ def create(
   return apply, {**loaded, "head": params["head"]}
 
 
-def sized(config: Any) -> Any:
+def sized(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """Fills in the sizes of the weights that a job's model starts from.
 
   Jobs do so before anything else, so that the config they keep stands by
@@ -101,7 +101,7 @@ def sized(config: Any) -> Any:
 
 
 def for_data(
-  config: Any,
+  config: config_dict.ConfigDict,
   data: Any,
   *,
   seed: int,

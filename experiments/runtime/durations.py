@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ml_collections import config_dict
+
 UNITS = ("epochs", "samples", "steps")
 
 
@@ -19,7 +21,11 @@ def overrides(section: Any) -> dict[str, int]:
 
 
 def steps(
-  config: Any, name: str, *, steps_per_epoch: int | None, needed: bool = True
+  config: config_dict.ConfigDict,
+  name: str,
+  *,
+  steps_per_epoch: int | None,
+  needed: bool = True,
 ) -> int:
   """Converts a duration to steps.
 

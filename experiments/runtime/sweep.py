@@ -15,6 +15,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from ml_collections import config_dict
+
 from configs import sweep as sweep_config
 from experiments.runtime import (
   claims,
@@ -47,7 +49,7 @@ class Cell(NamedTuple):
   needs: tuple[str, ...]  # cells whose folders the arguments mention
 
 
-def run_sweep(config: Any, workdir: Any) -> list[str]:
+def run_sweep(config: config_dict.ConfigDict, workdir: Any) -> list[str]:
   """Runs all cells, or prints their commands.
 
   Args:
@@ -207,7 +209,7 @@ def _done(marker, wanted):
   return workdir_lib.read_json(marker, {"command": list})["command"] == wanted
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Runs the sweep, then says where its results are."""
   run_sweep(config, workdir)
   if config.run:

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import compare as results_config
 from experiments.reporting import figures
@@ -18,7 +19,7 @@ _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
 
 
-def write(config: Any, workdir: Any) -> pathlib.Path:
+def write(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
   """Writes all tables and figures.
 
   Args:
@@ -399,6 +400,6 @@ def _tuned(config, folder):
   )
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Writes the tables, then prints where they are."""
   print(write(config, workdir))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import config_dict
+
 from experiments.runtime import distributed
 from experiments.tasks.base import Task
 from experiments.tasks.classification.task import Classification
@@ -38,7 +40,10 @@ def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
 
 
 def create(
-  config: Any, devices: distributed.Devices, *, direction: str | None = None
+  config: config_dict.ConfigDict,
+  devices: distributed.Devices,
+  *,
+  direction: str | None = None,
 ) -> Task:
   """Creates the task of a run, with its data and its model.
 

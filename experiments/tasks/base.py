@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data.pairs import datacomp
@@ -142,7 +143,7 @@ class Task(abc.ABC):
   # The name of `score_by_reference`; None: there is no such score.
   reference_score: ClassVar[str | None] = None
 
-  config: Any
+  config: config_dict.ConfigDict
   devices: distributed.Devices
   data: Any
   params: Any
@@ -157,7 +158,7 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -173,7 +174,7 @@ class Task(abc.ABC):
   @classmethod
   def create_for_scoring(
     cls,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     folder: pathlib.Path,
     *,
@@ -197,7 +198,10 @@ class Task(abc.ABC):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
     """Describes the data that a filter of a run's scores belongs to.
 
@@ -218,7 +222,10 @@ class Task(abc.ABC):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """Reads the contents of a page about a run's training samples.
 
@@ -237,7 +244,9 @@ class Task(abc.ABC):
     return Samples(config.data.get("name", config.task), {})
 
   @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+  def score_by_reference(
+    cls, config: config_dict.ConfigDict
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Scores all training samples by the reference alone.
 
     Args:
@@ -320,12 +329,12 @@ class Task(abc.ABC):
   # For studies, which don't make the task.
 
   @classmethod
-  def check_study(cls, config: Any) -> None:
+  def check_study(cls, config: config_dict.ConfigDict) -> None:
     """Raises ValueError unless a study of the config can be made."""
     del config
 
   @classmethod
-  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+  def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:
     """Returns the kinds of noise that the config adds, as in `Truth`."""
     return tuple(config.noise.kinds)
 
@@ -335,7 +344,9 @@ class Task(abc.ABC):
     return {"noise.seed": seed}
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """Returns the fields in which a study's reference differs from learners.
 
     Args:
@@ -354,7 +365,9 @@ class Task(abc.ABC):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth | None:
     """Loads the truth about all training samples of a run, filter or not.
 
     Args:
@@ -371,7 +384,7 @@ class Task(abc.ABC):
     return None
 
 
-def finished_run(config: Any) -> pathlib.Path:
+def finished_run(config: config_dict.ConfigDict) -> pathlib.Path:
   """Finds the finished run that `config.mimic.reference` names.
 
   Args:

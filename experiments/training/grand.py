@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import pipeline
@@ -26,7 +27,7 @@ _FIRST_SEED = 1000  # of the runs' initialisations, away from the learner's
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   data: Data,
   folder: pathlib.Path | None,
   devices: distributed.Devices,
@@ -68,7 +69,7 @@ def load(
   return Reference(digest, None, for_batch)
 
 
-def offline_norms(config: Any, data: Any) -> np.ndarray:
+def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
   """Computes every training sample's mean gradient norm over runs of their own.
 
   `mean_r ||grad l_i(params_r)||` over the mimic layers, with `params_r` from
@@ -89,7 +90,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   """
   runs, epochs = _counts(config)
   labels = data.labels.labels
-  scaling = {"mean": data.mean, "std": data.std}
+  scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
   rows = np.arange(len(labels)) if data.indices is None else data.indices
   total_steps = epochs * pipeline.steps_per_epoch(len(rows), config.batch_size)
   tx = optimizer.create(config.optimizer, total_steps=max(total_steps, 1))
@@ -140,7 +141,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   return norms
 
 
-def fingerprint(config: Any, data: Any) -> str:
+def fingerprint(config: config_dict.ConfigDict, data: Data) -> str:
   """Computes sixteen hex digits of all that `offline_norms` depends on.
 
   Args:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import tasks
@@ -43,7 +44,7 @@ class Schedule(NamedTuple):
   stall_seconds: float = 1800  # without a step, until the process ends; 0: none
 
 
-def schedule(config: Any, task: tasks.Task) -> Schedule:
+def schedule(config: config_dict.ConfigDict, task: tasks.Task) -> Schedule:
   """Makes the schedule of a run.
 
   Args:
@@ -316,7 +317,7 @@ def nonfinite_samples(folder: pathlib.Path) -> int:
   return int(sum(row.get("train_nonfinite", 0) for row in rows))
 
 
-def check_counts(config: Any, *fields: str) -> None:
+def check_counts(config: config_dict.ConfigDict, *fields: str) -> None:
   """Raises ValueError unless these fields are at least 1."""
   for field in fields:
     value = config

@@ -1,11 +1,11 @@
 """Optimizers by name, as optax has them."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
 _SCHEDULES = ("cosine", "constant")
 # Parameters that decay: all, or those of two axes and more.
@@ -16,7 +16,7 @@ _DECAYING = {
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   total_steps: int,
   last: optax.GradientTransformation | None = None,

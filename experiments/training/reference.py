@@ -1,7 +1,8 @@
 """The reference, as a training step receives it."""
 
 import pathlib
-from typing import Any
+
+from ml_collections import config_dict
 
 from experiments.methods import Method
 from experiments.tasks import Task
@@ -10,7 +11,7 @@ from experiments.training import grand
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   method: Method | None,
   task: Task,
   folder: pathlib.Path | None = None,

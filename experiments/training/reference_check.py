@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.runtime import distributed, workdir as workdir_lib
@@ -16,7 +17,7 @@ FILE = "reference_check.json"
 
 
 def check(
-  config: Any,
+  config: config_dict.ConfigDict,
   folder: pathlib.Path,
   losses_fn: Callable[..., Any],
   params: Any,

@@ -31,7 +31,9 @@ PROGRESS_FILE = "progress.json"
 JOB = "score"
 
 
-def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
+def score_dataset(
+  config: config_dict.ConfigDict, workdir: Any
+) -> dict[str, Any]:
   """Scores every sample once for each checkpoint; goes on where it stopped.
 
   All processes of a job call this at once; they share every batch.
@@ -91,7 +93,7 @@ def check_run(folder: pathlib.Path, section: dict[str, Any]) -> None:
     )
 
 
-def learners_config(config: Any) -> Any:
+def learners_config(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """Makes the learner's own config, with the fields that scoring changes.
 
   Args:
@@ -167,7 +169,12 @@ def complete(section: dict[str, Any], file: pathlib.Path) -> Any:
 class _Scoring:
   """Scores batches of a task with a run's checkpoints."""
 
-  def __init__(self, config: Any, run: Any, folder: pathlib.Path):
+  def __init__(
+    self,
+    config: config_dict.ConfigDict,
+    run: config_dict.ConfigDict,
+    folder: pathlib.Path,
+  ):
     self.config = config
     devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
     self.devices = devices
@@ -301,6 +308,6 @@ class _Scoring:
     ]
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Scores, then prints the result."""
   print(json.dumps(score_dataset(config, workdir), indent=2))

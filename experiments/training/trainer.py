@@ -7,6 +7,8 @@ import pathlib
 import time
 from typing import Any
 
+from ml_collections import config_dict
+
 import gradmimic_jax as gm
 from experiments import methods, tasks
 from experiments.runtime import (
@@ -28,7 +30,9 @@ LEDGER_FOLDER = "ledger"
 JOB = "run"
 
 
-def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
+def train_and_evaluate(
+  config: config_dict.ConfigDict, workdir: Any
+) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
   All processes of a job call this at once; they share every batch.
@@ -80,7 +84,10 @@ class Run:
   """One run's parts, put together, and its loop."""
 
   def __init__(
-    self, config: Any, folder: pathlib.Path, task: tasks.Task | None = None
+    self,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    task: tasks.Task | None = None,
   ):
     """Puts the parts together; trains nothing.
 
@@ -212,6 +219,6 @@ def create_method(config: Any) -> methods.Method | None:
   return methods.create(config.method, config.mimic)
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Trains, then prints the result."""
   print(json.dumps(train_and_evaluate(config, workdir), indent=2))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.models import clip
 from experiments.models.pretrained import (
@@ -120,7 +121,7 @@ LAYOUTS = {
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   input_shape: tuple[int, ...],
   seed: int,
@@ -266,7 +267,9 @@ def architecture(
   return {**shown, **{name: fields[name] for name in own if name in fields}}
 
 
-def sized(model: Any, *, channels: int = 3) -> Any:
+def sized(
+  model: config_dict.ConfigDict, *, channels: int = 3
+) -> config_dict.ConfigDict:
   """Fills in the fields of `clip` in `config.model` from the file, if asked to.
 
   Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.models.pretrained import (
   architectures,
@@ -123,7 +124,9 @@ def architecture(
   return {name: found[name] for name in names}
 
 
-def sized(model: Any, *, channels: int = 3) -> Any:
+def sized(
+  model: config_dict.ConfigDict, *, channels: int = 3
+) -> config_dict.ConfigDict:
   """Fills in the fields of `vit` in `config.model` from the file, if asked to.
 
   Args:

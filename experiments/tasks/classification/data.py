@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.data import filters, noise, pipeline, sources, streams
 from experiments.models import initial
@@ -28,7 +29,9 @@ class Data(NamedTuple):
   std: list[float]
 
 
-def load_data(config: Any, *, needs_clean: bool = False) -> Data:
+def load_data(
+  config: config_dict.ConfigDict, *, needs_clean: bool = False
+) -> Data:
   """Loads train and test sets, noise and normalisation by the config.
 
   Args:

@@ -32,7 +32,7 @@ from gradmimic_jax import _files
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   direction: str,
   params: Any,
   data: Data,
@@ -189,7 +189,9 @@ def _logged_outputs(path, data):
   return _digest(outputs), outputs
 
 
-def suggest_labels(config: Any, data: Any) -> np.ndarray | None:
+def suggest_labels(
+  config: config_dict.ConfigDict, data: Data
+) -> np.ndarray | None:
   """Suggests the class that the reference takes each sample for.
 
   Args:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import classification as classification_config
 from experiments.data import filters, noise, pipeline, sources
@@ -34,7 +35,7 @@ class Classification(Task):
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -103,7 +104,7 @@ class Classification(Task):
   @classmethod
   def create_for_scoring(
     cls,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     folder: pathlib.Path,
     *,
@@ -118,7 +119,10 @@ class Classification(Task):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
     """See `Task`."""
     labels = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
@@ -127,7 +131,10 @@ class Classification(Task):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """See `Task`. Images are shown as they are, whatever the model sees."""
     config = config.copy_and_resolve_references().unlock()
@@ -231,12 +238,14 @@ class Classification(Task):
     )
 
   @classmethod
-  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+  def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:
     """See `Task`."""
     return (config.noise.column or config.noise.kind,)
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """See `Task`."""
     wanted = config.study.reference
     # Another architecture has no use for the learner's weights.
@@ -258,7 +267,9 @@ class Classification(Task):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth:
     """See `Task`."""
     labels = filters.own_labels(
       folder / data_lib.LABELS_FILE, workdir_lib.of_result(folder)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import filters, sources
@@ -62,7 +63,7 @@ class Data(NamedTuple):
   train_pairs: int | None  # their number; None: unknown
 
 
-def load(config: Any) -> Data:
+def load(config: config_dict.ConfigDict) -> Data:
   """Loads training, held-out and zero-shot data by the config.
 
   Args:
@@ -95,7 +96,7 @@ def load(config: Any) -> Data:
   return _load_shards(config, tokenize)
 
 
-def load_tokenizer(config: Any) -> tokenizers.Tokenizer:
+def load_tokenizer(config: config_dict.ConfigDict) -> tokenizers.Tokenizer:
   """Loads the tokenizer that `config.data` names, for the config's model.
 
   Args:
@@ -118,7 +119,7 @@ def load_tokenizer(config: Any) -> tokenizers.Tokenizer:
   return found
 
 
-def train_pairs(config: Any) -> shapes.Shapes:
+def train_pairs(config: config_dict.ConfigDict) -> shapes.Shapes:
   """Draws the training pairs of `shapes`, mis-captioned by the config."""
   return _shapes(config, "train", config.data.train_size, config.noise.rate)
 
@@ -128,7 +129,7 @@ def fingerprints(pairs: shapes.Shapes) -> dict[str, str]:
   return {"dataset": f"{SHAPES} {pairs.fingerprint[:16]}"}
 
 
-def pool(config: Any) -> Memory:
+def pool(config: config_dict.ConfigDict) -> Memory:
   """Draws the training pairs, with tokens as the model reads them."""
   pairs = train_pairs(config)
   return Memory(pairs.images, load_tokenizer(config)(_texts(pairs)), pairs)

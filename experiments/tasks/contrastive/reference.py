@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   direction: str,
   params: Any,
   data: clip_data.Data,
@@ -94,7 +94,7 @@ def load(
 
 
 def load_model(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   like: Any = None,
   place: Callable[[Any], Any] = lambda params: params,
@@ -126,7 +126,7 @@ def load_model(
 
 
 def compute_pool_features(
-  config: Any,
+  config: config_dict.ConfigDict,
   model: Model,
   memory: clip_data.Memory,
   devices: distributed.Devices,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import contrastive as contrastive_config
 from experiments.models import clip
@@ -49,7 +50,7 @@ class Contrastive(Task):
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -107,7 +108,10 @@ class Contrastive(Task):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
     """See `Task`. Shards have none: a filter of theirs is for any pool."""
     del folder, ledger
@@ -117,7 +121,10 @@ class Contrastive(Task):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """See `Task`. Pairs in shards are not read again."""
     del folder, ledger
@@ -150,7 +157,9 @@ class Contrastive(Task):
     return Samples(title, facts, dataset)
 
   @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
+  def score_by_reference(
+    cls, config: config_dict.ConfigDict
+  ) -> tuple[np.ndarray, np.ndarray]:
     """See `Task`. Scores are similarities of image and caption in memory."""
     memory = data_lib.pool(config)
     found = reference_lib.compute_pool_features(
@@ -223,7 +232,7 @@ class Contrastive(Task):
     self.batches.close()
 
   @classmethod
-  def check_study(cls, config: Any) -> None:
+  def check_study(cls, config: config_dict.ConfigDict) -> None:
     """See `Task`."""
     if config.data.name != data_lib.SHAPES:
       raise ValueError(
@@ -238,7 +247,9 @@ class Contrastive(Task):
     return {"data.seed": seed}
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """See `Task`."""
     sizes = config.study.reference
     fields = {
@@ -252,7 +263,9 @@ class Contrastive(Task):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth | None:
     """See `Task`."""
     del folder
     if config.data.name != data_lib.SHAPES:

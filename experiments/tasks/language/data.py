@@ -5,10 +5,11 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import filters, rows as rows_lib, streams
@@ -45,7 +46,7 @@ class Data(NamedTuple):
   train_size: int  # number of sequences to train on
 
 
-def load(config: Any) -> Data:
+def load(config: config_dict.ConfigDict) -> Data:
   """Loads training and held-out sequences by the config.
 
   Args:
