@@ -19,6 +19,28 @@ _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
 
 
+def load_costs(file: pathlib.Path) -> dict[str, Any]:
+  """Reads costs of steps, at the first of the batch sizes measured.
+
+  Args:
+    file: the `methods.json` of `experiments.benchmark`.
+
+  Returns:
+    `machine`, `batch_size`, and by name `methods`.
+
+  Raises:
+    ValueError: the file is damaged, or has no batches.
+  """
+  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
+  for size, entries in found["batches"].items():
+    return {
+      "machine": found["machine"],
+      "batch_size": int(size),
+      "methods": entries,
+    }
+  raise ValueError(f"{file} has no batches; give its command again.")
+
+
 def write(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
   """Writes all tables and figures.
 
@@ -53,7 +75,7 @@ def write(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = _load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
+    costs = load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [f"# {config.title}", "", *_about(groups)]
@@ -327,18 +349,6 @@ def _pearson(a, b):
   if np.std(a) == 0 or np.std(b) == 0:
     return None
   return float(np.corrcoef(a, b)[0, 1])
-
-
-def _load_costs(file):
-  """Costs of steps, at the first of the batch sizes that were measured."""
-  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
-  for size, entries in found["batches"].items():
-    return {
-      "machine": found["machine"],
-      "batch_size": int(size),
-      "methods": entries,
-    }
-  raise ValueError(f"{file} has no batches; give its command again.")
 
 
 def _cost_notes(costs):
