@@ -2,8 +2,13 @@
 
 import jax
 import pytest
+from jax._src.interpreters import partial_eval
 
 from configs import digits
+
+# Flax asks tracers for their shardings, and JAX writes a page each time about
+# why they have none: most of the time that a model's shapes take.
+partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from configs import digits, language, shapes
 from experiments.runtime import checkpoint
 from experiments.training import steps
@@ -59,6 +61,7 @@ _TASK = {
     "data.shortest": 8,
     "data.train_size": 48,
     "data.held_out_size": 16,
+    "noise.kinds": ("shuffled",),
   },
 }
 _CONFIGS = {
@@ -73,7 +76,7 @@ def make(task: str, data_dir: str, **fields: Any) -> Any:
 
   Args:
     task: one of TASKS.
-    data_dir: where digits are prepared.
+    data_dir: where digits are prepared, and a text is written.
     **fields: `{"dotted.field": value}` that differ.
 
   Returns:
@@ -82,8 +85,22 @@ def make(task: str, data_dir: str, **fields: Any) -> Any:
   config = _CONFIGS[task].get_config().copy_and_resolve_references().unlock()
   if task == "classification":
     config.data.data_dir = data_dir
+  if task == "language":  # Python's own text takes seconds to find
+    file = pathlib.Path(data_dir) / "text.txt"
+    if not file.exists():
+      file.write_text(_text())
+    config.data.path = str(file)
   config.update_from_flattened_dict({**_ALL, **_TASK[task], **fields})
   return config.lock()
+
+
+def _text():
+  """A hundred paragraphs of a small vocabulary."""
+  rng = np.random.default_rng(0)
+  words = np.array(
+    ["the", "cat", "dog", "sees", "hears", "no", "other", "old", "new", "tree"]
+  )
+  return "\n\n".join(" ".join(rng.choice(words, 20)) for _ in range(100))
 
 
 @contextlib.contextmanager

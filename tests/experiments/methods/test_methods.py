@@ -547,9 +547,6 @@ class TestOfflineNorms:
       grand.offline_norms(*self.make(make_config, **{"mimic.grand_runs": 0}))
 
 
-FAST = ("agra",)
-
-
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
   file = tmp_path_factory.mktemp("outputs") / "logged.npy"
@@ -558,13 +555,8 @@ def logged(tmp_path_factory):
 
 
 class TestRuns:
-  @pytest.mark.parametrize(
-    "name",
-    [
-      pytest.param(n, marks=() if n in FAST else pytest.mark.slow)
-      for n in methods.METHODS
-    ],
-  )
+  @pytest.mark.slow
+  @pytest.mark.parametrize("name", methods.METHODS)
   def test_two_steps_on_digits(self, make_config, tmp_path, logged, name):
     fields = {
       "model.widths": (8,),

@@ -349,8 +349,8 @@ def on_one_device(tmp_path_factory):
 @pytest.mark.parametrize(
   ("count", "devices", "bits"),
   [
-    *((1, 2, 64), (1, 8, 64), (2, 4, 64), (4, 2, 64)),
-    *((1, 8, 32), (2, 1, 32), (2, 4, 32)),
+    *((1, 8, 64), (4, 2, 64)),
+    *((1, 8, 32), (2, 4, 32)),
   ],
 )
 def test_an_update_is_the_single_devices(on_one_device, count, devices, bits):
@@ -423,7 +423,7 @@ def reference(tmp_path_factory, digits_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("before", "after"),
-  [((2, 2, 4), (1, 1, 1)), ((1, 1, 1), (4, 2, 8)), ((4, 1, 1), (2, 4, 2))],
+  [((2, 2, 4), (1, 1, 1)), ((1, 1, 1), (4, 2, 8))],
 )
 def test_a_run_goes_on_with_other_processes_and_devices(
   digits_dir, reference, tmp_path, before, after
@@ -485,20 +485,18 @@ def test_a_data_set_is_scored_together(digits_dir, reference, tmp_path):
   for count, layout in (
     (1, {}),
     (2, {"devices": 2, "mesh.fsdp": 4}),
-    (4, {}),
   ):
     run_job(*job, tmp_path / str(count), count=count, **fields, **layout)
   results = {
-    (tmp_path / str(count) / "result.json").read_text() for count in (1, 2, 4)
+    (tmp_path / str(count) / "result.json").read_text() for count in (1, 2)
   }
   assert len(results) == 1
-  one, *others = (
+  one, two = (
     gm.ScoreLedger(tmp_path / str(count) / "ledger").matrix()
-    for count in (1, 2, 4)
+    for count in (1, 2)
   )
-  for ids, scores in others:
-    np.testing.assert_array_equal(ids, one[0])
-    np.testing.assert_allclose(scores, one[1], rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(two[0], one[0])
+  np.testing.assert_allclose(two[1], one[1], rtol=1e-4, atol=1e-5)
   chosen = run_job(
     "select",
     f"configs/select.py:run={tmp_path / '2'}",

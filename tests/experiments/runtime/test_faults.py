@@ -265,21 +265,19 @@ def test_a_run_that_is_asked_to_leave_saves_first(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_second_job_on_a_workdir_is_refused(
-  start, undisturbed, tmp_path, count
-):
+def test_a_second_job_on_a_workdir_is_refused(start, undisturbed, tmp_path):
   """At once, with one line; several processes of a job are one run."""
   run = tmp_path / "run"
   begun = Begun(start, run, count=2)
   begun.saves()
-  for process in (second := start(run, count=count)):
-    _, words = process.communicate(timeout=BOUND)
-    assert process.returncode == 1
-    (line,) = (line for line in words.splitlines() if "is in use" in line)
-    assert f"process {begun.processes[0].pid} on" in line
-    assert "Traceback" not in words
-  assert len(second) == count
+  for count in (1, 2):
+    for process in (second := start(run, count=count)):
+      _, words = process.communicate(timeout=BOUND)
+      assert process.returncode == 1
+      (line,) = (line for line in words.splitlines() if "is in use" in line)
+      assert f"process {begun.processes[0].pid} on" in line
+      assert "Traceback" not in words
+    assert len(second) == count
   assert all(process.poll() is None for process in begun.processes)
   processes.finish(begun.processes)
   assert_same_run(run, undisturbed(2))
@@ -315,9 +313,11 @@ def test_a_process_that_hangs_ends_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["train", "study"])
+@pytest.mark.parametrize(
+  ("job", "moments"), [("train", (2, 5, 8)), ("study", (1, 4, 7, 11, 16))]
+)
 def test_a_job_that_is_asked_to_leave_before_its_loop_ends_well(
-  tmp_path, digits_dir, job
+  tmp_path, digits_dir, job, moments
 ):
   """While it imports, reads data, compiles, and between two runs."""
   command = [
@@ -328,7 +328,7 @@ def test_a_job_that_is_asked_to_leave_before_its_loop_ends_well(
       **{"data.data_dir": digits_dir, "num_epochs": 400},
     ),
   ]
-  for seconds in (1, 3, 5, 7, 9, 12, 16):
+  for seconds in moments:
     (process,) = processes.start(command, count=1)
     time.sleep(seconds)
     for _ in range(2):
