@@ -241,18 +241,10 @@ def test_studies_share_a_reference_and_their_tables(
   config = make_study(**{"mimic.reference": first}).unlock()
   config.benchmark = "methods"
   costs.measure(config.lock(), tmp_path / "costs")
-<<<<<<< HEAD
   measured = results.load_costs(tmp_path / "costs" / costs.RESULT_FILE)
   assert measured["batch_size"] == config.batch_size
   assert measured["methods"]["sgd"]["time"] == pytest.approx(1)
   assert measured["methods"]["grad_mimic"]["memory"] > 0
-=======
-  file = tmp_path / "costs" / costs.RESULT_FILE
-  batches = json.loads(file.read_text())["batches"]
-  measured = batches[str(config.batch_size)]
-  assert measured["sgd"]["time"] == pytest.approx(1)
-  assert measured["grad_mimic"]["memory"] > 0
->>>>>>> studies
 
   config = results_config.get_config().unlock()
   config.finetune = tuple(folders)
