@@ -198,7 +198,7 @@ class Run:
     return {**self.fingerprints, **self.task.data_fingerprints}
 
 
-def create_method(config: Any) -> methods.Method | None:
+def create_method(config: config_dict.ConfigDict) -> methods.Method | None:
   """Creates the method that a run's config names.
 
   Args:

@@ -83,7 +83,10 @@ class Language(Task):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """See `Task`. A page shows the text of each sequence."""
     del folder, ledger
