@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
@@ -51,10 +52,13 @@ class Runs:
     return tiny.make(task, self.digits_dir, **fields)
 
   def _reference(self, task):
-    """The folder of a run on clean data."""
+    """The folder of a run of one step, which no program is compiled for."""
     folder = self.folder / task / "reference"
-    config = self.config(task, method="sgd", **{"noise.rate": 0.0})
-    trainer.train_and_evaluate(config, folder)
+    fields = {"noise.rate": 0.0, "num_steps": 1, "checkpoint.every_steps": 1}
+    config = self.config(task, method="sgd", **fields)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(steps, "make_train_step", lambda *_, **options: nudge)
+      trainer.train_and_evaluate(config, folder)
     return str(folder)
 
   def _made(self, task):
@@ -81,6 +85,16 @@ class Runs:
         result = trainer.train_and_evaluate(config, folder)
       self._whole[key] = (config, folder, result, made)
     return self._whole[key]
+
+
+def nudge(state, reference, batch):
+  """A step some way off, the same each time."""
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
+  )
+  metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
+  return state._replace(params=params), steps.StepOutput(metrics, {})
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +173,13 @@ def test_a_finished_run_is_not_repeated(runs, task, monkeypatch):
 
 
 @every_task
-def test_a_workdir_in_use_is_refused(runs, task, tmp_path):
+def test_a_workdir_in_use_is_refused(runs, task, tmp_path, monkeypatch):
+  """Before data are read."""
   config = runs.toward_reference(task)
+  monkeypatch.setattr(trainer, "Run", None)
   with (
     locks.hold(tmp_path / "run"),
-    pytest.raises(locks.InUseError, match="run"),
+    pytest.raises(locks.InUseError, match="run is in use"),
   ):
     trainer.train_and_evaluate(config, tmp_path / "run")
 
@@ -253,13 +269,13 @@ def test_two_processes_train_alike(runs, task, tmp_path):
   code = (
     "import json, sys; from ml_collections import config_dict;"
     " from experiments.runtime import cli; from experiments.training import"
-    " trainer; c = config_dict.ConfigDict(json.load(open(sys.argv[-1])));"
-    " del sys.argv[-1]; cli.run(lambda _, w: trainer.main(c, w),"
+    " trainer; c = config_dict.ConfigDict(json.load(open(sys.argv.pop(1))));"
+    " cli.run(lambda _, w: trainer.main(c, w),"
     " processes=cli.SHARED)"
   )
   flags = [f"--workdir={tmp_path / 'run'}", "--config=configs/digits.py"]
   first, second = processes.finish(
-    processes.start(["-c", code, *flags, str(file)], count=2)
+    processes.start(["-c", code, str(file), *flags], count=2)
   )
   again = json.loads((tmp_path / "run" / trainer.RESULT_FILE).read_text())
   assert again["fingerprint"] in first

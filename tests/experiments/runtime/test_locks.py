@@ -152,17 +152,6 @@ def test_without_locks_a_claim_has_to_do(tmp_path, monkeypatch):
   claim.release()
 
 
-def test_training_is_refused_before_data_are_read(
-  make_config, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(train, "Run", None)
-  with (
-    locks.hold(tmp_path / "run"),
-    pytest.raises(locks.InUseError, match="run is in use"),
-  ):
-    train.train_and_evaluate(make_config(), tmp_path / "run")
-
-
 def test_a_study_leaves_a_run_to_who_has_it(make_config, tmp_path, monkeypatch):
   """Its claim was thought to be stale: another process only stood still."""
 

@@ -454,16 +454,6 @@ class TestRuns:
     assert checkpoint.fingerprint(learner.state.params) == started[0]
     assert started[0] != started[1]
 
-  def test_another_reference_section_needs_another_workdir(
-    self, make_config, tmp_path
-  ):
-    config = make_config()
-    fields = tasks.get(config).configs
-    study.workdir_lib.claim(tmp_path / "study", config, fields, job="study")
-    other = make_config(**{"study.reference.seed_offset": 1000})
-    with pytest.raises(ValueError, match=r"seed_offset is 0 there and 1000"):
-      study.run_study(other, tmp_path / "study")
-
 
 @pytest.mark.parametrize(
   ("field", "value", "message"),
