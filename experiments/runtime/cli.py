@@ -132,7 +132,7 @@ def _compiling_once(job):
   """Keeps compiled programs while the job lasts, where nobody else does."""
 
   def sharing(config, workdir):
-    if jax.config.jax_compilation_cache_dir:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
       return job(config, workdir)
     with tempfile.TemporaryDirectory(prefix="gradmimic_programs_") as folder:
       jax.config.update("jax_compilation_cache_dir", folder)
