@@ -16,9 +16,25 @@ import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks, metrics
-from experiments.training import scoring, steps, trainer
+from experiments.training import reference_check, scoring, steps, trainer
 
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
+
+
+CHECK = trainer.Run.check_reference
+
+
+@pytest.fixture(autouse=True)
+def checked_once(monkeypatch):
+  """The check of references is a program that takes seconds to compile.
+
+  By default it is made for one task; a slow test makes it for all.
+  """
+  monkeypatch.setattr(
+    trainer.Run,
+    "check_reference",
+    lambda run: CHECK(run) if run.config.task == "classification" else None,
+  )
 
 
 def by_default(*some):
@@ -119,10 +135,17 @@ def assert_same_run(like, one, other):
 def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   config, folder, result, (step,) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
-  # Steps that are compiled anew are asked for by the slow test.
-  monkeypatch.setattr(steps, "make_train_step", lambda *_, **options: step)
-  again = trainer.train_and_evaluate(config, tmp_path / "run")
-  assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+  def again(state, *args):
+    # Of new arrays, as before: those of a checkpoint are on a certain device,
+    # which is another program. The slow test compiles it.
+    return step(
+      jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state), *args
+    )
+
+  monkeypatch.setattr(steps, "make_train_step", lambda *_, **options: again)
+  found = trainer.train_and_evaluate(config, tmp_path / "run")
+  assert {**found, "seconds": 0} == {**result, "seconds": 0}
   assert_same_run(runs.made(task).params, folder, tmp_path / "run")
 
 
@@ -163,6 +186,23 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     again = trainer.train_and_evaluate(config, run)
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
     assert_same_run(runs.made(task).params, folder, run)
+
+
+@by_default("classification")
+def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
+  config, _, _, _ = runs.whole(task)
+  folder = runs.folder / task / "checked"
+
+  def stop(run):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
+  monkeypatch.setattr(trainer.Run, "to_the_end", stop)
+  with pytest.raises(KeyboardInterrupt):
+    trainer.train_and_evaluate(config, folder)
+  report = json.loads((folder / reference_check.FILE).read_text())
+  assert report["verdict"] != "foreign basin"
+  assert report["num_samples"] == config.mimic.check_samples
 
 
 @every_task
@@ -244,6 +284,14 @@ def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
     done.append(None)
     return append(*args, **fields)
 
+  make_step, made = steps.make_score_step, []
+
+  def make_once(*args, **options):
+    if not made:
+      made.append(make_step(*args, **options))
+    return made[0]
+
+  monkeypatch.setattr(steps, "make_score_step", make_once)
   with monkeypatch.context() as patch:
     patch.setattr(gm.ScoreLedger, "append", appending)
     assert_scored(whole, scoring.score_dataset(config, whole))
@@ -253,7 +301,7 @@ def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
   assert tables[0].equals(tables[1])
 
 
-@every_task
+@by_default("language")
 def test_scores_are_of_any_method_that_has_some(runs, task, tmp_path):
   config = score_of(runs, task, method="output_agreement")
   assert_scored(tmp_path, scoring.score_dataset(config, tmp_path))
