@@ -79,7 +79,7 @@ def learning_curves(
     raise ValueError("no curves came; expected at least one name.")
   crowded = len(curves) > _FEW
   counts = {len(runs) for runs in curves.values()}
-  with _figure(path, figsize=(8, 4.2) if crowded else (6, 3.6)) as (
+  with _figure(path, figsize=(8, 4.2) if crowded else (7.5, 3.6)) as (
     figure,
     file,
   ):
