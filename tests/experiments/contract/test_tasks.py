@@ -149,14 +149,15 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   assert_same_run(runs.made(task).params, folder, tmp_path / "run")
 
 
+# With the step before which each is interrupted.
 METHODS = [
   *(
-    (task, method, {})
+    (task, method, {}, count)
     for task in tiny.TASKS
-    for method in ("rho", "output_agreement", "random")
+    for method, count in (("rho", 0), ("output_agreement", 2), ("random", 5))
   ),
   *(
-    ("classification", method, fields)
+    ("classification", method, fields, 3)
     for method, fields in (
       ("grad_mimic_outputs", {"data.flip": True}),
       ("grad_mimic", {"mimic.direction": "clean_gradient"}),
@@ -169,23 +170,21 @@ METHODS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "method", "fields"), METHODS)
+@pytest.mark.parametrize(("task", "method", "fields", "count"), METHODS)
 def test_an_interrupted_run_goes_on_bit_for_bit(
-  runs, tmp_path, task, method, fields
+  runs, tmp_path, task, method, fields, count
 ):
   """Whatever a method keeps: outputs, norms, batches, places in the data."""
   config, folder, result, _ = runs.whole(task, method, **fields)
-  for count in (0, 2, 5):
-    run = tmp_path / str(count)
-    with tiny.interrupted(count):
-      trainer.train_and_evaluate(config, run)
-    assert checkpoint.steps(run) == list(range(2, count + 1, 2))
-    # What is kept of the reference's outputs is computed anew on the way.
-    for file in pathlib.Path(runs.reference(task)).glob("*.npy"):
-      file.unlink()
-    again = trainer.train_and_evaluate(config, run)
-    assert {**again, "seconds": 0} == {**result, "seconds": 0}
-    assert_same_run(runs.made(task).params, folder, run)
+  with tiny.interrupted(count):
+    trainer.train_and_evaluate(config, tmp_path)
+  assert checkpoint.steps(tmp_path) == list(range(2, count + 1, 2))
+  # What is kept of the reference's outputs is computed anew on the way.
+  for file in pathlib.Path(runs.reference(task)).glob("*.npy"):
+    file.unlink()
+  again = trainer.train_and_evaluate(config, tmp_path)
+  assert {**again, "seconds": 0} == {**result, "seconds": 0}
+  assert_same_run(runs.made(task).params, folder, tmp_path)
 
 
 @by_default("classification")
