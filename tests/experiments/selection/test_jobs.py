@@ -36,7 +36,8 @@ from experiments.training import scoring as score, trainer as train
 from gradmimic_jax.selection.uids import parse_uids
 
 ROOT = pathlib.Path(__file__).parents[3]
-DATA = ("digits", "shapes", "shards")
+SHAPES = pytest.param("shapes", marks=pytest.mark.slow)
+DATA = ("digits", SHAPES, "shards")
 every_data = pytest.mark.parametrize("scored", DATA, indirect=True)
 
 
@@ -110,7 +111,7 @@ def test_a_pass_scores_all_samples_with_each_checkpoint(scored):
   assert result["samples"] == len(ids)
 
 
-@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
+@pytest.mark.parametrize("scored", ["digits", SHAPES], indirect=True)
 def test_scores_are_those_of_single_gradients(scored):
   """Of the last rows, whose batch is padded; pairs have their batch mates."""
   _, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
@@ -395,7 +396,7 @@ def test_filters_keep_what_datacomps_rules_keep():
     cuts.make(alike, pool, seed=0)
 
 
-@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
+@pytest.mark.parametrize("scored", ["digits", SHAPES], indirect=True)
 def test_files_of_other_runs_are_refused(scored, tmp_path):
   run, whole = tmp_path / "run", scored.folder
   shutil.copytree(whole, run)

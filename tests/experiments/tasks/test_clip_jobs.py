@@ -76,6 +76,7 @@ class TestShards:
     # All sound pairs in the first pass; the batch at the turn counts for it.
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
 
+  @pytest.mark.slow
   def test_an_interrupted_run_goes_on_bit_for_bit(
     self, scored, tmp_path, monkeypatch
   ):
