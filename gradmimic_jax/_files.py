@@ -41,7 +41,7 @@ def named(
 
   Args:
     path: the file that is being read.
-    kind: what it was expected to be, such as "Parquet file".
+    kind: the expected kind, such as "Parquet file".
     remedy: what to do about it; a sentence.
 
   Yields:
@@ -122,7 +122,7 @@ def read_json(
 
   Args:
     path: the file.
-    kind: what its outermost value has to be.
+    kind: the type that its outermost value has to have.
     max_bytes: how long it may be.
     remedy: what to do about a damaged one; a sentence for the error.
 
@@ -150,7 +150,7 @@ def parse_json(
   Args:
     content: the text, as UTF-8.
     path: the file that errors name.
-    kind: what its outermost value has to be.
+    kind: the type that its outermost value has to have.
     remedy: what to do about a damaged one.
 
   Returns:

@@ -93,7 +93,7 @@ def dot(
     **options: for dot_general.
 
   Returns:
-    The free axes of `x`, then those of `y` along what `x` doesn't use.
+    The free axes of `x`, then those of `y` along axes that `x` doesn't use.
   """
   dimensions = (over, ((), ()))
   mesh = _explicit_mesh(x) or _explicit_mesh(y)

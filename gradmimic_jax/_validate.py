@@ -47,9 +47,9 @@ def made(name: str, value: Any, factories: tuple[Any, ...], how: str) -> None:
 
   Args:
     name: the argument's name.
-    value: what arrived.
+    value: the value that arrived.
     factories: functions that make such values, often handed over uncalled.
-    how: an example of what to hand over.
+    how: an example of a right value.
   """
   if not callable(value) or value in factories:
     shown = getattr(value, "__name__", repr(value))
@@ -91,7 +91,7 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
   """Puts `tree` in the containers of `params`; raises unless it is like params.
 
   Args:
-    name: what the tree is called in the message.
+    name: the tree's name in the message.
     tree: the tree to check.
     params: the tree it must resemble.
     advice: what to do about a difference.

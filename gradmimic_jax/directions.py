@@ -226,7 +226,7 @@ def unit_vector(
   """Scales the direction over the mimic layers to length one.
 
   Args:
-    direction_tree: what a direction returned.
+    direction_tree: the tree that a direction returned.
     params: the parameter tree.
     flags: which leaves are mimic layers.
 

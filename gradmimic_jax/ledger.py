@@ -43,15 +43,16 @@ class ScoreLedger:
 
   Rows are (id, step, epoch, score, weight, loss). `append` keeps them in
   memory and `flush` writes them as one file; every reading method flushes
-  first, so that it sees what was appended. A row is identified by (id, step):
+  first, so that it sees all appended rows. A row is identified by (id, step):
   appending it again, as a resumed run does, leaves one row, the one written
   last. Any number of processes may read a ledger, and several may write it at
   a time: each as another writer, with rows of its own.
 
   Guarantees:
     * A kill at any moment loses at most the rows that were not flushed.
-    * What is read back does not depend on which writer wrote which rows: a run
+    * The rows that are read don't depend on which writer wrote which: a run
       may go on with another number of writers.
+    * Nor do they depend on how the appends were cut into files.
     * A file that is damaged or lost, or that another ledger wrote, is refused
       by name. Nothing is skipped in silence.
     * Whatever reads a folder of Parquet files reads this one:
@@ -59,7 +60,6 @@ class ScoreLedger:
       `polars.scan_parquet(path, hidden_file_prefix="_")`. A run that was
       interrupted may have recorded some (id, step) twice, with the same
       values: drop duplicates of the two.
-    * What is read back does not depend on how the appends were cut into files.
 
   | edge case                                | behaviour                     |
   |------------------------------------------|-------------------------------|
@@ -77,7 +77,7 @@ class ScoreLedger:
 
   Args:
     path: the ledger's folder; made by the first flush when it isn't there.
-    fingerprints: what the scores belong to, as names and values (config, data,
+    fingerprints: names and values of the scores' origin (config, data,
       reference, ...). Stored with a new ledger and compared with an existing
       one; None takes an existing ledger's.
     writer: this process's number among those that write the ledger at a time,
@@ -371,7 +371,7 @@ class ScoreLedger:
       ids = pc.unique(pa.chunked_array([ids, *batch["id"].chunks]))
     ids = ids.take(pc.sort_indices(ids))
 
-    # Epoch by epoch in memory: whoever votes reads one column at a time.
+    # Epoch by epoch in memory: voting reads one column at a time.
     values = np.full((len(epochs), len(ids)), np.nan, np.float32)
     for batch in self._batches(["id", "step", "epoch", field], len(ids)):
       row = pc.index_in(batch["id"], value_set=ids).to_numpy()
@@ -472,7 +472,7 @@ class ScoreLedger:
     """Lists the files there are, in order of writing, and the lost names."""
     if self._manifest is None:
       self._read_manifest()
-    listed = self._listed() or {}  # before looking at what is there
+    listed = self._listed() or {}  # before looking at the files there are
     paths = sorted(self.path.glob("*.parquet"))
     if paths and self._manifest is None:
       self._read_manifest()  # another writer may have begun right now
@@ -525,7 +525,7 @@ class ScoreLedger:
     self._read_manifest()
     if self._manifest is not None:
       return
-    self._files()  # refuses what lies there without a manifest
+    self._files()  # refuses files that lie there without a manifest
     manifest = {
       "format": row_files.FORMAT,
       "version": row_files.VERSION,

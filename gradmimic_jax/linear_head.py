@@ -68,7 +68,7 @@ def descents(
   `<-g_i, v> / ||v|| = -(h_i' V e_i + u' e_i) / ||(V, u)||`
 
   Args:
-    features: what goes into the head, `[B, D]`.
+    features: the head's input, `[B, D]`.
     errors: `[B, C]`, as of `errors`.
     kernel: V, the direction of the kernel, `[D, C]`.
     bias: u, the direction of the bias, `[C]`; None where it is no mimic layer.
@@ -112,7 +112,7 @@ def gradient_norms(
   `||g_i|| = sqrt(||h_i||^2 + 1) ||e_i||`, without the 1 if there is no bias
 
   Args:
-    features: what goes into the head, `[B, D]`.
+    features: the head's input, `[B, D]`.
     errors: `[B, C]`, as of `errors`.
     has_bias: whether the bias is a mimic layer.
 
@@ -141,7 +141,7 @@ def gram(
   `<g_i, g_j> = (<h_i, h_j> + 1) <e_i, e_j>`, without the 1 if there is no bias
 
   Args:
-    features: what goes into the head, `[B, D]`.
+    features: the head's input, `[B, D]`.
     errors: `[B, C]`, as of `errors`.
     has_bias: whether the bias is a mimic layer.
 
@@ -171,7 +171,7 @@ def gradient(
   """The weighted gradient, `sum_i w_i g_i`.
 
   Args:
-    features: what goes into the head, `[B, D]`.
+    features: the head's input, `[B, D]`.
     errors: `[B, C]`, as of `errors`.
     weights: `[B]`; a sample of weight 0 may be anything.
 
@@ -210,7 +210,7 @@ def scores(
   Memory: the inputs, and `[B, B]` for scores of inner products.
 
   Args:
-    features: what goes into the head, `[B, D]`.
+    features: the head's input, `[B, D]`.
     errors: `[B, C]`, as of `errors`.
     score: as in `mimic_value_and_grad`; none that needs losses.
     direction: of kernel `[D, C]` and bias `[C]`, such as the reference's head

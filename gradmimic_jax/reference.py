@@ -63,7 +63,7 @@ class ReferenceReport:
   Attributes:
     verdict: `"ok"`, `"foreign basin"`, `"not better than the learner"` or
       `"identical"`.
-    advice: what to do about it.
+    advice: what to do about the verdict.
     learner_loss: mean of the lowest 30 % of the learner's losses.
     reference_loss: the same of the reference.
     path: `[K]`, the a of `params + a (reference - params)`, from 0 to 1.

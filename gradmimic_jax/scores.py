@@ -26,7 +26,7 @@ class Measured(NamedTuple):
   valid: jax.Array | None = None  # bool [B], the samples in the gram
   aux: Any = None  # losses_fn's aux
   batch: Any = None  # leaves [B, ...], as losses_fn sees them
-  reference: Any = None  # what came as the reference
+  reference: Any = None  # the reference, as it came
   step: Any = None  # [], updates done so far, if the caller said
 
 

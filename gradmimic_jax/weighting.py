@@ -224,7 +224,7 @@ def positive(*, otherwise: str = "uniform") -> Weighting:
   `w_i = [m_i > 0] / sum_j [m_j > 0]`
 
   Args:
-    otherwise: what to do about a batch without a positive score: `"uniform"`
+    otherwise: the weights of a batch without a positive score: `"uniform"`
       weights all alike, `"skip"` gives weight 0 to all, so that the gradient is
       0 (momentum and weight decay of an optimizer still move the parameters).
 
@@ -371,7 +371,7 @@ def named(
   """Returns a weighting by its name and its number, or the one that came.
 
   `optax.inject_hyperparams` hands over names and numbers as they are, and
-  numbers as arrays; what can be called it takes for a schedule.
+  numbers as arrays; it takes a callable for a schedule.
 
   Args:
     weighting: `"softmax"`, `"ess_softmax"`, `"top_fraction"`, `"positive"`,

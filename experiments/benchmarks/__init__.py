@@ -7,9 +7,9 @@
 import importlib
 import pathlib
 import types
-from typing import Any
 
 import jax
+from ml_collections import config_dict
 
 _MODULES = {
   "engines": "engines",
@@ -23,7 +23,7 @@ _MODULES = {
 _BY_FIRST = ("engines",)
 
 
-def load(config: Any) -> types.ModuleType:
+def load(config: config_dict.ConfigDict) -> types.ModuleType:
   """The benchmark that `config.benchmark` names.
 
   Args:
@@ -44,7 +44,7 @@ def load(config: Any) -> types.ModuleType:
   return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Measures, then prints the table and where the rest is.
 
   Args:

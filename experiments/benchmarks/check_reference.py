@@ -11,6 +11,8 @@ import collections
 import pathlib
 from typing import Any
 
+from ml_collections import config_dict
+
 import gradmimic_jax as gm
 from configs.benchmark import check_reference as check_reference_config
 from experiments.data import pipeline
@@ -26,7 +28,7 @@ from experiments.training import reference_check, trainer as train
 RESULT_FILE = "check_reference.json"
 
 
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains what is not there yet, checks every pair, counts the errors.
 
   Args:
@@ -56,7 +58,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
 
 
 def checks_of_seed(
-  config: Any, folder: pathlib.Path, seed: int
+  config: config_dict.ConfigDict, folder: pathlib.Path, seed: int
 ) -> list[dict[str, Any]]:
   """Every learner of a seed against every reference."""
   wanted = config.check_reference
@@ -90,7 +92,7 @@ def checks_of_seed(
     apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
     steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
-    batch = data_lib.batch_of(data, samples=wanted.samples, seed=seed)
+    batch = data_lib.draw_batch(data, samples=wanted.samples, seed=seed)
     for epoch in epochs:
       learner = start
       if epoch:
@@ -117,7 +119,7 @@ def checks_of_seed(
   return checks
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """Ranges of the two marks and counts of verdicts, by kind of reference."""
   del config
   checks = results["checks"]
@@ -152,7 +154,9 @@ def table(config: Any, results: dict[str, Any]) -> str:
 
 
 def draw(
-  config: Any, folder: pathlib.Path, checks: list[dict[str, Any]]
+  config: config_dict.ConfigDict,
+  folder: pathlib.Path,
+  checks: list[dict[str, Any]],
 ) -> pathlib.Path:
   """Draws every check by the two marks that the verdict goes by."""
   groups: dict[str, tuple[list[float], list[float]]] = {}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import models
@@ -61,7 +62,9 @@ def patterns(section: Any) -> dict[str, str | None]:
 class Setup:
   """One model at one batch size: its data, its plain step, the truth."""
 
-  def __init__(self, section: Any, batch_size: int, config: Any):
+  def __init__(
+    self, section: Any, batch_size: int, config: config_dict.ConfigDict
+  ):
     """Draws parameters and a batch.
 
     Args:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 
 from configs.benchmark import engines as engines_config
 from experiments.benchmarks import engine_steps
@@ -29,7 +30,7 @@ PARTS = {
 }
 
 
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures all cases; goes on where an interrupted run stopped.
 
   Args:
@@ -99,7 +100,7 @@ def _twin(case, others, done):
   )
 
 
-def cases_of(part: str, config: Any) -> list[Case]:
+def cases_of(part: str, config: config_dict.ConfigDict) -> list[Case]:
   """The cases of a part, those of one model and batch size side by side."""
   return {
     "cases": table_cases,
@@ -108,7 +109,7 @@ def cases_of(part: str, config: Any) -> list[Case]:
   }[part](config)
 
 
-def table_cases(config: Any) -> list[Case]:
+def table_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The rows of the table, those of one model and batch size side by side."""
   return [
     Case(f"{name}/{size}/{layers}/{engine}", config[name], size, layers, engine)
@@ -120,7 +121,7 @@ def table_cases(config: Any) -> list[Case]:
   ]
 
 
-def sweep_cases(config: Any) -> list[Case]:
+def sweep_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The points of the sweep, those of one size side by side."""
   base = config.sweep.model
   cases = []
@@ -139,7 +140,7 @@ def sweep_cases(config: Any) -> list[Case]:
   return cases
 
 
-def token_cases(config: Any) -> list[Case]:
+def token_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The numbers of tokens at which FLOPs are counted."""
   base = config.tokens.model
   cases = []
@@ -190,7 +191,7 @@ def _start(file: pathlib.Path, device: jax.Device) -> dict[str, Any]:
 
 
 def draw(
-  config: Any, folder: pathlib.Path, results: dict[str, Any]
+  config: config_dict.ConfigDict, folder: pathlib.Path, results: dict[str, Any]
 ) -> list[pathlib.Path]:
   """Draws the time ratios of the table, and the sweep if there is one."""
   paths = []
@@ -231,7 +232,7 @@ def draw(
   return paths
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """The parts as text, one below the other."""
   machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
   lines = [f"ratios to a plain step ({machine}):"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from configs.benchmark import loop as loop_config
 from experiments.benchmarks import timing
@@ -30,7 +31,7 @@ _WARM_UP = 2
 
 
 def measure(
-  config: Any, workdir: Any, *, steps_a_round: int = _STEPS
+  config: config_dict.ConfigDict, workdir: Any, *, steps_a_round: int = _STEPS
 ) -> dict[str, Any]:
   """Measures the loop's overhead; goes over the data as often as it takes.
 
@@ -134,7 +135,7 @@ class _Alone:
     return {}
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """All that was found, as JSON."""
   del config
   return json.dumps(results, indent=2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from configs import base
 from experiments import tasks
@@ -26,7 +27,7 @@ _ROUNDS = 15
 _SHORTEST = 0.1  # seconds that a method's part of a round should take
 
 
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures a step of every run of a study, at each batch size.
 
   Args:
@@ -62,7 +63,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   return found
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """Batches and methods, as Markdown."""
   del config
   rows = [

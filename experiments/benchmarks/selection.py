@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from configs.benchmark import selection as selection_config
@@ -26,7 +27,7 @@ STAGES = ("append", "reload", "select", "export")
 _ONE = "from experiments.benchmarks import selection; selection.answer()"
 
 
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures every size; goes on where an interrupted run stopped.
 
   Args:
@@ -191,7 +192,7 @@ def draw(folder: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
   ]
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """The sizes as text."""
   del config
   columns = (*STAGES, "seconds", "peak_gb", "ledger_gb", "f1")

@@ -1,19 +1,19 @@
-"""Filters in the training pipeline: which samples of a data set to train on."""
+"""Filters in the training pipeline: the samples of a data set to train on."""
 
 import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import noise, sources
 from gradmimic_jax import _files
 
-# What a job that writes filters says of them, with their SHA-256 by name.
+# Beside filters: the SHA-256 of each by its name, from the job that wrote it.
 MANIFEST_FILE = "manifest.json"
 _FORMATS: dict[str, Callable[..., np.ndarray]] = {
   ".npy": gm.export.read_npy,
@@ -25,14 +25,16 @@ _FORMATS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def fingerprints(
-  config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+  config: config_dict.ConfigDict,
+  train_set: sources.Dataset,
+  labels: noise.NoisyLabels,
 ) -> dict[str, str]:
-  """What a filter belongs to, in words and hashes.
+  """Describes the inputs that a filter belongs to, in words and hashes.
 
   Args:
     config: of the run whose data it is: `data.name` and `noise.kind`.
-    train_set: what the ids are of.
-    labels: what a learner is given; which of them are wrong depends on it.
+    train_set: the data set of the ids.
+    labels: the labels that a learner is given; the wrong ones depend on them.
 
   Returns:
     `dataset` and `labels`.
@@ -46,7 +48,7 @@ def fingerprints(
 
 
 def check_manifest(path: str | os.PathLike[str]) -> None:
-  """Refuses a file that isn't the one its folder's manifest speaks of.
+  """Refuses a file that isn't the one named in its folder's manifest.
 
   A whole file of the same kind in its place has a right checksum of its own.
 
@@ -79,7 +81,7 @@ def check_manifest(path: str | os.PathLike[str]) -> None:
 
 
 def file_sha256(path: pathlib.Path) -> str:
-  """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+  """Computes the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -87,12 +89,12 @@ def file_sha256(path: pathlib.Path) -> str:
 def own_labels(
   file: pathlib.Path, prints: Mapping[str, str]
 ) -> noise.NoisyLabels:
-  """The labels in a run's folder, if they are those of its ledger.
+  """Reads the labels in a run's folder, if they are those of its ledger.
 
   Args:
     file: the run's `labels.npz`.
-    prints: the ledger's fingerprints; of labels that it has none of nothing is
-      asked.
+    prints: the ledger's fingerprints; labels without one there are not
+      compared.
 
   Returns:
     The labels.
@@ -119,16 +121,19 @@ def _digest(labels):
 
 
 def read(
-  path: str, config: Any, train_set: sources.Dataset, labels: noise.NoisyLabels
+  path: str,
+  config: config_dict.ConfigDict,
+  train_set: sources.Dataset,
+  labels: noise.NoisyLabels,
 ) -> np.ndarray:
-  """The positions that a filter keeps; ids that are missing are counted.
+  """Reads the positions that a filter keeps; counts ids that are missing.
 
   Args:
     path: of a `.npy` file of ids to keep, or a selection as `.parquet` or
       `.csv`. Ids are positions, or the data set's own (`train_set.ids`).
     config: the run's.
-    train_set: what to choose from.
-    labels: what the learner is given.
+    train_set: the samples to choose from.
+    labels: the labels that the learner is given.
 
   Returns:
     Positions [M], ascending. How many ids the data set lacks is logged.

@@ -11,14 +11,14 @@ and, in batches whose images are mirrored at random:
 
   flipped  bool [B], True where the image is mirrored
 
-Of several processes each makes its own rows of every batch: the p-th of P takes
-the p-th of P equal parts. Their batches have besides
+With several processes, each makes its own rows of every batch: the p-th of P
+takes the p-th of P equal parts. These batches have another field:
 
   batch_index  int32 [P * B], the index of the whole batch
 
 Iterators are grain's: `get_state` and `set_state` take them to any step, and
-their state is nothing but that step's number. Whoever restores one compares
-`fingerprint` first, as grain accepts the state of any other pipeline.
+their state is nothing but that step's number. Callers compare `fingerprint`
+before they restore, as grain accepts the state of any other pipeline.
 """
 
 import functools
@@ -39,7 +39,7 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
   """Counts the batches of an epoch, the last one padded.
 
   Args:
-    num_samples: How many samples an epoch covers.
+    num_samples: Samples of an epoch.
     batch_size: Rows in a batch.
 
   Returns:
@@ -61,25 +61,25 @@ def train_batches(
   std: float | Sequence[float] = 1.0,
   process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-  """Batches of epochs, each a fresh permutation of all the samples.
+  """Makes batches of epochs, each a fresh permutation of all the samples.
 
-  Every epoch covers every sample once; what its last batch lacks is filled up
-  with a real row and masked. Order and flips depend on the seed and the step
-  alone, so a restored iterator goes on as if it had never stopped.
+  Every epoch covers every sample once; its last batch is filled up with copies
+  of a real row, masked. Order and flips depend on the seed and the step alone,
+  so a restored iterator goes on as if it had never stopped.
 
   Args:
     images: uint8 [N, H, W, C].
     labels: Integers [N].
     batch_size: Rows in a batch, of all processes.
     seed: Not negative; orders the samples and draws the flips.
-    num_epochs: When to stop; None goes on for ever.
+    num_epochs: Number of epochs; None goes on for ever.
     indices: Positions [M] of the samples to train on, each once; None takes
       all. The batches' "index" stays the position among all N.
     flip: Whether to mirror each image left to right with probability 1/2.
     mean: Subtracted from pixels scaled to [0, 1], one or one per channel.
-    std: What they are then divided by, one or one per channel.
-    process: Which process this is, and of how many; their number divides the
-      batch.
+    std: Then divides them, one or one per channel.
+    process: This process's number, and the number of processes, which divides
+      the batch.
 
   Returns:
     A grain iterator over batches.
@@ -124,7 +124,7 @@ def eval_batches(
   std: float | Sequence[float] = 1.0,
   process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-  """Batches of all samples once, in order.
+  """Makes batches of all samples once, in order.
 
   Args:
     images: uint8 [N, H, W, C].
@@ -134,9 +134,9 @@ def eval_batches(
     indices: Positions [M] of the samples to go over, in this order; None
       takes all.
     mean: Subtracted from pixels scaled to [0, 1], one or one per channel.
-    std: What they are then divided by, one or one per channel.
-    process: Which process this is, and of how many; their number divides the
-      batch.
+    std: Then divides them, one or one per channel.
+    process: This process's number, and the number of processes, which divides
+      the batch.
 
   Returns:
     A grain iterator over batches.
@@ -165,17 +165,17 @@ def fingerprint(
   mean: float | Sequence[float] = 0.0,
   std: float | Sequence[float] = 1.0,
 ) -> str:
-  """A hash of what `train_batches` yields, to store beside its state.
+  """Hashes all that decides the batches of `train_batches`, for its state.
 
   Args:
     source: The fingerprint of the data set.
-    labels: As given to `train_batches`, and so are all that follow.
+    labels: As given to `train_batches`, like all that follow.
     batch_size: Rows in a batch.
     seed: Orders the samples and draws the flips.
     indices: Positions of the samples to train on, or None.
     flip: Whether images are mirrored at random.
     mean: Subtracted from pixels.
-    std: What pixels are divided by.
+    std: Then divides them.
 
   Returns:
     32 hexadecimal characters.
@@ -202,7 +202,7 @@ def _iterate(
   steps: int,
   num_epochs: int | None,
 ) -> grain.DatasetIterator:
-  """An iterator whose state is the number of the next step."""
+  """Makes an iterator whose state is the number of the next step."""
   dataset = grain.MapDataset.range(steps).repeat(num_epochs)
   return iter(dataset.map_with_index(batch).to_iter_dataset(_IN_PLACE))
 
@@ -210,7 +210,7 @@ def _iterate(
 def _rows(
   images: np.ndarray, labels: np.ndarray, indices: np.ndarray | None
 ) -> np.ndarray:
-  """The positions [M] to go over, checked."""
+  """Returns the positions [M] to go over, checked."""
   num_samples = len(images)
   if np.shape(labels) != (num_samples,):
     raise ValueError(
@@ -252,7 +252,7 @@ def _gatherer(
   std: float | Sequence[float],
   process: tuple[int, int],
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """A function that makes a process's part of a padded batch of positions."""
+  """Makes a function for a process's part of a padded batch of positions."""
   if images.dtype != np.uint8:
     raise TypeError(f"images must be uint8, got {images.dtype}")
   if images.ndim != 4:

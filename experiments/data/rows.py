@@ -26,21 +26,21 @@ class Rows(grain.IterDataset):
     uids: str [N], each one different.
     batch_size: Rows in a batch of this process, B.
     seed: Not negative; None keeps the order, for evaluation.
-    num_epochs: When to stop; None goes on for ever.
+    num_epochs: Number of epochs; None goes on for ever.
     indices: Positions [M] of the rows to go over; None takes all. "index" stays
       the position among all N.
-    drop_last: Whether to leave out what doesn't fill the last batch of an
-      epoch; else that batch is padded and masked.
-    process_index: Which process this is.
-    process_count: Of how many.
-    about: What the fingerprint is of, besides all of the above.
+    drop_last: Whether to leave out an epoch's last batch if rows don't fill it;
+      else that batch is padded and masked.
+    process_index: This process's number.
+    process_count: Number of processes.
+    about: Further inputs of the fingerprint.
 
   Raises:
     ValueError: If shapes don't fit together or a value is out of range.
     TypeError: If an array has the wrong dtype.
   """
 
-  noun = "row"  # what a row is, for error messages
+  noun = "row"  # the word for a row in error messages
 
   def __init__(
     self,
@@ -112,7 +112,7 @@ class Rows(grain.IterDataset):
     return RowsIterator(self)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """The batch of a step, whatever came before."""
+    """Makes the batch of a step, whatever came before."""
     epoch, step = divmod(step, self.steps_per_epoch)
     size = self.batch_size
     start = (step * self.process_count + self.process_index) * size
@@ -169,21 +169,21 @@ class RowsIterator(grain.DatasetIterator):
 
   @property
   def epoch(self) -> int:
-    """The pass over the data that the last batch was of."""
+    """The pass over the data that the last batch belongs to."""
     return max(self._step - 1, 0) // self._rows.steps_per_epoch
 
   def get_state(self) -> dict[str, Any]:
-    """The fingerprint and the number of the next step."""
+    """Returns the fingerprint and the number of the next step."""
     return {"fingerprint": self._rows.fingerprint, "step": self._step}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a step; ValueError if the state is one of other data."""
+    """Goes to a step; ValueError if the state is that of other data."""
     check_state(state, self._rows.fingerprint)
     self._step = int(state["step"])
 
 
 def check_state(state: dict[str, Any], fingerprint: str) -> None:
-  """Raises ValueError unless the state is one of the data it is given to."""
+  """Raises ValueError unless the state belongs to the data."""
   if state.get("fingerprint") != fingerprint:
     raise ValueError(
       "the saved place in the data is one of other data or settings"

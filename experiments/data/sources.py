@@ -18,7 +18,7 @@ from PIL import Image
 from experiments.data import digits
 from experiments.data.pairs import images as images_lib
 
-_FORMATS = images_lib.formats_of(images_lib.OPTIONAL_FORMATS)
+_FORMATS = images_lib.find_formats(images_lib.OPTIONAL_FORMATS)
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _READ_SIZE = 1024  # Records read at once; one at a time costs twice as much.
 
@@ -83,7 +83,7 @@ def load(
 
 
 def of_config(data: Any, split: str) -> Dataset:
-  """A split of the set that `config.data` names, resized as it says.
+  """Loads a split of the set that `config.data` names, resized by its fields.
 
   Args:
     data: `config.data`: `name`, `data_dir` and `image_size` (0: as they are).
@@ -100,7 +100,7 @@ def of_config(data: Any, split: str) -> Dataset:
 def stored_fingerprint(
   name: str, split: str, *, data_dir: str | os.PathLike | None = None
 ) -> str:
-  """A hash of the files that `load` would read, without decoding them.
+  """Hashes the files that `load` would read, without decoding them.
 
   Decoding takes many times as long. `Dataset.fingerprint` is another one: files
   that are stored otherwise can have the same content.
@@ -134,7 +134,7 @@ def stored_fingerprint(
 
 
 def _folder(name, split, data_dir) -> str:
-  """The folder that is meant, with names that are no text refused."""
+  """Returns the data sets' folder; refuses names that are no text."""
   for option, value in (("name", name), ("split", split)):
     if not isinstance(value, str):
       raise TypeError(f"{option} must be a str, got {value!r}")
@@ -148,7 +148,7 @@ def _folder(name, split, data_dir) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _load(name: str, split: str, data_dir: str, size: int | None) -> Dataset:
-  """`load` with everything that its result depends on in the arguments."""
+  """Loads a split; everything that the result depends on is an argument."""
   if name == digits.NAME:
     digits.prepare(data_dir)
   builder = _find(name, data_dir)
@@ -206,7 +206,7 @@ def _no_split(builder, split: str, error: Exception) -> ValueError:
 
 
 def _find(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-  """The builder of a set that is prepared under `data_dir`."""
+  """Finds the builder of a set that is prepared under `data_dir`."""
   try:
     with _without_advice():
       builder = tfds.builder(name, data_dir=data_dir)
@@ -245,7 +245,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepared_names(data_dir: str) -> str:
-  """The data sets prepared in a folder, as a part of an error text."""
+  """Lists the data sets prepared in a folder, for an error text."""
   root = tfds.core.Path(data_dir)
   names = sorted(
     str(path.parent.relative_to(root))
@@ -257,7 +257,7 @@ def _prepared_names(data_dir: str) -> str:
 
 
 def _label_features(builder) -> tfds.features.FeaturesDict:
-  """The features to read of each sample, checked to be what `load` promises."""
+  """Finds the features to read of each sample; checks them for `load`."""
   found = builder.info.features
   found = dict(found) if isinstance(found, tfds.features.FeaturesDict) else {}
   image, label = found.get("image"), found.get("label")
@@ -291,7 +291,7 @@ def _decode(source, features, what: str, size: int | None):
 
   Args:
     source: The encoded records [N].
-    features: Which features to read of them.
+    features: The features to read of them.
     what: The set and split, for errors.
     size: Height and width to resize to, or None.
 
@@ -325,7 +325,7 @@ def _decode(source, features, what: str, size: int | None):
 
 
 def _decode_image(encoded: bytes, mode: str, size: int | None) -> np.ndarray:
-  """One encoded image as uint8 [H, W, C].
+  """Decodes one image as uint8 [H, W, C].
 
   Always by Pillow: TFDS takes OpenCV where that is installed, whose JPEG
   pixels differ, and with them the fingerprint.
@@ -339,7 +339,7 @@ def _decode_image(encoded: bytes, mode: str, size: int | None) -> np.ndarray:
 
 
 def _positions(builder, split: str) -> np.ndarray:
-  """Ids [N] made of each sample's split and its position in that whole split.
+  """Makes ids [N] of each sample's split and its position in that whole split.
 
   A slice of a split gives a sample the same id as the whole split does.
   """
@@ -358,7 +358,7 @@ def _positions(builder, split: str) -> np.ndarray:
 
 
 def _fingerprint(words, arrays) -> str:
-  """A hash of some words and the content of some arrays."""
+  """Hashes some words and the content of some arrays."""
   digest = hashlib.sha256(json.dumps(words).encode())
   for array in arrays:
     digest.update(f"{array.dtype.str}{array.shape}".encode())

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models.convnet import ConvNet
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
 
-# For each name the module, and what it takes from `config.model`.
+# For each name the module, and its options from `config.model`.
 MODELS: dict[
   str, tuple[Callable[..., nnx.Module], Callable[[Any], dict[str, Any]]]
 ] = {
@@ -36,12 +37,16 @@ MODELS: dict[
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """A model as a pure function and a plain parameter tree.
+  """Makes a model as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`: `name`, and what that model takes of `widths`,
+    config: `config.model`: `name`, and the model's options among `widths`,
       `blocks_per_stage` and `patch_size` (1 if there is no such field) and
       `vit`.
     input_shape: of one image, `(H, W, C)`.
@@ -64,9 +69,13 @@ def create(
 
 
 def create_features(
-  config: Any, *, input_shape: tuple[int, ...], num_classes: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  input_shape: tuple[int, ...],
+  num_classes: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """The same model up to its head, for features that are computed once.
+  """Makes the model up to its head, for features that are computed once.
 
   `apply(params, images)` of `create` is the linear layer `params["head"]` on
   top of these features.
@@ -92,13 +101,13 @@ def create_features(
   return features, nnx.to_pure_dict(state)
 
 
-def sizes(config: Any) -> dict[str, Any]:
-  """The model's name, and what it takes from `config.model`."""
+def sizes(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """Returns the model's name, and its options from `config.model`."""
   return {"name": config.name, **MODELS[config.name][1](config)}
 
 
 def _split(config, input_shape, num_classes, seed):
-  """The model's graph and state."""
+  """Splits the model into graph and state."""
   if config.name not in MODELS:
     raise ValueError(
       f"config.model.name is {config.name!r}; expected one of"

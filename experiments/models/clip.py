@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models import patches, transformer
 
@@ -58,12 +59,12 @@ class Features(NamedTuple):
 
   image: Array | None  # [B, D], of length one; None: there were no images
   text: Array | None  # [B, D], of length one; None: there were no tokens
-  logit_scale: Array  # [], the logarithm of what multiplies similarities
-  logit_bias: Array | None  # [], what is added to them; None: nothing
+  logit_scale: Array  # [], the logarithm of the similarities' factor
+  logit_bias: Array | None  # [], is added to them; None adds nothing
 
   @property
   def pair(self) -> tuple[Array, Array]:
-    """Those of images and of texts; raises ValueError unless both are there."""
+    """Features of images and of texts; raises ValueError if one is missing."""
     if self.image is None or self.text is None:
       raise ValueError(
         f"there are no {'image' if self.image is None else 'text'} features;"
@@ -73,7 +74,7 @@ class Features(NamedTuple):
 
 
 class CLIP(nnx.Module):
-  """Two pre-norm transformers; similarities of what they say, scaled.
+  """Two pre-norm transformers, and the scale of their features' similarities.
 
   Leaf paths read `image/patch_embed/kernel`, `image/blocks/5/mlp/fc1/kernel`,
   `text/token_embed/embedding`, `text/projection/kernel`, `logit_scale`. In the
@@ -131,9 +132,9 @@ class CLIP(nnx.Module):
       dtype: of the activations; None is that of the parameters.
       remat: whether the backward pass computes each block anew instead of
         holding its activations.
-      logit_scale: where the learned one starts.
-      logit_bias: where a learned bias starts, for the sigmoid loss; None is
-        none.
+      logit_scale: start value of the learned one.
+      logit_bias: start value of a learned bias, for the sigmoid loss; None has
+        no bias.
 
     Raises:
       ValueError: sizes that don't divide, or an unknown activation.
@@ -189,7 +190,7 @@ class CLIP(nnx.Module):
   def __call__(
     self, images: jax.Array | None = None, tokens: jax.Array | None = None
   ) -> Features:
-    """Images `[B, H, W, C]` and tokens `[B, T]` to their features."""
+    """Maps images `[B, H, W, C]` and tokens `[B, T]` to their features."""
     bias = self.logit_bias
     return Features(
       None if images is None else _normalised(self.image(images)),
@@ -223,7 +224,7 @@ class ImageTower(nnx.Module):
     _add_body(self, width, dtype, epsilon, rngs, **options)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images `[B, H, W, C]` to features `[B, D]`."""
+    """Maps images `[B, H, W, C]` to features `[B, D]`."""
     grid = patches.cut(images, self.patch_size)
     hidden = self.patch_embed(grid.reshape(len(grid), -1, grid.shape[-1]))
     token = self.class_token[...].astype(hidden.dtype)
@@ -236,7 +237,7 @@ class ImageTower(nnx.Module):
 class TextTower(nnx.Module):
   """Token embeddings, blocks that look back only; the end token's projection.
 
-  What follows the end token is not seen, and needs no mask.
+  Tokens after the end token are not seen, and need no mask.
   """
 
   def __init__(
@@ -255,7 +256,7 @@ class TextTower(nnx.Module):
     _add_body(self, width, dtype, epsilon, rngs, **options)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Tokens `[B, T]` to features `[B, D]`."""
+    """Maps tokens `[B, T]` to features `[B, D]`."""
     length = tokens.shape[1]
     if length > len(self.position_embed[...]):
       raise ValueError(
@@ -278,9 +279,9 @@ class TextTower(nnx.Module):
 
 
 def create(
-  config: Any, *, input_shape: tuple[int, ...], seed: int
+  config: config_dict.ConfigDict, *, input_shape: tuple[int, ...], seed: int
 ) -> tuple[Callable[..., Features], dict[str, Any]]:
-  """CLIP as a pure function and a plain parameter tree.
+  """Makes CLIP as a pure function and a plain parameter tree.
 
   Args:
     config: `config.model`, as `options` takes it.
@@ -305,13 +306,14 @@ def create(
   return apply, nnx.to_pure_dict(state)
 
 
-def options(config: Any) -> dict[str, Any]:
+def options(config: config_dict.ConfigDict) -> dict[str, Any]:
   """Returns the options of `CLIP` in a config.
 
   Args:
     config: `config.model`: `size`, a name in `SIZES` or `PRETRAINED`, and
-      `clip`, the fields of `CLIP` that shall be others; None leaves a field as
-      the size has it. `clip_pretrained.sized` fills in those of `PRETRAINED`.
+      `clip`, the fields of `CLIP` that differ from the size's; None leaves a
+      field as the size has it. `clip_pretrained.sized` fills in those of
+      `PRETRAINED`.
 
   Returns:
     Keyword arguments of `CLIP`.
@@ -347,7 +349,7 @@ def options(config: Any) -> dict[str, Any]:
 
 
 def mimic_layers(name: str, params: Any) -> str | None:
-  """The mimic layers of that name, as a pattern of leaf paths.
+  """Finds the mimic layers of that name, as a pattern of leaf paths.
 
   Args:
     name: `"image_last_mlp"` or `"text_last_mlp"`, the MLP of that tower's last
@@ -381,7 +383,7 @@ def _add_body(
   activation,
   remat,
 ):
-  """Blocks, final norm and projection."""
+  """Adds blocks, final norm and projection to a tower."""
   normal = nnx.initializers.normal
   into_residual = normal((2 * depth * width) ** -0.5)
   kernels = transformer.Kernels(
@@ -411,7 +413,7 @@ def _add_body(
 
 
 def _through(tower, hidden, pool, mask=None, mask_of_pooled=None):
-  """Tokens `[B, T, width]` to the pooled one's features `[B, D]`."""
+  """Maps tokens `[B, T, width]` to the pooled one's features `[B, D]`."""
 
   def ordinary(block, hidden):
     return block(hidden, mask)
@@ -427,6 +429,6 @@ def _through(tower, hidden, pool, mask=None, mask_of_pooled=None):
 
 
 def _normalised(features):
-  """At length one; zeros stay zeros, with a gradient of zero."""
+  """Scales to length one; zeros stay zeros, with a gradient of zero."""
   squares = jnp.sum(features * features, axis=-1, keepdims=True)
   return features / jnp.sqrt(jnp.maximum(squares, 1e-24))

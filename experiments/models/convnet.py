@@ -45,11 +45,11 @@ class ConvNet(nnx.Module):
     self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
     return self.head(self.features(images))
 
   def features(self, images: jax.Array) -> jax.Array:
-    """Images to what the head sees, `[B, widths[-1]]`."""
+    """Maps images to the head's input, `[B, widths[-1]]`."""
     hidden = patches.cut(images, self.patch_size)
     for conv, norm in zip(self.stages, self.norms, strict=True):
       hidden = jax.nn.relu(norm(conv(hidden)))

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: every token is told from those before it."""
+"""A decoder-only transformer: it predicts each token from those before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import config_dict
 
 from experiments.models import transformer
 
@@ -68,7 +69,7 @@ class Decoder(nnx.Module):
       )
     self.context_length = context_length
     normal = nnx.initializers.normal(stddev=0.02)
-    # What a block adds shrinks with their number, as the sum must not grow.
+    # A block's output shrinks with their number, as the sum must not grow.
     out = nnx.initializers.normal(stddev=0.02 / (2 * depth) ** 0.5)
     kernels = transformer.Kernels(normal, out, normal, out)
     self.token_embed = nnx.Embed(
@@ -98,10 +99,10 @@ class Decoder(nnx.Module):
       )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Tokens `[B, T]` to logits `[B, T, V]`, float32 or wider.
+    """Maps tokens `[B, T]` to logits `[B, T, V]`, float32 or wider.
 
-    The logits at a place are of the token after it, and depend on the tokens up
-    to it alone.
+    The logits at a place are for the token after it, and depend only on the
+    tokens up to the place.
 
     Args:
       tokens: integers `[B, T]`, T at most `context_length`.
@@ -129,12 +130,16 @@ class Decoder(nnx.Module):
 
 
 def create(
-  config: Any, *, vocab_size: int, context_length: int, seed: int
+  config: config_dict.ConfigDict,
+  *,
+  vocab_size: int,
+  context_length: int,
+  seed: int,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """A decoder as a pure function and a plain parameter tree.
+  """Makes a decoder as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`: `decoder`, with what `Decoder` takes.
+    config: `config.model`: `decoder`, with the options of `Decoder`.
     vocab_size: number of tokens, V.
     context_length: the most tokens that a sequence may have.
     seed: of the initialisation.

@@ -17,14 +17,14 @@ from experiments.runtime import checkpoint, hub, workdir as workdir_lib
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   input_shape: tuple[int, ...],
   num_classes: int,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """As `models.create`, with the weights that `config.pretrained` names.
+  """Creates a model as `models.create`, with weights from `config.pretrained`.
 
   Args:
     config: `config.model`. `pretrained` is None, the workdir of a finished run,
@@ -32,8 +32,8 @@ def create(
       new one.
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the head.
-    seed: of what is initialised.
-    place: puts parameters where they are to be; weights are loaded straight to
+    seed: of new parameters.
+    place: puts parameters on their devices; weights are loaded straight to
       there.
 
   Returns:
@@ -54,7 +54,7 @@ def create(
   if source is None:
     return apply, params
   if is_run(source):
-    loaded = _of_run(pathlib.Path(source), config, tuple(input_shape), place)
+    loaded = _load_run(pathlib.Path(source), config, tuple(input_shape), place)
   elif config.name != "vit":
     raise ValueError(
       f"config.model.pretrained is {source!r} and config.model.name"
@@ -68,10 +68,10 @@ def create(
   return apply, {**loaded, "head": params["head"]}
 
 
-def sized(config: Any) -> Any:
-  """A job's config with the sizes of the weights that its model starts from.
+def sized(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Fills in the sizes of the weights that a job's model starts from.
 
-  Done before anything else is, so that what is kept of a config stands by
+  Jobs do so before anything else, so that the config they keep stands by
   itself.
 
   Args:
@@ -101,13 +101,13 @@ def sized(config: Any) -> Any:
 
 
 def for_data(
-  config: Any,
+  config: config_dict.ConfigDict,
   data: Any,
   *,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-  """`create`, for the images and classes of a classification task's data."""
+  """Creates the model for the images and classes of classification's data."""
   return create(
     config,
     input_shape=data.train.images.shape[1:],
@@ -129,7 +129,7 @@ def scaling(source: str) -> tuple[list[float], list[float]]:
 
   Raises:
     FileNotFoundError: there are no such weights.
-    ValueError: what is said about images can't be read.
+    ValueError: the weights' statements about images can't be read.
   """
   if is_run(source):
     shown = shown_to(pathlib.Path(source))
@@ -164,7 +164,7 @@ def shown_to(folder: pathlib.Path) -> dict[str, Any]:
   return workdir_lib.read_input(folder)
 
 
-def _of_run(folder, config, input_shape, place):
+def _load_run(folder, config, input_shape, place):
   shown = shown_to(folder)
   section = workdir_lib.read_model(folder)
   theirs = config_dict.ConfigDict(section)

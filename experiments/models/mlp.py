@@ -25,11 +25,11 @@ class MLP(nnx.Module):
     self.head = nnx.Linear(sizes[-1], num_classes, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
     return self.head(self.features(images))
 
   def features(self, images: jax.Array) -> jax.Array:
-    """Images to what the head sees: the pixels `[B, H * W * C]` or a layer."""
+    """Maps images to the head's input: pixels `[B, H * W * C]` or a layer."""
     hidden = images.reshape(images.shape[0], -1)
     for layer in self.body:
       hidden = jax.nn.relu(layer(hidden))

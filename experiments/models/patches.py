@@ -14,7 +14,7 @@ def check(input_shape: tuple[int, ...], patch_size: int, field: str) -> None:
 
 
 def cut(images: jax.Array, size: int) -> jax.Array:
-  """Images `[B, H, W, C]` to `[B, H / size, W / size, size * size * C]`.
+  """Cuts images `[B, H, W, C]` to `[B, H / size, W / size, size * size * C]`.
 
   A patch's pixels come row by row with the channels last.
   """

@@ -84,11 +84,11 @@ class ResNet(nnx.Module):
     self.head = nnx.Linear(widths[-1], num_classes, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images `[B, H, W, C]` to logits `[B, num_classes]`."""
+    """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
     return self.head(self.features(images))
 
   def features(self, images: jax.Array) -> jax.Array:
-    """Images to what the head sees, `[B, widths[-1]]`."""
+    """Maps images to the head's input, `[B, widths[-1]]`."""
     hidden = patches.cut(images, self.patch_size)
     hidden = jax.nn.relu(self.stem_norm(self.stem(hidden)))
     for stage in self.stages:
@@ -98,7 +98,7 @@ class ResNet(nnx.Module):
 
 
 class Block(nnx.Module):
-  """Two 3x3 convolutions, each with a norm, added to what came in."""
+  """Two 3x3 convolutions, each with a norm, added to the input."""
 
   def __init__(self, inputs: int, width: int, *, stride: int, rngs: nnx.Rngs):
     self.conv1 = _conv(inputs, width, 3, stride, rngs)

@@ -11,12 +11,12 @@ Initializer = Callable[..., jax.Array]
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """GELU by the error function, not by its approximation."""
+  """Computes GELU by the error function, not by its approximation."""
   return jax.nn.gelu(x, approximate=False)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-  """`x sigmoid(1.702 x)`, with which OpenAI trained its CLIP models."""
+  """Computes `x sigmoid(1.702 x)`; OpenAI trained its CLIP models with it."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -37,7 +37,7 @@ ALL_XAVIER = Kernels(XAVIER, XAVIER, XAVIER, XAVIER)
 
 
 class Block(nnx.Module):
-  """Attention and MLP, each after a norm and added to what came in."""
+  """Attention and MLP, each after a norm and added to its input."""
 
   def __init__(
     self,
@@ -62,13 +62,13 @@ class Block(nnx.Module):
     mask: jax.Array | None = None,
     keep: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
   ) -> jax.Array:
-    """Tokens to tokens.
+    """Maps tokens to tokens.
 
     Args:
       hidden: `[B, T, width]`.
       mask: bool, for attention as `Attention` takes it.
-      keep: which tokens come out, `[B, T, width]` to `[B, K, width]`. In the
-        last block of a model that pools one token nothing else is needed.
+      keep: picks the tokens to return, `[B, T, width]` to `[B, K, width]`. The
+        last block of a model that pools one token needs no others.
 
     Returns:
       `[B, K, width]`.
@@ -105,9 +105,9 @@ class Attention(nnx.Module):
 
     Args:
       hidden: `[B, T, width]`.
-      asking: the tokens `[B, K, width]` that look at them; None is hidden.
-      mask: bool, broadcastable to `[B, heads, K, T]`: who may look at whom;
-        None is everyone at everyone.
+      asking: the tokens `[B, K, width]` that attend; None is hidden.
+      mask: bool, broadcastable to `[B, heads, K, T]`, True where a token may
+        attend to another; None lets all attend to all.
 
     Returns:
       `[B, K, width]`.
@@ -143,7 +143,7 @@ class FeedForward(nnx.Module):
     self.fc2 = linear(mlp_width, width, dtype, rngs, kernels.fc2)
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
-    """Tokens `[B, T, width]` to tokens of the same shape."""
+    """Maps tokens `[B, T, width]` to tokens of the same shape."""
     return self.fc2(self.activation(self.fc1(hidden)))
 
 
@@ -156,7 +156,7 @@ def linear(
   *,
   use_bias: bool = True,
 ) -> nnx.Linear:
-  """A linear layer, `[..., inputs]` to `[..., outputs]`."""
+  """Makes a linear layer, `[..., inputs]` to `[..., outputs]`."""
   return nnx.Linear(
     inputs,
     outputs,
@@ -170,10 +170,10 @@ def linear(
 def norm(
   width: int, epsilon: float, dtype: str | None, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
-  """A layer norm over the last axis."""
+  """Makes a layer norm over the last axis."""
   return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 def widen(values: jax.Array) -> jax.Array:
-  """In float32, or wider if they are."""
+  """Converts to float32; wider values stay."""
   return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -66,7 +66,7 @@ class ViT(nnx.Module):
       depth: number of blocks.
       heads: of the attention; each sees `width / heads` features.
       mlp_width: of the hidden layer in each block's MLP.
-      pooling: what the head sees: `"mean"` of the tokens, or `"class_token"`.
+      pooling: the head's input: `"mean"` of the tokens, or `"class_token"`.
       norm_epsilon: added to the variance in every norm; published weights come
         with 1e-6 or, those of Hugging Face, 1e-12.
       dtype: of the activations; None is that of the parameters.
@@ -107,11 +107,11 @@ class ViT(nnx.Module):
     self.head = transformer.linear(width, num_classes, dtype, rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images `[B, H, W, C]` to logits `[B, num_classes]`, float32 or wider."""
+    """Maps images `[B, H, W, C]` to logits `[B, C]`, float32 or wider."""
     return transformer.widen(self.head(self.features(images)))
 
   def features(self, images: jax.Array) -> jax.Array:
-    """Images to what the head sees, `[B, width]`, float32 or wider."""
+    """Maps images to the head's input, `[B, width]`, float32 or wider."""
     grid = patches.cut(images, self.patch_size)
     hidden = self.patch_embed(grid.reshape(len(grid), -1, grid.shape[-1]))
     if self.pooling == "class_token":

@@ -79,7 +79,7 @@ def learning_curves(
     raise ValueError("no curves came; expected at least one name.")
   crowded = len(curves) > _FEW
   counts = {len(runs) for runs in curves.values()}
-  with _figure(path, figsize=(8, 4.2) if crowded else (6, 3.6)) as (
+  with _figure(path, figsize=(8, 4.2) if crowded else (7.5, 3.6)) as (
     figure,
     file,
   ):
@@ -104,10 +104,8 @@ def learning_curves(
       )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     about = f"mean of {max(counts)}" if counts != {1} and one else None
-    if crowded:
-      figure.legend(loc="outside right upper", title=about, fontsize=8)
-    else:
-      axes.legend(title=about)
+    # Beside the curves: looking for room among them can take seconds.
+    figure.legend(loc="outside right upper", title=about, fontsize=8)
   return file
 
 
@@ -181,7 +179,7 @@ def score_histograms(
       panel.set_title(f"epoch {epoch + 1}")
       panel.set_yticks([])
       panel.grid(visible=False)
-    panels.flat[0].legend()
+    panels.flat[0].legend(loc="upper right")
     figure.suptitle(title)
     figure.supxlabel("mimic score (outermost bars hold all beyond)", fontsize=9)
   return file
@@ -431,7 +429,7 @@ def scatter(
     if horizontal is not None:
       axes.axhline(horizontal, **dashed)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
+    figure.legend(loc="outside right upper")
   return file
 
 

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import config_dict
+
 import gradmimic_jax as gm
 from configs import report as report_config
 from experiments import tasks
@@ -33,7 +35,7 @@ _FACTS = {
 }
 
 
-def report_run(config: Any, workdir: Any) -> pathlib.Path:
+def report_run(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
   """Writes the page of a run.
 
   Args:
@@ -131,6 +133,6 @@ def _facts(config, run):
   return facts | {"folder": run, "page written": datetime.date.today()}
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Writes the page and prints where it is."""
   print(report_run(config, workdir))

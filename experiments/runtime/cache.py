@@ -14,7 +14,7 @@ from experiments.runtime import workdir as workdir_lib
 
 
 def read(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
-  """The array that `write` left, or None.
+  """Reads the array that `write` left, or None.
 
   Args:
     file: a `.npy` file.
@@ -40,7 +40,7 @@ def read(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def load(file: str | os.PathLike) -> np.ndarray:
-  """The array in anybody's `.npy` file, which takes no more than the file.
+  """Reads the array in anybody's `.npy` file, in no more memory than its size.
 
   Args:
     file: its path.
@@ -90,7 +90,7 @@ def write(file: pathlib.Path, array: np.ndarray) -> None:
 
 
 def as_npy(array: np.ndarray) -> bytes:
-  """The array as the content of a `.npy` file."""
+  """Encodes the array as the content of a `.npy` file."""
   content = io.BytesIO()
   np.save(content, array, allow_pickle=False)
   return content.getvalue()

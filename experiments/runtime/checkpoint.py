@@ -1,9 +1,9 @@
 """Checkpoints with orbax: state, data iterator and fingerprint in one.
 
 Arrays are written by the processes that hold them, each its own part, and are
-read into whatever shardings they are asked for: the devices and processes that
-they were saved from need not be here. Before a checkpoint is whole, processes
-leave checksums of its files in it; they are compared before anything is read.
+read into any shardings: the devices and processes that saved them need not be
+here. Before a checkpoint is whole, processes leave checksums of its files in
+it; they are compared before anything is read.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ FOLDER = "checkpoints"
 class Checkpointer:
   """Saves and restores a run; a save that was cut off is never seen again.
 
-  A context manager: waits for saves that are under way. Not so if one of
-  several processes leaves with an error: the others may be where they never
-  come to its aid, and such a save is given up.
+  A context manager: waits for saves that are under way. If one of several
+  processes leaves with an error, it doesn't wait: the others may never come to
+  its aid, and such a save is given up.
   """
 
   def __init__(
@@ -47,11 +47,11 @@ class Checkpointer:
 
     Args:
       workdir: the run's folder.
-      keep: how many of the newest checkpoints to keep.
+      keep: number of the newest checkpoints to keep.
       fingerprint: of config and data. An iterator's state may be only an index,
         so a checkpoint of other data would be taken without an error.
-      keep_every: steps; checkpoints of their multiples are kept for ever. 0:
-        none are.
+      keep_every: also keep the checkpoints of steps that are multiples of it;
+        0 keeps none of them.
     """
     self._fingerprint = fingerprint
     folder = pathlib.Path(workdir).absolute() / FOLDER
@@ -63,7 +63,7 @@ class Checkpointer:
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(
           barrier_sync_fn=_make_barrier(folder),
-          # Of the first process, before the folder gets its name.
+          # In the first process, before the folder gets its name.
           post_finalization_callback=lambda: checksums.write_rest(folder),
         ),
       ),
@@ -74,7 +74,7 @@ class Checkpointer:
     """Starts saving; goes on in the background."""
     if step in self._manager.all_steps():
       return
-    places = distributed.texts_of_all(json.dumps(iterator.get_state()))
+    places = distributed.gather_texts(json.dumps(iterator.get_state()))
     if len(set(places)) == 1:
       places = places[:1]
     self._manager.save(
@@ -93,7 +93,7 @@ class Checkpointer:
     )
 
   def wait(self) -> None:
-    """Waits until what was saved is on disk; raises what went wrong."""
+    """Waits until all saves are on disk; raises their errors."""
     self._manager.wait_until_finished()
 
   def restore(
@@ -103,7 +103,7 @@ class Checkpointer:
     limit: int | None = None,
     reason: str = "",
   ) -> Any:
-    """The newest state, with the iterator set to it; `state` if there is none.
+    """Loads the newest state, and sets the iterator; `state` if there is none.
 
     A checkpoint that is damaged gives way to the one before. Those after the
     one that is taken are removed: their steps are to be made again.
@@ -123,8 +123,8 @@ class Checkpointer:
         or its position in the data is one of another number of processes; or
         there are checkpoints, and none that can be taken.
     """
-    # What one process sees in the folder another may not see yet.
-    found = distributed.texts_of_all(json.dumps([*self._manager.all_steps()]))
+    # A process may not see yet what another one sees in the folder.
+    found = distributed.gather_texts(json.dumps([*self._manager.all_steps()]))
     there = sorted(json.loads(found[0]), reverse=True)
     usable = [step for step in there if limit is None or step <= limit]
     if reason and len(usable) < len(there):
@@ -146,7 +146,7 @@ class Checkpointer:
     return state
 
   def _restore(self, step, state, iterator, *, last):
-    """The checkpoint's state; None if it is damaged and not the last resort."""
+    """Reads the state; None if it is damaged and not the last one to try."""
     folder = pathlib.Path(self._manager.directory) / str(step)
     known = False
     try:
@@ -155,8 +155,8 @@ class Checkpointer:
     except _OtherRunError:
       raise
     except (ValueError, OSError, KeyError, TypeError) as error:
-      # What is as it was saved has another fault. Without checksums the others
-      # may have read theirs.
+      # A checkpoint that is as it was saved has another fault. Without
+      # checksums the others may have read theirs.
       if known or (
         jax.process_count() > 1 and not isinstance(error, _DamagedError)
       ):
@@ -211,7 +211,7 @@ class Checkpointer:
       self.close()
 
   def _place(self, step, places):
-    """This process's position in the data."""
+    """Returns this process's position in the data."""
     if len(places) == 1:
       return places[0]
     if len(places) != jax.process_count():
@@ -238,17 +238,17 @@ def _say(line):
 
 
 def _check(folder, *, share):
-  """Compares a checkpoint's files with what they were when they were saved.
+  """Compares a checkpoint's files with their checksums.
 
   Args:
     folder: the checkpoint's.
     share: whether all processes are here, each to look at a part.
 
   Returns:
-    Whether anything is known of that.
+    True if there are checksums.
 
   Raises:
-    _DamagedError: a file is not as it was, as some process sees it.
+    _DamagedError: a file has changed, as some process sees it.
   """
   failure, known = "", False
   try:
@@ -258,17 +258,17 @@ def _check(folder, *, share):
       _say(f"{folder} has no checksums; it is taken as it is.")
   except (ValueError, OSError) as error:
     failure = str(error)
-  texts = distributed.texts_of_all(failure) if share else [failure]
+  texts = distributed.gather_texts(failure) if share else [failure]
   for text in filter(None, texts):
     raise _DamagedError(text)
   return known
 
 
 def _make_barrier(folder):
-  """The usual one, which a process whose save has failed does not wait at.
+  """Makes orbax's barrier, at which a process whose save failed doesn't wait.
 
-  Orbax has even that one wait for the others, which wait for it to write, for
-  twenty minutes.
+  With orbax's own, that process waits for the others, which wait for it to
+  write, for twenty minutes.
   """
   wait = multihost.get_barrier_sync_fn()
 
@@ -285,11 +285,11 @@ def _make_barrier(folder):
 
 
 def fingerprint(params: Any) -> str:
-  """Sixteen hex digits of the leaves' paths, shapes, dtypes and bytes.
+  """Computes sixteen hex digits of the leaves' paths, shapes, dtypes and bytes.
 
-  Found on the devices, each of which looks at its own part only: sums of
-  integers that depend on every value and its position, which come out alike
-  however the arrays are divided.
+  They are computed on the devices, each of which looks at its own part only:
+  sums of integers that depend on every value and its position, and come out
+  alike however the arrays are divided.
   """
   digest = hashlib.sha256()
   sums = []
@@ -305,7 +305,7 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _sums(leaf):
-  """Four sums of 32 bits, with wrap-around."""
+  """Computes four sums of 32 bits, with wrap-around."""
   words = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
   size = min(words.dtype.itemsize, 4)
   words = jax.lax.bitcast_convert_type(words, f"uint{8 * size}")
@@ -323,7 +323,7 @@ def _sums(leaf):
 
 
 def _stirred(words):
-  """A bijection of 32 bits in which every bit depends on every other.
+  """Maps 32 bits one to one, so that every bit depends on every other.
 
   The last mix of MurmurHash3, by A. Appleby.
   """
@@ -335,7 +335,7 @@ def _stirred(words):
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-  """The steps that a run has checkpoints of, ascending.
+  """Lists the steps that a run has checkpoints of, ascending.
 
   Args:
     workdir: the run's folder.
@@ -352,13 +352,13 @@ def steps(workdir: pathlib.Path) -> list[int]:
 def load_params(
   workdir: pathlib.Path, like: Any, *, step: int | None = None
 ) -> Any:
-  """The parameters of a finished run.
+  """Loads the parameters of a finished run.
 
   Args:
     workdir: the run's folder.
     like: a parameter tree of the structure, shapes and shardings that are
       expected. Every device reads its own part only.
-    step: whose checkpoint; None is the newest.
+    step: the step of the checkpoint; None is the newest.
 
   Returns:
     The checkpoint's parameters.
@@ -394,12 +394,12 @@ def load_params(
   try:
     return _read(path, like, workdir)
   except (ValueError, TypeError) as error:
-    with _files.named(path):  # orbax's don't all say where
+    with _files.named(path):  # not all of orbax's errors say where
       raise error
 
 
 def _check_owner(workdir, folder):
-  """Raises ValueError where a checkpoint is not that of the finished run."""
+  """Raises ValueError if a checkpoint is not that of the finished run."""
   result, about = workdir / workdir_lib.RESULT_FILE, folder / "run" / "metadata"
   if not (result.is_file() and about.is_file()):
     return
@@ -413,7 +413,7 @@ def _check_owner(workdir, folder):
 
 
 def _read(path, like, workdir):
-  """A checkpoint's parameters, in the containers and shardings of `like`.
+  """Reads a checkpoint's parameters in containers and shardings like `like`.
 
   orbax turns integer keys to text.
   """
@@ -463,7 +463,7 @@ def _read(path, like, workdir):
 
 
 def _is_shared(leaf):
-  """Whether several processes have a part of an array."""
+  """True if several processes have a part of an array."""
   return len({device.process_index for device in leaf.sharding.device_set}) > 1
 
 

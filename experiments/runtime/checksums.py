@@ -1,8 +1,8 @@
 """Checksums of a checkpoint's files, in the checkpoint.
 
-CRC-32, as any changed byte is to be noticed, not a forger: it is several times
-faster than what would notice him. Processes write theirs side by side, each of
-what it has written itself, before the checkpoint gets its name.
+They are CRC-32, which notices changed bytes, though no forger, and is several
+times faster than a sum that notices him. Each process writes those of the files
+that it has written, before the checkpoint gets its name.
 """
 
 import pathlib
@@ -14,19 +14,19 @@ from gradmimic_jax import _files
 _NAME = "checksums_{}.txt"
 _LINE = re.compile(r"([0-9a-f]{8}) (\d+) (\S.*)")
 _CHUNK = 1 << 22  # bytes read at a time
-# Written after everything else, and nothing that a run depends on.
+# Files that are written after everything else, and that no run depends on.
 _LEFT_OUT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _SAVING = ".orbax-checkpoint-tmp"
 _BEING_SAVED = f"*{_SAVING}*"
-_OWN = "ocdbt.process_{}"  # the folders of what a process writes
+_OWN = "ocdbt.process_{}"  # the folders that a process writes
 
 
 def write_own(folder: pathlib.Path, process: int) -> None:
-  """Writes checksums of what a process, not the first, has written.
+  """Writes checksums of the files that a process, not the first, has written.
 
   Args:
     folder: with the checkpoint that is being saved.
-    process: which.
+    process: its number.
   """
   for saving in folder.glob(_BEING_SAVED):
     own = saving.glob(f"*/{_OWN.format(process)}")
@@ -52,11 +52,11 @@ def check(folder: pathlib.Path, part: int = 0, parts: int = 1) -> bool:
 
   Args:
     folder: the checkpoint's.
-    part: which of the parts of the files to read.
-    parts: how many there are.
+    part: number of the part of the files to read.
+    parts: number of parts.
 
   Returns:
-    Whether there are checksums: earlier releases wrote none.
+    True if there are checksums: earlier releases wrote none.
 
   Raises:
     ValueError: a file is missing, is not as it was, or has no checksum.
@@ -70,7 +70,7 @@ def check(folder: pathlib.Path, part: int = 0, parts: int = 1) -> bool:
     what = "is missing" if name in known else "has no checksum"
     raise ValueError(f"{folder / name} {what}")
   for name in sorted(known)[part::parts]:
-    found = _sum_of(folder / name)
+    found = _file_checksum(folder / name)
     if found != known[name]:
       raise ValueError(
         f"{folder / name} is damaged: its checksum and size are {found}, and"
@@ -91,12 +91,12 @@ def _files_in(folder):
 
 
 def _name(folder, path):
-  """A file's name in the checkpoint, whose folders get theirs at the end."""
+  """Returns a file's name in the checkpoint, whose folders are renamed last."""
   parts = path.relative_to(folder).parts
   return "/".join(part.partition(_SAVING)[0] for part in parts)
 
 
-def _sum_of(path):
+def _file_checksum(path):
   total = size = 0
   with open(path, "rb") as file:
     while chunk := file.read(_CHUNK):
@@ -112,7 +112,7 @@ def _step(folder):
 def _write(folder, number, paths):
   lines = [f"checkpoint {_step(folder)}"]
   for path in paths:
-    total, size = _sum_of(path)
+    total, size = _file_checksum(path)
     lines.append(f"{total} {size} {_name(folder, path)}")
   body = "".join(line + "\n" for line in lines).encode()
   end = f"{zlib.crc32(body):08x}\n".encode()
@@ -120,7 +120,7 @@ def _write(folder, number, paths):
 
 
 def _read(folder):
-  """`{name: (checksum, size)}` of all lists."""
+  """Reads `{name: (checksum, size)}` of all lists."""
   known = {}
   for path in sorted(folder.glob(_NAME.format("*"))):
     content = bytes(_files.read_bytes(path))

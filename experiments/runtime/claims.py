@@ -1,4 +1,4 @@
-"""Claims: which process works on what, agreed upon through the file system."""
+"""Claims: processes agree through the file system who works on what."""
 
 import contextlib
 import functools
@@ -30,8 +30,8 @@ class Claim:
   A process that is killed leaves its claim behind. Others take it over at once
   where they can see that the process is gone (on the same machine), otherwise
   after `STALE_AFTER` seconds. In the rare case that two take over the same
-  claim at once, both may do the work: what a claim protects must be written all
-  or nothing, and be the same whoever writes it.
+  claim at once, both may do the work: the protected files must be written all
+  or nothing, and be the same from either process.
   """
 
   def __init__(self, path: pathlib.Path, content: str):
@@ -56,7 +56,7 @@ class Claim:
 def take(
   path: pathlib.Path, *, stale_after: float = STALE_AFTER
 ) -> Claim | None:
-  """Claims what a file stands for.
+  """Claims the work that a file stands for.
 
   Args:
     path: of the claim's file; its folder must be there.
@@ -102,10 +102,10 @@ def hold(path: pathlib.Path, *, poll: float = 0.5) -> Iterator[None]:
 def share(
   items: Sequence[Item], attempt: Callable[[Item], Result | None]
 ) -> list[Result]:
-  """Every item's result, found here or by another process.
+  """Collects every item's result, found here or by another process.
 
   Args:
-    items: what there is to do, each after those that it needs.
+    items: the work, each item after those that it needs.
     attempt: `item -> result`; None where another process is at it, or where
       it has to wait. Called again until there is a result.
 
@@ -122,7 +122,7 @@ def share(
         if result is not None:
           found[number] = result
     if len(found) == before:
-      time.sleep(_POLL)  # others are at all that is left
+      time.sleep(_POLL)  # other processes work on all that is left
   return [found[number] for number in range(len(items))]
 
 
@@ -133,7 +133,7 @@ def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:
   except FileNotFoundError:
     return True
   seen = _read(path)
-  if age < stale_after and not _is_of_the_dead(seen):
+  if age < stale_after and not _is_abandoned(seen):
     return False
   aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
   try:
@@ -141,7 +141,7 @@ def _remove_stale(path: pathlib.Path, stale_after: float) -> bool:
   except FileNotFoundError:
     return True
   if _read(aside) != seen:
-    # Between our look and our hand another process has made a new claim.
+    # Another process made a new claim after this one had looked.
     with contextlib.suppress(OSError):
       os.link(aside, path)
     aside.unlink()
@@ -164,7 +164,7 @@ def _host() -> str:
   return " ".join(parts)
 
 
-def _is_of_the_dead(content: str | None) -> bool:
+def _is_abandoned(content: str | None) -> bool:
   """True if a claim's process ran on this machine and is gone."""
   try:
     about: Any = json.loads(content or "")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ def run(
   processes: str = ALONE,
   exclusive: bool = False,
   prepare: Callable[[Any], Any] = lambda config: config,
+  many_runs: bool = False,
 ) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
 
@@ -65,8 +67,12 @@ def run(
       share theirs, nor for those that lock the folders of their runs.
     prepare: fills in what of the config is read from elsewhere, before anything
       else is done with it.
+    many_runs: whether it makes many runs, of which several compile the same
+      programs; each is compiled once then.
   """
   preemption.listen()
+  if many_runs:
+    job = _compiling_once(job)
   if exclusive:
     job = _locking(job)
   flags.mark_flags_as_required(["config", "workdir"])
@@ -120,6 +126,19 @@ def _locking(job):
       return job(config, workdir)
 
   return locked
+
+
+def _compiling_once(job):
+  """Keeps compiled programs while the job lasts, where nobody else does."""
+
+  def sharing(config, workdir):
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+      return job(config, workdir)
+    with tempfile.TemporaryDirectory(prefix="gradmimic_programs_") as folder:
+      jax.config.update("jax_compilation_cache_dir", folder)
+      return job(config, workdir)
+
+  return sharing
 
 
 def _call(job, prepare):

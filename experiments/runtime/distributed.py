@@ -1,7 +1,7 @@
 """Several processes and devices: meeting, dividing, agreeing.
 
-Every process runs the same program. What only one may do (print, write a
-result, claim a run) the first one does, and the others learn what came of it.
+Every process runs the same program. Work for one alone (to print, to write a
+result, to claim a run) is done by the first, and the others learn the outcome.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from orbax.checkpoint import multihost
 
 from experiments.runtime import sharding
 
-# Seconds; as `start` takes it, if it isn't told otherwise.
+# Seconds; the default of `start`.
 HEARTBEAT_TIMEOUT = 40
 # Seconds that processes which have finished wait for the last one.
 _SHUTDOWN_TIMEOUT = 120
@@ -35,20 +35,20 @@ def start(
   process_id: int | None = None,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
-  """Meets the other processes of the job, if there are to be any.
+  """Meets the other processes of the job, if there are any.
 
   Args:
     detect: whether JAX is to find out by itself, as on Cloud TPU, Slurm or Open
       MPI.
     coordinator: "host:port" of the first process. Any of these three makes
-      processes meet; what is None, JAX finds out.
-    num_processes: how many there are.
-    process_id: which one this is.
+      processes meet; JAX finds out those that are None.
+    num_processes: number of processes.
+    process_id: this process's number.
     heartbeat_timeout: seconds without a sign of life after which a process
       counts as lost, which ends the others; the same in all of them.
 
   Raises:
-    ValueError: what is missing can't be found out, or a number is out of range.
+    ValueError: a missing value can't be found out, or a number is out of range.
   """
   asked = any(x is not None for x in (coordinator, num_processes, process_id))
   if not (detect or asked) or jax.distributed.is_initialized():
@@ -75,23 +75,24 @@ def is_first() -> bool:
 
 
 class Devices:
-  """The mesh of a run, and how its arrays get there.
+  """The mesh of a run, and the ways of its arrays to the devices.
 
   On a single device there is no mesh: everything stays as it is.
 
   Attributes:
     mesh: with the axes "data" and "fsdp"; None for a single device.
-    rows: sharding of what has a row a sample; None for a single device.
-    whole: sharding of what every device has whole; None for a single device.
-    count: how many devices there are.
-    process: which process this is, and of how many.
+    rows: sharding of arrays with a row a sample; None for a single device.
+    whole: sharding of arrays that every device has whole; None for a single
+      device.
+    count: number of devices.
+    process: this process's number, and the number of processes.
   """
 
   def __init__(self, sizes: Mapping[str, int], *, batch_size: int):
     """Takes devices.
 
     Args:
-      sizes: `config.mesh`: how many along "data" and "fsdp"; one of them may be
+      sizes: `config.mesh`: devices along "data" and "fsdp"; one of them may be
         -1, for all that are left. Several processes must take all.
       batch_size: rows in a batch of all processes.
 
@@ -119,7 +120,7 @@ class Devices:
 
   @classmethod
   def alone(cls) -> "Devices":
-    """This process's default device, whatever other processes do."""
+    """Takes this process's default device, whatever other processes do."""
     devices = cls.__new__(cls)
     devices.count, devices.process = 1, (0, 1)
     devices.mesh = devices.rows = devices.whole = None
@@ -130,17 +131,17 @@ class Devices:
     return here if self.process[1] == 1 else agree(here)
 
   def divided(self, size: int) -> int:
-    """The smallest number of rows from `size` on that all devices can share."""
+    """Returns the least number of rows from `size` on that devices share."""
     return -(-size // self.count) * self.count
 
   def shardings(self, tree: Any) -> Any:
     """Makes the shardings of a tree of parameters; None for a single device."""
     if self.mesh is None:
       return None
-    return sharding.of_tree(tree, self.mesh)
+    return sharding.make_param_shardings(tree, self.mesh)
 
   def place(self, tree: Any) -> Any:
-    """Parameters that every process has alike, by the rule for parameters."""
+    """Places parameters that every process has alike, by their own rule."""
     return self._spread(tree, self.shardings)
 
   def place_whole(self, tree: Any) -> Any:
@@ -152,15 +153,15 @@ class Devices:
   def place_rows(self, tree: Any) -> Any:
     """Places a tree that every process has alike, rows divided if possible.
 
-    What has no rows, or a number of them that the devices don't divide, is
-    whole on every device.
+    Arrays without rows, or with a number of them that the devices don't divide,
+    are whole on every device.
     """
 
-    def sharding_of(leaf):
+    def choose_sharding(leaf):
       shape = np.shape(leaf)
       return self.rows if shape and shape[0] % self.count == 0 else self.whole
 
-    return self._spread(tree, lambda tree: jax.tree.map(sharding_of, tree))
+    return self._spread(tree, lambda tree: jax.tree.map(choose_sharding, tree))
 
   def compute(self, make: Callable[..., Any], *args: Any) -> Any:
     """Computes `make(*args)`, divided as parameters are from the start."""
@@ -170,7 +171,7 @@ class Devices:
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def put(self, batch: Any) -> Any:
-    """This process's rows of a batch, on the devices."""
+    """Puts this process's rows of a batch on the devices."""
     if self.rows is None:
       return jax.device_put(batch)
     if jax.process_count() == 1:
@@ -180,23 +181,23 @@ class Devices:
     )
 
   def put_own(self, batch: Any) -> Any:
-    """The same; on a single device the rows stay as they are."""
+    """Puts rows on the devices as `put`; on a single device they stay."""
     return batch if self.mesh is None else self.put(batch)
 
   def place_shared(self, tree: Any) -> Any:
-    """`place_rows`; on a single device the rows stay as they are."""
+    """Places rows as `place_rows`; on a single device they stay."""
     return tree if self.mesh is None else self.place_rows(tree)
 
-  def _spread(self, tree, shardings_of):
+  def _spread(self, tree, make_shardings):
     if self.mesh is None:
       return jax.device_put(tree)
     if jax.process_count() == 1:
-      return jax.device_put(tree, shardings_of(tree))
-    return jax.tree.map(spread, tree, shardings_of(tree))
+      return jax.device_put(tree, make_shardings(tree))
+    return jax.tree.map(spread, tree, make_shardings(tree))
 
 
 def spread(array: Any, to: jax.sharding.Sharding) -> jax.Array:
-  """An array that every process has whole, of which each device takes its part.
+  """Spreads an array that every process has whole over devices, in parts.
 
   Args:
     array: anything like an array.
@@ -210,7 +211,7 @@ def spread(array: Any, to: jax.sharding.Sharding) -> jax.Array:
 
 
 def own_rows(tree: Any) -> Any:
-  """Numbers, and of what has a row a sample this process's rows.
+  """Fetches numbers, and of arrays with a row a sample this process's rows.
 
   Args:
     tree: of scalars and of arrays `[B, ...]` whose rows are divided as
@@ -247,7 +248,7 @@ def agree(here: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
 
 
-def texts_of_all(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
   """Gathers a text of each process, in their order, in every process."""
   if jax.process_count() == 1:
     return [text]
@@ -280,13 +281,13 @@ def by_first(work: Callable[[], Result]) -> Result:
   """Lets the first process do something, while the others wait for it.
 
   Args:
-    work: gives what JSON can hold.
+    work: returns a value that JSON can hold.
 
   Returns:
     The result, in every process.
 
   Raises:
-    RuntimeError: in the others, where the first one raised something.
+    RuntimeError: in the others, where the first one raised an error.
   """
   if jax.process_count() == 1:
     return work()
@@ -297,7 +298,7 @@ def by_first(work: Callable[[], Result]) -> Result:
     except Exception as error:
       failure, told = error, json.dumps({"error": str(error)})
   meet()
-  found = json.loads(texts_of_all(told)[0])
+  found = json.loads(gather_texts(told)[0])
   if failure is not None:
     raise failure
   if "error" in found:
@@ -306,7 +307,7 @@ def by_first(work: Callable[[], Result]) -> Result:
 
 
 def _sizes(data, fsdp):
-  """The mesh's sides, as numbers."""
+  """Returns the mesh's sides, as numbers."""
   found = jax.device_count()
   named = f"config.mesh is data={data}, fsdp={fsdp}"
   if min(data, fsdp) < -1 or 0 in (data, fsdp) or data == fsdp == -1:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from ml_collections import config_dict
+
 UNITS = ("epochs", "samples", "steps")
 
 
 def overrides(section: Any) -> dict[str, int]:
-  """The fields of a run's length, if a section sets any of them.
+  """Returns the fields of a run's length, if a section sets any of them.
 
   Args:
     section: with `num_epochs`, `num_samples` and `num_steps`.
@@ -19,14 +21,18 @@ def overrides(section: Any) -> dict[str, int]:
 
 
 def steps(
-  config: Any, name: str, *, steps_per_epoch: int | None, needed: bool = True
+  config: config_dict.ConfigDict,
+  name: str,
+  *,
+  steps_per_epoch: int | None,
+  needed: bool = True,
 ) -> int:
-  """A duration in steps.
+  """Converts a duration to steps.
 
   Args:
     config: a run's; `batch_size` and `<name>_epochs`, `<name>_samples` and
       `<name>_steps` are looked at, of which at most one is above 0.
-    name: what comes before the unit, such as "num" or "checkpoint.every".
+    name: the part before the unit, such as "num" or "checkpoint.every".
     steps_per_epoch: None where the data has no end.
     needed: whether one of the three has to be set.
 

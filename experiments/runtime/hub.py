@@ -15,13 +15,13 @@ def find(
   names: Sequence[str] = (WEIGHTS,),
   beside: Sequence[str] = (CONFIG, PREPROCESSOR),
 ) -> pathlib.Path:
-  """The file that `source` means.
+  """Finds the file that `source` names.
 
   Args:
     source: a safetensors file, a folder with one of the names, or
       `"hf://owner/name"` (`"hf://owner/name@revision"`), which alone is
       fetched, or taken from the cache, with huggingface_hub.
-    names: what such a file is called, the likeliest first.
+    names: names of such a file, the likeliest first.
     beside: small files to fetch with it where there are any.
 
   Returns:
@@ -51,7 +51,7 @@ def find(
 
 
 def _fetch(name, names, beside):
-  """The weights in the hub's cache, with the small files beside them."""
+  """Fetches weights and small files beside them, or finds them in the cache."""
   try:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError

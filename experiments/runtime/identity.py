@@ -1,4 +1,4 @@
-"""What makes a job's results what they are: one table, for all jobs.
+"""The identity of jobs: one table of the fields that decide a job's results.
 
 Two configs that agree in these fields give the same results in one workdir. All
 other fields may differ from one launch to the next.
@@ -9,10 +9,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-# Of any config: fields that say how a job is carried out, not what it is,
+# Fields of any config for the way in which a job is carried out,
 RUNNING = ("mesh.*", "faults.*", "log_every", "profile_steps")
-# and fields that point elsewhere, or don't change what is computed. Where they
-# lead to contents that count, a run's fingerprint has those.
+# and fields that point elsewhere, or don't change the results. If they point to
+# contents that count, a run's fingerprint has those.
 _ELSEWHERE = (
   "mimic.reference",
   "mimic.outputs",
@@ -41,10 +41,10 @@ _RUN = (
   "method",
   "mimic.*",
 )
-# Fields by job, as patterns; what follows a "!" is taken out again.
+# Fields by job, as patterns; those after a "!" are taken out again.
 IDENTITY: dict[str, tuple[str, ...]] = {
   "run": _RUN,
-  # What there is stays true as seeds, methods and settings are added.
+  # Results stay valid as seeds, methods and settings are added.
   "study": (*_RUN, "study.reference.*", "study.filter_by"),
   "grid": (
     *_RUN,
@@ -71,14 +71,14 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 
 
 def counts(field: str, job: str) -> bool:
-  """True if a field is part of what a job is.
+  """True if a field is part of a job's identity.
 
   Args:
     field: a config's, as "section.field".
     job: a name in `IDENTITY`.
 
   Returns:
-    Whether results in one workdir may not differ in it.
+    True if it must be the same for all results in one workdir.
 
   Raises:
     ValueError: there is no such job.
@@ -107,7 +107,7 @@ def _matches(field, patterns):
 def pick_fields(
   flat: Mapping[str, Any], job: str, *, elsewhere: bool = False
 ) -> dict[str, Any]:
-  """The fields that make a job what it is.
+  """Picks the fields of a job's identity.
 
   Args:
     flat: a config as `{"section.field": value}`.

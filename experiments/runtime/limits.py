@@ -1,4 +1,4 @@
-"""Limits of what is believed of files by strangers, all in one place.
+"""Limits on the claims of strangers' files, all in one place.
 
 Nothing in a shard is ever unpacked to disk, followed as a link, or run. Beyond
 that, every size that a file claims is compared with these before memory is
@@ -19,8 +19,8 @@ class Limits:
     caption_bytes: Of a caption. A long caption is no fault: the tokenizer cuts
       it. Ten thousand words take some 60 KB.
     json_bytes: Of a sample's JSON, which may hold EXIF data.
-    name_bytes: Of the name of a member of a tar file.
-    header_bytes: Of what a tar file says about one member (pax, GNU).
+    name_bytes: Of a member's name in a tar file.
+    header_bytes: Of a member's headers in a tar file (pax, GNU).
     sample_members: Files of one name in a tar file.
     image_side: Pixels, the longer side of an image.
     image_pixels: Width times height. Decoding takes 3 to 12 bytes for each, on
@@ -34,11 +34,11 @@ class Limits:
     json_depth: Lists and objects within each other.
     config_bytes: Of a JSON file beside weights.
     tokenizer_bytes: Of a tokenizer's file, unpacked.
-    weights_header: Bytes in which a safetensors file says what is in it.
+    weights_header: Bytes of a safetensors file's table of contents.
     table_row_group: Bytes that a row group of a Parquet file may claim to take
       once it is unpacked.
-    window_bytes: What one window of the shuffle holds in memory; it is closed
-      early where large samples fill it.
+    window_bytes: Memory of one window of the shuffle, which is closed early
+      where large samples fill it.
   """
 
   image_bytes: int = 32 << 20
@@ -74,7 +74,7 @@ DEFAULT = Limits()
 def parse_json(
   content: bytes | str, *, most: int, limits: Limits = DEFAULT
 ) -> Any:
-  """Parses JSON, unless it is larger or deeper than is believed.
+  """Parses JSON, unless it is larger or deeper than the limits.
 
   Args:
     content: The file's content.

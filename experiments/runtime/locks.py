@@ -1,9 +1,9 @@
 """Locks: a workdir belongs to one run at a time.
 
-The lock is the operating system's on bytes of a file (POSIX `lockf`): it goes
-with the process that holds it, whatever ends it, and NFS and Lustre show it to
-all hosts. A process must not open such a file twice, as the first `close`
-would give the lock away.
+The lock is the operating system's on bytes of a file (POSIX `lockf`): it ends
+with the process that holds it, whatever ends that, and NFS and Lustre show it
+to all hosts. A process must not open such a file twice, as the first `close`
+would release the lock.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ except ImportError:  # on Windows
 FILE = ".lock"
 # The caches that other runs leave beside a reference.
 _OF_OTHERS = "outputs_"
-# What file systems without locks say.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 # (device, number) of the files that are open here, and by which process: a
@@ -70,7 +70,7 @@ def hold(folder: pathlib.Path, *, together: bool = True) -> Iterator[None]:
       except OSError as found:
         error, failure = found, str(found)
     if together:
-      failure = distributed.texts_of_all(failure)[0]
+      failure = distributed.gather_texts(failure)[0]
     if failure:
       raise error or InUseError(failure)
     if number:
@@ -99,7 +99,7 @@ def _locked(folder, number):
 
 
 def _take(folder, number):
-  """The lock's open file, and a claim where the file system has no locks."""
+  """Opens and locks the file; claims it where there are no locks."""
   path = folder / FILE
   flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
   while True:
@@ -110,7 +110,7 @@ def _take(folder, number):
     try:
       locked = _lock(descriptor, number)
       if not locked and number == 0:
-        # The next best, which a kill leaves behind for a while.
+        # The next best thing: a kill leaves it behind for a while.
         claim = claims.take(path.with_suffix(".claim"))
         if claim is None:
           raise InUseError(_in_use(folder, "another process works in it"))
@@ -129,7 +129,7 @@ def _take(folder, number):
 
 
 def _lock(descriptor, number):
-  """Locks a file; BlockingIOError where another process has it."""
+  """Locks a file; BlockingIOError if another process has it."""
   if fcntl is None:
     return False
   how = fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -137,7 +137,7 @@ def _lock(descriptor, number):
     if number:
       fcntl.lockf(descriptor, how, 1, number)
     else:
-      # All bytes: what is left of another job's processes must be gone, too.
+      # All bytes: no process of another job may be left, either.
       fcntl.lockf(descriptor, how)
       fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)
   except OSError as error:
@@ -166,7 +166,7 @@ def _write_owner(descriptor):
 
 
 def _owner(descriptor):
-  """Who has the lock, in words."""
+  """Describes the process that has the lock."""
   try:
     about = json.loads(os.pread(descriptor, 1000, 0))
     return (
@@ -185,7 +185,7 @@ def _in_use(folder, who):
 
 
 def _remove_leftovers(folder):
-  """Removes temporary files of runs that are gone: ours is the only one."""
+  """Removes temporary files of runs that are gone: only ours is left."""
   for path in folder.glob("*.tmp"):
     # Other runs write these; `replacing` removes old ones.
     if not path.name.lstrip(".").startswith(_OF_OTHERS) and not path.is_dir():

@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from gradmimic_jax import _files
 
 METRICS_FILE = "metrics.jsonl"
-# What differs from run to run of the same: in lines of their own.
+# These differ between runs of one config, and have lines of their own.
 TIMINGS = ("steps_per_second", "data_wait")
 _CHECK = "check"
 _RUN = "fingerprint"  # of the run, in the first line
@@ -35,8 +35,8 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder.
-      first_step: where the run starts or goes on. Lines from there on stem from
-        an interrupted run; they are dropped and will be written again.
+      first_step: step at which the run starts or goes on. Lines from there on
+        are an interrupted run's; they are dropped and will be written again.
       fingerprint: the run's; "" takes any run's lines.
     """
     path = workdir / METRICS_FILE
@@ -55,14 +55,14 @@ class MetricsWriter:
       self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Puts what was written on disk."""
+    """Puts all lines so far on disk."""
     self._file.flush()
     # A checkpoint counts on these lines, whatever happens to the machine.
     os.fsync(self._file.fileno())
     self._events.flush()
 
   def close(self) -> None:
-    """Flushes and closes, what can't be flushed too."""
+    """Flushes and closes the files, also one that can't be flushed."""
     try:
       self._file.close()
     finally:
@@ -70,19 +70,19 @@ class MetricsWriter:
 
 
 def _line(row):
-  """A line of the file, whose last field is a checksum of what is before it."""
-  return json.dumps({**row, _CHECK: _sum_of(row)}) + "\n"
+  """Formats a line of the file; its last field is a checksum of the others."""
+  return json.dumps({**row, _CHECK: _row_checksum(row)}) + "\n"
 
 
-def _sum_of(row):
+def _row_checksum(row):
   return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
 class _Events:
-  """A TensorBoard event file that is written where it is called.
+  """A TensorBoard event file that is written at once.
 
-  tensorboardX's own SummaryWriter hands over to a thread. A full disk ends that
-  without a word, and then whoever writes waits for ever.
+  tensorboardX's own SummaryWriter hands over to a thread. A full disk ends the
+  thread without a word, and then its callers wait for ever.
   """
 
   def __init__(self, folder, *, first_step):
@@ -103,7 +103,7 @@ class _Events:
 
 
 class Silence:
-  """Takes what `MetricsWriter` takes, and keeps nothing."""
+  """Takes the calls of `MetricsWriter`, and keeps nothing."""
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Does nothing."""
@@ -118,7 +118,7 @@ class Silence:
 def metrics(
   workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
 ) -> MetricsWriter | Silence:
-  """The run's `MetricsWriter`; of several processes, the first one writes."""
+  """Opens the run's `MetricsWriter`; only the first process writes."""
   if jax.process_index():
     return Silence()
   return MetricsWriter(workdir, first_step=first_step, fingerprint=fingerprint)
@@ -127,7 +127,7 @@ def metrics(
 def read_metrics(
   path: pathlib.Path, *, timings: bool = False, fingerprint: str = ""
 ) -> list[dict[str, Any]]:
-  """The whole lines of a metrics file; none if there is no file.
+  """Reads the whole lines of a metrics file; none if there is no file.
 
   A line that a killed run left unfinished is the last one, and is left out.
 
@@ -159,7 +159,7 @@ def read_metrics(
       if type(row.get("step")) is not int:
         raise ValueError(f"its step is {str(row.get('step'))[:40]!r}")
       check = row.pop(_CHECK, None)  # earlier releases wrote none
-      if check not in (None, _sum_of(row)):
+      if check not in (None, _row_checksum(row)):
         raise ValueError("its checksum is another")
       if _RUN in row:
         if fingerprint and row[_RUN] != fingerprint:
@@ -189,7 +189,7 @@ def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
 
 
 def progress(total: int | None, done: int, title: str) -> tqdm.tqdm:
-  """A progress bar over steps; silent when the output is not a terminal."""
+  """Makes a progress bar over steps; silent if the output is no terminal."""
   return tqdm.tqdm(
     total=total,
     initial=done,

@@ -1,4 +1,4 @@
-"""SIGTERM: a run is asked to save and to leave."""
+"""SIGTERM: it asks a run to save and to leave."""
 
 import itertools
 import os
@@ -9,17 +9,17 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-# Names the status with which a job leaves: 0, unless who started it has to tell
-# this from having come to the end.
+# Names the status with which a job leaves: 0, unless its caller has to tell
+# this from the job's end.
 STATUS = "GRADMIMIC_STATUS_OF_SIGTERM"
 STATUS_OF_CELLS = 128 + signal.SIGTERM
 
 # Processes agree on a call to stop at, not on a step: a job may have several
-# runs, all of whose steps begin at 0.
+# runs, whose steps all begin at 0.
 _calls = itertools.count(1)
-# For the job's next run, where one came to its end before it could stop.
+# A call for the job's next run, where one ended before it could stop.
 _asked = threading.Event()
-_job = False  # whether this process is a job, and ends once it leaves
+_job = False  # True if this process is a job, which ends once it leaves
 
 
 class PreemptedError(SystemExit):
@@ -36,7 +36,7 @@ class PreemptedError(SystemExit):
 
 
 class Preemption:
-  """Knows of a SIGTERM to this process, or to another one of its job.
+  """Notices a SIGTERM to this process, or to another one of its job.
 
   Of several processes, JAX's own notifier has taken the signal when they met.
   """
@@ -57,7 +57,7 @@ class Preemption:
     return _asked.is_set()
 
   def leave(self, step: int, folder: object) -> NoReturn:
-    """Says what happened, and raises PreemptedError."""
+    """Prints where the run was saved, and raises PreemptedError."""
     leave(f"saved {folder} at step {step}; the same command goes on there")
 
   def close(self) -> None:
@@ -86,10 +86,10 @@ def ignore() -> None:
 
 
 def leave(what: str) -> NoReturn:
-  """Says what happened, and raises PreemptedError.
+  """Prints what happened, and raises PreemptedError.
 
   Args:
-    what: was done, and what to do.
+    what: the work that was done, and advice.
 
   Raises:
     PreemptedError: always.
@@ -100,7 +100,7 @@ def leave(what: str) -> NoReturn:
   message = f"SIGTERM: {what}"
   # Asking which process this is would start the devices.
   if not jax.distributed.is_initialized() or jax.process_index() == 0:
-    # Straight to the descriptor: what was interrupted may have the stream.
+    # Straight to the descriptor: the interrupted code may hold the stream.
     os.write(2, f"{message}\n".encode())
   raise PreemptedError(message)
 

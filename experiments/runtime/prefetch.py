@@ -11,21 +11,21 @@ _DEPTH = 2
 
 
 class Read(NamedTuple):
-  """A batch, and what its iterator said right after it."""
+  """A batch, and its iterator's state right after it."""
 
   batch: Any
-  position: Any  # the iterator's state: where to go on after this batch
+  position: Any  # the iterator's state, to go on after this batch
   epoch: int | None  # the iterator's `epoch`, if it has one
 
 
 class Position:
-  """An iterator's state, for who saves the state of an iterator."""
+  """An iterator's state, in place of an iterator whose state is saved."""
 
   def __init__(self, state: Any):
     self._state = state
 
   def get_state(self) -> Any:
-    """The state."""
+    """Returns the state."""
     return self._state
 
 
@@ -36,7 +36,7 @@ class Reader:
   start in the same order everywhere, so the main thread starts them all.
 
   Attributes:
-    waited: seconds that `next` had to wait, with nothing else to do.
+    waited: total seconds spent in `next` with no step running.
   """
 
   def __init__(self, batches: Any, *, count: int):
@@ -44,8 +44,8 @@ class Reader:
 
     Args:
       batches: an iterator with `get_state`.
-      count: how many batches to read, so that an iterator that counts what it
-        has seen stops where the steps do.
+      count: number of batches to read, so that an iterator that counts its
+        samples stops with the steps.
     """
     self.waited = 0.0
     self._queue: queue.Queue[Any] = queue.Queue(_DEPTH)
@@ -56,11 +56,11 @@ class Reader:
     self._thread.start()
 
   def next(self, until_idle: Callable[[], Any]) -> Read:
-    """The next batch; raises what its reading raised.
+    """Returns the next batch; raises the error of its reading.
 
     Args:
-      until_idle: returns when all steps so far are done. Until then a batch
-        that isn't there keeps nobody waiting.
+      until_idle: returns when all steps so far are done. Until then, waiting
+        for a batch costs nothing.
 
     Returns:
       The Read.

@@ -1,6 +1,6 @@
-"""What commands, config files and fields of earlier releases are called now.
+"""New names of commands, config files and fields of earlier releases.
 
-Looked at before anything heavy is imported, so it imports nothing itself.
+Jobs read this before they import anything heavy, so it imports nothing itself.
 """
 
 import os
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 _BENCHMARK = "experiments.benchmark --config=configs/benchmark"
-# `python -m experiments.<old>`, of commands that are gone.
+# Commands that are gone, as `python -m experiments.<old>`.
 COMMANDS = {
   "basins": f"{_BENCHMARK}/check_reference.py",
   "clip_costs": f"{_BENCHMARK}/methods.py",
@@ -51,13 +51,13 @@ _FIELD = re.compile(r"--?config\.([\w.]+)(?:=.*)?", re.DOTALL)
 
 
 def command(name: str) -> str | None:
-  """What a command is called now; None: it is no old name.
+  """Finds the new name of a command; None if the name is no old one.
 
   Args:
     name: such as "clip_train".
 
   Returns:
-    What to give to `python -m`.
+    The argument of `python -m`.
   """
   if os.path.exists(os.path.join(_FOLDER, f"{name}.py")):
     return None

@@ -1,8 +1,8 @@
-"""Rules for dividing arrays over devices, and along which axis.
+"""Rules for dividing arrays over devices, along one of their axes.
 
 The mesh has two axes. A batch's rows are divided over both. Parameters, the
 optimizer's state and a reference are divided over "fsdp" by the rule of
-`spec_of`, and are whole on each of the devices along "data".
+`make_spec`, and are whole on each of the devices along "data".
 """
 
 import math
@@ -18,7 +18,7 @@ WHOLE = PartitionSpec()
 LEAST_SIZE = 2**16
 
 
-def spec_of(
+def make_spec(
   shape: tuple[int, ...], fsdp: int, *, least_size: int = LEAST_SIZE
 ) -> PartitionSpec:
   """Divides an array along its largest axis that fsdp divides.
@@ -30,7 +30,7 @@ def spec_of(
 
   Returns:
     A spec of "fsdp" at one axis, the last one of those that are equally large;
-    or of none, where the array is small or no axis can be divided.
+    or of no axis, if the array is small or no axis can be divided.
   """
   axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
   if fsdp == 1 or math.prod(shape) < least_size or not axes:
@@ -39,13 +39,15 @@ def spec_of(
   return PartitionSpec(*[None] * axis, FSDP)
 
 
-def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
-  """A tree of shardings.
+def make_param_shardings(
+  tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE
+) -> Any:
+  """Makes a tree of shardings for parameters.
 
   Args:
     tree: of arrays, or of anything that has a shape.
     mesh: with the axes "data" and "fsdp".
-    least_size: as in `spec_of`.
+    least_size: as in `make_spec`.
 
   Returns:
     A like tree of NamedShardings.
@@ -53,7 +55,7 @@ def of_tree(tree: Any, mesh: Mesh, *, least_size: int = LEAST_SIZE) -> Any:
   fsdp = mesh.shape[FSDP]
   return jax.tree.map(
     lambda leaf: NamedSharding(
-      mesh, spec_of(leaf.shape, fsdp, least_size=least_size)
+      mesh, make_spec(leaf.shape, fsdp, least_size=least_size)
     ),
     tree,
   )

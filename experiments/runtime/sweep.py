@@ -1,9 +1,9 @@
 """Runs a list of jobs that build on each other, or prints their commands.
 
 A cell of the sweep is one job with a workdir of its own, run as a process of
-its own. What is done stays done, a cell that was cut off goes on where its job
-can, and any number of processes may be given the same command: they share the
-cells. `--config.run=false` prints the commands, for a scheduler to run.
+its own. Finished cells stay, an interrupted one goes on if its job can, and any
+number of processes may be given the same command: they share the cells.
+`--config.run=false` prints the commands, for a scheduler to run.
 """
 
 import os
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
+
+from ml_collections import config_dict
 
 from configs import sweep as sweep_config
 from experiments.runtime import (
@@ -47,13 +49,13 @@ class Cell(NamedTuple):
   needs: tuple[str, ...]  # cells whose folders the arguments mention
 
 
-def run_sweep(config: Any, workdir: Any) -> list[str]:
+def run_sweep(config: config_dict.ConfigDict, workdir: Any) -> list[str]:
   """Runs all cells, or prints their commands.
 
   Args:
     config: as `configs/sweep.py` describes it.
     workdir: gets each cell's folder, its output as `<name>.log`, and
-      `<name>.json` once it is done: what ran, when, and how long.
+      `<name>.json` once it is done: job, times and duration.
 
   Returns:
     The cells' commands.
@@ -85,7 +87,7 @@ def run_sweep(config: Any, workdir: Any) -> list[str]:
 
 
 def parse(lines: Any) -> list[Cell]:
-  """Cells from lines such as `name: job --config=... --config.x={other}`.
+  """Parses lines such as `name: job --config=... --config.x={other}`.
 
   Args:
     lines: of `config.cells`; `{other}` stands for the folder of another cell,
@@ -129,7 +131,7 @@ def parse(lines: Any) -> list[Cell]:
 
 
 def command(cell: Cell, folder: pathlib.Path) -> str:
-  """The cell's command line."""
+  """Formats the cell's command line."""
   return shlex.join(["python", *_arguments(cell, folder)])
 
 
@@ -146,7 +148,7 @@ def _arguments(cell, folder):
 
 
 def _attempt(cell, folder) -> bool:
-  """Does a cell; False if another process is at it."""
+  """Runs a cell; False if another process is at it."""
   marker = folder / f"{cell.name}.json"
   # Folders may be moved: their paths are not compared.
   wanted = [cell.job, *cell.arguments]
@@ -182,7 +184,7 @@ def _attempt(cell, folder) -> bool:
 
 
 def _run(command, log):
-  """The status of a job; one that is cut off here is asked to leave first."""
+  """Runs a job, and returns its status; asks it to leave when interrupted."""
   status = {preemption.STATUS: str(preemption.STATUS_OF_CELLS)}
   with (
     open(log, "a") as output,
@@ -207,7 +209,7 @@ def _done(marker, wanted):
   return workdir_lib.read_json(marker, {"command": list})["command"] == wanted
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Runs the sweep, then says where its results are."""
   run_sweep(config, workdir)
   if config.run:

@@ -12,7 +12,7 @@ import gradmimic_jax as gm
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-  """The mean and its standard error, None of a single value."""
+  """Computes the mean and its standard error, None for a single value."""
   if len(values) < 2:
     return float(np.mean(values)), None
   error = np.std(values, ddof=1) / math.sqrt(len(values))
@@ -20,25 +20,25 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def accuracy(row: dict[str, Any] | None, digits: int = 4) -> str:
-  """A row's test accuracy with its standard error."""
+  """Formats a row's test accuracy with its standard error."""
   if row is None:
     return "-"
   return with_error(row["test_accuracy"], row["test_accuracy_error"], digits)
 
 
 def with_error(mean: float, error: float | None, digits: int) -> str:
-  """`mean ± error`."""
+  """Formats `mean ± error`."""
   text = f"{mean:.{digits}f}"
   return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-  """A number, or a dash where there is none."""
+  """Formats a number, or a dash where there is none."""
   return "-" if value is None else f"{value:.{digits}f}"
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows as CSV; their columns are those of all rows together.
+  """Formats rows as CSV, with the columns of all rows together.
 
   Text that a spreadsheet would take for a formula gets an apostrophe in front,
   as `gm.export.harmless` says; numbers below zero are numbers.
@@ -60,7 +60,7 @@ def _cell(value):
 def markdown(
   header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-  """The lines of a Markdown table."""
+  """Yields the lines of a Markdown table."""
   yield f"| {' | '.join(header)} |"
   yield f"|{'---|' * len(header)}"
   for row in rows:

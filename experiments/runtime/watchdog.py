@@ -15,21 +15,21 @@ _last_sign = 0.0
 
 
 def sign() -> None:
-  """Says that this process moves."""
+  """Tells that this process moves."""
   global _last_sign
   _last_sign = time.monotonic()
 
 
 @contextlib.contextmanager
 def watching(seconds: float, *, what: str) -> Iterator[None]:
-  """Ends the process when it gives no sign for so long.
+  """Ends the process when it gives no sign of life for so long.
 
-  It writes a line and all threads' stacks to stderr, and leaves without
-  clean-up, which would hang as well: `os._exit(75)`. What is saved is whole.
+  The end writes a line and all threads' stacks to stderr, without clean-up,
+  which would hang as well: `os._exit(75)`. Saved files are whole.
 
   Args:
     seconds: how long; 0 doesn't watch.
-    what: is watched, for the message.
+    what: the watched work, for the message.
 
   Yields:
     Nothing; watching ends with the block.

@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from ml_collections import config_dict
+
 import gradmimic_jax as gm
 from configs import select as select_config
 from experiments.data import filters as filters_lib
@@ -17,7 +19,7 @@ MANIFEST_FILE = filters_lib.MANIFEST_FILE
 _JOB = "selection"
 
 
-def select_run(config: Any, workdir: Any) -> dict[str, Any]:
+def select_run(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Selects from a run's ledger, whatever it has learned.
 
   Args:
@@ -123,7 +125,7 @@ def _number(value):
   return None if value != value else value  # JSON has no nan
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Selects, then prints what came of it and where it is."""
   manifest = select_run(config, workdir)
   if config.filters:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import tasks
@@ -87,7 +88,9 @@ def mean_scores(run: pathlib.Path) -> Scores:
   return Scores(datacomp.as_ids(means["id"]), means["score_mean"].to_numpy())
 
 
-def load_pool(config: Any, scored: pathlib.Path | None) -> Pool:
+def load_pool(
+  config: config_dict.ConfigDict, scored: pathlib.Path | None
+) -> Pool:
   """All samples of a run, with its mimic scores and the reference's own.
 
   Args:

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import compare as results_config
 from experiments.reporting import figures
@@ -18,7 +19,29 @@ _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
 _REFERENCE = "reference"
 
 
-def write(config: Any, workdir: Any) -> pathlib.Path:
+def load_costs(file: pathlib.Path) -> dict[str, Any]:
+  """Reads costs of steps, at the first of the batch sizes measured.
+
+  Args:
+    file: the `methods.json` of `experiments.benchmark`.
+
+  Returns:
+    `machine`, `batch_size`, and by name `methods`.
+
+  Raises:
+    ValueError: the file is damaged, or has no batches.
+  """
+  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
+  for size, entries in found["batches"].items():
+    return {
+      "machine": found["machine"],
+      "batch_size": int(size),
+      "methods": entries,
+    }
+  raise ValueError(f"{file} has no batches; give its command again.")
+
+
+def write(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
   """Writes all tables and figures.
 
   Args:
@@ -52,7 +75,7 @@ def write(config: Any, workdir: Any) -> pathlib.Path:
   ]
   costs = None
   if config.costs is not None:
-    costs = _load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
+    costs = load_costs(_there(pathlib.Path(config.costs) / COSTS_FILE))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [f"# {config.title}", "", *_about(groups)]
@@ -328,18 +351,6 @@ def _pearson(a, b):
   return float(np.corrcoef(a, b)[0, 1])
 
 
-def _load_costs(file):
-  """Costs of steps, at the first of the batch sizes that were measured."""
-  found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
-  for size, entries in found["batches"].items():
-    return {
-      "machine": found["machine"],
-      "batch_size": int(size),
-      "methods": entries,
-    }
-  raise ValueError(f"{file} has no batches; give its command again.")
-
-
 def _cost_notes(costs):
   about = costs["machine"]
   return [
@@ -399,6 +410,6 @@ def _tuned(config, folder):
   )
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Writes the tables, then prints where they are."""
   print(write(config, workdir))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 
@@ -13,7 +14,7 @@ import gradmimic_jax as gm
 BINARIZERS = ("weight", "threshold", "gmm", "kmeans", "top_fraction", "auto")
 
 
-def check(config: Any) -> None:
+def check(config: config_dict.ConfigDict) -> None:
   """Raises ValueError for a binariser that isn't there."""
   for name in config.study.binarizers:
     if name not in BINARIZERS:
@@ -24,7 +25,10 @@ def check(config: Any) -> None:
 
 
 def measure(
-  config: Any, scores: np.ndarray, weights: np.ndarray, wrong: np.ndarray
+  config: config_dict.ConfigDict,
+  scores: np.ndarray,
+  weights: np.ndarray,
+  wrong: np.ndarray,
 ) -> dict[str, Any]:
   """Compares selections with the truth.
 
@@ -99,7 +103,9 @@ def auroc_by_kind(
   return {"auroc": auroc(kinds != ""), **of_kinds}
 
 
-def mean(config: Any, found: list[dict[str, Any]]) -> dict[str, float | None]:
+def mean(
+  config: config_dict.ConfigDict, found: list[dict[str, Any]]
+) -> dict[str, float | None]:
   """Means over runs, as the flat fields of a table's row.
 
   Args:

@@ -4,6 +4,8 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
+from ml_collections import config_dict
+
 from experiments import methods, tasks
 from experiments.selection import filters
 from experiments.studies import detection, settings as tuned_settings
@@ -36,7 +38,7 @@ class Run(NamedTuple):
     return bool(self.chosen_by or self.keep or self.filter)
 
 
-def plan_runs(config: Any) -> list[Run]:
+def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
   """All runs of a study, each after those that it needs.
 
   Args:
@@ -90,7 +92,7 @@ def plan_runs(config: Any) -> list[Run]:
   return runs
 
 
-def plan_settings(config: Any) -> dict[str, dict[str, Any]]:
+def plan_settings(config: config_dict.ConfigDict) -> dict[str, dict[str, Any]]:
   """The study's methods, each at the layers and weightings that it looks at.
 
   Args:
@@ -147,7 +149,7 @@ def read_weighting(name: str) -> dict[str, Any]:
   return {"mimic.weighting": kind, f"mimic.{field}": float(match[2])}
 
 
-def needs_reference(config: Any) -> bool:
+def needs_reference(config: config_dict.ConfigDict) -> bool:
   """Whether any method looks at a reference that is to be trained."""
   directions = {
     method.direction
@@ -158,7 +160,9 @@ def needs_reference(config: Any) -> bool:
   return "weights" in directions or ("outputs" in directions and not logged)
 
 
-def derived(config: Any, **overrides: Any) -> Any:
+def derived(
+  config: config_dict.ConfigDict, **overrides: Any
+) -> config_dict.ConfigDict:
   """A copy of the config with other fields; data and noise follow the seed.
 
   Args:
@@ -174,7 +178,9 @@ def derived(config: Any, **overrides: Any) -> Any:
   return copy.lock()
 
 
-def make_config(config: Any, run: Run) -> Any:
+def make_config(
+  config: config_dict.ConfigDict, run: Run
+) -> config_dict.ConfigDict:
   """The config of a run; its data are those of the study's seed."""
   follows = tasks.get(config).seed_overrides(run.seed)
   return derived(config, **{"seed": run.seed, **follows, **run.overrides})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import tasks
@@ -36,7 +37,7 @@ class Records:
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     folder: pathlib.Path,
     runs: Sequence[plan.Run],
     results: dict[str, list[dict[str, Any]]] | None = None,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import tasks
@@ -32,7 +33,7 @@ from experiments.training import trainer
 _JOB = "study"
 
 
-def run_study(config: Any, workdir: Any) -> dict[str, Any]:
+def run_study(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
   Args:
@@ -65,7 +66,7 @@ def run_study(config: Any, workdir: Any) -> dict[str, Any]:
 
 
 def run_all(
-  config: Any, folder: pathlib.Path, runs: Sequence[plan.Run]
+  config: config_dict.ConfigDict, folder: pathlib.Path, runs: Sequence[plan.Run]
 ) -> dict[str, list[dict[str, Any]]]:
   """Makes the runs, with all other jobs that are at it.
 
@@ -215,6 +216,6 @@ def _choose(records, run):
   return gm.subset(selection, run.keep)
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Runs the study, then prints the table and where the figures are."""
   print("\n" + tables.text(run_study(config, workdir)))

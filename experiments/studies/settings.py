@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from ml_collections import config_dict
+
 from experiments import methods
 from gradmimic_jax import _files
 
@@ -44,7 +46,7 @@ def read(path: str | None) -> dict[str, dict[str, Any]]:
   return settings
 
 
-def fields_read(name: str, config: Any) -> set[str]:
+def fields_read(name: str, config: config_dict.ConfigDict) -> set[str]:
   """The fields of `config.mimic` that a method looks at.
 
   Args:

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import label_noise
 from experiments import methods, tasks
@@ -23,7 +24,7 @@ from experiments.studies.probing import grid as probe, heads
 TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
 
 
-def tune(config: Any, workdir: Any) -> dict[str, Any]:
+def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Tries all settings of all methods; goes on where it was stopped.
 
   Args:
@@ -149,7 +150,7 @@ def _means(entries, fields):
   }
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Tunes, then prints the best settings and where they are."""
   for name, entry in tune(config, workdir).items():
     shown = ", ".join(f"{key}={value}" for key, value in entry["set"].items())

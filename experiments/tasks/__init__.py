@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import config_dict
+
 from experiments.runtime import distributed
 from experiments.tasks.base import Task
 from experiments.tasks.classification.task import Classification
@@ -17,11 +19,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
-  """The task that `config.task` names.
+  """Finds the task that `config.task` names.
 
   Args:
     config: a run's, or a study's.
-    where: it stands, for the error.
+    where: place of the field, for the error.
 
   Returns:
     Its class.
@@ -38,13 +40,16 @@ def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
 
 
 def create(
-  config: Any, devices: distributed.Devices, *, direction: str | None = None
+  config: config_dict.ConfigDict,
+  devices: distributed.Devices,
+  *,
+  direction: str | None = None,
 ) -> Task:
-  """The task of a run, with its data and its model.
+  """Creates the task of a run, with its data and its model.
 
   Args:
     config: the run's.
-    devices: what to compute on.
+    devices: the devices to compute on.
     direction: of the run's method; None: it has none.
 
   Returns:

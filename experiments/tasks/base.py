@@ -1,4 +1,4 @@
-"""The seam: what jobs ask of a task, whatever is learned."""
+"""The seam: the interface between jobs and tasks, whatever is learned."""
 
 import abc
 import functools
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data.pairs import datacomp
@@ -39,10 +40,10 @@ class Outputs(NamedTuple):
   scores: dict[str, Score]
   # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
   divergences: Callable[[Any, Any, Any], jax.Array] | None = None
-  coupled: bool = False  # whether losses depend on batch mates
+  coupled: bool = False  # True if losses depend on batch mates
 
   def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
-    """Losses `[B]` and `Aux`, of one forward pass."""
+    """Computes losses `[B]` and `Aux`, in one forward pass."""
     outputs = self.of(params, batch)
     losses, hits = self.losses_and_hits(outputs, batch)
     return losses, Aux(hits, outputs)
@@ -53,17 +54,17 @@ class Reference(NamedTuple):
 
   fingerprint: str  # of all that the steps are given
   params: Any  # the reference's parameters; None if no step looks at them
-  # `for_batch(batch) -> what the train step takes`, for a batch as it was read;
+  # `for_batch(batch) -> the step's reference`, for a batch as it was read;
   # of several processes each gives its own rows.
   for_batch: Callable[[Any], Any]
 
 
 class Rows(NamedTuple):
-  """A batch as it was read, taken apart."""
+  """A batch as it was read, in parts."""
 
   ids: np.ndarray  # [B], as ledgers have them
   real: np.ndarray  # bool [B], False for padding
-  seen: dict[str, np.ndarray]  # what the model sees; `mask` is among it
+  seen: dict[str, np.ndarray]  # the model's input; `mask` is among it
 
 
 class Truth(NamedTuple):
@@ -74,11 +75,11 @@ class Truth(NamedTuple):
 
   @property
   def is_wrong(self) -> np.ndarray:
-    """Bool [N]."""
+    """True where a sample is wrong, bool [N]."""
     return self.kinds != ""
 
   def kinds_of(self, ids: np.ndarray) -> np.ndarray:
-    """The kinds [M] of some of the samples, by their ids [M].
+    """Finds the kinds [M] of some of the samples, by their ids [M].
 
     Raises:
       ValueError: an id that is not there.
@@ -97,7 +98,7 @@ class Truth(NamedTuple):
 
 
 class Samples(NamedTuple):
-  """What a page says and shows of a run's training samples."""
+  """The contents of a page about a run's training samples."""
 
   title: str
   facts: dict[str, Any]  # of the data and the model, by name
@@ -116,15 +117,15 @@ class Task(abc.ABC):
 
   Attributes:
     config: the run's, with fields that the task works out filled in.
-    devices: what it computes on.
+    devices: the devices that it computes on.
     data: the run's, of a type of the task's own.
     params: the learner's, before the first step, on the devices.
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
-    outputs: what the task makes of a model's outputs.
+    outputs: the functions of the model's outputs.
     batches: training batches, with grain's `get_state` and `set_state`.
     steps_per_epoch: batches in a pass over the data; None: it has no end.
     fingerprints: of all that a run depends on beside config and reference.
-    data_fingerprints: which data a filter of the run's scores belongs to.
+    data_fingerprints: the data that a filter of the run's scores belongs to.
     last: closes the optimizer's chain; None: nothing does.
   """
 
@@ -133,16 +134,16 @@ class Task(abc.ABC):
   # Methods that can train it; None: all.
   methods: ClassVar[tuple[str, ...] | None] = None
   headline: ClassVar[Headline]
-  # What to do where a reference's weights would harm.
+  # Advice where a reference's weights would harm.
   instead: ClassVar[str] = "grad_mimic_outputs or output_agreement"
-  # What studies report besides the headline, and how `facts` calls the number
-  # of samples that a run trains on.
+  # Metrics that studies report besides the headline, and the name in `facts` of
+  # the number of samples that a run trains on.
   more_metrics: ClassVar[tuple[str, ...]] = ()
   size: ClassVar[str] = "train_samples"
   # The name of `score_by_reference`; None: there is no such score.
   reference_score: ClassVar[str | None] = None
 
-  config: Any
+  config: config_dict.ConfigDict
   devices: distributed.Devices
   data: Any
   params: Any
@@ -157,7 +158,7 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -166,24 +167,24 @@ class Task(abc.ABC):
 
     Args:
       config: the run's.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method; None: it has none.
     """
 
   @classmethod
-  def of_learner(
+  def create_for_scoring(
     cls,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     folder: pathlib.Path,
     *,
     direction: str | None = None,
   ) -> "Task":
-    """The task of a finished run, to score its data again.
+    """Creates the task of a finished run, to score its data again.
 
     Args:
       config: the run's.
-      devices: what to compute on.
+      devices: the devices to compute on.
       folder: the run's.
       direction: of the method that scores.
 
@@ -197,9 +198,12 @@ class Task(abc.ABC):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
-    """Finds out which data a filter of a run's scores belongs to.
+    """Describes the data that a filter of a run's scores belongs to.
 
     Args:
       config: of the run, or of what was scored.
@@ -207,7 +211,7 @@ class Task(abc.ABC):
       ledger: the fingerprints of the ledger in it.
 
     Returns:
-      What `data_fingerprints` is in a Task of that config.
+      The `data_fingerprints` of a Task of that config.
 
     Raises:
       ValueError: files in the folder that are not of that ledger.
@@ -218,9 +222,12 @@ class Task(abc.ABC):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
-    """Reads what a page shows of a run's training samples.
+    """Reads the contents of a page about a run's training samples.
 
     Args:
       config: of the run, or of what was scored.
@@ -237,8 +244,10 @@ class Task(abc.ABC):
     return Samples(config.data.get("name", config.task), {})
 
   @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What the reference alone says of all training samples.
+  def score_by_reference(
+    cls, config: config_dict.ConfigDict
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Scores all training samples by the reference alone.
 
     Args:
       config: a run's, with its reference.
@@ -256,35 +265,35 @@ class Task(abc.ABC):
 
   @functools.cached_property
   def total_steps(self) -> int:
-    """Steps of the run."""
+    """The number of steps of the run."""
     return durations.steps(
       self.config, "num", steps_per_epoch=self.steps_per_epoch
     )
 
   @property
   def samples(self) -> int | None:
-    """The number of training samples; None where nobody knows."""
+    """The number of training samples; None if it is unknown."""
     return None
 
   @abc.abstractmethod
   def take(self, batch: dict[str, np.ndarray]) -> Rows:
-    """A training batch, taken apart."""
+    """Takes a training batch apart."""
 
   @abc.abstractmethod
   def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over all training samples in order, from a batch on."""
+    """Goes over all training samples once, in order, from a batch on."""
 
   @abc.abstractmethod
   def evaluate(self, params: Any) -> dict[str, float]:
-    """The metrics of parameters, by the names that are written."""
+    """Computes the metrics of parameters, by the names to write them under."""
 
   def check_losses_fn(self) -> Callable[..., Any]:
-    """`losses_fn`, for the batch that a reference is checked on."""
+    """Returns `losses_fn` for the batch that a reference is checked on."""
     return self.losses_fn
 
   @abc.abstractmethod
   def check_batch(self) -> Any:
-    """Training samples on which a reference is checked, on the devices."""
+    """Returns training samples to check a reference on, on the devices."""
 
   @abc.abstractmethod
   def load_reference(self, direction: str) -> Reference:
@@ -302,41 +311,43 @@ class Task(abc.ABC):
     """
 
   def facts(self) -> dict[str, Any]:
-    """Facts about the data, for `result.json`."""
+    """Returns facts about the data, for `result.json`."""
     return {}
 
   def result_fingerprints(self) -> dict[str, str]:
-    """Whose the files beside `result.json` are, by their names."""
+    """Returns fingerprints of the files beside `result.json`, by name."""
     return {}
 
   def save(self, folder: pathlib.Path) -> None:
-    """Leaves in a run's folder what later jobs need to know of its data."""
+    """Leaves in a run's folder the facts on its data that later jobs need."""
     del folder
 
   def close(self) -> None:
-    """Ends what reads batches."""
+    """Ends the reading of batches."""
     return None
 
-  # What a study asks, without making the task.
+  # For studies, which don't make the task.
 
   @classmethod
-  def check_study(cls, config: Any) -> None:
+  def check_study(cls, config: config_dict.ConfigDict) -> None:
     """Raises ValueError unless a study of the config can be made."""
     del config
 
   @classmethod
-  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
-    """The kinds of noise that the config adds, as `Truth` has them."""
+  def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:
+    """Returns the kinds of noise that the config adds, as in `Truth`."""
     return tuple(config.noise.kinds)
 
   @classmethod
   def seed_overrides(cls, seed: int) -> dict[str, Any]:
-    """The fields that follow a study's seed, besides `seed`."""
+    """Returns the fields that follow a study's seed, besides `seed`."""
     return {"noise.seed": seed}
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
-    """The fields in which a study's reference differs from its learners.
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
+    """Returns the fields in which a study's reference differs from learners.
 
     Args:
       config: the study's.
@@ -354,15 +365,17 @@ class Task(abc.ABC):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
-    """The truth about all training samples of a run, filter or not.
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth | None:
+    """Loads the truth about all training samples of a run, filter or not.
 
     Args:
       config: the run's.
       folder: the run's, which has begun at least.
 
     Returns:
-      The Truth; None where nobody knows.
+      The Truth; None if it is unknown.
 
     Raises:
       ValueError: a file in the folder is damaged, or another run's.
@@ -371,8 +384,8 @@ class Task(abc.ABC):
     return None
 
 
-def finished_run(config: Any) -> pathlib.Path:
-  """The folder of the finished run that `config.mimic.reference` names.
+def finished_run(config: config_dict.ConfigDict) -> pathlib.Path:
+  """Finds the finished run that `config.mimic.reference` names.
 
   Args:
     config: a run's.

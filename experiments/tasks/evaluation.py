@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def make_eval_step(
   losses_fn: Callable[..., Any],
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """A jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`, sums."""
+  """Makes a jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`."""
 
   def eval_step(params, batch):
     losses, hits = losses_fn(params, batch)
@@ -29,7 +29,7 @@ def evaluate(
   params: Any,
   batches: Any,
 ) -> dict[str, float]:
-  """Mean loss and accuracy over all batches."""
+  """Computes mean loss and accuracy over all batches."""
   sums = [eval_step(params, batch) for batch in batches]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
   return {

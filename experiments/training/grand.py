@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import pipeline
@@ -26,15 +27,15 @@ _FIRST_SEED = 1000  # of the runs' initialisations, away from the learner's
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   data: Data,
   folder: pathlib.Path | None,
   devices: distributed.Devices,
 ) -> Reference:
-  """The norms `[B]` of a batch's samples, as a step's reference.
+  """Loads the norms `[B]` of a batch's samples, as a step's reference.
 
-  Computed when the first step asks for them: a finished run never does. Each
-  process does so for itself.
+  They are computed when the first step asks for them, which a finished run
+  never does, in each process by itself.
 
   Args:
     config: the run's.
@@ -68,17 +69,17 @@ def load(
   return Reference(digest, None, for_batch)
 
 
-def offline_norms(config: Any, data: Any) -> np.ndarray:
-  """Every training sample's mean gradient norm over runs of their own.
+def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
+  """Computes every training sample's mean gradient norm over runs of their own.
 
-  `mean_r ||grad l_i(params_r)||` over the mimic layers, with `params_r` what
-  `config.mimic.grand_epochs` epochs of plain training on the same noisy labels
-  make of another initialisation.
+  `mean_r ||grad l_i(params_r)||` over the mimic layers, with `params_r` from
+  `config.mimic.grand_epochs` epochs of plain training on the same noisy labels,
+  each r with another initialisation.
 
   Args:
     config: the run's; `config.mimic` has `grand_runs`, `grand_epochs` and
       `layers`.
-    data: what the task's `load_data` gave.
+    data: as the task's `load_data` gave it.
 
   Returns:
     Norms, float32 `[N]`; NaN where one is not finite, and for samples that are
@@ -89,7 +90,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   """
   runs, epochs = _counts(config)
   labels = data.labels.labels
-  scaling = {"mean": data.mean, "std": data.std}
+  scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
   rows = np.arange(len(labels)) if data.indices is None else data.indices
   total_steps = epochs * pipeline.steps_per_epoch(len(rows), config.batch_size)
   tx = optimizer.create(config.optimizer, total_steps=max(total_steps, 1))
@@ -128,7 +129,7 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
       for batch in pipeline.eval_batches(
         data.train.images,
         labels,
-        # Each sample has a gradient of its own: no more of them than in a step.
+        # Each sample has a gradient of its own: no more at once than in a step.
         batch_size=min(config.batch_size, config.eval_batch_size),
         indices=rows,
         **scaling,
@@ -140,15 +141,15 @@ def offline_norms(config: Any, data: Any) -> np.ndarray:
   return norms
 
 
-def fingerprint(config: Any, data: Any) -> str:
-  """Sixteen hex digits of all that `offline_norms` depends on.
+def fingerprint(config: config_dict.ConfigDict, data: Data) -> str:
+  """Computes sixteen hex digits of all that `offline_norms` depends on.
 
   Args:
     config: the run's.
-    data: what the task's `load_data` gave.
+    data: as the task's `load_data` gave it.
 
   Returns:
-    The fingerprint, found without any training.
+    The fingerprint, without any training.
 
   Raises:
     ValueError: as `offline_norms`.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import tasks
@@ -33,18 +34,18 @@ class Schedule(NamedTuple):
   """The steps at which a run is evaluated, saved and logged."""
 
   total_steps: int
-  eval_every: int  # the end is evaluated in any case
-  save_every: int  # and so is it saved
-  keep: int  # checkpoints
+  eval_every: int  # the last step is evaluated in any case
+  save_every: int  # the last step is saved in any case
+  keep: int  # number of checkpoints
   keep_every: int = 0  # also keep every keep_every-th checkpoint; 0 keeps none
-  log_every: int = 50  # writes of metrics and scores
-  profile_steps: tuple[int, ...] = ()  # first and end of what is traced
+  log_every: int = 50  # steps between writes of metrics and scores
+  profile_steps: tuple[int, ...] = ()  # first and end of the traced steps
   nonfinite_stop: int = 10  # skipped steps in a row that end the run; 0: none
   stall_seconds: float = 1800  # without a step, until the process ends; 0: none
 
 
-def schedule(config: Any, task: tasks.Task) -> Schedule:
-  """The schedule of a run.
+def schedule(config: config_dict.ConfigDict, task: tasks.Task) -> Schedule:
+  """Makes the schedule of a run.
 
   Args:
     config: the run's.
@@ -83,13 +84,13 @@ def schedule(config: Any, task: tasks.Task) -> Schedule:
 
 
 class Taken(NamedTuple):
-  """A batch as a step takes it, and what the ledger says of its rows."""
+  """A batch as a step takes it, and the ledger's fields of its rows."""
 
   ids: np.ndarray  # [B]
   real: np.ndarray  # bool [B], False for padding
   epoch: int  # the pass over the data that it belongs to
-  reference: Any  # what the step's method goes by
-  batch: Any  # what the model sees
+  reference: Any  # the reference of the step's method
+  batch: Any  # the model's input
 
 
 def run(
@@ -107,20 +108,20 @@ def run(
   """Goes on from the newest checkpoint, or the beginning, to the end.
 
   Killed at any point and started again, it ends with the same parameters, bit
-  for bit, and the same ledger. It goes on from the newest checkpoint that is
-  whole, and whose steps' metrics and scores are on record. Batches are read in
-  a thread; while a step runs, the next one's batch is put on the devices and
-  earlier ones' outputs are written.
+  for bit, and the same ledger. It goes on from the newest whole checkpoint
+  whose steps' metrics and scores are on record. Batches are read in a thread;
+  while a step runs, the next one's batch is put on the devices and earlier
+  ones' outputs are written.
 
   Args:
     folder: the run's; gets checkpoints and metrics.
     state: the `steps.TrainState` before the first step.
     batches: a grain iterator over batches; its place is in the checkpoints.
-    schedule: how long, and what how often.
+    schedule: the length, and the steps of evaluation, saving and logging.
     fingerprint: of all that the run depends on.
     train_step: `(state, reference, batch) -> (state, StepOutput)`.
-    take: `(step, ahead.Read) -> Taken`, called while the step before runs: puts
-      the batch on the devices.
+    take: `(step, prefetch.Read) -> Taken`, called while the step before runs:
+      puts the batch on the devices.
     evaluate: `params -> {name: number}`, to be written as they are named.
     ledger: for the scores; None where the method has none.
 
@@ -129,7 +130,7 @@ def run(
 
   Raises:
     step_log.NonFiniteError: too many steps in a row were skipped.
-    ValueError: what was saved is damaged or lost, and nothing before it is
+    ValueError: saved files are damaged or lost, and nothing before them is
       left.
     preemption.PreemptedError: after a SIGTERM; the run is saved.
     OSError: the folder can't be written to, or the disk is full.
@@ -212,10 +213,10 @@ def run(
 
 
 def _recorded(folder, ledger, fingerprint):
-  """Up to which step all is on record that a checkpoint counts on, and why.
+  """Finds the last step up to which the run is on record; also the reason.
 
-  Rows and lines reach the disk before the checkpoint: where they lack, they
-  were lost since, and their steps are to be made again.
+  Rows and lines reach the disk before the checkpoint that counts on them: where
+  they lack, they were lost since, and their steps are to be made again.
   """
   limit, reason = None, ""
   if distributed.is_first():
@@ -230,25 +231,25 @@ def _recorded(folder, ledger, fingerprint):
         where = ledger.path.joinpath(*ledger.lost_files[:1])
         limit = lost
         reason = f"{where}: rows of steps from {lost} on were lost."
-  told = distributed.texts_of_all(json.dumps([limit, reason]))[0]
+  told = distributed.gather_texts(json.dumps([limit, reason]))[0]
   return json.loads(told)
 
 
 def _forget_lost(ledger, step):
-  """Makes way for rows that are recorded again."""
+  """Makes way for rows that will be recorded again."""
   if ledger.first_lost_step is not None:
     ledger.forget_from(step)
 
 
 def check_finished(folder: pathlib.Path, ledger: gm.ScoreLedger | None) -> None:
-  """Raises where a finished run lacks rows of its ledger.
+  """Raises if a finished run lacks rows of its ledger.
 
   Args:
     folder: the run's.
     ledger: opened so that it may lack files; None: there are no scores.
 
   Raises:
-    ValueError: which file is missing, and what to do. In processes other than
+    ValueError: a file is missing: its name, and advice. In processes other than
       the first, a RuntimeError.
   """
   if ledger is None:
@@ -275,7 +276,7 @@ def _next(step, reader, log, take):
 
 
 def _check_room(folder, state, schedule):
-  """Raises before training where checkpoints would fill the disk."""
+  """Raises before training if checkpoints would fill the disk."""
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   # The oldest goes once the newest is there.
   count = schedule.keep + 1
@@ -287,7 +288,7 @@ def _check_room(folder, state, schedule):
 
 
 class _Trace:
-  """A profile of some steps; of several processes, of the first one."""
+  """A profile of some steps, by the first process."""
 
   def __init__(self, folder, first=-1, end=-1):
     self._folder = folder / PROFILE_FOLDER
@@ -311,12 +312,12 @@ class _Trace:
 
 
 def nonfinite_samples(folder: pathlib.Path) -> int:
-  """Counts how often a sample was left out because it was not finite."""
+  """Counts the times that a sample was left out because it was not finite."""
   rows = writers.read_metrics(folder / writers.METRICS_FILE)
   return int(sum(row.get("train_nonfinite", 0) for row in rows))
 
 
-def check_counts(config: Any, *fields: str) -> None:
+def check_counts(config: config_dict.ConfigDict, *fields: str) -> None:
   """Raises ValueError unless these fields are at least 1."""
   for field in fields:
     value = config

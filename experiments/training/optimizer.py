@@ -1,14 +1,14 @@
 """Optimizers by name, as optax has them."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
 _SCHEDULES = ("cosine", "constant")
-# Which parameters decay: all, or those of two axes and more.
+# Parameters that decay: all, or those of two axes and more.
 _DECAYING = {
   "all": None,
   "matrices": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
@@ -16,18 +16,18 @@ _DECAYING = {
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   total_steps: int,
   last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer of `config.optimizer`.
+  """Creates the optimizer of `config.optimizer`.
 
   Args:
     config: `name`, `learning_rate`, `schedule`, `warmup_steps`, `weight_decay`
       and `decaying`; `b1`, `b2` and `epsilon` of AdamW.
     total_steps: of the run.
-    last: closes the chain, such as bounds that a parameter is kept in.
+    last: closes the chain, such as a transformation that bounds a parameter.
 
   Returns:
     An optax transformation over averaged gradients.
@@ -64,9 +64,9 @@ def create(
 
 
 def _learning_rate(config, total_steps):
-  """A line up to the learning rate, and half a cosine down to 0, or none.
+  """Makes a line up to the learning rate, then half a cosine to 0, or none.
 
-  The first step has 1 / warmup_steps of the rate, not 0: so do OpenCLIP's.
+  The first step has 1 / warmup_steps of the rate, not 0, as in OpenCLIP.
   """
   if config.schedule not in _SCHEDULES:
     raise ValueError(

@@ -1,7 +1,8 @@
 """The reference, as a training step receives it."""
 
 import pathlib
-from typing import Any
+
+from ml_collections import config_dict
 
 from experiments.methods import Method
 from experiments.tasks import Task
@@ -10,19 +11,18 @@ from experiments.training import grand
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   method: Method | None,
   task: Task,
   folder: pathlib.Path | None = None,
 ) -> Reference | None:
-  """The reference that a method asks for.
+  """Loads the reference that a method asks for.
 
   Args:
     config: the run's.
     method: the run's, or None.
     task: the run's.
-    folder: the run's, which keeps what takes long to compute; None keeps
-      nothing.
+    folder: the run's, which keeps results that take long; None keeps nothing.
 
   Returns:
     A Reference, or None for a method that needs none.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.runtime import distributed, workdir as workdir_lib
@@ -16,7 +17,7 @@ FILE = "reference_check.json"
 
 
 def check(
-  config: Any,
+  config: config_dict.ConfigDict,
   folder: pathlib.Path,
   losses_fn: Callable[..., Any],
   params: Any,
@@ -33,11 +34,11 @@ def check(
     losses_fn: `(params, batch) -> (losses [B], aux)`.
     params: the learner's parameters before the first step.
     reference: the run's, or None.
-    draw: gives the batch to check on; `batch_of` has one.
+    draw: gives the batch to check on.
     instead: the methods to recommend where the weights would harm.
 
   Returns:
-    What `save` writes, or None if there was nothing to check.
+    The values that `save` writes, or None if there was nothing to check.
 
   Raises:
     ValueError: the reference lies in a foreign basin, and `config.mimic.force`
@@ -84,13 +85,13 @@ def check(
 
 
 def save(folder: pathlib.Path, checked: dict[str, Any] | None) -> None:
-  """Leaves what `check` returned in the run's folder."""
+  """Writes the result of `check` to the run's folder."""
   if checked is not None:
     workdir_lib.write_json(folder / FILE, checked, sealed=True)
 
 
 def as_json(report: gm.ReferenceReport) -> dict[str, Any]:
-  """The report's fields as JSON has them: numbers that aren't are null."""
+  """Converts the report's fields to JSON: numbers that aren't are null."""
 
   def plain(value):
     if isinstance(value, np.ndarray):

@@ -31,10 +31,12 @@ PROGRESS_FILE = "progress.json"
 JOB = "score"
 
 
-def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
+def score_dataset(
+  config: config_dict.ConfigDict, workdir: Any
+) -> dict[str, Any]:
   """Scores every sample once for each checkpoint; goes on where it stopped.
 
-  Called by all processes of a job at once; they share every batch.
+  All processes of a job call this at once; they share every batch.
 
   Args:
     config: as `configs/score.py` describes it.
@@ -42,7 +44,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
       is a checkpoint), and at the end `result.json`.
 
   Returns:
-    What is in `result.json`: the checkpoints' steps, counts, fingerprints.
+    The content of `result.json`: the checkpoints' steps, counts, fingerprints.
 
   Raises:
     ValueError: an unknown field or name, a method without scores, a workdir of
@@ -80,7 +82,7 @@ def score_dataset(config: Any, workdir: Any) -> dict[str, Any]:
 
 
 def check_run(folder: pathlib.Path, section: dict[str, Any]) -> None:
-  """Raises ValueError where `run.json` is not that of the finished job."""
+  """Raises ValueError if `run.json` is not that of the finished job."""
   file = folder / RESULT_FILE
   own = workdir_lib.read_json(file, {}).get("run") if file.exists() else None
   found = workdir_lib.fingerprint(section)
@@ -91,8 +93,8 @@ def check_run(folder: pathlib.Path, section: dict[str, Any]) -> None:
     )
 
 
-def learners_config(config: Any) -> Any:
-  """The learner's own config, with what is scored otherwise.
+def learners_config(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Makes the learner's own config, with the fields that scoring changes.
 
   Args:
     config: as `configs/score.py` describes it.
@@ -116,9 +118,9 @@ def learners_config(config: Any) -> Any:
   run = complete(workdir_lib.read_config(file.parent), file)
   run.method, run.batch_size = config.method, config.batch_size
   run.mimic = config_dict.ConfigDict(workdir_lib.as_dict(config.mimic))
-  run.data.filter = None  # all are scored, also those that it left out
+  run.data.filter = None  # all samples are scored, also those that it left out
   if config.method != "grand_offline":  # which starts where the learner did
-    run.model.pretrained = None  # what came of it is in the checkpoints
+    run.model.pretrained = None  # the checkpoints have what came of it
   if config.split is not None:
     if "train_split" not in run.data:
       raise ValueError(
@@ -132,11 +134,11 @@ def learners_config(config: Any) -> Any:
 
 
 def complete(section: dict[str, Any], file: pathlib.Path) -> Any:
-  """A stored config, with the defaults of fields that are newer than it.
+  """Adds the defaults of newer fields to a stored config.
 
   Args:
     section: the config.
-    file: where it was stored.
+    file: the config's file.
 
   Returns:
     The config.
@@ -167,13 +169,18 @@ def complete(section: dict[str, Any], file: pathlib.Path) -> Any:
 class _Scoring:
   """Scores batches of a task with a run's checkpoints."""
 
-  def __init__(self, config: Any, run: Any, folder: pathlib.Path):
+  def __init__(
+    self,
+    config: config_dict.ConfigDict,
+    run: config_dict.ConfigDict,
+    folder: pathlib.Path,
+  ):
     self.config = config
     devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
     self.devices = devices
     self.learner = pathlib.Path(config.learner)
     method = train.create_method(run)
-    self.task = task = tasks.get(run).of_learner(
+    self.task = task = tasks.get(run).create_for_scoring(
       run, devices, self.learner, direction=method and method.direction
     )
     if task.samples is None and devices.process[1] > 1:
@@ -196,7 +203,7 @@ class _Scoring:
       )
     learner = workdir_lib.fingerprint(
       [
-        checkpoint.fingerprint(self._params_of(step))
+        checkpoint.fingerprint(self._load_params(step))
         for step in self.checkpoints
       ]
     )
@@ -208,11 +215,11 @@ class _Scoring:
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
 
-  def _params_of(self, step):
+  def _load_params(self, step):
     return checkpoint.load_params(self.learner, self.task.params, step=step)
 
   def to_the_end(self, folder: pathlib.Path) -> int:
-    """Scores what is left to score; how many samples a pass has."""
+    """Scores the samples that are left; returns the number in a pass."""
     ledger = gm.ScoreLedger(
       folder / LEDGER_FOLDER,
       fingerprints=self.fingerprints,
@@ -224,7 +231,7 @@ class _Scoring:
     found = [0]
     if distributed.is_first():
       found = self._done(ledger, progress, own)
-    done, *starts = json.loads(distributed.texts_of_all(json.dumps(found))[0])
+    done, *starts = json.loads(distributed.gather_texts(json.dumps(found))[0])
     starts = starts or [0]
     pending: list[Any] = []
 
@@ -251,7 +258,7 @@ class _Scoring:
     with contextlib.closing(writers.progress(count, done, "score")) as bar:
       while len(starts) <= len(self.checkpoints):
         epoch = len(starts) - 1
-        params = self._params_of(self.checkpoints[epoch])
+        params = self._load_params(self.checkpoints[epoch])
         at = max(done, starts[epoch])
         for batch in self.task.passes(at - starts[epoch]):
           rows = self.task.take(batch)
@@ -271,10 +278,10 @@ class _Scoring:
     return self.task.samples or len(ledger.matrix()[0])
 
   def _done(self, ledger, progress, own):
-    """Counts the batches that are scored and on record, and where passes begin.
+    """Counts batches that are scored and on record; also the passes' starts.
 
-    Rows reach the disk before the count of them: what a kill cuts off in
-    between is scored again, and a ledger has one row for it all the same.
+    Rows reach the disk before their count: rows that a kill cuts off in between
+    are scored again, and a ledger has one row for each all the same.
     """
     lost = ledger.first_lost_step
     if lost is not None:
@@ -301,6 +308,6 @@ class _Scoring:
     ]
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Scores, then prints the result."""
   print(json.dumps(score_dataset(config, workdir), indent=2))

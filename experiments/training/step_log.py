@@ -14,7 +14,7 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 
-# Steps that may be under way: one runs, and the next one waits to.
+# Steps that may be under way: one runs, and the next one waits for it.
 _AHEAD = 2
 NONFINITE_FILE = "nonfinite.json"
 
@@ -27,8 +27,8 @@ class StepLog:
   """Keeps step outputs on the device until a group of them is written.
 
   Fetching them step by step would make every step wait for the one before.
-  Their copies to the host start as soon as a step is done, and what is written
-  are steps that are done, while others run.
+  Their copies to the host start as soon as a step is done; done steps are
+  written while others run.
   """
 
   def __init__(
@@ -44,10 +44,10 @@ class StepLog:
 
     Args:
       folder: the run's.
-      metrics: for what steps measured, and how fast they were.
+      metrics: for the steps' measurements, and their speed.
       ledger: for scores; None where the method has none.
       every: steps in a group.
-      nonfinite_stop: how many skipped steps in a row end the run; 0: none.
+      nonfinite_stop: skipped steps in a row that end the run; 0: none.
     """
     self._folder, self._metrics, self._ledger = folder, metrics, ledger
     self._every, self._nonfinite_stop = every, nonfinite_stop
@@ -59,21 +59,21 @@ class StepLog:
   def add(self, step: int, taken: Any, output: Any, waited: float) -> None:
     """Takes a step that was started; writes a group that is complete.
 
-    Waits until no more than two steps are under way: what more of them would
-    keep on the devices are their batches.
+    Waits until no more than two steps are under way: more of them would keep
+    their batches on the devices.
 
     Args:
-      step: which.
+      step: the step's number.
       taken: the `loop.Taken`.
       output: the `steps.StepOutput`.
-      waited: seconds that nothing ran, in all so far, for want of a batch.
+      waited: total seconds spent waiting for data.
     """
     for leaf in jax.tree.leaves(output):
       leaf.copy_to_host_async()
     self._pending.append((step, (taken.ids, taken.real, taken.epoch), output))
     self._steps += 1
     if self._since is None:
-      self.restart(waited)  # compiling is not what is to be measured
+      self.restart(waited)  # compiling is not measured
     if len(self._pending) > _AHEAD:
       jax.block_until_ready(self._pending[-_AHEAD - 1][-1].metrics)
     if len(self._pending) >= self._every + _AHEAD:
@@ -96,7 +96,7 @@ class StepLog:
       self._ledger.flush()
 
   def restart(self, waited: float) -> None:
-    """Measures speed from now on: what was before were no steps."""
+    """Measures speed from now on, without the time before."""
     self._since, self._steps, self._waited = time.perf_counter(), 0, waited
 
   def _write_speed(self, step, waited):
@@ -129,7 +129,7 @@ class StepLog:
       self._count(step, ids[real], found.get("train_skipped", 0))
 
   def _count(self, step, ids, skipped):
-    """Stops the run where nothing but skipped steps is to be expected."""
+    """Stops the run if nothing but skipped steps is to be expected."""
     if not skipped:
       self._skipped.clear()
       return

@@ -31,12 +31,12 @@ class StepOutput(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step."""
+  """Makes the state before the first step."""
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
 
 def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
-  """The shardings of what a train step puts out, for `make_train_step`.
+  """Makes the shardings of a train step's results, for `make_train_step`.
 
   Args:
     state: the step's.
@@ -44,15 +44,15 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
 
   Returns:
     The beginning of a tree of shardings: the state by the rule, metrics whole
-    everywhere, and what there is of each sample divided like the samples. None
-    for a single device.
+    everywhere, and values of samples divided like the samples. None for a
+    single device.
   """
   if mesh is None:
     return None
-  # One stands in the place of a whole dict.
+  # One sharding stands for a whole dict.
   whole: Any = jax.sharding.NamedSharding(mesh, sharding.WHOLE)
   rows: Any = jax.sharding.NamedSharding(mesh, sharding.ROWS)
-  return sharding.of_tree(state, mesh), StepOutput(whole, rows)
+  return sharding.make_param_shardings(state, mesh), StepOutput(whole, rows)
 
 
 def make_train_step(
@@ -64,28 +64,29 @@ def make_train_step(
   *,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
-  """A jitted step of one method.
+  """Makes a jitted step of one method.
 
   Args:
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
     tx: the optimizer, over averaged gradients.
-    method: what weights the samples; None is the plain mean.
+    method: weights the samples; None is the plain mean.
     config: `config.mimic`: `layers`, `scope`, `engine`, `microbatch_size` and
       `check_independence`.
-    outputs: the task's, for methods that go by outputs; losses_fn's are then
-      theirs.
-    out_shardings: of `(TrainState, StepOutput)`, or what a tree of them begins
-      with; None leaves it to the compiler.
+    outputs: the task's, for methods that go by outputs; they then replace
+      losses_fn.
+    out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
+      tree; None leaves them to the compiler.
 
   Returns:
     `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. `reference` is what the method's direction asks for: a parameter
+    donated. `reference` is the input of the method's direction: a parameter
     tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
     steps without a direction ignore it. Samples whose loss (or score, or
     divergence, by the method) is not finite get no weight and are counted in
-    `metrics["nonfinite"]`; what they reach of the gradient is 0. Where no
-    sample is left, or the gradient is not finite all the same, parameters and
-    optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts on.
+    `metrics["nonfinite"]`; entries of the gradient that they reach are 0. Where
+    no sample is left, or the gradient is not finite all the same, parameters
+    and optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts
+    on.
 
   Raises:
     ValueError: microbatches of losses that depend on batch mates.
@@ -106,7 +107,7 @@ def make_step(
   gradient: Callable[[TrainState, Any, Any], tuple[Any, StepOutput]],
   tx: optax.GradientTransformation,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
-  """`make_train_step`'s step, by any gradient, and not jitted.
+  """Makes a step as `make_train_step` does, by any gradient, and not jitted.
 
   Args:
     gradient: `(state, reference, batch) -> (gradient, StepOutput)`.
@@ -141,11 +142,11 @@ def make_score_step(
   *,
   out_shardings: Any = None,
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
-  """A jitted step that scores a batch and changes nothing.
+  """Makes a jitted step that scores a batch and changes nothing.
 
   Args:
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
-    method: whose scores.
+    method: the method of the scores.
     config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
       `check_independence`.
     outputs: as in `make_train_step`.
@@ -176,12 +177,12 @@ def make_score_step(
   return jax.jit(score_step, out_shardings=out_shardings)
 
 
-def direction_of(
+def make_direction(
   name: str,
   losses_fn: Callable[..., Any],
   outputs: Outputs | None,
 ) -> gm.Direction:
-  """The library's direction of that name; see `methods.DIRECTIONS`.
+  """Returns the library's direction of that name; see `methods.DIRECTIONS`.
 
   Args:
     name: a method's `direction`.
@@ -208,14 +209,14 @@ def _is_sound(grads, nonfinite, mask):
 
 
 def _plain_gradient(losses_fn, outputs):
-  """The plain mean of the losses.
+  """Makes the gradient of the plain mean of the losses.
 
-  With outputs, of the divergences from the reference's: straight toward these,
-  and labels are only measured.
+  With outputs, it is that of the divergences from the reference's outputs:
+  labels are then only measured.
   """
 
   def gradient(state, reference, batch):
-    def values_of(params):
+    def compute_values(params):
       if outputs is None:
         losses, hits = losses_fn(params, batch)
         return losses, (losses, hits)
@@ -224,7 +225,7 @@ def _plain_gradient(losses_fn, outputs):
       return outputs.divergences(reference, found, batch), measured
 
     values, pullback, (losses, hits) = jax.vjp(
-      values_of, state.params, has_aux=True
+      compute_values, state.params, has_aux=True
     )
     _, weights = _valid(values, batch["mask"])
     grads = _pulled(pullback, weights, values)
@@ -238,7 +239,7 @@ def _plain_gradient(losses_fn, outputs):
 
 
 def _attached_gradient(losses_fn, method, outputs):
-  """Excess-loss weights that are not constants of the step, as published.
+  """Makes excess-loss weights that are not constants, as published.
 
   The gradient of `sum_i w_i(l) l_i` is not `sum_i w_i g_i`: with softmax
   weights of `l - baseline` at temperature T it is `sum_i w_i (1 + (l_i - sum_j
@@ -279,7 +280,7 @@ def _valid(values, mask):
 
 
 def _valid_mean(values, mask):
-  """The mean of what is finite; NaN if nothing of what came is."""
+  """Averages finite values; NaN if none of those that came is finite."""
   valid, weights = _valid(values, mask)
   lost = jnp.any(mask) & ~jnp.any(valid)
   mean = jnp.sum(jnp.where(valid, values, 0) * weights)
@@ -287,7 +288,7 @@ def _valid_mean(values, mask):
 
 
 def _pulled(pullback, weights, values):
-  """The gradient of the values' weighted sum, the weights being constants."""
+  """Computes the gradient of the values' weighted sum, for constant weights."""
   (grads,) = pullback(weights)
   # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
   sound = jnp.all(jnp.isfinite(values))
@@ -295,7 +296,7 @@ def _pulled(pullback, weights, values):
 
 
 def find_score(method: Method, outputs: Outputs | None) -> Score:
-  """The method's score: the task's of that name, or else the library's."""
+  """Finds the method's score, the task's or else the library's."""
   score = method.score
   if score is None:
     raise ValueError("the method has no score; expected one that has.")
@@ -327,7 +328,7 @@ def _engine_options(losses_fn, method, config, outputs):
 
   return {
     "losses_fn": with_aux,
-    "direction": direction_of(method.direction, losses_fn, outputs),
+    "direction": make_direction(method.direction, losses_fn, outputs),
     "layers": config.layers,
     "score": score,
     "engine": config.engine,

@@ -7,6 +7,8 @@ import pathlib
 import time
 from typing import Any
 
+from ml_collections import config_dict
+
 import gradmimic_jax as gm
 from experiments import methods, tasks
 from experiments.runtime import (
@@ -28,21 +30,23 @@ LEDGER_FOLDER = "ledger"
 JOB = "run"
 
 
-def train_and_evaluate(config: Any, workdir: Any) -> dict[str, Any]:
+def train_and_evaluate(
+  config: config_dict.ConfigDict, workdir: Any
+) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
-  Called by all processes of a job at once; they share every batch.
+  All processes of a job call this at once; they share every batch.
 
   Args:
     config: any task's.
     workdir: the run's folder, which all processes see. Gets `config.json`,
-      what the task leaves of its data, checkpoints, `metrics.jsonl` with
+      what the task saves of its data, checkpoints, `metrics.jsonl` with
       TensorBoard events beside it, the ledger of a method with scores, and at
       the end `result.json`.
 
   Returns:
-    What is in `result.json`: the last evaluation, counts, and the seconds since
-    the run was last started.
+    The content of `result.json`: the last evaluation, counts, and the seconds
+    since the run was last started.
 
   Raises:
     ValueError: an unknown field or name, a workdir of another config, a batch
@@ -80,7 +84,10 @@ class Run:
   """One run's parts, put together, and its loop."""
 
   def __init__(
-    self, config: Any, folder: pathlib.Path, task: tasks.Task | None = None
+    self,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    task: tasks.Task | None = None,
   ):
     """Puts the parts together; trains nothing.
 
@@ -135,7 +142,7 @@ class Run:
     )
 
   def to_the_end(self) -> dict[str, Any]:
-    """Restores, goes through the steps that are left, and sums up."""
+    """Restores, runs the steps that are left, and sums up."""
     with contextlib.closing(self.task):
       evaluation = loop.run(
         self.folder,
@@ -150,7 +157,7 @@ class Run:
       )
     return {
       "fingerprint": self.fingerprint,
-      # Whose the files beside are.
+      # Fingerprints of the files beside.
       "fingerprints": {
         **self._ledger_fingerprints(),
         **self.task.result_fingerprints(),
@@ -162,7 +169,7 @@ class Run:
     }
 
   def take(self, step: int, read: prefetch.Read) -> loop.Taken:
-    """A batch as the train step takes it."""
+    """Makes a batch as the train step takes it."""
     rows = self.task.take(read.batch)
     epoch = read.epoch
     if self.task.steps_per_epoch is not None:
@@ -176,7 +183,7 @@ class Run:
     )
 
   def ledger(self) -> gm.ScoreLedger | None:
-    """The run's ledger; None for a method without scores."""
+    """Opens the run's ledger; None for a method without scores."""
     if self.method is None or self.method.score is None:
       return None
     return gm.ScoreLedger(
@@ -187,12 +194,12 @@ class Run:
     )
 
   def _ledger_fingerprints(self):
-    """The run's, and of which data and labels a filter made of it is."""
+    """Returns the run's fingerprints, with those of its data and labels."""
     return {**self.fingerprints, **self.task.data_fingerprints}
 
 
-def create_method(config: Any) -> methods.Method | None:
-  """The method that a run's config names.
+def create_method(config: config_dict.ConfigDict) -> methods.Method | None:
+  """Creates the method that a run's config names.
 
   Args:
     config: the run's.
@@ -212,6 +219,6 @@ def create_method(config: Any) -> methods.Method | None:
   return methods.create(config.method, config.mimic)
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Trains, then prints the result."""
   print(json.dumps(train_and_evaluate(config, workdir), indent=2))

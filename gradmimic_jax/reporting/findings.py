@@ -81,8 +81,8 @@ def gather(
 
   Args:
     scores: [N, T], in the order of the selection.
-    selection: what `select` gave.
-    samples: what is known about the samples.
+    selection: as `select` gave it.
+    samples: the samples' labels, names and images.
     unit: the word for a column of scores.
     title: of the page.
     run: facts about the run, by name.
@@ -155,7 +155,7 @@ def verdict(selection: Selection, quality: DatasetQuality) -> str:
   """Sums the report up in one line.
 
   Args:
-    selection: what `select` gave.
+    selection: as `select` gave it.
     quality: the outcome of `dataset_quality`.
 
   Returns:

@@ -52,7 +52,7 @@ def report(
 
   Args:
     ledger: the ScoreLedger that the selection was made of, or scores [N, T].
-    selection: what `select` gave.
+    selection: as `select` gave it.
     path: of the page, ending with `.html`; the data goes to the same name with
       `.json`.
     dataset: what is known about the samples, each entry one a sample [M]:

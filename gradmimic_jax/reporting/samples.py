@@ -78,7 +78,7 @@ def find_samples(
 
   Args:
     dataset: by name, as `gm.report` takes it; None for nothing.
-    selection: whose samples are wanted.
+    selection: the selection whose samples are wanted.
 
   Returns:
     The Samples.

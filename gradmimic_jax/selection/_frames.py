@@ -27,7 +27,7 @@ def refuse_frames(value: Any, name: str) -> None:
   Args:
     value: anything; what isn't a frame (pandas, polars, Arrow or another that
       offers `__dataframe__`) passes.
-    name: what the error calls it.
+    name: its name in the error.
 
   Raises:
     TypeError: a frame with a column that isn't float or has a name such as

@@ -154,7 +154,7 @@ def write_parquet(
 
   Args:
     path: the file's path.
-    selection: what `select` gave.
+    selection: as `select` gave it.
     fingerprints: what it belongs to; those of its ledger if not given.
 
   Returns:
@@ -273,7 +273,7 @@ def write_csv(
 
   Args:
     path: the file's path.
-    selection: what `select` gave.
+    selection: as `select` gave it.
     fingerprints: what it belongs to; those of its ledger if not given. Written
       to `<path>.json`, with the checksum.
 

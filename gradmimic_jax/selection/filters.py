@@ -170,7 +170,7 @@ def of_selection(selection: Selection, source: str = "selection") -> Filter:
   """The filter that keeps what a selection keeps, of all of its samples.
 
   Args:
-    selection: what `select` gave.
+    selection: as `select` gave it.
     source: a word or two on where it comes from.
 
   Returns:

@@ -281,7 +281,7 @@ def resampled_shares(
   family of `two` from where it stands.
 
   Args:
-    points: what was fitted.
+    points: the points that were fitted.
     two: the fit.
     shift: of the points.
     scale: of the points.
@@ -322,7 +322,7 @@ def _untied(x: np.ndarray) -> np.ndarray:
   value that came m times becomes m places between its neighbours' middles, as
   far as the usual gap goes; of only two values each is a population.
   """
-  # What differs by rounding alone is the same.
+  # Numbers that differ by rounding alone are the same.
   start = np.flatnonzero(np.r_[True, np.diff(x) > 1e-9 * (x[-1] - x[0])])
   if len(start) in (len(x), 1, 2):
     return x

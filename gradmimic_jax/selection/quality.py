@@ -81,7 +81,7 @@ def dataset_quality(
   and the share of samples that score above the mark, if there is one.
 
   Args:
-    selection: what `select` gave. Where a function aggregated the votes, the
+    selection: as `select` gave it. Where a function aggregated the votes, the
       bootstrap takes the majority.
     level: of the interval.
     n_bootstrap: number of draws with votes, of up to `BOOTSTRAP_SIZE` samples.
@@ -189,7 +189,7 @@ def removal_curve(
     recall(k) = sum of (1 - p_i) over the first k / over all.
 
   Args:
-    selection: what `select` gave. Samples without a vote are never removed.
+    selection: as `select` gave it. Samples without a vote are never removed.
     sure: probability from which a sample is surely of its kind. The uncertain
       band lies between the samples surely mislabelled and those not surely
       clean.
@@ -236,7 +236,7 @@ def class_table(
   """The label issues of every class, the noisiest class first.
 
   Args:
-    selection: what `select` gave.
+    selection: as `select` gave it.
     labels: the given labels [N], in the order of `selection.ids`: integers or
       strings.
     names: the classes' names, by integer label.

@@ -54,7 +54,7 @@ def classifier(simple):
     "mask": np.arange(BATCH) < BATCH - 3,
   }
   losses_fn = classification.make_losses_fn(apply)
-  outputs = classification.outputs_of(classification.make_outputs_fn(apply))
+  outputs = classification.make_outputs(classification.make_outputs_fn(apply))
   return config, params, batch, losses_fn, outputs
 
 
@@ -80,7 +80,7 @@ def pairs(simple, rows):
     apply, params = clip.create(config.model, input_shape=(32, 32, 3), seed=0)
   apply = clip_features.scaled(apply, config.data.mean, config.data.std)
   losses_fn = contrastive.make_losses_fn(apply, "clip", sharding=rows)
-  outputs = contrastive.outputs_of(apply, sharding=rows)
+  outputs = contrastive.make_outputs(apply, sharding=rows)
   return config, params, batch, losses_fn, outputs
 
 

@@ -9,6 +9,7 @@ import contextlib
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 
 from configs.benchmark import pod as pod_config
 from experiments.benchmarks import timing
@@ -21,7 +22,7 @@ RESULT_FILE = "pod.json"
 TABLE_FILE = "pod.md"
 
 
-def measure(config: Any, workdir: Any) -> dict[str, Any]:
+def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Compiles all cases.
 
   Args:
@@ -61,7 +62,7 @@ def measure(config: Any, workdir: Any) -> dict[str, Any]:
   return results
 
 
-def table(config: Any, results: dict[str, Any]) -> str:
+def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """The tables, as `pod.md` has them."""
   return "\n".join(pod_tables.page(config, results))
 
@@ -74,7 +75,7 @@ def _be_many(devices):
     jax.config.update("jax_num_cpu_devices", max(now, devices))
 
 
-def scaling_cases(config: Any) -> list[Case]:
+def scaling_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The same step on more and more devices, the share of each the same."""
   scaling = config.scaling
   return [
@@ -87,7 +88,7 @@ def scaling_cases(config: Any) -> list[Case]:
   ]
 
 
-def case_of(key: str, config: Any) -> Case:
+def case_of(key: str, config: config_dict.ConfigDict) -> Case:
   """Reads `model/batch/devices/fsdp/step/layers/weighting`.
 
   Args:

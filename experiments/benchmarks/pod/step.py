@@ -202,8 +202,10 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
     out_shardings=steps.make_shardings(state, mesh),
   )
   shapes = Shapes(
-    _placed(state, sharding.of_tree(state, mesh)),
-    None if method is None else _placed(params, sharding.of_tree(params, mesh)),
+    _placed(state, sharding.make_param_shardings(state, mesh)),
+    None
+    if method is None
+    else _placed(params, sharding.make_param_shardings(params, mesh)),
     _placed(batch, jax.tree.map(lambda _: rows, batch)),
   )
   return step, shapes
@@ -267,7 +269,7 @@ def _classification(case, section, config, apply, rows):
     classification.make_losses_fn(apply),
     optimizer.create(config.optimizer, total_steps=_TOTAL_STEPS),
     batch,
-    classification.outputs_of(classification.make_outputs_fn(apply)),
+    classification.make_outputs(classification.make_outputs_fn(apply)),
   )
 
 
@@ -289,7 +291,7 @@ def _contrastive(case, section, config, apply, rows):
       last=contrastive.keep_logit_scale(),
     ),
     batch,
-    contrastive.outputs_of(apply, config.loss, sharding=rows),
+    contrastive.make_outputs(apply, config.loss, sharding=rows),
   )
 
 

@@ -3,18 +3,22 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ml_collections import config_dict
+
 from experiments.benchmarks.pod.step import PLAIN
 from experiments.runtime import tables
 
 _MIB = 2**20
 
 
-def is_model(config: Any, name: str) -> bool:
+def is_model(config: config_dict.ConfigDict, name: str) -> bool:
   """Whether the config has a model of that name."""
   return "image_size" in (config.get(name) or ())
 
 
-def scaled_steps(config: Any, model: str) -> list[tuple[str, str]]:
+def scaled_steps(
+  config: config_dict.ConfigDict, model: str
+) -> list[tuple[str, str]]:
   """The `(step/layers, weighting)` that are compiled on more and more devices.
 
   The plain step comes first; the others are compared with it. Of those a
@@ -29,7 +33,9 @@ def scaled_steps(config: Any, model: str) -> list[tuple[str, str]]:
   ]
 
 
-def page(config: Any, results: dict[str, Any]) -> Iterator[str]:
+def page(
+  config: config_dict.ConfigDict, results: dict[str, Any]
+) -> Iterator[str]:
   """The lines of `pod.md`.
 
   Args:
@@ -49,7 +55,9 @@ def page(config: Any, results: dict[str, Any]) -> Iterator[str]:
   yield from case_table(config, compiled)
 
 
-def scaling_table(config: Any, compiled: dict[str, Any]) -> Iterator[str]:
+def scaling_table(
+  config: config_dict.ConfigDict, compiled: dict[str, Any]
+) -> Iterator[str]:
   """Bytes that a step sends more than the plain step, by devices."""
   rows = []
   scaling = config.scaling
@@ -81,7 +89,9 @@ def scaling_table(config: Any, compiled: dict[str, Any]) -> Iterator[str]:
   yield from tables.markdown(header, rows)
 
 
-def case_table(config: Any, compiled: dict[str, Any]) -> Iterator[str]:
+def case_table(
+  config: config_dict.ConfigDict, compiled: dict[str, Any]
+) -> Iterator[str]:
   """What each case holds and sends, in MiB."""
   kinds = ("all-reduce", "all-gather", "reduce-scatter")
   rows = []

@@ -1,4 +1,4 @@
-"""Caption noise: which pairs of image and text get a wrong text, and which."""
+"""Caption noise: pairs of image and text get a wrong text, with known truth."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from experiments.data import streams
 
 KINDS = ("swapped", "truncated", "padded")
-# What pages say around a picture instead of saying what it shows.
+# Words that pages put around a picture instead of describing it.
 _FILLER = (
   *("buy", "shop", "sale", "best", "price", "free", "shipping", "order"),
   *("online", "new", "offer", "deal", "click", "here", "view", "more"),
@@ -19,8 +19,8 @@ _FILLER = (
 class NoisyCaptions(NamedTuple):
   """Captions after noise, beside the truth."""
 
-  captions: np.ndarray  # str [N], what a learner is given.
-  clean_captions: np.ndarray  # str [N], what was there before.
+  captions: np.ndarray  # str [N], as a learner is given them.
+  clean_captions: np.ndarray  # str [N], as they were before.
   is_noisy: np.ndarray  # bool [N], where the two differ.
   kind: np.ndarray  # str [N], one of `KINDS`, or "" where the caption is clean.
 
@@ -45,7 +45,7 @@ def apply_noise(
 
   Args:
     captions: The true captions [N].
-    classes: What each image shows [N], integers: a swapped caption always
+    classes: The class of each image [N], integers: a swapped caption always
       belongs to another class.
     rate: Share of captions to change, in [0, 1]; `round(rate * N)` are drawn,
       and each kind gets as many as any other, or one more.
@@ -95,7 +95,7 @@ def apply_noise(
     chosen = rows[number :: len(kinds)]
     kind[chosen] = name
     if name == "swapped":
-      donors = _of_other_classes(chosen, classes, rng)
+      donors = _draw_other_classes(chosen, classes, rng)
       for row, donor in zip(chosen, donors, strict=True):
         texts[row] = str(clean[donor])
     elif name == "truncated":
@@ -111,10 +111,10 @@ def apply_noise(
   return NoisyCaptions(noisy, clean, is_noisy, np.where(is_noisy, kind, ""))
 
 
-def _of_other_classes(
+def _draw_other_classes(
   rows: np.ndarray, classes: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-  """For each row one whose class differs, drawn uniformly."""
+  """Draws for each row one whose class differs, uniformly."""
   order = np.argsort(classes, kind="stable")
   groups = classes[order]
   first = np.searchsorted(groups, classes[rows], "left")

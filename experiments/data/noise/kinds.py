@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.data.noise import tables as noise_tables
 
-# What people take for one another in CIFAR-10, by Patrini et al.
+# Classes that people take for one another in CIFAR-10, by Patrini et al.
 CIFAR10_MAPPING = {
   "truck": "automobile",
   "bird": "airplane",
@@ -50,12 +50,12 @@ CIFAR100_GROUPS = (
 def noisy_count(rate: float, num_samples: int) -> int:
   """Counts the samples that a noise rate changes: `int(rate * num_samples)`.
 
-  Taken of the product as it is written: 0.29 * 100 is 28.999... in floating
-  point, and counts as 29.
+  The product counts as it is written: 0.29 * 100 is 28.999... in floating
+  point, and gives 29.
 
   Args:
     rate: Share of labels to change, in [0, 1].
-    num_samples: How many labels there are.
+    num_samples: The number of labels.
 
   Returns:
     The count, rounded down.
@@ -79,7 +79,7 @@ def symmetric(
     labels: int [N].
     rate: Share of labels to change, in [0, 1).
     num_classes: How many classes there are, C.
-    rng: Where the randomness comes from.
+    rng: The source of randomness.
 
   Returns:
     The new labels [N].
@@ -112,7 +112,7 @@ def pair(
     labels: int [N].
     rate: Share of labels to change, in [0, 1).
     num_classes: How many classes there are, C.
-    rng: Where the randomness comes from.
+    rng: The source of randomness.
 
   Returns:
     The new labels [N].
@@ -143,7 +143,7 @@ def asymmetric(
     labels: int [N].
     rate: Share of the source classes' labels to change, in [0, 1).
     num_classes: How many classes there are, C.
-    rng: Where the randomness comes from.
+    rng: The source of randomness.
     class_names: The names [C]. Those of CIFAR-10 and CIFAR-100 bring their
       mapping: truck to automobile, bird to airplane, deer to horse, cat and
       dog to each other; and the next class of the same superclass.
@@ -180,7 +180,7 @@ def confusion(
   rng: np.random.Generator,
   matrix: Any,
 ) -> np.ndarray:
-  """Moves labels as a confusion matrix says.
+  """Moves labels by a confusion matrix.
 
   Row c, divided by its sum, is the distribution of the label that a sample of
   class c is given. The number of noisy samples is `int` of what the matrix
@@ -193,7 +193,7 @@ def confusion(
     rate: If given, in [0, 1): all off-diagonal entries are multiplied by one
       number so that exactly `int(rate * N)` samples are noisy.
     num_classes: How many classes there are, C.
-    rng: Where the randomness comes from.
+    rng: The source of randomness.
     matrix: Counts or rates [C, C], true class by given class, or the path of
       a .npy file or of a .csv file (numbers only, no header) that holds them.
 
@@ -245,7 +245,7 @@ def confusion(
 
 
 class Kind(NamedTuple):
-  """One kind of noise, and what it is handed."""
+  """One kind of noise, and its options."""
 
   draw: Callable[..., np.ndarray]
   rate: str  # "needed", "optional" or "none"
@@ -259,7 +259,7 @@ KINDS: dict[str, Kind] = {
   "pair": Kind(pair, "needed"),
   "confusion": Kind(confusion, "optional", ("matrix",), ("matrix",)),
   "file": Kind(
-    noise_tables.labels_of,
+    noise_tables.read_labels,
     "none",
     ("ids", "class_names", "path", "column", "id_column"),
     ("ids", "path"),
@@ -278,7 +278,7 @@ def largest_remainder(
   Args:
     shares: Numbers >= 0, [K].
     total: Their sum, a whole number.
-    rng: Where the randomness comes from.
+    rng: The source of randomness.
 
   Returns:
     int [K], each less than 1 away from its share.
@@ -291,7 +291,7 @@ def largest_remainder(
 
 
 def _shifted(labels, rate, num_classes, rng, by):
-  """A random `rate` of the labels moved on by what `by(count)` says."""
+  """Moves a random `rate` of the labels on by `by(count)`."""
   chosen = rng.permutation(len(labels))[: noisy_count(rate, len(labels))]
   noisy = labels.copy()
   noisy[chosen] = (labels[chosen] + by(len(chosen))) % num_classes
@@ -299,12 +299,12 @@ def _shifted(labels, rate, num_classes, rng, by):
 
 
 def _draw(labels, source, count, rng):
-  """The indices of `count` random samples of one class."""
+  """Draws the indices of `count` random samples of one class."""
   return rng.permutation(np.flatnonzero(labels == source))[:count]
 
 
 def _pairs(mapping, class_names, num_classes) -> dict[int, int]:
-  """Source to target classes, as numbers."""
+  """Reads source and target classes, as numbers."""
   names = None if class_names is None else list(class_names)
   if mapping is None:
     mapping = _known_mapping(names)

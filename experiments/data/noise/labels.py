@@ -1,4 +1,4 @@
-"""Label noise: which samples get a wrong label, and which label.
+"""Label noise: samples get a wrong label, with known truth.
 
 Everything is drawn from one seed and saved with the run, so that selection and
 reports compare against the truth.
@@ -19,8 +19,8 @@ from experiments.runtime import workdir as workdir_lib
 class NoisyLabels(NamedTuple):
   """Labels after noise, beside the truth."""
 
-  labels: np.ndarray  # int32 [N], what a learner is given.
-  clean_labels: np.ndarray  # int32 [N], what was there before.
+  labels: np.ndarray  # int32 [N], as a learner is given them.
+  clean_labels: np.ndarray  # int32 [N], as they were before.
   is_noisy: np.ndarray  # bool [N], where the two differ.
   rate: float  # The exact share of noisy labels.
   missing: int = 0  # Samples that a file had no label for; theirs are clean.
@@ -121,7 +121,7 @@ def apply_noise(
     "column": column,
     "id_column": id_column,
   }
-  handed = _options_of(kind, rate, context, options)
+  handed = _check_options(kind, rate, context, options)
 
   clean = labels.astype(np.int32)
   if kind != "file":
@@ -139,7 +139,7 @@ def apply_noise(
   return _compare(noisy, clean, int(missing.sum()))
 
 
-def _options_of(kind, rate, context, options) -> dict[str, Any]:
+def _check_options(kind, rate, context, options) -> dict[str, Any]:
   """Returns the options of `kind`; raises where one is missing or too many."""
   about = KINDS[kind]
   for name, value in options.items():
@@ -182,8 +182,8 @@ def save(path: str | os.PathLike, noisy: NoisyLabels, ids: np.ndarray) -> None:
   """Writes labels with and without noise to an `.npz` file, all or nothing.
 
   Args:
-    path: Where to; an existing file is replaced.
-    noisy: What `apply_noise` gave, N labels.
+    path: The file; an existing one is replaced.
+    noisy: The labels, as `apply_noise` gave them, [N].
     ids: The samples' ids [N].
 
   Raises:
@@ -204,7 +204,7 @@ def save(path: str | os.PathLike, noisy: NoisyLabels, ids: np.ndarray) -> None:
 
 
 def load(path: str | os.PathLike) -> tuple[NoisyLabels, np.ndarray]:
-  """Reads what `save` wrote.
+  """Reads the labels that `save` wrote.
 
   Args:
     path: The `.npz` file.

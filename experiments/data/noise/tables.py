@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
-NO_LABEL = -1  # What `labels_of` gives a sample that the table doesn't have.
+NO_LABEL = -1  # Of a sample that the table has no label for.
 
 
-def labels_of(
+def read_labels(
   labels: np.ndarray,
   *,
   num_classes: int,
@@ -67,7 +67,7 @@ def labels_of(
 
 
 def read_matrix(matrix: Any, num_classes: int) -> np.ndarray:
-  """A confusion matrix of counts or rates, from an array or a file.
+  """Reads a confusion matrix of counts or rates, from an array or a file.
 
   Args:
     matrix: Numbers [C, C], or the path of a .npy file or of a .csv file
@@ -154,7 +154,7 @@ def _label_column(table, path, column, id_column) -> str:
 
 
 def _class_numbers(values, column, path, class_names, num_classes):
-  """A column of class numbers or names as numbers, null where there is none."""
+  """Converts a column of class numbers or names to numbers, null for none."""
   where = f"column {column!r} of {os.fspath(path)}"
   if pa.types.is_dictionary(values.type):
     values = values.cast(values.type.value_type)

@@ -60,7 +60,7 @@ def read_metadata(
 
   Args:
     path: A Parquet file, or a folder of them, which are read by name.
-    columns: Which to read beside "uid". Texts take the most memory by far.
+    columns: Those to read beside "uid". Texts take the most memory by far.
     limits: `table_row_group`.
 
   Returns:
@@ -101,7 +101,7 @@ def _types(table):
 
 
 def _read(part, wanted, limits):
-  """A file's uids and columns, a piece at a time; first an empty one."""
+  """Reads a file's uids and columns, a piece at a time; first an empty one."""
   with pq.ParquetFile(part) as file:
     schema, metadata = file.schema_arrow, file.metadata
   missing = {"uid", *wanted} - set(schema.names)
@@ -115,7 +115,7 @@ def _read(part, wanted, limits):
   kinds = {name: _plain(schema.field(name).type) for name in read}
   wanted_schema = pa.schema([(name, kinds[name]) for name in wanted])
   yield parse_uids([]), wanted_schema.empty_table()
-  # A text that many rows share is one text as long as its dictionary is kept:
+  # Rows that share a text share it in memory as long as its dictionary is kept:
   # a few bytes say that a million rows have a megabyte each.
   texts = [name for name, kind in kinds.items() if _is_text(kind)]
   with pq.ParquetFile(part, read_dictionary=texts) as file:
@@ -140,7 +140,7 @@ def _is_text(kind):
 
 
 def _unpacked(array, kind, most, name):
-  """A column as its own type, if it doesn't grow beyond belief."""
+  """Converts a column to its own type, unless it grows beyond the limit."""
   if not (pa.types.is_dictionary(array.type) and _is_text(kind)):
     return array.cast(kind)
   lengths = pc.binary_length(array.dictionary)
@@ -188,7 +188,7 @@ def _check_claims(metadata, columns, size, limits):
 def top(
   uids: Any, scores: Any, fraction: float, source: str = "top"
 ) -> gm.filters.Filter:
-  """The samples with the highest scores, by DataComp's rule.
+  """Keeps the samples with the highest scores, by DataComp's rule.
 
   A sample is kept if its score is at least the one at place `int(fraction * N)`
   of the scores in descending order, counted from 0: one more than that many,
@@ -198,7 +198,7 @@ def top(
     uids: Strings or pairs `u8,u8` [N], the whole pool; or other ids.
     scores: Their scores [N], high = good. NaN is below all others.
     fraction: In (0, 1].
-    source: What the filter is called.
+    source: The filter's name.
 
   Returns:
     The filter.
@@ -226,7 +226,7 @@ def top(
 def bottom(
   uids: Any, scores: Any, fraction: float, source: str = "bottom"
 ) -> gm.filters.Filter:
-  """The samples with the lowest scores, which others are to be without.
+  """Finds the samples with the lowest scores, to take away from others.
 
   Args:
     uids: Strings or pairs `u8,u8` [N], the whole pool; or other ids.
@@ -235,7 +235,7 @@ def bottom(
       don't count for the fraction.
     fraction: In (0, 1]; `int(fraction * M)` of the M scored samples, and of
       those that tie for the last place the ones that come first.
-    source: What the filter is called.
+    source: The filter's name.
 
   Returns:
     The filter.
@@ -253,20 +253,20 @@ def bottom(
 def basic(
   metadata: Metadata, *, is_english: Any = None, source: str = "basic"
 ) -> gm.filters.Filter:
-  """DataComp's basic filtering.
+  """Keeps the samples that pass DataComp's basic filtering.
 
   English, more than 2 words, more than 5 characters, the smaller side of the
   image at least 200 pixels, and the larger at most 3 times the smaller.
 
-  DataComp asks fastText's model of languages (lid.176) what is English. It is
-  not here, as nothing is fetched: give what it says as `is_english`. Without
+  DataComp asks fastText's model of languages (lid.176) for English. That model
+  is not here, as nothing is fetched: give its answers as `is_english`. Without
   it, a text counts as English if almost all of it is ASCII, which drops Chinese
   or Russian and lets German pass.
 
   Args:
     metadata: With `BASIC_COLUMNS`.
     is_english: Booleans [N]; None goes by ASCII.
-    source: What the filter is called.
+    source: The filter's name.
 
   Returns:
     The filter.
@@ -319,7 +319,7 @@ def _checked(
 
 
 def as_ids(ids: Any) -> np.ndarray:
-  """Uids as pairs `u8,u8`, ids of other data as they are.
+  """Converts uids to pairs `u8,u8`; ids of other data stay as they are.
 
   Args:
     ids: [N]: integers, text, pairs, or Arrow's array of one of these.
@@ -345,7 +345,7 @@ def write_ids(
   Args:
     path: the file's, ending with `.npy`.
     ids: [n], as `as_ids` takes them.
-    fingerprints: what they belong to.
+    fingerprints: names and values of what they belong to.
   """
   ids = as_ids(ids)
   if ids.dtype.names:

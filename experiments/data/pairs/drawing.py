@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 CANVAS = 32.0  # The unit of positions and radii: all pictures are this wide.
-_CHUNK = 512  # Objects drawn at once; what fits in a core's cache.
+_CHUNK = 512  # Objects drawn at once: as many as fit in a core's cache.
 
 
 def draw(
@@ -26,18 +26,18 @@ def draw(
   grain: np.ndarray | float = 0.0,
   image_size: int = 32,
 ) -> np.ndarray:
-  """Pictures of up to K objects of one shape and colour.
+  """Draws pictures of up to K objects of one shape and colour.
 
   `pixel = background (1 - a) + foreground a + grain`, with `a` in [0, 1] the
   share of the pixel that an object covers.
 
   Args:
     shape: Positions [N] in `SHAPES`, one for all objects of a picture.
-    x: Where objects are centred [N, K], from the left, on a canvas 32 wide;
+    x: Centres of the objects [N, K], from the left, on a canvas 32 wide;
       NaN where a picture has fewer than K.
     y: The same from the top [N, K].
     radius: From the centre to the farthest tip [N].
-    angle: By how much each object is turned [N, K], in radians.
+    angle: The turn of each object [N, K], in radians.
     foreground: Colours of the objects [N, 3], in 0 .. 255.
     background: Colours behind them [N, 3].
     grain: Added to all colours of a pixel [N, S, S].

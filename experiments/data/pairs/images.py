@@ -1,7 +1,7 @@
-"""Encoded images of unknown origin as square pixels, as CLIP is shown them.
+"""Encoded images of unknown origin as square pixels, as CLIP sees them.
 
-Of every image what is decoded is what Pillow finds in it, the first frame,
-turned to 8 bits:
+Of every image the first frame is decoded as Pillow reads it, then turned to 8
+bits a channel:
 
   1, L, P, RGB, YCbCr    as they are
   LA, PA, RGBA, ...      without their transparency: colours are those that are
@@ -30,7 +30,7 @@ from experiments.runtime import limits as limits_lib
 
 # Pillow knows forty formats, some of which run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# By request only: their extensions, and what Pillow calls them.
+# By request only: their extensions, and Pillow's names of them.
 OPTIONAL_FORMATS = {"gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF"}
 INTERPOLATIONS = {
   "bicubic": Image.Resampling.BICUBIC,
@@ -38,8 +38,8 @@ INTERPOLATIONS = {
 }
 _PHOTOMETRIC, _BITS = 262, 258  # Tags of TIFF.
 _SUB_FOLDERS = (34665, 34853, 40965)  # Of the camera: Pillow reads them too.
-# In a JPEG file: not a byte of pixels, which has a 0 behind it, nor one of the
-# marks by which reading goes on after damage.
+# In a JPEG file: neither a byte of pixels, which has a 0 behind it, nor one of
+# the marks by which reading goes on after damage.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _JUNK = 1 << 16  # Bytes; Pillow passes over them one by one.
 _PACKED = 64  # Compressed texts and profiles of a PNG file.
@@ -55,11 +55,11 @@ class BadImageError(Exception):
     self.reason, self.detail = reason, detail
 
 
-def formats_of(extensions: Iterable[str]) -> tuple[str, ...]:
-  """`FORMATS`, and those of `OPTIONAL_FORMATS` that have such extensions.
+def find_formats(extensions: Iterable[str]) -> tuple[str, ...]:
+  """Adds to `FORMATS` those of `OPTIONAL_FORMATS` that have such extensions.
 
   Example:
-    >>> formats_of(["jpg", "tiff"])
+    >>> find_formats(["jpg", "tiff"])
     ('JPEG', 'PNG', 'WEBP', 'TIFF')
   """
   more = (OPTIONAL_FORMATS.get(extension) for extension in extensions)
@@ -87,9 +87,9 @@ def decode(
     encoded: A JPEG, PNG or WebP file.
     size: Height and width of the result in pixels, S.
     interpolation: Of `INTERPOLATIONS`.
-    formats: Those that are read, as `formats_of` gives them.
-    limits: All that begin with `image_`, compared with what the file says
-      before anything is decoded.
+    formats: Those that are read, as `find_formats` gives them.
+    limits: All that begin with `image_`, compared with the file's claims before
+      anything is decoded.
 
   Returns:
     uint8 [S, S, 3].
@@ -146,7 +146,7 @@ def load(
     try:
       image.load()
       _check_size(*image.size, limits)
-      return _of_eight_bits(image).convert(mode)
+      return _to_eight_bits(image).convert(mode)
     except (BadImageError, MemoryError):
       raise
     except Exception as error:
@@ -165,8 +165,8 @@ def _check_size(width: int, height: int, limits: limits_lib.Limits) -> None:
     )
 
 
-def _of_eight_bits(image: Image.Image) -> Image.Image:
-  """The image with values in 0 .. 255, whatever Pillow read them as."""
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+  """Converts an image to values in 0 .. 255, whatever Pillow read them as."""
   if image.mode in ("La", "RGBa"):  # Multiplied by their opacity.
     return image.convert(image.mode.upper())
   if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
@@ -203,8 +203,8 @@ def _check_blocks(encoded: bytes, limits: limits_lib.Limits) -> None:
   """Raises BadImageError if a file's parts would take too long to go through.
 
   Pillow reads these before it tells an image's size, or decodes as often as the
-  file repeats itself. Only what a reader takes time or memory for is looked at;
-  what is damaged is left to Pillow.
+  file repeats itself. Only parts that take a reader time or memory are checked;
+  damage is left to Pillow.
   """
   if encoded.startswith(b"\xff\xd8"):
     _check_jpeg(encoded, limits)
@@ -225,7 +225,7 @@ def _too_many(what: str, count: int, most: int) -> BadImageError:
 
 
 def _check_jpeg(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """Every scan of a progressive file is a pass over all of its pixels."""
+  """Checks scans: each of a progressive file passes over all of its pixels."""
   place, blocks, scans, colours = 2, 0, 0, None
   while found := _MARKER.search(encoded, place):
     if not scans and found.start() - place > _JUNK:
@@ -250,7 +250,7 @@ def _check_jpeg(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 
 def _check_png(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """Chunks beside pixels; compressed ones are unpacked to be passed over."""
+  """Checks chunks beside pixels; a reader unpacks compressed ones."""
   place, others, packed = 8, 0, 0
   pixels = 0
   while place + 8 <= len(encoded):
@@ -275,7 +275,7 @@ def _check_png(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 
 def _check_webp(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """The canvas, which is made when the file is opened; and its blocks."""
+  """Checks the canvas, which opening the file makes, and the blocks."""
   kind, about = encoded[12:16], encoded[20:30]
   if kind == b"VP8X" and len(about) == 10:
     width = 1 + int.from_bytes(about[4:7], "little")
@@ -298,7 +298,7 @@ def _check_webp(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 
 def _check_gif(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """Extensions before the first image; comments are put together one by one."""
+  """Checks extensions before the first image: comments are joined in turn."""
   flags = encoded[10] if len(encoded) > 10 else 0
   place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
   blocks = 0
@@ -314,7 +314,7 @@ def _check_gif(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 
 def _check_bmp(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """Run lengths are unpacked one at a time, in Python."""
+  """Checks run lengths, which are unpacked one at a time, in Python."""
   if int.from_bytes(encoded[30:34], "little") in (1, 2) and (
     len(encoded) > limits.image_metadata
   ):
@@ -322,7 +322,7 @@ def _check_bmp(encoded: bytes, limits: limits_lib.Limits) -> None:
 
 
 def _check_tiff(encoded: bytes, limits: limits_lib.Limits) -> None:
-  """Tags: each may point to all of the file, and lists become Python's."""
+  """Checks tags: each may point to all of the file; lists become Python's."""
   order: Literal["little", "big"]
   order = "little" if encoded.startswith(b"II") else "big"
   big = encoded[2:4] in (b"+\0", b"\0+")

@@ -1,10 +1,11 @@
-"""Batches of image-text pairs from memory, alike those from shards.
+"""Batches of image-text pairs from memory, like those from shards.
 
 A training loop sees the same from `Pairs` and from `shards.ShardStream`: a
 grain data set with a `fingerprint`, whose iterator gives batches with "image"
-(uint8), "text", "uid", "index" and "mask" and has a small JSON state, which one
-of other data or settings refuses. Either goes on for as long as the loop asks:
-a budget of samples seen is a number of steps, samples over rows in a batch.
+(uint8), "text", "uid", "index" and "mask". Its state is a small JSON, which an
+iterator over other data or settings refuses. Either goes on as long as the loop
+asks: a budget of samples seen is a number of steps, samples over rows in a
+batch.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """`shapes`: pictures of coloured shapes with captions, for work without a web.
 
 Each picture shows one to three objects of one shape and colour, somewhere
-before a background, and its caption says all of that. Everything is drawn from
-one seed, in seconds, and the truth about wrong captions stays beside them.
+before a background, and its caption tells all of that. Everything is drawn from
+one seed, in seconds, and the truth about wrong captions is kept beside them.
 """
 
 import dataclasses
@@ -74,13 +74,13 @@ class Shapes:
 
   Attributes:
     images: uint8 [N, S, S, 3].
-    captions: str [N], what a learner is given.
-    clean_captions: str [N], what the pictures show.
+    captions: str [N], as a learner is given them.
+    clean_captions: str [N], as they describe the pictures.
     is_noisy: bool [N], where the two differ.
     noise_kind: str [N], one of `caption_noise.KINDS`, or "".
     labels: int32 [N], the class for zero-shot classification: colour and shape.
     class_names: Their names [C], as "red circle".
-    attributes: What each picture shows.
+    attributes: The content of each picture.
     uids: str [N], 32 hexadecimal digits each, as DataComp's.
     fingerprint: A hash of images and captions.
   """
@@ -111,7 +111,7 @@ def load(
   noise_kinds: Sequence[str] = caption_noise.KINDS,
   context_length: int = 77,
 ) -> Shapes:
-  """Draws one split; kept for the rest of the process.
+  """Draws one split, which is kept for the rest of the process.
 
   The pictures and true captions depend on split, size, seed and image size
   alone, whatever the noise. Splits of one seed are drawn independently and
@@ -119,13 +119,13 @@ def load(
 
   Args:
     split: One of `SPLITS`.
-    size: How many pairs, N.
+    size: The number of pairs, N.
     seed: Not negative.
     image_size: Height and width in pixels, S; at least 16.
     noise_rate: Share of pairs that get a wrong caption, in [0, 1].
-    noise_kinds: How captions are wrong, a tuple; see `caption_noise`.
-    context_length: The tokenizer's: how many filler words a padded caption
-      has before it says anything.
+    noise_kinds: The kinds of wrong captions, a tuple; see `caption_noise`.
+    context_length: The tokenizer's: the number of filler words in front of a
+      padded caption.
 
   Returns:
     The split.
@@ -193,15 +193,15 @@ def load(
 
 
 def class_names() -> tuple[str, ...]:
-  """The classes of zero-shot classification [C], in the order of labels."""
+  """Returns the classes of zero-shot classification [C], in order of labels."""
   return tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 
 def class_prompts() -> tuple[tuple[str, ...], ...]:
-  """The texts that stand for each class [C][T], to average over T templates.
+  """Returns the texts of each class [C][T], to average over T templates.
 
-  They say all that a caption says, each something else of place, number and
-  background: a text without these would be like none that was trained on.
+  They tell all that a caption tells, each another place, number and background:
+  a text without these would be like none that was trained on.
 
   Example:
     >>> class_prompts()[0][:2]
@@ -230,7 +230,7 @@ def _prompts(name: str) -> tuple[str, ...]:
 def _draw(
   attributes: Attributes, rng: np.random.Generator, image_size: int
 ) -> np.ndarray:
-  """The pictures [N, S, S, 3], each a little different from all others."""
+  """Draws the pictures [N, S, S, 3], each a little different from others."""
   size, most = len(attributes.objects), len(COUNTS)
   # Of [position, count]: the objects' places, NaN for those there are not.
   places = np.full((2, len(POSITIONS), most, most), np.nan)

@@ -26,7 +26,7 @@ _UID = re.compile(r"[0-9a-f]{32}")
 def expand(
   shards: str | os.PathLike | Iterable[str | os.PathLike],
 ) -> list[str]:
-  """The paths that a list of shards means, in its order.
+  """Expands a list of shards into paths, in its order.
 
   Args:
     shards: A path, a folder (all `.tar` files in it, by name), or a list of
@@ -53,7 +53,7 @@ def expand(
       if not os.path.isdir(path):
         paths.append(path)
         continue
-      paths += _of_folder(path)
+      paths += _list_folder(path)
   if not paths:
     raise ValueError("the list of shards is empty; give at least one path")
   if len(set(paths)) < len(paths):
@@ -70,8 +70,8 @@ def expand(
   return paths
 
 
-def _of_folder(path):
-  """A folder's shards, by name; what looks like others is said."""
+def _list_folder(path):
+  """Lists a folder's shards, by name; tells of files that look like others."""
   # Not ".*": macOS puts "._00000000.tar" beside each.
   names = sorted(x.name for x in os.scandir(path) if x.name[0] != ".")
   found = [os.path.join(path, name) for name in names if name.endswith(".tar")]
@@ -140,11 +140,11 @@ def write(
   samples it has. The same pairs give the same bytes.
 
   Args:
-    folder: Where to; made if it isn't there.
+    folder: The shards' folder; made if it isn't there.
     images: uint8 [H, W, 3] each; sizes may differ.
     captions: str [N].
     uids: 32 hexadecimal digits each [N].
-    samples_per_shard: How many samples a shard has, the last one excepted.
+    samples_per_shard: Samples in a shard, the last one excepted.
     image_format: "jpg" (quality 95), "png" or "webp" (both lossless).
 
   Returns:

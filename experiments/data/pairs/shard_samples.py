@@ -1,10 +1,10 @@
-"""The samples of one webdataset shard, and a count of what is wrong with them.
+"""The samples of one webdataset shard, and counts of the broken ones.
 
 A sample is a run of members of one name: an image, a caption (`txt`) and `json`
-that has its uid. Whatever is wrong with one is counted by reason, and never
-stops the reading of the next.
+that has its uid. A broken sample is counted by its reason, and never stops the
+reading of the next.
 
-Where a name ends and what it says of the content begins, tools don't agree:
+Tools differ in where a name ends and the extension begins:
 webdataset cuts at the first dot of a file's name ("000.seg.png" is of "000"),
 others name samples with dots and cut at the last ("clip v1.3.jpg"). Each shard
 is read by that rule of the two by which more of its samples are whole; only
@@ -34,7 +34,7 @@ FIRST, LAST = "first", "last"  # The dot at which a file's name is cut.
 UID_SOURCES = ("json", "name")
 _HEX = re.compile(r"[0-9a-f]{1,32}")
 _ODDITIES = {
-  # What was no UTF-8 is read as the character that stands for unknown ones.
+  # Bytes that were no UTF-8 are read as the sign for unknown characters.
   "unknown characters in the caption": re.compile("\ufffd"),
   "control characters in the caption": re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
@@ -44,11 +44,11 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _LISTED = 5  # Samples that are listed for each reason.
 _ROLES = ("image", "caption", "json")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-# What operating systems and archivers put beside files, and its folders.
+# Names that operating systems and archivers put beside files, and folders.
 _LITTER = ("._", ".DS_Store", "Thumbs.db", "desktop.ini", "pax_global_header")
 _LITTER_FOLDERS = re.compile(r"(^|/)(__MACOSX|PaxHeaders(\.\d+)?)(/|$)")
-_SAID: set[tuple[str, str]] = set()  # Folders and rules that the log has.
-# What to do about what is broken.
+_SAID: set[tuple[str, str]] = set()  # Folders and rules that were logged.
+# Remedies, by reason.
 _REMEDIES = {
   **dict.fromkeys(
     ("no uid", "uid is not 32 hexadecimal digits"),
@@ -79,7 +79,7 @@ class Parts:
       these formats be read, the first frame of each, which are refused
       otherwise.
     caption: Extensions of captions.
-    json: Extensions of what is said about a sample.
+    json: Extensions of a sample's metadata.
     caption_key: The field of the JSON that has the caption; None: the caption
       is a file of its own.
 
@@ -134,8 +134,8 @@ class Parts:
 
   @property
   def formats(self) -> tuple[str, ...]:
-    """The formats that images may have, as Pillow calls them."""
-    return images.formats_of(self.image)
+    """The formats that images may have, by Pillow's names."""
+    return images.find_formats(self.image)
 
   def required(self, uid_source: str) -> frozenset[str]:
     """The parts that a whole sample has."""
@@ -143,7 +143,7 @@ class Parts:
     return frozenset({"image", caption, uid_source} - {"name"})
 
   def cut(self, name: str, rule: str) -> tuple[str, str]:
-    """A file's name, and what is after it, in lower case."""
+    """Cuts a file's name; also the rest of it, in lower case."""
     if rule == FIRST:
       stem, _, extension = name.partition(".")
       return stem, extension.lower()
@@ -183,10 +183,10 @@ class Statistics:
     shards: Shards that were opened.
     broken: Samples that could not be used, by reason. A shard that is damaged
       or can't be read counts as one, whatever it held.
-    noted: What is odd and no sample is lost by, by what it is; but of copies
-      that meet in one batch only the first is used.
+    noted: Oddities that cost no sample, by kind; but of copies that meet in one
+      batch only the first is used.
     listed: The first few of each reason: [reason, shard, name, detail], as
-      `ascii` prints them, for a stranger wrote them.
+      `ascii` prints them, as strangers wrote them.
   """
 
   read: int = 0
@@ -215,7 +215,7 @@ class Statistics:
     self._add(self.noted, what, shard, key, detail)
 
   def note_oddities(self, sample: Sample) -> None:
-    """Counts what is odd about a caption that is used all the same."""
+    """Counts oddities of a caption that is used all the same."""
     for what, is_odd in _ODDITIES.items():
       if is_odd.search(sample.caption):
         self.add_noted(what, sample.shard, sample.key)
@@ -230,7 +230,7 @@ class Statistics:
       self.listed.append(row)
 
   def as_dict(self) -> dict[str, Any]:
-    """As JSON holds it; `Statistics(**as_dict)` is its like."""
+    """Converts the counts to JSON; `Statistics(**as_dict)` makes them again."""
     return dataclasses.asdict(self)
 
   def advice(self) -> str:
@@ -265,11 +265,11 @@ def read(
   parts: Parts = PARTS,
   limits: limits_lib.Limits = limits_lib.DEFAULT,
 ) -> Iterator[Sample | None]:
-  """Goes through the samples of a shard; only seeks past what isn't needed.
+  """Goes through the samples of a shard; seeks past content it doesn't need.
 
   Args:
     path: The shard, an uncompressed tar file.
-    statistics: Where everything is counted, but `samples`.
+    statistics: Counts everything but `samples`.
     skip: Samples to pass over unread, and uncounted.
     keep: `u8,u8` [K] ascending, the uids to keep; None keeps all. Images of
       others are not read.
@@ -277,8 +277,8 @@ def read(
       the sample, for shards that have no uids.
     with_content: Whether to read captions and images; without, a sample's are
       empty, and not missed.
-    parts: Which files make a sample.
-    limits: What is believed of the file.
+    parts: The files that make a sample.
+    limits: Bounds on the file's claims.
 
   Yields:
     Each sample in its order, None for one that is broken or filtered out, so
@@ -295,8 +295,8 @@ def read(
       groups = _groups(
         tar.members(file, limits=limits),
         _Grouper(parts, limits),
-        # What is known of the file is known until it changes.
-        lambda: _rule_of(
+        # The rule for a file holds until the file changes.
+        lambda: _choose_rule(
           path, about.st_size, about.st_mtime_ns, parts, required, limits
         ),
       )
@@ -340,7 +340,7 @@ def read(
       damaged = isinstance(error, tar.DamagedError)
       reason = "shard damaged" if damaged else "shard not readable"
       statistics.add_broken(reason, shard, "", error)
-      # It counts as one, whatever it held, so a share may not tell of it.
+      # A shard counts as one, whatever it held: the share may not tell of it.
       logging.warning("%s: %s (%a).", reason, path, str(error))
 
 
@@ -358,15 +358,15 @@ class _Group:
   parts: dict[str, tar.Member] = dataclasses.field(default_factory=dict)
   problem: tuple[str, str] | None = None
   members: int = 0
-  # Those that are no parts, by what their names are up to the last dot, where
-  # they would be parts if names were cut there.
+  # Members that are no parts, by their names up to the last dot: they would be
+  # parts if names were cut there.
   others: dict[str, set[str]] = dataclasses.field(default_factory=dict)
 
   def lost(self, required: frozenset[str]) -> list[str]:
-    """The samples, by name, that this rule of cutting names doesn't see.
+    """Names the samples that this rule of cutting names doesn't see.
 
-    Beside a sample's own parts, what would be a whole sample by itself: others
-    are webdataset's "000.seg.png" and the like.
+    Beside a sample's own parts, these are whole samples by themselves; other
+    members are webdataset's "000.seg.png" and the like.
     """
     if self.problem is not None:
       return []
@@ -383,13 +383,13 @@ class _Grouper:
   def __init__(
     self, parts: Parts, limits: limits_lib.Limits, rule: str | None = None
   ):
-    """Begins with no group; without a rule until two would differ."""
+    """Begins with no group, and without a rule until two would differ."""
     self.rule = rule
     self.group: _Group | None = None
     self._parts, self._limits = parts, limits
 
   def add(self, member: tar.Member) -> _Group | None:
-    """The group before, where the member begins another one."""
+    """Adds a member; returns the group before, if the member begins another."""
     folder, _, name = member.name.rpartition("/")
     stem, extension = self._parts.cut(name, self.rule or FIRST)
     if member.kind in (tar.DIRECTORY, tar.ARCHIVE) or (
@@ -431,9 +431,9 @@ def _groups(
   grouper: _Grouper,
   choose: Callable[[], str] | None = None,
 ) -> Iterator[_Group]:
-  """Runs of members of one name; `choose` is asked for a rule where one is due.
+  """Groups members by name; asks `choose` for a rule when it matters.
 
-  Names with less than two dots are the same by both.
+  Names with fewer than two dots are the same by both rules.
   """
   damaged = None
   members = iter(members)
@@ -459,7 +459,7 @@ def _groups(
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _rule_of(
+def _choose_rule(
   path: str,
   size: int,
   changed: int,
@@ -467,13 +467,13 @@ def _rule_of(
   required: frozenset[str],
   limits: limits_lib.Limits,
 ) -> str:
-  """The rule by which more of a shard's samples are whole.
+  """Chooses the rule by which more of a shard's samples are whole.
 
-  Not the number of whole ones decides but how many more they are than broken
-  ones: "000.seg.png" beside each sample must not outweigh them. Of two that
-  come out alike it is webdataset's own.
+  Whole samples are counted less broken ones: "000.seg.png" beside each sample
+  must not outweigh them. Where both rules come out alike, webdataset's own is
+  taken.
   """
-  del size, changed  # The cache goes by them.
+  del size, changed  # Keys of the cache.
   groupers = {rule: _Grouper(parts, limits, rule) for rule in (FIRST, LAST)}
   counts = {rule: [0, 0] for rule in groupers}  # Whole and broken.
 
@@ -632,12 +632,12 @@ def _is_in(keep: np.ndarray, uid: str) -> bool:
 def kept_uids(
   keep: Any, *, fingerprints: Mapping[str, str] | None = None
 ) -> np.ndarray:
-  """Uids to keep as `read` wants them: `u8,u8` ascending, each once.
+  """Converts uids to keep for `read`: `u8,u8` ascending, each once.
 
   Args:
     keep: The path of a DataComp subset file or of a selection as `.parquet` or
       `.csv`, a `gm.filters.Filter`, or uids as strings or pairs.
-    fingerprints: What a file should belong to.
+    fingerprints: Those of the data that a file should be for.
 
   Returns:
     Pairs [K].

@@ -1,22 +1,22 @@
 """Batches of image-text pairs streamed from webdataset shards.
 
-Shards are read in place: a header at a time, seeking past what a filter leaves
-out, each shard by one process. The `webdataset` package was read and left
-aside: its pipelines have no state to save, so a run can't go on with the very
+Shards are read in place: a header at a time, seeking past samples that a filter
+leaves out, each shard by one process. The `webdataset` package was read and not
+taken: its pipelines have no state to save, so a run can't go on with the very
 next sample; it reads members of any size into memory (a sparse member claims
 terabytes in 512 bytes), opens names that start with "pipe:" as shell commands,
-and takes the rest of a damaged shard for its end. What is here is a grain
-iterator: checkpoints hold its state as they hold that of any other.
+and takes the rest of a damaged shard for its end. This module has a grain
+iterator instead: checkpoints hold its state as they hold that of any other.
 
-The order is one of windows. Shards are permuted, the samples that follow one
-another in them are collected into windows, and each window is permuted; both
-permutations are drawn from the seed and the place. So the state is that place,
-a few numbers, and a restored stream reads one window again to go on exactly.
+The order is one of windows. Shards are permuted, consecutive samples in them
+are collected into windows, and each window is permuted; both permutations are
+drawn from the seed and the place. So the state is that place, a few numbers,
+and a restored stream reads one window again to go on exactly.
 
 A batch is a dict of NumPy arrays:
 
   image  uint8 [B, S, S, 3]
-  text   int32 [B, L], what the tokenizer made of the captions
+  text   int32 [B, L], the captions' tokens
   uid    str [B], 32 hexadecimal digits, "" for padding; none twice in a batch
   index  int64 [B], the sample's place in this process's stream, -1 for padding
   mask   bool [B], False for padding
@@ -73,19 +73,19 @@ class ShardStream(grain.IterDataset):
     batch_size: Rows in a batch of this process, B.
     image_size: Height and width of the images in pixels, S.
     seed: Not negative; None reads everything in its order, for evaluation.
-    num_epochs: When to stop; None goes on for ever. The last batch is padded.
+    num_epochs: Epochs to read; None goes on for ever. The last batch is padded.
     keep: Uids to keep: the path of a DataComp subset file, a Filter, or uids;
       None keeps all.
     window: Samples that are shuffled at once, held in memory as stored.
     uid_source: "json", or "name" for shards that have no uids.
-    parts: Which files make a sample: extensions of images, captions and JSON,
+    parts: Files that make a sample: extensions of images, captions and JSON,
       and the JSON's field for captions; see `shard_samples.Parts`.
-    process_index: Which process this is.
-    process_count: Of how many.
+    process_index: This process's number.
+    process_count: Number of processes.
     max_broken_share: Share of broken samples above which reading stops, once
       a thousand have been looked at or an epoch is over.
     num_threads: Decoding threads; 0 decodes in place.
-    limits: What is believed of the files.
+    limits: Bounds on the files' claims.
 
   Raises:
     FileNotFoundError: If a shard is not there.
@@ -156,7 +156,7 @@ class ShardStream(grain.IterDataset):
     return ShardIterator(self)
 
   def order(self, epoch: int) -> list[str]:
-    """The shards that this process reads in an epoch, in that order."""
+    """Returns the shards that this process reads in an epoch, in order."""
     numbers = np.arange(len(self.paths))
     if self.seed is not None:
       rng = np.random.default_rng((self.seed, streams.SHARDS, epoch))
@@ -165,7 +165,7 @@ class ShardStream(grain.IterDataset):
     return [self.paths[number] for number in mine]
 
   def _fingerprint(self) -> str:
-    """A hash of what decides which samples come when; not of the folder."""
+    """Hashes the arguments that decide which samples come when; no folders."""
     settings = {
       "shards": [[os.path.basename(p), os.path.getsize(p)] for p in self.paths],
       "batch_size": self.batch_size,
@@ -195,7 +195,7 @@ class ShardIterator(grain.DatasetIterator):
   """Goes through a `ShardStream`; its state is a small JSON dict.
 
   Attributes:
-    statistics: What was found so far; restored with the state.
+    statistics: Counts so far; restored with the state.
     epoch: The pass over the shards in which the last batch began.
   """
 
@@ -231,10 +231,10 @@ class ShardIterator(grain.DatasetIterator):
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to where the stream was.
+    """Sets the stream to a place.
 
     Args:
-      state: What `get_state` gave.
+      state: A state that `get_state` gave.
 
     Raises:
       ValueError: If it is the state of a stream of other data or settings.
@@ -245,7 +245,7 @@ class ShardIterator(grain.DatasetIterator):
     if state["has_window"]:
       self._read_window(place)
     self._taken = state["taken"]
-    # Instead of what reading the window again has counted; in place, for the
+    # These replace the counts from reading the window again; in place, for the
     # shard that is open counts here.
     vars(self.statistics).update(copy.deepcopy(state["statistics"]))
 
@@ -285,7 +285,7 @@ class ShardIterator(grain.DatasetIterator):
     return self._batch(rows)
 
   def _take(self, count: int) -> Sequence[Sample]:
-    """The next samples of the window, up to `count`; none at the end."""
+    """Takes the next samples of the window, up to `count`; none at the end."""
     while self._window is None or self._taken == len(self._window):
       epochs = self._stream.num_epochs
       if epochs is not None and self._next.epoch == epochs:
@@ -299,7 +299,7 @@ class ShardIterator(grain.DatasetIterator):
     return taken
 
   def _read_window(self, place: _Place) -> bool:
-    """Reads and shuffles the window at a place; whether there was a sample."""
+    """Reads and shuffles the window at a place; True if there was a sample."""
     stream = self._stream
     order = stream.order(place.epoch)
     window: list[Sample] = []
@@ -308,7 +308,7 @@ class ShardIterator(grain.DatasetIterator):
     while shard < len(order) and len(window) < stream.window:
       if size >= stream.limits.window_bytes:
         break
-      sample = self._next_of(order[shard], _Place(epoch, shard, record))
+      sample = self._read_sample(order[shard], _Place(epoch, shard, record))
       if sample is _END:
         shard, record = shard + 1, 0
         continue
@@ -327,8 +327,8 @@ class ShardIterator(grain.DatasetIterator):
     self._window, self._taken = window, 0
     return bool(window)
 
-  def _next_of(self, path: str, place: _Place) -> Any:
-    """The sample at a place, None if it is broken; _END after the last."""
+  def _read_sample(self, path: str, place: _Place) -> Any:
+    """Reads the sample at a place; None if it is broken, _END at the end."""
     if self._reader is None or self._reader_place != place:
       self._reader = shard_samples.read(
         path,
@@ -429,20 +429,20 @@ def survey(
   parts: Parts = shard_samples.PARTS,
   limits: limits_lib.Limits = limits_lib.DEFAULT,
 ) -> tuple[np.ndarray, Statistics]:
-  """The uids of all samples in shards, without reading images or captions.
+  """Lists the uids of all samples in shards, without images or captions.
 
-  It is how repeated uids are found however far apart they are, and what the
-  pool of a filter is.
+  It finds repeated uids however far apart they are, and gives the pool of a
+  filter.
 
   Args:
     shards: As for `ShardStream`.
     uid_source: As for `ShardStream`.
     parts: As for `ShardStream`.
-    limits: What is believed of the files.
+    limits: Bounds on the files' claims.
 
   Returns:
-    Uids str [N] in the order of the shards, repeats included, and what was
-    found; `samples` are those with a uid. Each copy counts as "uid repeated".
+    Uids str [N] in the order of the shards, repeats included, and the counts;
+    `samples` are those with a uid. Each copy counts as "uid repeated".
 
   Raises:
     FileNotFoundError: If a shard is not there.
@@ -473,7 +473,7 @@ def survey(
 
 
 def _expand(shards, uid_source: str) -> list[str]:
-  """The shards' paths, of which uids can be made where that is asked for."""
+  """Lists the shards' paths; if names make uids, refuses two of one name."""
   if uid_source not in shard_samples.UID_SOURCES:
     raise ValueError(
       f"uid_source must be one of {shard_samples.UID_SOURCES}, got"

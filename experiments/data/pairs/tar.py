@@ -18,7 +18,7 @@ from experiments.runtime import limits as limits_lib
 BLOCK = 512
 FILE = "file"  # The one kind of member whose content is of use.
 DIRECTORY = "directory"
-ARCHIVE = "archive"  # No member: what the whole is called.
+ARCHIVE = "archive"  # No member: a name for the whole.
 _KINDS = {
   b"0": FILE,
   b"\0": FILE,
@@ -44,7 +44,7 @@ class Member(NamedTuple):
   """One member of a tar file."""
 
   name: str  # As it stands there: nothing about it is safe.
-  kind: str  # FILE, DIRECTORY, ARCHIVE, or what else it is.
+  kind: str  # FILE, DIRECTORY, ARCHIVE, or another kind.
   offset: int  # Bytes from the start of the tar file to the content.
   size: int  # Bytes of the content.
 
@@ -72,7 +72,7 @@ def members(
   """
   end = file.seek(0, 2)
   place = 0
-  about: dict[str, str] = {}  # What extra headers say of the next member.
+  about: dict[str, str] = {}  # Fields of extra headers for the next member.
   while True:
     header = _read(file, place, BLOCK, end)
     if not header.strip(b"\0"):
@@ -142,7 +142,7 @@ def _check_sum(header: bytes, place: int) -> None:
 
 
 def _number(field: bytes, place: int) -> int:
-  """A size: octal digits, or binary where those are too few."""
+  """Parses a size: octal digits, or binary where those are too few."""
   if field[0] == 0x80:
     return int.from_bytes(field[1:], "big")
   digits = field.strip(b" \0")
@@ -162,7 +162,7 @@ def _decimal(text: str, place: int) -> int:
 
 
 def _pax_records(content: bytes, place: int) -> Iterator[tuple[str, str]]:
-  """The records of a pax header: length, key=value, end of line."""
+  """Parses the records of a pax header: length, key=value, end of line."""
   content = content.rstrip(b"\0")
   start = 0  # Not cut off piece by piece: there may be thousands.
   while start < len(content):

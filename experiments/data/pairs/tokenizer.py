@@ -1,8 +1,8 @@
 """Captions to token ids, as CLIP's text tower takes them.
 
-A row is the start token, what the caption says, the end token, padding. What is
-too long is cut so that the end token stays. The end token has the highest id:
-there the text tower looks for it.
+A row is the start token, the caption's tokens, the end token and padding. A
+long caption is cut so that the end token stays. The end token has the highest
+id: the text tower looks for it there.
 """
 
 import gzip
@@ -22,7 +22,7 @@ TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 OPENAI = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 PADDINGS = ("zero", "end")
-# What start and end are called: by OpenAI and Hugging Face, and by OpenCLIP.
+# Names of start and end: by OpenAI and Hugging Face, and by OpenCLIP.
 _ENDS = (
   ("<|startoftext|>", "<|endoftext|>"),
   ("<start_of_text>", "<end_of_text>"),
@@ -89,10 +89,10 @@ class Tokenizer:
     self._pieces = pieces
 
   def __call__(self, captions: Sequence[str]) -> np.ndarray:
-    """Token ids of captions.
+    """Converts captions to token ids.
 
-    HTML's entities are read as what they stand for. Start and end tokens that
-    a caption itself spells are left out: a page must not say where it ends.
+    HTML's entities are decoded. Start and end tokens that a caption itself
+    spells are left out: a page must not say where it ends.
 
     Args:
       captions: n of them, of any length and with any characters.
@@ -144,7 +144,7 @@ def load(
   context_length: int = 77,
   padding: str = "zero",
 ) -> Tokenizer:
-  """A published tokenizer.
+  """Loads a published tokenizer.
 
   Args:
     source: a `tokenizer.json`; OpenAI's `bpe_simple_vocab_16e6.txt`, also with
@@ -178,7 +178,7 @@ def load(
 
 
 def read(source: str | os.PathLike) -> tokenizers.Tokenizer:
-  """A published tokenizer of any kind, as the `tokenizers` package has it.
+  """Loads a published tokenizer of any kind, for the `tokenizers` package.
 
   Args:
     source: as `load` takes it.
@@ -192,12 +192,14 @@ def read(source: str | os.PathLike) -> tokenizers.Tokenizer:
   return _readable(_find(source))
 
 
-def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:
-  """A tokenizer whose tokens are whole words, in lower case.
+def make_word_tokenizer(
+  words: Iterable[str], *, context_length: int = 77
+) -> Tokenizer:
+  """Makes a tokenizer whose tokens are whole words, in lower case.
 
   Args:
-    words: what it knows; a word with punctuation in it is several. Others
-      become one and the same unknown token.
+    words: its vocabulary; a word with punctuation in it is several. All other
+      words become one unknown token.
     context_length: ids in a row.
 
   Returns:
@@ -205,7 +207,7 @@ def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:
     and end.
 
   Example:
-    >>> of_words(["red", "star"], context_length=6)(["A red star"])
+    >>> make_word_tokenizer(["red", "star"], context_length=6)(["A red star"])
     array([[4, 1, 2, 3, 5, 0]], dtype=int32)
   """
   names = ["<pad>", "<unk>", *dict.fromkeys(words), *_ENDS[0]]
@@ -219,8 +221,8 @@ def of_words(words: Iterable[str], *, context_length: int = 77) -> Tokenizer:
 
 
 def for_shapes(*, context_length: int = 77) -> Tokenizer:
-  """The tokenizer of the captions of `shapes`: fewer than 100 words."""
-  return of_words(SHAPES_WORDS, context_length=context_length)
+  """Makes the tokenizer for captions of `shapes`: fewer than 100 words."""
+  return make_word_tokenizer(SHAPES_WORDS, context_length=context_length)
 
 
 def _find(source):
@@ -247,7 +249,7 @@ def _find(source):
 
 
 def _readable(file):
-  """The tokenizer in a file; raises what `load` says."""
+  """Reads the tokenizer in a file; raises as `load`."""
   try:
     return _read(file)
   except gzip.BadGzipFile as error:
@@ -255,7 +257,7 @@ def _readable(file):
   except (OSError, MemoryError):
     raise
   except BaseException as error:  # the library raises Exception itself
-    # What its own code doesn't expect it raises as no Exception at all.
+    # Where its own code expected no such input, it raises no Exception at all.
     if not isinstance(error, Exception) and (
       type(error).__name__ != "PanicException"
     ):
@@ -300,7 +302,7 @@ def _lines(file):
 
 
 def _content(file, opened):
-  """A file's text, if it isn't larger than is believed; gzip may grow much."""
+  """Reads a file's text, unless it is larger than the limit; gzip may grow."""
   most = limits_lib.DEFAULT.tokenizer_bytes
   with opened(file, "rb") as packed:
     content = packed.read(most + 1)
@@ -310,7 +312,7 @@ def _content(file, opened):
 
 
 def _bpe(vocabulary, merges):
-  """Byte pairs as OpenAI has them, in lower case."""
+  """Makes OpenAI's byte pair encoding, in lower case."""
   pieces = tokenizers.Tokenizer(
     models.BPE(
       vocab=vocabulary,

@@ -1,8 +1,8 @@
 """Architectures of published weights, as their own files state them.
 
-A `config.json` beside weights tells what their shapes don't: how many heads the
-attention has, what is added in the norms, which activation there is. Such a
-file decides, and a model that it contradicts is refused with all that differs.
+A `config.json` beside weights tells what their shapes don't: the number of the
+attention's heads, the norms' epsilon, the activation. Such a file decides; a
+model that it contradicts is refused, with all differences.
 """
 
 import math
@@ -15,7 +15,7 @@ from absl import logging
 
 from experiments.runtime import hub
 
-# By the size in the name of an architecture, as timm has it.
+# By the size in the name of an architecture, in timm's words.
 _TIMM_HEADS = {
   "tiny": 3,
   "small": 6,
@@ -27,7 +27,7 @@ _TIMM_HEADS = {
   "gigantic": 16,
 }
 _TIMM_FAMILIES = ("vit", "deit", "deit3", "flexivit")
-# What transformers leaves out of a config.json, where it has these values.
+# Fields that transformers leaves out of a config.json, with their values.
 _HUGGINGFACE_VIT = {
   "num_attention_heads": 12,
   "hidden_act": "gelu",
@@ -44,17 +44,17 @@ _HUGGINGFACE_TEXT = _HUGGINGFACE_IMAGE | {"num_attention_heads": 8}
 class Told(NamedTuple):
   """The statements of a file beside weights, under the config's names."""
 
-  fields: dict[str, Any]  # those it tells
+  fields: dict[str, Any]  # the stated ones
   image_size: tuple[int, int] | None  # height and width in pixels
-  # What fields are in another part of the model: of a CLIP, the text tower.
+  # Names of fields in another part of the model: the text tower of a CLIP.
   again: tuple[tuple[str, Any], ...] = ()
   is_sure: bool = True  # whether the image size is that of the positions
 
 
-def of_vit(config: Mapping[str, Any]) -> Told:
+def read_vit(config: Mapping[str, Any]) -> Told:
   """Reads a ViT from a `config.json` of transformers or timm."""
   if "architecture" in config or "pretrained_cfg" in config:
-    return _of_timm(config)
+    return _read_timm(config)
   if config.get("model_type") in ("vit", "deit"):
     config = {**_HUGGINGFACE_VIT, **config}
   return Told(
@@ -72,7 +72,7 @@ def of_vit(config: Mapping[str, Any]) -> Told:
   )
 
 
-def _of_timm(config):
+def _read_timm(config):
   arguments = dict(config.get("model_args") or {})
   images = config.get("pretrained_cfg") or config
   name = str(config.get("architecture") or images.get("architecture") or "")
@@ -112,10 +112,10 @@ def _of_timm(config):
   )
 
 
-def of_clip(config: Mapping[str, Any]) -> Told:
+def read_clip(config: Mapping[str, Any]) -> Told:
   """Reads a CLIP from a `config.json` or an `open_clip_config.json`."""
   if config.get("model_cfg"):
-    return _of_openclip(config["model_cfg"])
+    return _read_openclip(config["model_cfg"])
   image, text = (
     config.get(name) or {} for name in ("vision_config", "text_config")
   )
@@ -147,7 +147,7 @@ def of_clip(config: Mapping[str, Any]) -> Told:
   return Told(fields, _sides(image.get("image_size")), tuple(again.items()))
 
 
-def _of_openclip(model):
+def _read_openclip(model):
   image, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
   widths = {"image": image.get("width"), "text": text.get("width")}
   parts = {"image": image, "text": text}
@@ -190,16 +190,16 @@ def check(
   section: str,
   beside: str = hub.CONFIG,
 ) -> None:
-  """Refuses a model that what is beside its weights contradicts.
+  """Refuses a model that contradicts the files beside its weights.
 
   Args:
-    told: what is said beside the weights.
+    told: the statements beside the weights.
     arrays: the fields that the weights' shapes show.
     model: the fields that the model has.
-    fixed: those that all models of this project have.
+    fixed: the fields that all models of this project have.
     file: the weights.
     section: of the config that has the fields, such as "config.model.vit".
-    beside: the name of the file that says it.
+    beside: the name of the file with the statements.
 
   Raises:
     ValueError: with every field that differs.
@@ -255,7 +255,7 @@ def check(
 def say_unknown(
   told: Told, model: Mapping[str, Any], names: tuple[str, ...], file: Any
 ) -> None:
-  """Says in the log which fields neither shapes nor a file tell."""
+  """Logs the fields that neither shapes nor a file tell."""
   unknown = [name for name in names if name not in told.fields]
   if unknown:
     logging.warning(
@@ -272,12 +272,12 @@ def say_unknown(
 def grid(
   told: Told, patch_size: int | None, tokens: int, file: pathlib.Path
 ) -> tuple[int, int] | None:
-  """Rows and columns of the patches that weights have positions of.
+  """Finds rows and columns of the patches that weights have positions of.
 
   Args:
-    told: what is said beside the weights.
+    told: the statements beside the weights.
     patch_size: in pixels, as the weights' shapes show it.
-    tokens: how many positions of patches there are.
+    tokens: the number of positions of patches.
     file: the weights, for errors and the log.
 
   Returns:
@@ -305,8 +305,8 @@ def grid(
   return None
 
 
-def vit_of_arrays(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
-  """The fields of `config.model.vit` that shapes show, by our paths."""
+def infer_vit(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
+  """Infers fields of `config.model.vit` from shapes, by our paths."""
   shapes = {name: np.shape(array) for name, array in arrays.items()}
   blocks = {name.split("/")[1] for name in shapes if name.startswith("blocks/")}
   fields: dict[str, Any] = {}
@@ -322,8 +322,8 @@ def vit_of_arrays(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
   return fields
 
 
-def clip_of_arrays(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
-  """The fields of `config.model.clip` that shapes show, by our paths."""
+def infer_clip(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
+  """Infers fields of `config.model.clip` from shapes, by our paths."""
   shapes = {name: np.shape(array) for name, array in arrays.items()}
   fields: dict[str, Any] = {}
   for tower in ("image", "text"):
@@ -355,7 +355,7 @@ def _joined(lines):
 def placeholders(
   shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-  """Arrays of these shapes that take no memory."""
+  """Makes arrays of these shapes that take no memory."""
   return {
     name: np.broadcast_to(np.float32(0), shape)
     for name, shape in shapes.items()
@@ -374,14 +374,14 @@ def _there(**fields):
 
 
 def _side(size):
-  """One number where both sides are the same."""
+  """Returns one number where both sides are the same."""
   if isinstance(size, (list, tuple)) and len(set(map(str, size))) == 1:
     return size[0]
   return size
 
 
 def _sides(size):
-  """Height and width, or None where they aren't told."""
+  """Returns height and width, or None where they aren't told."""
   pair = size if isinstance(size, (list, tuple)) else (size, size)
   is_told = len(pair) == 2 and all(
     isinstance(side, int) and side > 0 for side in pair

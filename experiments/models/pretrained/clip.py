@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.models import clip
 from experiments.models.pretrained import (
@@ -23,7 +24,7 @@ OPENCLIP_CONFIG = "open_clip_config.json"
 NAMES = (WEIGHTS, "open_clip_model.safetensors")
 BESIDE = (CONFIG, PREPROCESSOR, OPENCLIP_CONFIG)
 
-# What shapes don't show.
+# Fields that shapes don't show.
 _NOT_SHOWN = ("image_heads", "text_heads", "activation")
 _IMAGE, _TEXT = "image/position_embed", "text/position_embed"
 _PREPROCESSING = preparing.Preprocessing(
@@ -120,20 +121,20 @@ LAYOUTS = {
 
 
 def create(
-  config: Any,
+  config: config_dict.ConfigDict,
   *,
   input_shape: tuple[int, ...],
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Callable[..., clip.Features], dict[str, Any]]:
-  """As `clip.create`, with the weights that `config.pretrained` names.
+  """Creates a CLIP as `clip.create`, with weights from `config.pretrained`.
 
   Args:
     config: `config.model`; `pretrained` is None, or a source as `load` takes
-      it. With `size="pretrained"` what `clip` leaves open is as that has it.
+      it. With `size="pretrained"` the weights fill in unset `clip` fields.
     input_shape: of one image, `(H, W, C)`.
-    seed: of what is initialised.
-    place: puts parameters where they are to be; weights are loaded straight to
+    seed: of new parameters.
+    place: puts parameters on their devices; weights are loaded straight to
       there.
 
   Returns:
@@ -162,7 +163,7 @@ def load(
   input_shape: tuple[int, ...],
   options: Mapping[str, Any] | None = None,
 ) -> Any:
-  """Published weights as the parameters of this project's CLIP.
+  """Loads published weights as the parameters of this project's CLIP.
 
   The names may be those of Hugging Face (`CLIPModel`), of OpenAI or OpenCLIP.
   Position embeddings of another image size are interpolated as the library that
@@ -175,18 +176,18 @@ def load(
       cache, with huggingface_hub.
     like: the parameters that `clip.create` gives.
     input_shape: of one image, `(H, W, C)`.
-    options: what `clip.options` gives. Shapes don't tell the number of heads,
-      the activation nor what is added in the norms: a `config.json` or
-      `open_clip_config.json` beside the file decides, and a log line says
-      where none does.
+    options: as `clip.options` gives them. Shapes don't tell the number of
+      heads, the activation and the norms' epsilon: a `config.json` or
+      `open_clip_config.json` beside the file decides, and a log line says where
+      none does.
 
   Returns:
     A tree like `like`, with its dtypes.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is of another layout or model, or not finite; all that
-      is said beside it otherwise than the model is named.
+    ValueError: the file is of another layout or model, or not finite; every
+      difference between the model and the files beside it is named.
     ImportError: a hub's name, without huggingface_hub.
     OSError: the hub can't give the file.
 
@@ -197,12 +198,12 @@ def load(
   """
   file = hub.find(source, NAMES, BESIDE)
   stored = weight_files.read(file)
-  layout = LAYOUTS[_layout_of(stored, file)]
+  layout = LAYOUTS[_find_layout(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
-  expected = weight_files.leaves_of(like)
+  expected = weight_files.list_leaves(like)
   channels = input_shape[-1]
   told = _told(file)
-  shown = architectures.clip_of_arrays(arrays, channels)
+  shown = architectures.infer_clip(arrays, channels)
   _check_told(told, shown, expected, options or {}, channels, file)
   for name in {"logit_scale", "logit_bias"} & arrays.keys():
     arrays[name] = arrays[name].reshape(())  # some files have them as [1]
@@ -214,20 +215,20 @@ def load(
   arrays[_IMAGE] = positions.fit(
     arrays[_IMAGE],
     _grid(expected, input_shape),
-    of_grid=_grid_of(told, shown, len(arrays[_IMAGE]) - 1, file),
+    stored_grid=_find_grid(told, shown, len(arrays[_IMAGE]) - 1, file),
     others=1,
     antialias=layout.antialias,
     align_corners=layout.align_corners,
     name=file,
   )
-  arrays[_TEXT] = _of_first_tokens(arrays[_TEXT], len(expected[_TEXT]), file)
+  arrays[_TEXT] = _keep_first_tokens(arrays[_TEXT], len(expected[_TEXT]), file)
   return weight_files.fill(like, arrays, file)
 
 
 def architecture(
   source: str | pathlib.Path, *, channels: int = 3
 ) -> dict[str, Any]:
-  """The fields of `config.model.clip` that the weights in `source` are of.
+  """Finds the fields of `config.model.clip` for the weights in `source`.
 
   Args:
     source: as `load` takes it.
@@ -243,9 +244,9 @@ def architecture(
   """
   file = hub.find(source, NAMES, BESIDE)
   stored = architectures.placeholders(weight_files.shapes(file))
-  layout = LAYOUTS[_layout_of(stored, file)]
+  layout = LAYOUTS[_find_layout(stored, file)]
   arrays, _ = layouts.rename(stored, layout)
-  shown = architectures.clip_of_arrays(arrays, channels)
+  shown = architectures.infer_clip(arrays, channels)
   told = _told(file)
   fields: dict[str, Any] = {"norm_epsilon": layout.norm_epsilon}
   for name, said in told.items():
@@ -266,8 +267,10 @@ def architecture(
   return {**shown, **{name: fields[name] for name in own if name in fields}}
 
 
-def sized(model: Any, *, channels: int = 3) -> Any:
-  """`config.model` with the fields of its `clip` from the file, if it says so.
+def sized(
+  model: config_dict.ConfigDict, *, channels: int = 3
+) -> config_dict.ConfigDict:
+  """Fills in the fields of `clip` in `config.model` from the file, if asked to.
 
   Args:
     model: `config.model`; with `size="pretrained"` and `pretrained` all fields
@@ -294,7 +297,7 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   """Finds the preparation of images that the weights in `source` expect.
 
-  Taken from a `preprocessor_config.json` (Hugging Face) or an
+  It is taken from a `preprocessor_config.json` (Hugging Face) or an
   `open_clip_config.json` (OpenCLIP) beside the file; without them it is
   OpenAI's, and a log line says so.
 
@@ -306,7 +309,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: what is beside the file can't be read.
+    ValueError: the files beside the weights can't be read.
   """
   file = hub.find(source, NAMES, BESIDE)
   theirs = weight_files.beside(file, PREPROCESSOR)
@@ -324,8 +327,8 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   return _PREPROCESSING
 
 
-def _layout_of(stored, file):
-  name = layouts.name_of(stored, LAYOUTS)
+def _find_layout(stored, file):
+  name = layouts.find_layout(stored, LAYOUTS)
   if name is None:
     raise ValueError(
       f"{file} holds {weight_files.some(sorted(stored))}; expected a CLIP model"
@@ -336,7 +339,7 @@ def _layout_of(stored, file):
 
 
 def _grid(expected, input_shape):
-  """The model's rows and columns of patches."""
+  """Returns the model's rows and columns of patches."""
   rows, columns, channels = input_shape
   side = math.isqrt(len(expected["image/patch_embed/kernel"]) // channels)
   grid = (rows // side, columns // side)
@@ -349,8 +352,8 @@ def _grid(expected, input_shape):
   return grid
 
 
-def _of_first_tokens(stored, length, file):
-  """A caption that fits has the same features in a shorter context."""
+def _keep_first_tokens(stored, length, file):
+  """Keeps the first positions: a caption that fits has the same features."""
   if len(stored) < length:
     raise ValueError(
       f"{file} is for captions of {len(stored)} tokens and the model for"
@@ -359,8 +362,8 @@ def _of_first_tokens(stored, length, file):
   return stored[:length]
 
 
-def _grid_of(told, shown, tokens, file):
-  """The file's rows and columns of patches, where something tells them."""
+def _find_grid(told, shown, tokens, file):
+  """Finds the file's rows and columns of patches, if they are told."""
   for said in told.values():
     found = architectures.grid(said, shown.get("patch_size"), tokens, file)
     if found is not None:
@@ -389,18 +392,18 @@ def _told(file):
     config = weight_files.beside(file, name)
     if config:
       with weight_files.about(file, "the model"):
-        found[name] = architectures.of_clip(config)
+        found[name] = architectures.read_clip(config)
   return found
 
 
 def _untold(told):
-  """The fields that neither shapes nor the files beside the weights tell."""
+  """Lists the fields that neither shapes nor the files by the weights tell."""
   names = {name for x in told.values() for name in (*x.fields, *dict(x.again))}
   return [name for name in _NOT_SHOWN if name not in names]
 
 
 def _check_told(told, shown, expected, options, channels, file):
-  """Compares it with the model, and with the weights themselves."""
+  """Compares statements with the model, and with the weights themselves."""
   if _untold(told):
     logging.warning(
       "There is no %s beside %s: whether it was made with config.model.clip's"
@@ -408,8 +411,8 @@ def _check_told(told, shown, expected, options, channels, file):
       CONFIG,
       file,
     )
-  model = {**options, **architectures.clip_of_arrays(expected, channels)}
-  if options:  # What isn't among them is as the model has it by default.
+  model = {**options, **architectures.infer_clip(expected, channels)}
+  if options:  # Fields that aren't among them have the model's defaults.
     own = inspect.signature(clip.CLIP.__init__).parameters
     names = ("activation", "norm_epsilon")
     model = {name: own[name].default for name in names} | model

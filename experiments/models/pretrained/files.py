@@ -14,13 +14,13 @@ from experiments.runtime import limits as limits_lib
 
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """Name to array; raises ValueError where it is no safetensors file."""
+  """Reads arrays by name; raises ValueError if it is no safetensors file."""
   with _opened(file) as content:
     return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
 
 
 def shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """Name to shape, without reading more; raises ValueError as `read`."""
+  """Reads shapes by name, without the arrays; raises ValueError as `read`."""
   with _opened(file) as content:
     return {
       name: tuple(content.get_slice(name).get_shape())
@@ -30,7 +30,7 @@ def shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def _opened(file):
-  """A safetensors file whose header is of a size that can be believed."""
+  """Opens a safetensors file whose header is of a believable size."""
   with open(file, "rb") as start:
     length = int.from_bytes(start.read(8), "little")
   try:
@@ -41,7 +41,7 @@ def _opened(file):
       )
     with safetensors.safe_open(file, framework="numpy") as content:
       yield content
-  # What NumPy has no dtype for raises others than the library's own.
+  # Dtypes that NumPy lacks raise other errors than the library's own.
   except (
     safetensors.SafetensorError,
     ValueError,
@@ -73,7 +73,7 @@ def beside(file: pathlib.Path, name: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def about(file: pathlib.Path, what: str) -> Iterator[None]:
-  """Says of which weights the fields are that can't be understood."""
+  """Names the weights in errors about fields that can't be understood."""
   try:
     yield
   except (
@@ -90,8 +90,8 @@ def about(file: pathlib.Path, what: str) -> Iterator[None]:
     ) from error
 
 
-def leaves_of(like: Any) -> dict[str, Any]:
-  """A parameter tree's leaves by their "/"-joined paths."""
+def list_leaves(like: Any) -> dict[str, Any]:
+  """Lists a parameter tree's leaves by their "/"-joined paths."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(like)
@@ -101,10 +101,10 @@ def leaves_of(like: Any) -> dict[str, Any]:
 def fill(
   like: Any, arrays: Mapping[str, np.ndarray | jax.Array], file: pathlib.Path
 ) -> Any:
-  """A tree like `like`, with its dtypes and shardings, of arrays by path.
+  """Makes a tree like `like`, with its dtypes and shardings, of arrays by path.
 
-  A leaf of `like` itself stays as it is. Raises ValueError where an array is
-  not finite.
+  Leaves of `like` among the arrays stay as they are. Raises ValueError where an
+  array is not finite.
   """
   for name, array in arrays.items():
     if isinstance(array, jax.Array):
@@ -113,12 +113,12 @@ def fill(
       raise ValueError(f"{name} in {file} is not finite: the file is damaged.")
   return jax.tree.unflatten(
     jax.tree.structure(like),
-    [_placed(arrays[name], leaf) for name, leaf in leaves_of(like).items()],
+    [_placed(arrays[name], leaf) for name, leaf in list_leaves(like).items()],
   )
 
 
 def _placed(array, leaf):
-  """The array on the devices of `leaf`, each of which gets its own part."""
+  """Puts the array on the devices of `leaf`, each of which gets its part."""
   if array is leaf:
     return leaf
   to = getattr(leaf, "sharding", None)
@@ -163,8 +163,8 @@ def check_shapes(
   Args:
     arrays: by path.
     expected: the model's leaves by path.
-    file: whose they are.
-    advice: what to do about others.
+    file: the arrays' file.
+    advice: what to do about other shapes.
     but_tokens: paths whose last axis but one may differ.
   """
   wrong = []
@@ -184,6 +184,6 @@ def check_shapes(
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-  """The first few of many, for an error's text."""
+  """Lists the first few of many, for an error's text."""
   shown = separator.join(names[:6]) or "nothing"
   return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown

@@ -16,7 +16,7 @@ class Layout(NamedTuple):
   sign: str  # a name by which the layout is known
   modules: dict[str, str]  # its modules and ours; {} is a block's number
   unused: tuple[str, ...]  # modules that this project's model leaves out
-  # How it resizes a grid of position embeddings, always bicubically.
+  # Its way to resize a grid of position embeddings, always bicubically.
   antialias: bool
   align_corners: bool
   preprocessing: Preprocessing  # where nothing beside the file says otherwise
@@ -115,10 +115,10 @@ LAYOUTS = {
 }
 
 
-def name_of(
+def find_layout(
   stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout] = LAYOUTS
 ) -> str | None:
-  """The library that named these weights, or None."""
+  """Finds the library that named these weights, or None."""
   for name, layout in layouts.items():
     if layout.sign in stored or layout.prefix + layout.sign in stored:
       return name
@@ -128,14 +128,14 @@ def name_of(
 def rename(
   stored: Mapping[str, np.ndarray], layout: Layout
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Weights under the leaf paths of this project's model.
+  """Puts weights under the leaf paths of this project's model.
 
   torch's linear layers hold `[outputs, inputs]`, ours `[inputs, outputs]`; its
   convolutions `[outputs, C, P, P]`, our patch embedding `[P * P * C, outputs]`.
 
   Args:
     stored: the weights of a file.
-    layout: whose names they have.
+    layout: the layout of their names.
 
   Returns:
     The weights by our path, and those names that have no place here.

@@ -11,23 +11,23 @@ def fit(
   stored: np.ndarray,
   grid: tuple[int, int],
   *,
-  of_grid: tuple[int, int] | None = None,
+  stored_grid: tuple[int, int] | None = None,
   others: int,
   antialias: bool,
   align_corners: bool,
   name: Any,
 ) -> np.ndarray:
-  """Stored position embeddings on a model's grid of patches.
+  """Fits stored position embeddings to a model's grid of patches.
 
   Args:
     stored: `[others + T, D]`.
     grid: the model's number of rows and columns.
-    of_grid: that of the stored ones, where it is known. Else it is a square,
-      or, where T is no square, the model's own if that has T patches.
-    others: how many embeddings stand before those of the patches.
+    stored_grid: that of the stored ones, where it is known. Else it is a
+      square, or, where T is no square, the model's own if that has T patches.
+    others: number of embeddings in front of those of the patches.
     antialias: as `resize` takes it.
     align_corners: as `resize` takes it.
-    name: whose they are, for the log and for errors.
+    name: their file, for the log and for errors.
 
   Returns:
     `[others + rows * columns, D]`: stored, or float64 where it was resized.
@@ -37,11 +37,11 @@ def fit(
   """
   tokens = len(stored) - others
   side = math.isqrt(tokens)
-  if of_grid is None:
+  if stored_grid is None:
     if side * side == tokens:
-      of_grid = side, side
+      stored_grid = side, side
     elif tokens == math.prod(grid):
-      of_grid = grid
+      stored_grid = grid
     else:
       raise ValueError(
         f"{name} has {tokens} position embeddings for patches, which don't make"
@@ -55,18 +55,18 @@ def fit(
         " are taken for %dx%d.",
         name,
         tokens,
-        *of_grid,
+        *stored_grid,
       )
-  if of_grid == grid:
+  if stored_grid == grid:
     return stored
   logging.warning(
     "%s: position embeddings are resized from %dx%d to %dx%d.",
     name,
-    *of_grid,
+    *stored_grid,
     *grid,
   )
   resized = resize(
-    stored[others:].reshape(*of_grid, -1).astype(np.float64),
+    stored[others:].reshape(*stored_grid, -1).astype(np.float64),
     grid,
     antialias=antialias,
     align_corners=align_corners,
@@ -83,7 +83,7 @@ def resize(
   antialias: bool,
   align_corners: bool,
 ) -> np.ndarray:
-  """Bicubic interpolation of a grid of embeddings.
+  """Interpolates a grid of embeddings bicubically.
 
   Args:
     embeddings: `[rows, columns, D]`.
@@ -103,7 +103,7 @@ def resize(
 
 
 def _interpolation(old, new, antialias, align_corners):
-  """The matrix `[new, old]` that resizes one side."""
+  """Makes the matrix `[new, old]` that resizes one side."""
   target = np.arange(new)
   if antialias:
     scale = old / new

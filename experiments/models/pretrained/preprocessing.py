@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# What OpenAI's CLIP was trained with, and most after it.
+# OpenAI trained CLIP with these, and most others followed.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -21,7 +21,7 @@ class Preprocessing(NamedTuple):
 
 
 def from_huggingface(fields: Mapping[str, Any]) -> Preprocessing:
-  """From the fields of a `preprocessor_config.json`."""
+  """Reads the fields of a `preprocessor_config.json`."""
   if not fields.get("do_rescale", True):
     raise ValueError("do_rescale is false: pixels of 0 to 255 are not fed here")
   if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
@@ -45,7 +45,7 @@ def from_huggingface(fields: Mapping[str, Any]) -> Preprocessing:
 
 
 def _height_and_width(size):
-  """From `{"height": 224, "width": 224}`, `{"shortest_edge": 224}` or 224."""
+  """Reads `{"height": 224, "width": 224}`, `{"shortest_edge": 224}` or 224."""
   if isinstance(size, dict):
     if "shortest_edge" in size:
       size = size["shortest_edge"]
@@ -55,7 +55,7 @@ def _height_and_width(size):
 
 
 def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
-  """From the `pretrained_cfg` in timm's `config.json`."""
+  """Reads the `pretrained_cfg` in timm's `config.json`."""
   return _checked(
     mean=tuple(fields["mean"]),
     std=tuple(fields["std"]),
@@ -66,7 +66,7 @@ def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
 
 
 def from_openclip(fields: Mapping[str, Any]) -> Preprocessing:
-  """From the fields of an `open_clip_config.json`."""
+  """Reads the fields of an `open_clip_config.json`."""
   said = fields.get("preprocess_cfg") or {}
   size = said.get("size") or fields["model_cfg"]["vision_cfg"]["image_size"]
   return _checked(
@@ -79,7 +79,7 @@ def from_openclip(fields: Mapping[str, Any]) -> Preprocessing:
 
 
 def _checked(**fields):
-  """A Preprocessing whose numbers can be computed with."""
+  """Makes a Preprocessing, checked for use in computations."""
   found = Preprocessing(**fields)
   channels = (*found.mean, *found.std)
   if not (

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.models.pretrained import (
   architectures,
@@ -29,7 +30,7 @@ def load(
   input_shape: tuple[int, ...],
   vit: Mapping[str, Any] | None = None,
 ) -> Any:
-  """Published weights as the parameters of this project's vision transformer.
+  """Loads published weights as this project's vision transformer's parameters.
 
   The names may be those of Hugging Face (`ViTModel` and
   `ViTForImageClassification`), timm or torchvision. Position embeddings of
@@ -45,17 +46,17 @@ def load(
       fetched, or taken from the cache, with huggingface_hub.
     like: the parameters that `models.create` gives.
     input_shape: of one image, `(H, W, C)`.
-    vit: `config.model.vit`. Shapes don't tell the number of heads nor what is
-      added in the norms: a `config.json` beside the file decides, and a log
-      line says where none does.
+    vit: `config.model.vit`. Shapes don't tell the number of heads and the
+      norms' epsilon: a `config.json` beside the file decides, and a log line
+      says where none does.
 
   Returns:
     A tree like `like`, with its dtypes and shardings.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is of another layout or model, or not finite; all that
-      a `config.json` says otherwise than the model is named.
+    ValueError: the file is of another layout or model, or not finite; every
+      difference between the model and a `config.json` is named.
     ImportError: a hub's name, without huggingface_hub.
     OSError: the hub can't give the file.
 
@@ -65,12 +66,12 @@ def load(
   """
   file = hub.find(source)
   stored = weight_files.read(file)
-  layout = layouts.LAYOUTS[_layout_of(stored, file)]
+  layout = layouts.LAYOUTS[_find_layout(stored, file)]
   arrays, unknown = layouts.rename(stored, layout)
-  expected = weight_files.leaves_of(like)
+  expected = weight_files.list_leaves(like)
   channels = input_shape[-1]
   told = _told(file)
-  shown = architectures.vit_of_arrays(arrays, channels)
+  shown = architectures.infer_vit(arrays, channels)
   _check_told(told, shown, expected, vit or {}, channels, file)
   note = _keep_head(arrays, expected)
   advice = _advice(arrays, told)
@@ -89,14 +90,14 @@ def load(
 def architecture(
   source: str | pathlib.Path, *, channels: int = 3
 ) -> dict[str, Any]:
-  """The fields of `config.model.vit` that the weights in `source` are of.
+  """Finds the fields of `config.model.vit` for the weights in `source`.
 
   Args:
     source: as `load` takes it.
     channels: of the images.
 
   Returns:
-    Patch size, widths, depth, heads, pooling and what is added in the norms.
+    Patch size, widths, depth, heads, pooling and the norms' epsilon.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -105,7 +106,7 @@ def architecture(
   """
   file = hub.find(source)
   stored = architectures.placeholders(weight_files.shapes(file))
-  layout = layouts.LAYOUTS[_layout_of(stored, file)]
+  layout = layouts.LAYOUTS[_find_layout(stored, file)]
   arrays, _ = layouts.rename(stored, layout)
   told = _told(file)
   if "heads" not in told.fields:
@@ -114,7 +115,7 @@ def architecture(
       " expected one, or config.model.size='' and all fields of"
       f" config.model.vit as the model has them. {_advice(arrays, told)}"
     )
-  shown = architectures.vit_of_arrays(arrays, channels)
+  shown = architectures.infer_vit(arrays, channels)
   pooling = "class_token" if "class_token" in arrays else "mean"
   own = {"pooling": pooling, "norm_epsilon": layout.norm_epsilon}
   names = (*shown, "heads", *own)
@@ -123,12 +124,14 @@ def architecture(
   return {name: found[name] for name in names}
 
 
-def sized(model: Any, *, channels: int = 3) -> Any:
-  """`config.model` with the fields of its `vit` from the file, if it says so.
+def sized(
+  model: config_dict.ConfigDict, *, channels: int = 3
+) -> config_dict.ConfigDict:
+  """Fills in the fields of `vit` in `config.model` from the file, if asked to.
 
   Args:
-    model: `config.model`; `size` is `SIZE` where they are to come from what
-      `pretrained` names. Without `pretrained` it stays as it is.
+    model: `config.model`; `size` is `SIZE` to take them from the weights that
+      `pretrained` names. Without `pretrained` the model stays as it is.
     channels: of the images.
 
   Returns:
@@ -150,9 +153,9 @@ def sized(model: Any, *, channels: int = 3) -> Any:
 def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   """Finds the preparation of images that the weights in `source` expect.
 
-  Taken from a `preprocessor_config.json` (Hugging Face) or a `config.json` with
-  `pretrained_cfg` (timm) beside the file; without them it is the custom of the
-  library that wrote the file, and a log line says so.
+  It is taken from a `preprocessor_config.json` (Hugging Face) or a
+  `config.json` with `pretrained_cfg` (timm) beside the file; without them it is
+  the custom of the library that wrote the file, and a log line says so.
 
   Args:
     source: as `load` takes it.
@@ -162,7 +165,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: what is beside the file can't be read.
+    ValueError: the files beside the weights can't be read.
   """
   file = hub.find(source)
   theirs = weight_files.beside(file, PREPROCESSOR)
@@ -172,7 +175,7 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
       return preparing.from_huggingface(theirs)
     if timms is not None:
       return preparing.from_timm(timms)
-  name = _layout_of(weight_files.read(file), file)
+  name = _find_layout(weight_files.read(file), file)
   logging.warning(
     "There is no %s beside %s: images are prepared as %s does by default.",
     PREPROCESSOR,
@@ -182,8 +185,8 @@ def preprocessing(source: str | pathlib.Path) -> preparing.Preprocessing:
   return layouts.LAYOUTS[name].preprocessing
 
 
-def _layout_of(stored, file):
-  name = layouts.name_of(stored)
+def _find_layout(stored, file):
+  name = layouts.find_layout(stored)
   if name is None:
     raise ValueError(
       f"{file} holds {weight_files.some(sorted(stored))}; expected a vision"
@@ -236,12 +239,12 @@ def _told(file):
   """Reads the `config.json` beside the weights."""
   config = weight_files.beside(file, CONFIG) or {}
   with weight_files.about(file, "the model"):
-    return architectures.of_vit(config)
+    return architectures.read_vit(config)
 
 
 def _check_told(told, shown, expected, vit, channels, file):
-  """Compares it with the model, and with the weights themselves."""
-  model = {**architectures.vit_of_arrays(expected, channels), **vit}
+  """Compares statements with the model, and with the weights themselves."""
+  model = {**architectures.infer_vit(expected, channels), **vit}
   fixed = {
     "activation": "gelu",
     "channels": channels,
@@ -257,7 +260,7 @@ def _check_told(told, shown, expected, vit, channels, file):
 
 
 def _positions(arrays, expected, input_shape, layout, told, patch_size, file):
-  """The file's position embeddings on the model's grid."""
+  """Fits the file's position embeddings to the model's grid."""
   rows, columns, channels = input_shape
   size = math.isqrt(len(expected["patch_embed/kernel"]) // channels)
   grid = (rows // size, columns // size)
@@ -273,7 +276,7 @@ def _positions(arrays, expected, input_shape, layout, told, patch_size, file):
   fitted = positions.fit(
     stored,
     grid,
-    of_grid=architectures.grid(told, patch_size, tokens, file),
+    stored_grid=architectures.grid(told, patch_size, tokens, file),
     others=others,
     antialias=layout.antialias,
     align_corners=layout.align_corners,

@@ -52,7 +52,9 @@ class Backbone(NamedTuple):
   fingerprint: str  # of the files that it comes from
 
 
-def load(config: Any, cache: pathlib.Path) -> tuple[Features, Features]:
+def load(
+  config: config_dict.ConfigDict, cache: pathlib.Path
+) -> tuple[Features, Features]:
   """Features of the training and the test split, from disk where they are.
 
   Images are not decoded if their features are there. Of several processes that

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from configs import label_noise
 from experiments import methods
@@ -55,7 +56,7 @@ class _Data(NamedTuple):
   test_images: jax.Array  # [M, D]
 
 
-def run_grid(config: Any, workdir: Any) -> dict[str, Any]:
+def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains the whole grid; goes on where an interrupted one stopped.
 
   Args:
@@ -86,7 +87,7 @@ def run_grid(config: Any, workdir: Any) -> dict[str, Any]:
     return probe_report.write(config, folder, results)
 
 
-def check(config: Any) -> None:
+def check(config: config_dict.ConfigDict) -> None:
   """Raises ValueError unless the grid can be run."""
   workdir_lib.check_fields(config, label_noise)
   wanted = config.study.reference
@@ -149,7 +150,7 @@ def _load(config, cache):
   )
 
 
-def cells_of(config: Any) -> list[Cell]:
+def cells_of(config: config_dict.ConfigDict) -> list[Cell]:
   """The grid's cells, the reference's first."""
   rates = tuple(config.probe.rates)
   most = config.probe.runs_per_cell
@@ -185,7 +186,9 @@ def _chunks(items, size):
 class _Grid:
   """The cells that are to be done, and how one is."""
 
-  def __init__(self, config: Any, folder: pathlib.Path, data: _Data):
+  def __init__(
+    self, config: config_dict.ConfigDict, folder: pathlib.Path, data: _Data
+  ):
     self.config, self.folder, self.data = config, folder, data
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
@@ -525,7 +528,7 @@ def _write_arrays(path, **arrays):
   workdir_lib.write_bytes(path, content.getvalue())
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Runs the grid, then prints the table and where the results are."""
   if jax.process_count() > 1:  # they share the cells as jobs of their own
     raise ValueError(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import methods, models
@@ -58,7 +59,7 @@ class Head(NamedTuple):
 
 def create(width: int, num_classes: int, seeds: list[int]) -> Head:
   """A head for features `[B, width]`, initialised once for each seed."""
-  section = types.SimpleNamespace(name="mlp", widths=())
+  section = config_dict.ConfigDict({"name": "mlp", "widths": ()})
   made = [
     models.create(
       section, input_shape=(1, 1, width), num_classes=num_classes, seed=seed
@@ -70,7 +71,7 @@ def create(width: int, num_classes: int, seeds: list[int]) -> Head:
 
 
 def batches(
-  config: Any,
+  config: config_dict.ConfigDict,
   method: Method | None,
   *,
   num_samples: int,
@@ -131,7 +132,10 @@ def _positions(batch, num_samples):
 
 
 def make_epoch(
-  head: Head, tx: optax.GradientTransformation, name: str, config: Any
+  head: Head,
+  tx: optax.GradientTransformation,
+  name: str,
+  config: config_dict.ConfigDict,
 ) -> Callable[..., Any]:
   """One epoch of one method, for S seeds x K runs at once.
 
@@ -148,7 +152,7 @@ def make_epoch(
     over the steps, but for `nonfinite` and `skipped`, which are sums.
   """
   losses_fn = classification.make_losses_fn(head.apply)
-  outputs = classification.outputs_of(
+  outputs = classification.make_outputs(
     classification.make_outputs_fn(head.apply)
   )
 
@@ -234,17 +238,19 @@ def make_evaluate(head: Head) -> Callable[..., dict[str, jax.Array]]:
   return evaluate
 
 
-def value_field(config: Any) -> str:
+def value_field(config: config_dict.ConfigDict) -> str:
   """The field of `config.mimic` that the grid's values are of."""
   return "temperature" if config.weighting == "softmax" else "fraction"
 
 
-def reads_value(name: str, config: Any) -> bool:
+def reads_value(name: str, config: config_dict.ConfigDict) -> bool:
   """Whether that method looks at the field of the grid's values at all."""
   return value_field(config) in settings.fields_read(name, config)
 
 
-def mimic_view(config: Any, value: Any) -> types.SimpleNamespace:
+def mimic_view(
+  config: config_dict.ConfigDict, value: Any
+) -> types.SimpleNamespace:
   """`config.mimic` with another weighting value, which may be traced."""
   fields = {field: config[field] for field in config}
   if value is not None:
@@ -264,7 +270,7 @@ def _make_step(losses_fn, tx, method, config, outputs):
 
 def _closed_gradient(losses_fn, method, score, config, outputs):
   """For scores that look at all samples' gradients, which are never made."""
-  direction_fn = steps.direction_of(method.direction, losses_fn, outputs)
+  direction_fn = steps.make_direction(method.direction, losses_fn, outputs)
 
   def gradient(state, reference, batch):
     params, mask = state.params, batch["mask"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from experiments.reporting import figures
 from experiments.runtime import tables, workdir as workdir_lib
@@ -16,7 +17,7 @@ from gradmimic_jax import _files
 
 
 def detections(
-  config: Any, folder: pathlib.Path, result: dict[str, Any]
+  config: config_dict.ConfigDict, folder: pathlib.Path, result: dict[str, Any]
 ) -> list[dict[str, Any]]:
   """How well a cell's scores find the mislabelled samples, run by run.
 
@@ -72,7 +73,9 @@ def _detection(config, file):
 
 
 def write(
-  config: Any, folder: pathlib.Path, results: list[dict[str, Any]]
+  config: config_dict.ConfigDict,
+  folder: pathlib.Path,
+  results: list[dict[str, Any]],
 ) -> dict[str, Any]:
   """Writes `summary.json`, the tables and the figures.
 

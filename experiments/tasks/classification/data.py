@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from experiments.data import filters, noise, pipeline, sources, streams
 from experiments.models import initial
@@ -28,8 +29,10 @@ class Data(NamedTuple):
   std: list[float]
 
 
-def load_data(config: Any, *, needs_clean: bool = False) -> Data:
-  """Train and test sets, noise and normalisation as the config has them.
+def load_data(
+  config: config_dict.ConfigDict, *, needs_clean: bool = False
+) -> Data:
+  """Loads train and test sets, noise and normalisation by the config.
 
   Args:
     config: as `configs/classification.py` describes it.
@@ -96,7 +99,7 @@ def load_data(config: Any, *, needs_clean: bool = False) -> Data:
 
 
 def _noise_rate(config):
-  """The rate, or None where it is for the matrix or the table to say."""
+  """Returns the rate, or None where the matrix or the table has it."""
   kind = noise.KINDS.get(config.kind)
   if config.rate == 0 and kind is not None and kind.rate != "needed":
     return None
@@ -115,10 +118,10 @@ def clean_positions(
 
   Args:
     labels: the true labels, integers `[N]`.
-    per_class: how many of each class, k.
-    num_classes: how many classes there are, C.
+    per_class: number of samples of each class, k.
+    num_classes: number of classes, C.
     seed: of the draw.
-    split: what they are drawn from, for error messages.
+    split: the split to draw from, for error messages.
 
   Returns:
     Their positions `[k * C]`, rising.
@@ -146,7 +149,7 @@ def clean_positions(
   return np.sort(np.concatenate(chosen))
 
 
-def input_of(data: Any) -> dict[str, Any]:
+def describe_input(data: Any) -> dict[str, Any]:
   """Describes the input of a run's model."""
   return {
     "shape": list(data.train.images.shape[1:]),
@@ -157,16 +160,16 @@ def input_of(data: Any) -> dict[str, Any]:
 
 
 def write_input(folder: pathlib.Path, data: Any) -> None:
-  """Leaves `input_of` in a run's folder."""
-  workdir_lib.write_json(folder / INPUT_FILE, input_of(data), sealed=True)
+  """Writes the input of a run's model to the run's folder."""
+  workdir_lib.write_json(folder / INPUT_FILE, describe_input(data), sealed=True)
 
 
-def batch_of(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
-  """Random training samples, with the labels that the learner is given.
+def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
+  """Draws random training samples, with the labels that the learner is given.
 
   Args:
-    data: what `load_data` returns.
-    samples: how many at most.
+    data: as `load_data` returns it.
+    samples: the most to draw.
     seed: of the draw.
 
   Returns:

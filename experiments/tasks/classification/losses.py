@@ -14,7 +14,7 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 
 
 def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Cross-entropy per sample, with hits as aux.
+  """Makes the cross-entropy per sample, with hits as aux.
 
   Args:
     apply: `(params, images [B, H, W, C]) -> logits [B, C]`.
@@ -31,7 +31,7 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
-  """`outputs_fn(params, batch) -> logits [B, C]`, for a batch with `image`."""
+  """Makes `outputs_fn(params, batch) -> logits [B, C]`, from `image`."""
 
   def outputs_fn(params, batch):
     return apply(params, batch["image"])
@@ -39,39 +39,39 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   return outputs_fn
 
 
-def outputs_of(outputs_fn: Callable[..., jax.Array]) -> Outputs:
-  """Outputs of classification, of logits `outputs_fn(params, batch)`."""
+def make_outputs(outputs_fn: Callable[..., jax.Array]) -> Outputs:
+  """Makes the Outputs of classification from `(params, batch) -> logits`."""
   return Outputs(
     outputs_fn,
     losses_and_hits,
     gm.toward_outputs(outputs_fn),
     scores={
       "output_agreement": gm.output_agreement(
-        losses_of, outputs_of=lambda aux: aux.outputs
+        label_losses, outputs_of=lambda aux: aux.outputs
       ),
-      "excess_loss": gm.excess_loss(losses_of),
+      "excess_loss": gm.excess_loss(label_losses),
     },
     divergences=divergences,
   )
 
 
-def losses_of(logits: jax.Array, batch: Any) -> jax.Array:
-  """Cross-entropy `[B]` of logits `[B, C]` with the batch's `label`."""
+def label_losses(logits: jax.Array, batch: Any) -> jax.Array:
+  """Computes cross-entropy `[B]` of logits `[B, C]` with the given labels."""
   return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
 
 def losses_and_hits(
   logits: jax.Array, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """`losses_of`, and bool `[B]`: whether the likeliest class is the label."""
+  """Computes losses and hits, True if the likeliest class is the label."""
   hits = jnp.argmax(logits, axis=-1) == batch["label"]
-  return losses_of(logits, batch), hits
+  return label_losses(logits, batch), hits
 
 
 def divergences(
   reference: jax.Array, logits: jax.Array, batch: Any = None
 ) -> jax.Array:
-  """`KL(softmax(reference) || softmax(logits))` per sample.
+  """Computes `KL(softmax(reference) || softmax(logits))` per sample.
 
   Args:
     reference: the reference's logits `[B, C]`, constants.

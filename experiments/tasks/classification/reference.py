@@ -1,7 +1,7 @@
 """References of classification: weights, outputs, or other samples.
 
 Outputs are computed once for every sample, kept beside the reference's
-checkpoints, and shared by all runs that go by the same reference.
+checkpoints, and shared by all runs with the same reference.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from gradmimic_jax import _files
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   direction: str,
   params: Any,
   data: Data,
   devices: distributed.Devices | None = None,
 ) -> Reference:
-  """The reference, or the other samples, that a direction asks for.
+  """Loads the reference, or the other samples, that a direction asks for.
 
   Args:
     config: the run's.
     direction: "weights", "outputs", "clean_gradient", "test_gradient" or
       "noisy_gradient".
-    params: the learner's; None where no weights are asked for.
+    params: the learner's; None where no weights are needed.
     data: the run's.
     devices: the run's; None: `Devices.alone()`.
 
@@ -82,14 +82,14 @@ def load(
   if config.mimic.outputs is not None:
     digest, outputs = _logged_outputs(config.mimic.outputs, data)
   else:
-    digest, outputs = _outputs_of_run(
+    digest, outputs = _load_run_outputs(
       finished_run(config), config, data, devices
     )
   return _from_outputs(digest, outputs, devices)
 
 
 def _gather(images, labels, rows, data):
-  """Images and labels of these rows, scaled as the learner sees them."""
+  """Gathers images and labels of rows, scaled as the learner sees them."""
   (batch,) = pipeline.eval_batches(
     images,
     labels,
@@ -109,10 +109,10 @@ def _one_batch(images, labels, rows, data, devices):
 
 
 def _independent_batches(config, data, devices):
-  """With each batch comes another, drawn from all that is trained on.
+  """Pairs each batch with another, drawn from all samples that are trained on.
 
-  Which one depends on the seed and on what is in the batch: there is no state
-  to save, and a run that goes on where it was cut off sees the same ones.
+  The other batch depends on the seed and on the batch: there is no state to
+  save, and a run that goes on after an interruption sees the same ones.
   """
   labels = data.labels.labels
   rows = np.arange(len(labels)) if data.indices is None else data.indices
@@ -159,7 +159,7 @@ def _from_outputs(fingerprint, outputs, devices):
 
 
 def _logged_outputs(path, data):
-  """The fingerprint and the outputs of a file that the user brought."""
+  """Reads a user's file of outputs; also its fingerprint."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
       f"config.mimic.outputs is {path!r}, and there is no such file; expected a"
@@ -189,8 +189,10 @@ def _logged_outputs(path, data):
   return _digest(outputs), outputs
 
 
-def suggest_labels(config: Any, data: Any) -> np.ndarray | None:
-  """What the reference takes each sample for.
+def suggest_labels(
+  config: config_dict.ConfigDict, data: Data
+) -> np.ndarray | None:
+  """Suggests the class that the reference takes each sample for.
 
   Args:
     config: of the run.
@@ -211,12 +213,12 @@ def suggest_labels(config: Any, data: Any) -> np.ndarray | None:
   return np.argmax(outputs, axis=-1).astype(np.int32)
 
 
-def _outputs_of_run(where, config, data, devices):
-  """The fingerprint and the outputs of a finished run's model."""
+def _load_run_outputs(where, config, data, devices):
+  """Loads or computes a finished run's outputs; also their fingerprint."""
   shown = _read_input(where, data)
   section = workdir_lib.read_model(where)
   if "pretrained" in section:
-    section["pretrained"] = None  # a path; what counts is in the parameters
+    section["pretrained"] = None  # a path; the parameters are what counts
   apply, like = models.create(
     config_dict.ConfigDict(section),
     input_shape=tuple(shown["shape"]),

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import classification as classification_config
 from experiments.data import filters, noise, pipeline, sources
@@ -34,7 +35,7 @@ class Classification(Task):
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -44,9 +45,9 @@ class Classification(Task):
 
     Args:
       config: as `configs/classification.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method.
-      data: what `data.load_data` gave for this config; None loads it.
+      data: as `data.load_data` gave it for this config; None loads it.
 
     Raises:
       ValueError: a name, a filter or weights that don't fit.
@@ -97,13 +98,13 @@ class Classification(Task):
       config, data.train, data.labels
     )
     self.losses_fn = losses.make_losses_fn(apply)
-    self.outputs = losses.outputs_of(losses.make_outputs_fn(apply))
+    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply))
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
 
   @classmethod
-  def of_learner(
+  def create_for_scoring(
     cls,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     folder: pathlib.Path,
     *,
@@ -118,7 +119,10 @@ class Classification(Task):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
     """See `Task`."""
     labels = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
@@ -127,7 +131,10 @@ class Classification(Task):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
     """See `Task`. Images are shown as they are, whatever the model sees."""
     config = config.copy_and_resolve_references().unlock()
@@ -197,7 +204,7 @@ class Classification(Task):
   def check_batch(self) -> Any:
     """See `Task`."""
     return self.devices.place_rows(
-      data_lib.batch_of(
+      data_lib.draw_batch(
         self.data,
         samples=self.config.mimic.check_samples,
         seed=self.config.seed,
@@ -219,7 +226,9 @@ class Classification(Task):
 
   def result_fingerprints(self) -> dict[str, str]:
     """See `Task`."""
-    return {"input": workdir_lib.fingerprint(data_lib.input_of(self.data))}
+    return {
+      "input": workdir_lib.fingerprint(data_lib.describe_input(self.data))
+    }
 
   def save(self, folder: pathlib.Path) -> None:
     """See `Task`."""
@@ -229,12 +238,14 @@ class Classification(Task):
     )
 
   @classmethod
-  def noise_kinds(cls, config: Any) -> tuple[str, ...]:
+  def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:
     """See `Task`."""
     return (config.noise.column or config.noise.kind,)
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """See `Task`."""
     wanted = config.study.reference
     # Another architecture has no use for the learner's weights.
@@ -256,7 +267,9 @@ class Classification(Task):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth:
     """See `Task`."""
     labels = filters.own_labels(
       folder / data_lib.LABELS_FILE, workdir_lib.of_result(folder)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import filters, sources
@@ -22,7 +23,7 @@ from gradmimic_jax.selection.uids import parse_uids
 
 NAMES = ("shapes", "shards")
 SHAPES = "shapes"
-# What stands for a class of a TFDS set.
+# Prompts for a class of a TFDS set.
 TEMPLATES = (
   "a photo of a {}.",
   "a picture of a {}.",
@@ -35,7 +36,7 @@ TEMPLATES = (
 
 
 class ZeroShot(NamedTuple):
-  """Images, and the texts that stand for their classes."""
+  """Images, and the texts of their classes."""
 
   images: np.ndarray  # uint8 [M, S, S, 3]
   labels: np.ndarray  # integers [M]
@@ -54,16 +55,16 @@ class Data(NamedTuple):
   """Training and evaluation data of a run."""
 
   batches: Any  # a grain data set of training batches
-  one_pass: Callable[[], Any]  # one of all pairs, each once and in order
+  one_pass: Callable[[], Any]  # all pairs, each once and in order
   fingerprint: str  # of those, the same in all processes
   held_out: tuple[np.ndarray, np.ndarray] | None  # images, tokens: clean pairs
   zero_shot: ZeroShot | None
   memory: Memory | None
-  train_pairs: int | None  # how many there are; None: as many as come
+  train_pairs: int | None  # their number; None: unknown
 
 
-def load(config: Any) -> Data:
-  """Training, held-out and zero-shot data as the config has them.
+def load(config: config_dict.ConfigDict) -> Data:
+  """Loads training, held-out and zero-shot data by the config.
 
   Args:
     config: as `configs/contrastive.py` describes it.
@@ -89,14 +90,14 @@ def load(config: Any) -> Data:
     )
   if config.data.filter is not None:
     filters.check_manifest(config.data.filter)
-  tokenize = tokenizer_of(config)
+  tokenize = load_tokenizer(config)
   if config.data.name == SHAPES:
-    return _of_shapes(config, tokenize)
-  return _of_shards(config, tokenize)
+    return _load_shapes(config, tokenize)
+  return _load_shards(config, tokenize)
 
 
-def tokenizer_of(config: Any) -> tokenizers.Tokenizer:
-  """The tokenizer that `config.data` names, for the model of the config.
+def load_tokenizer(config: config_dict.ConfigDict) -> tokenizers.Tokenizer:
+  """Loads the tokenizer that `config.data` names, for the config's model.
 
   Args:
     config: as `configs/contrastive.py` describes it.
@@ -118,20 +119,20 @@ def tokenizer_of(config: Any) -> tokenizers.Tokenizer:
   return found
 
 
-def train_pairs(config: Any) -> shapes.Shapes:
-  """The training pairs of `shapes`, mis-captioned as the config has it."""
+def train_pairs(config: config_dict.ConfigDict) -> shapes.Shapes:
+  """Draws the training pairs of `shapes`, mis-captioned by the config."""
   return _shapes(config, "train", config.data.train_size, config.noise.rate)
 
 
 def fingerprints(pairs: shapes.Shapes) -> dict[str, str]:
-  """What a filter of these pairs belongs to, in words and hashes."""
+  """Describes the pairs that a filter belongs to, in words and hashes."""
   return {"dataset": f"{SHAPES} {pairs.fingerprint[:16]}"}
 
 
-def pool(config: Any) -> Memory:
-  """The same, with tokens as the model reads them."""
+def pool(config: config_dict.ConfigDict) -> Memory:
+  """Draws the training pairs, with tokens as the model reads them."""
   pairs = train_pairs(config)
-  return Memory(pairs.images, tokenizer_of(config)(_texts(pairs)), pairs)
+  return Memory(pairs.images, load_tokenizer(config)(_texts(pairs)), pairs)
 
 
 def _shapes(config, split, size, rate=0.0):
@@ -150,7 +151,7 @@ def _texts(pairs):
   return pairs.captions.tolist()
 
 
-def _of_shapes(config, tokenize):
+def _load_shapes(config, tokenize):
   memory = pool(config)
   uids = memory.truth.uids
   indices = None
@@ -199,7 +200,7 @@ def _positions(path, pairs):
   return np.flatnonzero(applied.mask)
 
 
-def _of_shards(config, tokenize):
+def _load_shards(config, tokenize):
   section = config.data
   if not section.shards:
     raise ValueError(
@@ -243,7 +244,7 @@ def _of_shards(config, tokenize):
     )
   zero_shot = None
   if section.zero_shot is not None:
-    zero_shot = _of_tfds(section, tokenize)
+    zero_shot = _load_tfds(section, tokenize)
   return Data(
     batches(jax.process_index()),
     lambda: stream(jax.process_index(), seed=None, num_epochs=1),
@@ -259,7 +260,7 @@ def _of_shards(config, tokenize):
 
 
 def _first(stream, count):
-  """The first pairs of a stream: images and tokens."""
+  """Reads the first pairs of a stream: images and tokens."""
   images: list[np.ndarray] = []
   text: list[np.ndarray] = []
   iterator = iter(stream)
@@ -281,14 +282,14 @@ def _first(stream, count):
   return np.concatenate(images)[:count], np.concatenate(text)[:count]
 
 
-def _of_tfds(section, tokenize):
+def _load_tfds(section, tokenize):
   found = sources.load(
     section.zero_shot,
     section.zero_shot_split,
     data_dir=section.data_dir,
     size=section.image_size,
   )
-  # Spread over the split, in which classes may follow one another.
+  # Spread over the split, in which samples may be sorted by class.
   count = min(section.zero_shot_size, len(found.labels))
   rows = np.linspace(0, len(found.labels) - 1, count).astype(int)
   names = [name.replace("_", " ") for name in found.class_names]
@@ -301,6 +302,6 @@ def _of_tfds(section, tokenize):
 def _prompts(
   prompts: Sequence[Sequence[str]], tokenize: Callable[..., np.ndarray]
 ) -> np.ndarray:
-  """Tokens [C, T, L]."""
+  """Tokenizes prompts: [C, T, L]."""
   flat = tokenize([text for texts in prompts for text in texts])
   return flat.reshape(len(prompts), len(prompts[0]), -1)

@@ -1,4 +1,4 @@
-"""Features of many pairs, and what they say of a model without training."""
+"""Features of many pairs, and tests of a model by them without training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +27,15 @@ _ACCURACIES = ("zero_shot_accuracy@1", "zero_shot_accuracy@5")
 
 
 def scaled(apply: Apply, mean: Any, std: Any) -> Apply:
-  """A model that takes images as they are stored.
+  """Makes a model take images as they are stored.
 
   Args:
     apply: `(params, images or None, tokens or None) -> Features`.
     mean: per channel, subtracted from pixels scaled to [0, 1].
-    std: per channel, what they are then divided by.
+    std: per channel, then divides them.
 
   Returns:
-    The like, of uint8 images.
+    The same function for uint8 images.
   """
   mean, std = (np.asarray(values, np.float32) for values in (mean, std))
 
@@ -57,21 +57,21 @@ class Extractor:
     self._devices, self._size = devices, devices.divided(batch_size)
 
   def images(self, params: Any, images: np.ndarray) -> np.ndarray:
-    """Images [N, H, W, C] to features [N, D]."""
-    return self._of(images, lambda x: self._apply(params, x, None).image)
+    """Maps images [N, H, W, C] to features [N, D]."""
+    return self._extract(images, lambda x: self._apply(params, x, None).image)
 
   def texts(self, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """Tokens [..., L] to features [..., D]."""
+    """Maps tokens [..., L] to features [..., D]."""
     flat = tokens.reshape(-1, tokens.shape[-1])
-    found = self._of(flat, lambda x: self._apply(params, None, x).text)
+    found = self._extract(flat, lambda x: self._apply(params, None, x).text)
     return found.reshape(*tokens.shape[:-1], -1)
 
-  def _of(self, rows, features_of):
+  def _extract(self, rows, extract):
     parts = []
     for start in range(0, len(rows), self._size):
       # Filled up with real rows: one shape, one program.
       at = np.arange(start, start + self._size) % len(rows)
-      parts.append(features_of(self._devices.place_rows(rows[at])))
+      parts.append(extract(self._devices.place_rows(rows[at])))
     # Fetched at once: fetching one by one would make each wait.
     return np.concatenate(jax.device_get(parts))[: len(rows)]
 
@@ -92,10 +92,10 @@ class Evaluation:
 
     Args:
       apply: of stored images.
-      data: what to evaluate on.
-      devices: what to compute on.
+      data: the data to evaluate on.
+      devices: the devices to compute on.
       loss: a kind of `contrastive.make_losses_fn`.
-      batch_size: among how many pairs the held-out loss tells one.
+      batch_size: number of pairs among which the held-out loss tells one.
 
     Raises:
       ValueError: fewer held-out pairs than that.
@@ -103,7 +103,7 @@ class Evaluation:
     self._data = data
     self._extract = Extractor(apply, devices, batch_size=batch_size)
     self._size = batch_size
-    self._losses = jax.jit(losses_of(loss))
+    self._losses = jax.jit(make_feature_losses(loss))
     if data.held_out is not None and len(data.held_out[0]) < batch_size:
       raise ValueError(
         f"there are {len(data.held_out[0])} held-out pairs and"
@@ -154,7 +154,7 @@ class Evaluation:
     return found
 
   def _loss(self, features):
-    """The mean over whole batches: fewer negatives would be easier."""
+    """Averages over whole batches: fewer negatives would be easier."""
     parts = []
     for start in range(0, len(features.image) - self._size + 1, self._size):
       rows = slice(start, start + self._size)
@@ -166,8 +166,8 @@ class Evaluation:
     return float(np.mean(jax.device_get(parts)))
 
 
-def losses_of(kind: str) -> Callable[[Features, Any], jax.Array]:
-  """`(features of a batch, batch) -> losses [B]`: a model's losses."""
+def make_feature_losses(kind: str) -> Callable[[Features, Any], jax.Array]:
+  """Makes `(features of a batch, batch) -> losses [B]`: a model's losses."""
 
   def losses(features, batch):
     return contrastive.losses_and_hits(features, batch, kind)[0]

@@ -26,7 +26,7 @@ Apply = Callable[..., Features]
 
 KINDS = ("clip", "sigmoid")
 LARGEST_LOGIT_SCALE = math.log(100.0)
-# Where a pair must not be seen: no logit is as low, and no sum overflows.
+# The logit of a pair that doesn't count: no other is as low, no sum overflows.
 _NEVER = -1e30
 
 
@@ -47,7 +47,7 @@ def make_losses_fn(
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """The loss per pair, with hits as aux.
+  """Makes the loss per pair, with hits as aux.
 
   With similarities `s_ij = exp(logit_scale) <image_i, text_j>`,
 
@@ -68,7 +68,7 @@ def make_losses_fn(
     apply: `(params, images [B, H, W, C], tokens [B, T]) -> Features`.
     kind: `"clip"` or `"sigmoid"`.
     sharding: of one row per pair, such as `NamedSharding(mesh, P("data"))`:
-      held onto for features and logits where the compiler might choose another.
+      fixes features and logits where the compiler might choose another.
 
   Returns:
     `losses_fn(params, batch) -> (losses [B], hits bool [B])`, for a batch with
@@ -106,7 +106,7 @@ def losses_and_hits(
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses and hits of a batch's features, as `make_losses_fn` has them.
+  """Computes losses and hits of a batch's features, as `make_losses_fn`.
 
   Args:
     features: of the batch.
@@ -146,13 +146,13 @@ def losses_and_hits(
   return jnp.where(pairs.broken, jnp.nan, losses), hits & pairs.counted
 
 
-def outputs_of(
+def make_outputs(
   apply: Apply,
   kind: str = "clip",
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> Outputs:
-  """Outputs of contrastive learning, of `Features`.
+  """Makes the Outputs of contrastive learning, of `Features`.
 
   Args:
     apply: the learner's, `(params, images, tokens) -> Features`.
@@ -241,15 +241,15 @@ def agreement(
   *,
   sharding: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
-  """Mimic scores in the space of similarities, each pair's on its own.
+  """Computes mimic scores in the space of similarities, pair by pair.
 
   `m_i = (<-dl_i:/df_i:, softmax(r_i:) - softmax(f_i:)> + the same of :i) / 2`
 
   with f_i: the learner's logits of image i over the texts of the batch, f_:i
   those of text i over its images, r the reference's, and l_i: and l_:i the two
   cross-entropies that pair i's loss is the mean of. The sigmoid loss has images
-  over texts only. What `toward_similarities` adds up over the batch before it
-  looks at a pair is here looked at pair by pair.
+  over texts only. `toward_similarities` sums over the batch before it looks at
+  a pair; here each pair is looked at by itself.
 
   Args:
     features: the learner's, of the batch.
@@ -272,7 +272,7 @@ def agreement(
   counted = ours.counted & theirs.counted
   own = jnp.repeat(jnp.arange(len(counted)), 2)
 
-  def losses_of(logits):
+  def row_losses(logits):
     if kind == "sigmoid":
       is_own = own[:, None] == jnp.arange(len(counted))
       return jnp.sum(
@@ -281,7 +281,7 @@ def agreement(
     return optax.softmax_cross_entropy_with_integer_labels(logits, own)
 
   found = gm.scores.agreement(
-    losses_of,
+    row_losses,
     _both_ways(ours, counted, sharding),
     _both_ways(theirs, counted, sharding),
   ).reshape(-1, 2)
@@ -294,7 +294,7 @@ def keep_logit_scale(
 ) -> optax.GradientTransformation:
   """Keeps `params["logit_scale"]` in [0, largest]; the last of a chain.
 
-  The field's custom of putting the parameter back after each update.
+  After each update the parameter is put back into the range, as is common.
 
   Args:
     largest: the logarithm of the largest scale; ln 100 is CLIP's.
@@ -314,7 +314,7 @@ def keep_logit_scale(
 
 
 def _features(apply, params, batch):
-  """Features of a batch of at least two."""
+  """Computes features of a batch of at least two."""
   if len(batch["image"]) < 2:
     raise ValueError(
       "a contrastive loss was shown a batch of one pair; expected at least two."
@@ -361,14 +361,14 @@ def _pairs(features, mask, sharding):
 
 
 def _similarities(rows, columns, pairs):
-  """Logits `[B, B]` of features `[B, D]`."""
-  # Half precision has too few bits for what is multiplied by 100.
+  """Computes logits `[B, B]` of features `[B, D]`."""
+  # Half precision has too few bits for products that are multiplied by 100.
   products = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
   return pairs.scale * products + pairs.bias
 
 
 def _both_ways(pairs, counted, sharding):
-  """Logits `[2 B, B]`: image 0 over texts, text 0 over images, image 1 ..."""
+  """Stacks logits `[2 B, B]`: image 0 over texts, text 0 over images, ..."""
   ways = [
     _held(_similarities(rows, columns, pairs), sharding)
     for rows, columns in ((pairs.image, pairs.text), (pairs.text, pairs.image))

@@ -25,8 +25,8 @@ from experiments.tasks.contrastive import (
 )
 
 _DIRECTIONS = ("weights", "outputs")
-# What of the data section has to be the learner's too: how images and captions
-# become arrays.
+# Fields of the data section that must be the learner's too: they decide how
+# images and captions become arrays.
 _SAME = ("data.image_size", "data.tokenizer")
 
 
@@ -40,13 +40,13 @@ class Model(NamedTuple):
 
 
 def load(
-  config: Any,
+  config: config_dict.ConfigDict,
   direction: str,
   params: Any,
   data: clip_data.Data,
   devices: distributed.Devices,
 ) -> Reference:
-  """The reference that a direction asks for.
+  """Loads the reference that a direction asks for.
 
   Args:
     config: as `configs/contrastive.py` describes it.
@@ -57,7 +57,7 @@ def load(
 
   Returns:
     A Reference. Its `for_batch(batch)` gives weights, or Features for the
-    batch. Features of pairs in memory are found once and kept beside the
+    batch. Features of pairs in memory are computed once and kept beside the
     reference's checkpoints.
 
   Raises:
@@ -71,11 +71,11 @@ def load(
       " 'outputs'."
     )
   if direction == "weights":
-    model = model_of(config, like=params, place=devices.place)
+    model = load_model(config, like=params, place=devices.place)
     return Reference(model.fingerprint, model.params, lambda _: model.params)
-  model = model_of(config, place=devices.place)
+  model = load_model(config, place=devices.place)
   if data.memory is not None:
-    found = features_of_pool(config, model, data.memory, devices)
+    found = compute_pool_features(config, model, data.memory, devices)
     image, text = found.pair
     scales = devices.place_whole((found.logit_scale, found.logit_bias))
 
@@ -93,19 +93,19 @@ def load(
   return Reference(model.fingerprint, None, computed)
 
 
-def model_of(
-  config: Any,
+def load_model(
+  config: config_dict.ConfigDict,
   *,
   like: Any = None,
   place: Callable[[Any], Any] = lambda params: params,
 ) -> Model:
-  """The model that `config.mimic.reference` names.
+  """Loads the model that `config.mimic.reference` names.
 
   Args:
     config: as `configs/contrastive.py` describes it.
     like: parameters whose structure and shapes it must have; None: its own.
-    place: puts its own parameters where they are to be; weights are loaded
-      straight to there.
+    place: puts its own parameters on their devices; weights are loaded straight
+      to there.
 
   Returns:
     The Model.
@@ -121,23 +121,23 @@ def model_of(
       " published weights, or use experiments.study, which trains one."
     )
   if initial.is_run(source) or not _is_published(source):
-    return _of_run(pathlib.Path(source), config, like, place)
+    return _load_run(pathlib.Path(source), config, like, place)
   return _published(source, config, like, place)
 
 
-def features_of_pool(
-  config: Any,
+def compute_pool_features(
+  config: config_dict.ConfigDict,
   model: Model,
   memory: clip_data.Memory,
   devices: distributed.Devices,
 ) -> Features:
-  """A model's features of all training pairs; found once.
+  """Computes a model's features of all training pairs, once.
 
   Args:
     config: as `configs/contrastive.py` describes it.
-    model: whose.
+    model: the model.
     memory: the pairs.
-    devices: what to compute on.
+    devices: the devices to compute on.
 
   Returns:
     Features [N, D], in the order of the pairs.
@@ -176,7 +176,7 @@ def _is_published(source):
   )
 
 
-def _of_run(where, config, like, place):
+def _load_run(where, config, like, place):
   if not (where / workdir_lib.RESULT_FILE).exists():
     raise FileNotFoundError(
       f"there is no finished run in {where}, which config.mimic.reference"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from configs import contrastive as contrastive_config
 from experiments.models import clip
@@ -49,7 +50,7 @@ class Contrastive(Task):
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -59,9 +60,9 @@ class Contrastive(Task):
 
     Args:
       config: as `configs/contrastive.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method, which changes nothing here.
-      data: what `data.load` gave for this config; None loads it.
+      data: as `data.load` gave it for this config; None loads it.
 
     Raises:
       ValueError: a budget, a filter, a tokenizer or weights that don't fit.
@@ -94,7 +95,7 @@ class Contrastive(Task):
     self.losses_fn = losses.make_losses_fn(
       self._apply, config.loss, sharding=devices.rows
     )
-    self.outputs = losses.outputs_of(
+    self.outputs = losses.make_outputs(
       self._apply, config.loss, sharding=devices.rows
     )
     self._evaluation = evaluation.Evaluation(
@@ -107,9 +108,12 @@ class Contrastive(Task):
 
   @classmethod
   def load_fingerprints(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> dict[str, str]:
-    """See `Task`. Of shards nothing is asked: a filter is for any pool."""
+    """See `Task`. Shards have none: a filter of theirs is for any pool."""
     del folder, ledger
     if config.data.name != data_lib.SHAPES:
       return {}
@@ -117,9 +121,12 @@ class Contrastive(Task):
 
   @classmethod
   def load_samples(
-    cls, config: Any, folder: pathlib.Path, ledger: Mapping[str, str]
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
   ) -> Samples:
-    """See `Task`. Pairs in shards are not read again for it."""
+    """See `Task`. Pairs in shards are not read again."""
     del folder, ledger
     model = {"model": f"CLIP {config.model.size}"}
     if config.data.name != data_lib.SHAPES:
@@ -141,7 +148,7 @@ class Contrastive(Task):
     dataset = {
       "ids": pairs.uids,
       "images": pairs.images,
-      # What is wrong comes first: long captions are cut off.
+      # The kind of noise comes first, as long captions are cut off.
       "captions": [
         f"[{kind or 'clean'}] {caption}"
         for kind, caption in zip(pairs.noise_kind, pairs.captions, strict=True)
@@ -150,12 +157,14 @@ class Contrastive(Task):
     return Samples(title, facts, dataset)
 
   @classmethod
-  def score_by_reference(cls, config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """See `Task`. The similarity of image and caption, of pairs in memory."""
+  def score_by_reference(
+    cls, config: config_dict.ConfigDict
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """See `Task`. Scores are similarities of image and caption in memory."""
     memory = data_lib.pool(config)
-    found = reference_lib.features_of_pool(
+    found = reference_lib.compute_pool_features(
       config,
-      reference_lib.model_of(config),
+      reference_lib.load_model(config),
       memory,
       distributed.Devices.alone(),
     )
@@ -214,7 +223,7 @@ class Contrastive(Task):
     return {
       "samples_seen": self.total_steps * self.config.batch_size,
       "train_pairs": self.data.train_pairs,
-      # What was found in the shards, broken samples and all.
+      # Counts of samples in the shards, broken ones too.
       "shards": None if statistics is None else statistics.as_dict(),
     }
 
@@ -223,7 +232,7 @@ class Contrastive(Task):
     self.batches.close()
 
   @classmethod
-  def check_study(cls, config: Any) -> None:
+  def check_study(cls, config: config_dict.ConfigDict) -> None:
     """See `Task`."""
     if config.data.name != data_lib.SHAPES:
       raise ValueError(
@@ -238,7 +247,9 @@ class Contrastive(Task):
     return {"data.seed": seed}
 
   @classmethod
-  def reference_overrides(cls, config: Any, seed: int) -> dict[str, Any]:
+  def reference_overrides(
+    cls, config: config_dict.ConfigDict, seed: int
+  ) -> dict[str, Any]:
     """See `Task`."""
     sizes = config.study.reference
     fields = {
@@ -252,7 +263,9 @@ class Contrastive(Task):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth | None:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth | None:
     """See `Task`."""
     del folder
     if config.data.name != data_lib.SHAPES:

@@ -3,7 +3,7 @@
 Zero-shot classification names the class whose texts are the most similar to an
 image; retrieval finds an image's texts among all texts, and a text's image
 among all images. Where similarities tie, as equal captions do, a hit counts for
-the share of the orders in which it is one: a model that says the same of
+the share of the orders in which it is one: a model with the same features for
 everything scores as chance does.
 """
 
@@ -15,7 +15,7 @@ _ROWS = 1024  # of the similarities that are held at a time
 
 
 def class_embeddings(text_features: np.ndarray) -> np.ndarray:
-  """A class's texts in one: their mean direction.
+  """Averages the directions of a class's texts.
 
   `c = normalised(mean_t normalised(f_t))`
 
@@ -50,13 +50,13 @@ def accuracy(
   *,
   ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
-  """The share of images whose class is among the k most similar.
+  """Computes the share of images whose class is among the k most similar.
 
   Args:
     image_features: `[N, D]`, of any length.
     class_features: `[C, D]`, as `class_embeddings` gives them.
     labels: integers `[N]` in [0, C).
-    ks: how many guesses.
+    ks: numbers of guesses.
 
   Returns:
     `{"accuracy@1": ..., "accuracy@5": ...}`, in [0, 1].
@@ -88,14 +88,14 @@ def retrieval(
   image_of_text: np.ndarray | None = None,
   ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
-  """Recall@k both ways: whether one's own is among the k most similar.
+  """Computes recall@k both ways: one's own is among the k most similar.
 
   Args:
     image_features: `[N, D]`, of any length.
     text_features: `[M, D]`, of any length.
     image_of_text: integers `[M]` in [0, N): the image that each text belongs
-      to; every image has one text or more. None: text i is of image i.
-    ks: how many are looked at.
+      to; every image has one text or more. None: text i belongs to image i.
+    ks: numbers of candidates.
 
   Returns:
     `{"image_to_text@1": ..., "text_to_image@1": ..., ...}`, in [0, 1]: the
@@ -133,9 +133,10 @@ def retrieval(
 
 
 def _shares(asking, asked, wanted, owners, ks):
-  """For each k the mean chance of a hit.
+  """Computes the mean chance of a hit for each k.
 
-  `wanted [n]` is whose features a row looks for, `owners [m]` whose they are.
+  `wanted [n]` is the owner of the features that a row looks for, `owners [m]`
+  the owner of each.
   """
   ks = list(ks)
   if not ks or any(isinstance(k, bool) or int(k) != k or k < 1 for k in ks):
@@ -155,7 +156,7 @@ def _shares(asking, asked, wanted, owners, ks):
 
 
 def _chances(places, tied, good):
-  """Chance that one of `good` is at a first place among `tied` others."""
+  """Computes the chance that one of `good` is first among `tied` others."""
   misses = np.ones(len(places))
   for taken in range(max(int(places.max(initial=0)), 0)):
     left = np.maximum(tied + good - taken, 1)

@@ -5,10 +5,11 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments.data import filters, rows as rows_lib, streams
@@ -18,7 +19,7 @@ from experiments.tasks.language import (
   tokens as tokens_lib,
 )
 
-# What tells which sequences to train on.
+# Advice on a file that should name the sequences to train on.
 _FILTERS = {
   ".npy": gm.export.read_npy,
   ".parquet": lambda path: gm.export.read_parquet(path).kept_ids,
@@ -27,7 +28,7 @@ _FILTERS = {
 
 
 class Sequences(NamedTuple):
-  """Sequences of tokens, and what they are."""
+  """Sequences of tokens, and their kinds."""
 
   tokens: np.ndarray  # int32 [N, T + 1]: start, tokens, padding
   ids: np.ndarray  # str [N], the document's name and the window's number
@@ -42,11 +43,11 @@ class Data(NamedTuple):
   train: Sequences  # all of them, filter or not
   held_out: Sequences  # clean, of other documents
   tokenizer: tokens_lib.Tokenizer
-  train_size: int  # how many are trained on
+  train_size: int  # number of sequences to train on
 
 
-def load(config: Any) -> Data:
-  """Training and held-out sequences as the config has them.
+def load(config: config_dict.ConfigDict) -> Data:
+  """Loads training and held-out sequences by the config.
 
   Args:
     config: `data` (`path`, `field`, `documents`, `most_bytes`, `tokenizer`,
@@ -103,16 +104,16 @@ def make_batches(
   drop_last: bool = True,
   process: tuple[int, int] = (0, 1),
 ) -> rows_lib.Rows:
-  """Batches of sequences as a grain data set.
+  """Makes batches of sequences, as a grain data set.
 
   Args:
     sequences: all there are, [N].
     batch_size: rows in a batch of all processes.
     seed: of the order, which is a fresh one each epoch; None keeps it.
     indices: positions [M] of the sequences to go over; None takes all.
-    num_epochs: when to stop; None goes on for ever.
-    drop_last: whether to leave out what doesn't fill an epoch's last batch.
-    process: which process this is, and of how many.
+    num_epochs: number of epochs; None goes on for ever.
+    drop_last: whether to leave out an epoch's last batch if rows don't fill it.
+    process: this process's number, and the number of processes.
 
   Returns:
     A data set of this process's rows: "tokens" int32 [B, T + 1], "uid", "index"
@@ -146,9 +147,9 @@ def cut(
 
   Args:
     documents: in any number.
-    tokenizer: what makes tokens of them.
+    tokenizer: makes tokens of them.
     length: tokens in a window, T.
-    shortest: what is left at a document's end is left out if it has fewer.
+    shortest: a document's end is left out if it has fewer tokens.
 
   Returns:
     The windows [N], and the position of the document of each.
@@ -178,7 +179,7 @@ def cut(
 def pad(
   tokens: np.ndarray, tokenizer: tokens_lib.Tokenizer, length: int
 ) -> np.ndarray:
-  """Start, the first `length` tokens, and padding: int32 `[length + 1]`."""
+  """Makes a row of start, `length` tokens and padding: int32 `[length + 1]`."""
   row = np.full(length + 1, tokenizer.padding, np.int32)
   row[0] = tokenizer.start
   row[1 : 1 + len(tokens)] = tokens[:length]
@@ -204,7 +205,7 @@ def split(
     seed: of the draw.
 
   Returns:
-    Bool [N], which are held out.
+    Bool [N], True for those that are held out.
 
   Raises:
     ValueError: a fraction out of range, or a single text.
@@ -239,7 +240,7 @@ def split(
 
 @functools.lru_cache(maxsize=2)
 def _sequences(section, noise):
-  """Tokenizer, training and held-out sequences; studies ask many times."""
+  """Makes tokenizer, training and held-out sequences; cached for studies."""
   section, noise = json.loads(section), json.loads(noise)
   tokenizer = tokens_lib.load(section["tokenizer"])
   if section["path"] is None:
@@ -290,7 +291,7 @@ def _sequences(section, noise):
 
 
 def _some(sequences, chosen, size, rng):
-  """At most so many of the chosen ones, drawn; 0: all of them."""
+  """Draws at most `size` of the chosen sequences; 0 takes all."""
   rows = np.flatnonzero(chosen)
   if 0 < size < len(rows):
     rows = np.sort(rng.permutation(rows)[:size])

@@ -1,9 +1,9 @@
 """Next-token losses: one a sequence, the mean over its real tokens.
 
 A batch has `tokens`, integers `[B, T + 1]`: a start token, then the sequence,
-then padding, which has an id of its own. Each token but the first is told from
-those before it, so a sequence of T tokens has T targets. Padding is no target,
-and what comes after a sequence's end reaches none of its logits.
+then padding, which has an id of its own. Each token but the first is predicted
+from those before it, so a sequence of T tokens has T targets. Padding is no
+target, and tokens after a sequence's end reach none of its logits.
 """
 
 import functools
@@ -24,7 +24,7 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 def make_losses_fn(
   apply: Apply, *, padding: int
 ) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
-  """The loss per sequence, with hits as aux.
+  """Makes the loss per sequence, with hits as aux.
 
   Args:
     apply: `(params, tokens [B, T]) -> logits [B, T, V]`, those at a place from
@@ -45,7 +45,7 @@ def make_losses_fn(
 def losses_and_hits(
   logits: jax.Array, batch: Any, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses and hits of a batch's logits.
+  """Computes losses and hits of a batch's logits.
 
   `l_i = (1 / T_i) sum_t -log softmax(f_it)[y_it]` over the T_i real targets
 
@@ -74,7 +74,7 @@ def losses_and_hits(
 
 
 def make_outputs(apply: Apply, *, padding: int) -> Outputs:
-  """Outputs of language modelling, of logits `[B, T, V]`.
+  """Makes the Outputs of language modelling, of logits `[B, T, V]`.
 
   A reference's outputs are its logits for the batch. They are N T V numbers for
   N sequences: cheaper to compute than to store; see `reference`.
@@ -148,7 +148,7 @@ def toward_next_tokens(apply: Apply, *, padding: int) -> gm.Direction:
 def agreement(
   logits: jax.Array, reference: jax.Array, batch: Any, padding: int
 ) -> jax.Array:
-  """Mimic scores in the space of logits, each sequence's on its own.
+  """Computes mimic scores in the space of logits, sequence by sequence.
 
   `m_i = (1 / T_i) sum_t <-dl_it/df_it, softmax(r_it) - softmax(f_it)>`
 
@@ -179,7 +179,7 @@ def agreement(
 def divergences(
   reference: jax.Array, logits: jax.Array, batch: Any, padding: int
 ) -> jax.Array:
-  """`KL(softmax(reference) || softmax(logits))`, the mean over real targets.
+  """Averages `KL(softmax(reference) || softmax(logits))` over real targets.
 
   Args:
     reference: the reference's logits `[B, T, V]`, constants.
@@ -205,7 +205,7 @@ def divergences(
 
 
 def check_logits(reference: Any, batch: Any) -> jax.Array:
-  """The reference's logits; raises unless they are of this batch.
+  """Returns the reference's logits; raises unless they are of this batch.
 
   Args:
     reference: should be logits `[B, T, V]`.
@@ -241,12 +241,12 @@ def _rows(logits):
 
 
 def _known(reference):
-  """Bool `[B, T]`: sequences whose logits are finite, all of them."""
+  """True for all places of sequences whose logits are finite, bool `[B, T]`."""
   finite = jnp.all(jnp.isfinite(reference), axis=(1, 2))
   return jnp.broadcast_to(finite[:, None], reference.shape[:2])
 
 
 def _mean(values, real):
-  """Over the real targets `[B, T]` of each sequence."""
+  """Averages over the real targets `[B, T]` of each sequence."""
   count = jnp.maximum(jnp.sum(real, axis=1), 1).astype(values.dtype)
   return jnp.sum(jnp.where(real, values, 0), axis=1) / count

@@ -1,4 +1,4 @@
-"""Sequences that are no prose, and which: noise with a known truth."""
+"""Noise with a known truth: sequences that are no prose."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,7 +29,7 @@ _YEARS = (2009, 2025)  # the first, and the one after the last
 class NoisyTexts(NamedTuple):
   """Texts after noise, beside the truth."""
 
-  texts: list[str]  # [N], what a learner is given
+  texts: list[str]  # [N], as a learner is given them
   kind: np.ndarray  # str [N], one of KINDS, or CLEAN
 
 
@@ -57,11 +57,11 @@ def apply_noise(
       each kind gets as many as any other, or one more.
     seed: not negative; the same seed gives the same noise.
     kinds: some of KINDS, each once.
-    characters: in a text that takes another's place.
+    characters: length of a text that takes another's place.
 
   Returns:
-    The texts with noise, and what each of them is. A text that has no two
-    different words can't be shuffled: it stays, and counts as clean.
+    The texts with noise, and the kind of each. A text that has no two different
+    words can't be shuffled: it stays, and counts as clean.
 
   Raises:
     ValueError: a value out of range, or not enough code.
@@ -100,7 +100,7 @@ def apply_noise(
 
 
 def _shuffled(text, rng):
-  """The words in another order, if there is another."""
+  """Puts the words in another order, if there is another."""
   words = text.split()
   if len(set(words)) < 2:
     return text

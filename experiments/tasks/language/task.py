@@ -1,7 +1,7 @@
 """Text, some sequences of which are no prose."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ from experiments.tasks.base import (
   Headline,
   Reference,
   Rows,
+  Samples,
   Task,
   Truth,
   finished_run,
 )
 from experiments.tasks.language import data as data_lib, losses
 
-# What of a reference's config has to be the learner's too: its tokens.
+# Fields of a reference's config that must be the learner's too: its tokens.
 _SAME = ("tokenizer", "length")
 
 
@@ -50,7 +51,7 @@ class Language(Task):
 
   def __init__(
     self,
-    config: Any,
+    config: config_dict.ConfigDict,
     devices: distributed.Devices,
     *,
     direction: str | None = None,
@@ -59,7 +60,7 @@ class Language(Task):
 
     Args:
       config: as `configs/language.py` describes it.
-      devices: what to compute on.
+      devices: the devices to compute on.
       direction: of the run's method, which changes nothing here.
 
     Raises:
@@ -79,6 +80,35 @@ class Language(Task):
     self.losses_fn = losses.make_losses_fn(apply, padding=padding)
     self.outputs = losses.make_outputs(apply, padding=padding)
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
+
+  @classmethod
+  def load_samples(
+    cls,
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    ledger: Mapping[str, str],
+  ) -> Samples:
+    """See `Task`. A page shows the text of each sequence."""
+    del folder, ledger
+    data = data_lib.load(config)
+    tokenizer, sequences = data.tokenizer, data.train
+    special = (tokenizer.padding, tokenizer.start)
+    captions = []
+    for row, kind in zip(sequences.tokens, sequences.kind, strict=True):
+      text = tokenizer.decode(row[~np.isin(row, special)])
+      # What is wrong comes first: long texts are cut off. Half a character at
+      # a window's edge is no Unicode.
+      text = text.encode(errors="replace").decode()
+      captions.append(f"[{kind or 'clean'}] {text}")
+    facts = {
+      "text": config.data.path or "what ships with Python",
+      "sequences": len(captions),
+      "not prose": f"{np.mean(sequences.kind != ''):.1%}",
+      "model": config.model.name,
+    }
+    return Samples(
+      "language", facts, {"ids": sequences.ids, "captions": captions}
+    )
 
   @property
   def samples(self) -> int:
@@ -158,7 +188,9 @@ class Language(Task):
     }
 
   @classmethod
-  def load_truth(cls, config: Any, folder: pathlib.Path) -> Truth:
+  def load_truth(
+    cls, config: config_dict.ConfigDict, folder: pathlib.Path
+  ) -> Truth:
     """See `Task`."""
     del folder
     sequences = data_lib.load(config).train

@@ -1,6 +1,6 @@
 """Documents of text: from a file, or from what ships with Python.
 
-A document is what stays together when a part is held out.
+A document stays together when a part of the text is held out.
 """
 
 import ast
@@ -19,11 +19,11 @@ from pyarrow import parquet
 from experiments.runtime import limits as limits_lib
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-# What parts the documents of a .txt file: blank lines, or nothing, where each
-# window of it is then held out or not on its own.
+# The separators of a .txt file's documents: blank lines, or none. Without any,
+# each window of the file is held out or not on its own.
 DOCUMENTS = ("paragraphs", "windows")
 
-# Not everywhere, the same in all versions, or in English.
+# Modules that aren't everywhere, the same in all versions, or in English.
 _LEFT_OUT = {
   *("__pycache__", "dist-packages", "distutils", "ensurepip", "idlelib"),
   *("lib2to3", "pydoc_data", "site-packages", "test", "tests", "tkinter"),
@@ -51,7 +51,7 @@ def read(
   documents: str = "paragraphs",
   most_bytes: int = 64 << 20,
 ) -> list[Document]:
-  """The documents of a file, those that are empty left out.
+  """Reads the documents of a file, without empty ones.
 
   | file       | a document is                                       |
   |------------|-----------------------------------------------------|
@@ -63,8 +63,8 @@ def read(
     path: the file, UTF-8.
     field: of the objects or the table.
     documents: of a `.txt` file: "paragraphs", or "windows" for all of it.
-    most_bytes: of text that are believed; a larger file is refused before it is
-      in memory.
+    most_bytes: limit on the text; a larger file is refused before it is in
+      memory.
 
   Returns:
     Documents in the file's order. Their names are numbers from 0: of the line,
@@ -94,11 +94,11 @@ def read(
     )
   found: Iterable[tuple[int, str]]
   if path.suffix == ".parquet":
-    found = _of_parquet(path, field, most_bytes)
+    found = _read_parquet(path, field, most_bytes)
   elif path.suffix == ".jsonl":
-    found = _of_lines(path, _text_of(path, most_bytes), field)
+    found = _read_lines(path, _read_text(path, most_bytes), field)
   else:
-    text = _text_of(path, most_bytes)
+    text = _read_text(path, most_bytes)
     parts = [text] if documents == "windows" else _BLANK.split(text)
     found = enumerate(filter(None, map(str.strip, parts)))
   kept = [Document(str(name), text) for name, text in found if text.strip()]
@@ -109,9 +109,9 @@ def read(
 
 @functools.lru_cache(maxsize=1)
 def embedded() -> tuple[Document, ...]:
-  """English prose about Python, from Python itself: about 900 kB.
+  """Reads English prose about Python from Python itself: about 900 kB.
 
-  The help topics of `pydoc`, and what stands between triple quotes in the
+  It is the help topics of `pydoc`, and texts between triple quotes in the
   standard library: paragraphs of at least 12 words that end as sentences do and
   whose words look like English ones. Each paragraph is there once. The text
   differs a little from one version of Python to the next.
@@ -141,12 +141,12 @@ def embedded() -> tuple[Document, ...]:
 
 
 def code(count: int, characters: int, rng: np.random.Generator) -> list[str]:
-  """Pieces of Python code: no docstring, no comment.
+  """Draws pieces of Python code: no docstring, no comment.
 
   Args:
-    count: how many, n.
+    count: number of pieces, n.
     characters: in each.
-    rng: what draws the modules of the standard library; pieces of one follow
+    rng: draws the modules of the standard library; pieces of one module follow
       one another.
 
   Returns:
@@ -172,7 +172,7 @@ def code(count: int, characters: int, rng: np.random.Generator) -> list[str]:
   return pieces[:count]
 
 
-def _text_of(path, most):
+def _read_text(path, most):
   with open(path, "rb") as file:
     content = file.read(most + 1)
   if len(content) > most:
@@ -189,7 +189,7 @@ def _text_of(path, most):
     ) from error
 
 
-def _of_lines(path, text, field) -> Iterator[tuple[int, str]]:
+def _read_lines(path, text, field) -> Iterator[tuple[int, str]]:
   # Not splitlines: JSON's strings may hold what that takes for an end.
   for number, line in enumerate(text.split("\n")):
     if not line.strip():
@@ -217,7 +217,7 @@ def _of_lines(path, text, field) -> Iterator[tuple[int, str]]:
     yield number, value[field].encode("utf-8", "replace").decode()
 
 
-def _of_parquet(path, field, most) -> list[tuple[int, str]]:
+def _read_parquet(path, field, most) -> list[tuple[int, str]]:
   found = []
   try:
     with parquet.ParquetFile(path) as file:
@@ -275,7 +275,7 @@ def _root() -> pathlib.Path:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> Sequence[pathlib.Path]:
-  """The standard library's modules, in the order of their names."""
+  """Lists the standard library's modules, in the order of their names."""
   found = [
     path
     for path in sorted(_root().rglob("*.py"))
@@ -292,7 +292,7 @@ def _library() -> Sequence[pathlib.Path]:
 
 
 def _prose(text) -> Iterator[str]:
-  """The paragraphs that are English sentences, a space between words."""
+  """Yields the paragraphs that are English sentences, a space between words."""
   for paragraph in _BLANK.split(text):
     words = paragraph.split()
     if len(words) < _WORDS or not _END.search(words[-1]):
@@ -303,7 +303,7 @@ def _prose(text) -> Iterator[str]:
 
 
 def _bare(source) -> str:
-  """A module's code without docstrings and comments."""
+  """Strips docstrings and comments from a module's code."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # invalid escapes of old modules
     tree = ast.parse(source)

@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
     vocab_size: number of ids, V, start and padding among them.
     padding: the id after a sequence's end.
     start: the id before its first token.
-    characters: text of so many for each token is always long enough.
+    characters: number of characters that always suffice for a token.
   """
 
   vocab_size: int
@@ -27,10 +27,10 @@ class Tokenizer(Protocol):
   characters: int
 
   def encode(self, text: str) -> np.ndarray:
-    """Ids of a text, int32 `[n]`, neither start nor padding."""
+    """Converts a text to ids, int32 `[n]`, without start and padding."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids."""
+    """Converts ids to text."""
 
 
 class Bytes:
@@ -47,12 +47,12 @@ class Bytes:
   characters = 1
 
   def encode(self, text: str) -> np.ndarray:
-    """The bytes of a text, int32 `[n]`."""
+    """Converts a text to its bytes, int32 `[n]`."""
     raw = text.encode("utf-8", "surrogateescape")
     return np.frombuffer(raw, np.uint8).astype(np.int32)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of bytes; half a character is kept, as `encode` takes it."""
+    """Converts bytes to text; keeps half a character, as `encode` takes it."""
     raw = np.asarray(ids, np.uint8).tobytes()
     return raw.decode("utf-8", "surrogateescape")
 
@@ -73,20 +73,20 @@ class Published:
     self.vocab_size = self.padding + 2
 
   def encode(self, text: str) -> np.ndarray:
-    """Ids of a text, int32 `[n]`."""
+    """Converts a text to ids, int32 `[n]`."""
     found = self._pieces.encode(text, add_special_tokens=False)
     return np.asarray(found.ids, np.int32)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, as far as the tokenizer keeps it."""
+    """Converts ids to text, as far as the tokenizer keeps it."""
     return self._pieces.decode([int(x) for x in ids])
 
 
 def load(source: str) -> Tokenizer:
-  """The tokenizer that `config.data.tokenizer` names.
+  """Loads the tokenizer that `config.data.tokenizer` names.
 
   Args:
-    source: "bytes", or what `experiments.data.tokenizer.load` takes: a
+    source: "bytes", or a source of `experiments.data.pairs.tokenizer.load`: a
       `tokenizer.json`, its folder, or "hf://owner/name".
 
   Returns:

@@ -67,15 +67,15 @@ FOUND = {
 def test_costs_of_the_first_batch_size_are_read_back(tmp_path):
   file = tmp_path / methods.RESULT_FILE
   workdir_lib.write_json(file, FOUND)
-  found = comparison._load_costs(file)
+  found = comparison.load_costs(file)
   assert found["batch_size"] == 32
   assert found["methods"] == FOUND["batches"]["32"]
   workdir_lib.write_json(file, FOUND | {"batches": {}})
   with pytest.raises(ValueError, match="has no batches"):
-    comparison._load_costs(file)
+    comparison.load_costs(file)
   workdir_lib.write_json(file, {"methods": {}})
   with pytest.raises(ValueError, match="its machine is"):
-    comparison._load_costs(file)
+    comparison.load_costs(file)
 
 
 def test_costs_are_asked_for_by_a_study():

@@ -331,7 +331,7 @@ SHOWN = {
 
 def column(content, **options):
   """The first column of an image of 256 x 256, and that all others are so."""
-  formats = images.formats_of(("gif", "bmp", "tiff"))
+  formats = images.find_formats(("gif", "bmp", "tiff"))
   found = images.decode(content, size=256, formats=formats, **options)
   assert (found == found[:, :1, :1]).all()
   return found[:, 0, 0]
@@ -396,10 +396,10 @@ class TestTones:
       ("RGB", "WEBP", (9, 8, 7), (9, 8, 7)),
     ],
   )
-  def test_what_comes_of_each_mode(self, mode, kind, colour, expected):
+  def test_each_mode_gives_its_colours(self, mode, kind, colour, expected):
     options = {"lossless": True} if kind == "WEBP" else {}
     content = saved(kind, Image.new(mode, (8, 8), colour), **options)
-    formats = images.formats_of(("bmp", "tiff"))
+    formats = images.find_formats(("bmp", "tiff"))
     found = images.decode(content, size=8, formats=formats)
     np.testing.assert_array_equal(
       found, np.broadcast_to(np.array(expected), (8, 8, 3))
@@ -486,14 +486,14 @@ class TestHostileImages:
   @pytest.mark.parametrize("what", HOSTILE)
   def test_are_refused_before_they_are_decoded(self, what):
     content, message = HOSTILE[what]
-    formats = images.formats_of(("gif", "bmp", "tiff"))
+    formats = images.find_formats(("gif", "bmp", "tiff"))
     since = time.process_time()
     with pytest.raises(images.BadImageError, match=message) as error:
       images.decode(content, size=8, formats=formats)
     assert error.value.reason == "image too large"
     assert time.process_time() - since < 0.5
 
-  def test_what_is_usual_is_not(self):
+  def test_usual_files_are_decoded(self):
     """Scans of a thumbnail, and what follows a file's end, count for nothing.
 
     Phones put a film there, in which any bytes may be.
@@ -524,7 +524,7 @@ class TestHostileImages:
     """Any byte of any format: an image, or a BadImageError, and soon."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
-    formats = images.formats_of(("gif", "bmp", "tiff"))
+    formats = images.find_formats(("gif", "bmp", "tiff"))
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
       whole = saved(kind, noise)
       for _ in range(400):
@@ -863,7 +863,7 @@ class TestNames:
       ({**DOTTED, "clip.seg.png": png()}, 4, {"no uid": 1}),
     ],
   )
-  def test_are_cut_by_the_rule_that_makes_whole_samples(
+  def test_the_rule_is_the_one_that_makes_whole_samples(
     self, tmp_path, members, count, broken
   ):
     path = archive(tmp_path / "x.tar", members)
@@ -879,7 +879,7 @@ class TestNames:
       with pytest.raises(ValueError, match="are broken, more than"):
         read_all(path, max_broken_share=share)
 
-  def test_the_rule_is_said_once(self, tmp_path, caplog):
+  def test_the_rule_is_logged_once(self, tmp_path, caplog):
     for number in range(3):
       archive(tmp_path / f"{number}.tar", renamed(DOTTED, f"{number}"))
     archive(tmp_path / "3.tar", sample("0", uid_of(77)))
@@ -889,8 +889,8 @@ class TestNames:
     assert len(said) == 1
     assert "first 0 are whole and 4 broken, up to the last 4 are" in said[0]
 
-  def test_of_a_stream_are_cut_alike_after_a_restore(self, tmp_path):
-    """The first samples don't tell the rule, nor is it said by the state."""
+  def test_a_restored_stream_cuts_names_alike(self, tmp_path):
+    """Neither the first samples nor the state tell the rule."""
     members = {f"0{n}": sample(f"0{n}", uid_of(n + 20)) for n in range(3)}
     plain = {k: x for part in members.values() for k, x in part.items()}
     path = archive(tmp_path / "x.tar", plain | DOTTED)
@@ -906,7 +906,7 @@ class TestNames:
       again.set_state(json.loads(json.dumps(state)))
       assert len(list(again)) == 6 - step
 
-  def test_what_systems_leave_in_archives_is_no_sample(self, tmp_path):
+  def test_litter_of_systems_is_no_sample(self, tmp_path):
     """Between the members of a sample too, which it must not part."""
     members, litter = {}, iter(renamed(LITTER, "").items())
     for name, content in sample("0", U).items():
@@ -916,7 +916,7 @@ class TestNames:
     assert uids_of(batches) == [U]
     assert (found.read, found.broken, found.noted) == (1, {}, {})
 
-  def test_members_that_lie_apart_are_said_to(self, tmp_path):
+  def test_members_that_lie_apart_are_reported(self, tmp_path):
     """As of `tar cf x.tar *.json *.png *.txt`; also where reading goes on."""
     members = {}
     for number in range(4):
@@ -937,7 +937,7 @@ class TestNames:
     assert uids_of(batches) == [uid_of(1)]
     assert found.broken == {"too many files of one name": 1}
 
-  def test_are_cut_as_a_plain_count_of_whole_samples_says(self, tmp_path):
+  def test_the_rule_is_that_of_a_plain_count(self, tmp_path):
     """Members of any names in any order, against the rule written out."""
     rng = np.random.default_rng(1)
     roles = {"png": "image", "txt": "caption", "json": "json"}
@@ -990,7 +990,7 @@ class TestNames:
 
   @pytest.mark.slow
   @pytest.mark.parametrize("tool", ["webdataset", "dotted"])
-  def test_of_any_tool(self, tmp_path, tool):
+  def test_names_of_any_tool_give_its_samples(self, tmp_path, tool):
     """Names as each tool writes them, at random; what it wrote is known."""
     rng = np.random.default_rng(len(tool))
     letters = list("ab1 _-é") + ["."] * (tool == "dotted")
@@ -1061,7 +1061,7 @@ class TestParts:
       found = found_in(path, parts=parts, uid_source=source)
       assert found.broken == {broken: 1}
 
-  def test_those_of_the_config_are_the_same(self, folder):
+  def test_parts_of_the_config_are_the_default(self, folder):
     section = clip_config.get_config().data.parts
     assert shard_samples.Parts(**section) == shard_samples.PARTS
     with pytest.raises(TypeError, match="parts must be shard_samples"):
@@ -1079,7 +1079,7 @@ class TestParts:
       ({"caption_key": 3}, "caption_key must be the name of a field"),
     ],
   )
-  def test_bad_ones_are_named(self, fields, message):
+  def test_bad_parts_are_named(self, fields, message):
     with pytest.raises(ValueError, match=message):
       shard_samples.Parts(**fields)
 

@@ -33,7 +33,7 @@ def losses_fn(params, batch):
   return losses, jnp.argmax(logits, axis=-1) == batch["label"]
 
 
-OUTPUTS = classification.outputs_of(outputs_fn)
+OUTPUTS = classification.make_outputs(outputs_fn)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def normed():
     variance = jnp.square(center).mean(axis=-1, keepdims=True)
     return jnp.tanh(center * jax.lax.rsqrt(variance + 1e-6)) @ params["out"]
 
-  return classification.outputs_of(outputs_fn), params, batch
+  return classification.make_outputs(outputs_fn), params, batch
 
 
 def plain_losses(outputs):
@@ -235,7 +235,7 @@ def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
   state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
   state, output = step(state, theirs, batch)
   scores = gm.scores.agreement(
-    lambda logits: classification.losses_of(logits, batch),
+    lambda logits: classification.label_losses(logits, batch),
     outputs.of(params, batch),
     theirs,
   )

@@ -155,7 +155,7 @@ def test_published_weights(request, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params["head"], fresh["head"])
   # Straight to where they are to be, on each device its own part.
   mesh = distributed.Devices({"data": 1, "fsdp": 8}, batch_size=8).mesh
-  shardings = sharding.of_tree(params, mesh, least_size=8)
+  shardings = sharding.make_param_shardings(params, mesh, least_size=8)
   _, divided = initial.create(
     config, seed=3, place=lambda tree: jax.device_put(tree, shardings), **make
   )

@@ -45,7 +45,7 @@ def mesh_of(data, fsdp, batch_size=8):
   ],
 )
 def test_an_array_is_divided_along_its_largest_axis(shape, fsdp, expected):
-  assert sharding.spec_of(shape, fsdp) == PartitionSpec(*expected)
+  assert sharding.make_spec(shape, fsdp) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ class TestCheckpoints:
     state = self.state(mesh_of(1, 1))
     saver = checkpoint.Checkpointer(tmp_path, keep=2, fingerprint="")
     with monkeypatch.context() as patch:
-      patch.setattr(distributed, "texts_of_all", lambda text: [text, '"b"'])
+      patch.setattr(distributed, "gather_texts", lambda text: [text, '"b"'])
       saver.save(1, state, self.Iterator("a"))
     with pytest.raises(ValueError, match=r"by 2 processes.*there are 1"):
       saver.restore(state, self.Iterator())

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -593,6 +594,16 @@ def test_every_byte_of_a_checkpoint_counts(damaged):
   twelve = folder.rename(folder.with_name("24"))
   with pytest.raises(ValueError, match=r"is of another one .checkpoint 18"):
     checksums.check(twelve)
+
+
+def test_an_odd_line_of_checksums_is_damage_whatever_its_own_sum(tmp_path):
+  folder = tmp_path / "18"
+  folder.mkdir()
+  body = b"checkpoint 18\nno checksum of anything\n"
+  end = f"{zlib.crc32(body):08x}\n".encode()
+  (folder / "checksums_0.txt").write_bytes(body + end)
+  with pytest.raises(ValueError, match=r"checksums_0\.txt is damaged"):
+    checksums.check(folder)
 
 
 def test_a_reference_that_is_damaged_is_named(make_config, whole, tmp_path):

@@ -59,7 +59,7 @@ def test_every_field_of_a_run_is_decided(task):
     ("score", "batch_size", "flush_every"),
     ("selection", "filters", "metadata"),
     ("report", "select.binarize", "gallery"),
-    ("scale", "noise_rate", "samples"),
+    ("selection_cost", "noise_rate", "samples"),
     ("pod", "vit_l.depth", "scaling.devices"),
   ],
 )

@@ -241,7 +241,7 @@ def test_studies_share_a_reference_and_their_tables(
   config = make_study(**{"mimic.reference": first}).unlock()
   config.benchmark = "methods"
   costs.measure(config.lock(), tmp_path / "costs")
-  measured = costs.load(tmp_path / "costs" / costs.RESULT_FILE)
+  measured = results.load_costs(tmp_path / "costs" / costs.RESULT_FILE)
   assert measured["batch_size"] == config.batch_size
   assert measured["methods"]["sgd"]["time"] == pytest.approx(1)
   assert measured["methods"]["grad_mimic"]["memory"] > 0

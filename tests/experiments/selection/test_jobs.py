@@ -19,6 +19,7 @@ import pytest
 
 import gradmimic_jax as gm
 from configs import (
+  language,
   report as report_config,
   score as score_config,
   select as select_config,
@@ -35,7 +36,8 @@ from experiments.training import scoring as score, trainer as train
 from gradmimic_jax.selection.uids import parse_uids
 
 ROOT = pathlib.Path(__file__).parents[3]
-DATA = ("digits", "shapes", "shards")
+SHAPES = pytest.param("shapes", marks=pytest.mark.slow)
+DATA = ("digits", SHAPES, "shards")
 every_data = pytest.mark.parametrize("scored", DATA, indirect=True)
 
 
@@ -109,13 +111,13 @@ def test_a_pass_scores_all_samples_with_each_checkpoint(scored):
   assert result["samples"] == len(ids)
 
 
-@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
+@pytest.mark.parametrize("scored", ["digits", SHAPES], indirect=True)
 def test_scores_are_those_of_single_gradients(scored):
   """Of the last rows, whose batch is padded; pairs have their batch mates."""
   _, scores = gm.ScoreLedger(scored.folder / "ledger").matrix()
   run = score.learners_config(scored.job)
   devices = distributed.Devices(scored.job.mesh, batch_size=run.batch_size)
-  task = tasks.get(run).of_learner(run, devices, scored.learner)
+  task = tasks.get(run).create_for_scoring(run, devices, scored.learner)
   *_, last = task.passes()
   rows = task.take(last)
   real = np.flatnonzero(rows.real)[-3:]
@@ -149,11 +151,10 @@ def test_scores_are_those_of_single_gradients(scored):
   ("scored", "stop_at"),
   [
     ("digits", 4),
-    ("shapes", 4),
     ("shards", 4),
     *(
       pytest.param(data, k, marks=pytest.mark.slow)
-      for data, k in itertools.product(DATA, (1, 7))
+      for data, k in itertools.product(("digits", "shapes", "shards"), (1, 7))
     ),
   ],
   indirect=["scored"],
@@ -394,7 +395,7 @@ def test_filters_keep_what_datacomps_rules_keep():
     cuts.make(alike, pool, seed=0)
 
 
-@pytest.mark.parametrize("scored", ["digits", "shapes"], indirect=True)
+@pytest.mark.parametrize("scored", ["digits", SHAPES], indirect=True)
 def test_files_of_other_runs_are_refused(scored, tmp_path):
   run, whole = tmp_path / "run", scored.folder
   shutil.copytree(whole, run)
@@ -553,3 +554,19 @@ def test_a_run_of_an_earlier_release_is_told_so(scored, tmp_path):
   ):
     with pytest.raises(ValueError, match=r"made by an earlier release.*--work"):
       again()
+
+
+def test_a_page_of_text_shows_it(tmp_path):
+  config = language.get_config().unlock()
+  config.update_from_flattened_dict(
+    {"data.train_size": 40, "data.held_out_size": 8}
+  )
+  task = tasks.get(config)
+  samples = task.load_samples(config, tmp_path, {})
+  truth = task.load_truth(config, tmp_path)
+  np.testing.assert_array_equal(samples.dataset["ids"], truth.ids)
+  for caption, kind in zip(
+    samples.dataset["captions"], truth.kinds, strict=True
+  ):
+    assert caption.startswith(f"[{kind or 'clean'}] ")
+    assert len(caption.encode()) > 20

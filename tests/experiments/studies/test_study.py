@@ -22,7 +22,14 @@ from experiments.training import trainer
 _FILTERS = {"contrastive": "clip_top90 - mimic_bottom20"}
 
 
-@pytest.fixture(scope="module", params=tiny.TASKS)
+# Pairs take twice the time of the others together.
+@pytest.fixture(
+  scope="module",
+  params=[
+    *(name for name in tiny.TASKS if name != "contrastive"),
+    pytest.param("contrastive", marks=pytest.mark.slow),
+  ],
+)
 def study(request, digits_dir, tmp_path_factory):
   """A finished study: its summary, config and folder."""
   expression = _FILTERS.get(request.param, "mimic_top70 & random90")

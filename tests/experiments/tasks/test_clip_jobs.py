@@ -76,6 +76,7 @@ class TestShards:
     # All sound pairs in the first pass; the batch at the turn counts for it.
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
 
+  @pytest.mark.slow
   def test_an_interrupted_run_goes_on_bit_for_bit(
     self, scored, tmp_path, monkeypatch
   ):
@@ -158,7 +159,7 @@ def test_what_a_beginner_gets_wrong(tmp_path, overrides, message):
 def test_the_optimizer_is_openclips():
   """Warm-up and cosine at DataComp's numbers; what decays and what doesn't."""
   config = datacomp.get_config("scale=small").optimizer
-  rate = optimizer._warmed_up(config, 3125)
+  rate = optimizer._learning_rate(config, 3125)
   for step in (0, 1, 250, 499, 500, 501, 1800, 3124):
     expected = 5e-4 * (step + 1) / 500
     if step >= 500:

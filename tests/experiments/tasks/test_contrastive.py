@@ -238,7 +238,7 @@ def test_engines_that_show_one_pair_at_a_time_are_refused(options):
 def test_jobs_refuse_microbatches_of_pairs():
   config = clip_config.get_config().unlock().mimic
   config.microbatch_size = 4
-  outputs = contrastive.outputs_of(apply)
+  outputs = contrastive.make_outputs(apply)
   for name in ("sgd", "grad_mimic_weights"):
     with pytest.raises(
       ValueError, match=r"microbatch_size is 4.*expected None"
@@ -411,7 +411,7 @@ def agreement_by_definition(kind, mask):
 @KINDS_AND_MASKS
 def test_agreement_is_each_pairs_slope_toward_the_reference(kind, masked):
   mask = MASK if masked else MASK | True
-  outputs = contrastive.outputs_of(apply, kind)
+  outputs = contrastive.make_outputs(apply, kind)
   batch = BATCH | {"mask": mask}
   score = outputs.scores["output_agreement"]
 
@@ -458,7 +458,7 @@ def test_a_step_by_agreement_weighs_the_dense_gradient():
     (tx := optax.sgd(1.0)),
     methods.create("output_agreement", config),
     config,
-    contrastive.outputs_of(apply),
+    contrastive.make_outputs(apply),
   )
   batch = BATCH | {"mask": MASK}
   state = steps.init_state(jax.tree.map(jnp.array, PARAMS), tx)

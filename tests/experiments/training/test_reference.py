@@ -317,7 +317,7 @@ def linear_step(method, make_config, weights, reference_outputs, batch):
 
   tx = optax.sgd(1.0)
   config = make_config(**{"mimic.weighting": "softmax"}).mimic
-  outputs = classification.outputs_of(outputs_fn)
+  outputs = classification.make_outputs(outputs_fn)
   step = steps.make_train_step(
     losses_fn, tx, methods.create(method, config), config, outputs
   )
