@@ -1,6 +1,7 @@
 """What every task's jobs promise, asked of each of them."""
 
 import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -63,6 +64,7 @@ class Runs:
     self.reference = functools.cache(self._reference)
     self.made = functools.cache(self._made)
     self._whole = {}
+    self._names = itertools.count()
 
   def config(self, task, **fields):
     return tiny.make(task, self.digits_dir, **fields)
@@ -93,7 +95,7 @@ class Runs:
     config = self.toward_reference(task, method, **fields)
     key = config.to_json()
     if key not in self._whole:
-      folder = self.folder / task / f"run{len(self._whole)}" / "run"
+      folder = self.folder / task / str(next(self._names)) / "run"
       left = folder.with_name("killed")
       with tiny.before_step(
         KILLED_BEFORE, lambda: tiny.kill(folder, left, KILLED_BEFORE)
@@ -160,7 +162,14 @@ METHODS = [
     ("classification", method, fields, 3)
     for method, fields in (
       ("grad_mimic_outputs", {"data.flip": True}),
-      ("grad_mimic", {"mimic.direction": "clean_gradient"}),
+      (
+        "grad_mimic",
+        {
+          "mimic.direction": "clean_gradient",
+          "mimic.clean_per_class": 1,
+          "data.train_split": "train[:200]",
+        },
+      ),
       ("agra", {"data.flip": True}),
       ("grand_offline", {"mimic.grand_runs": 2}),
       ("distillation", {"data.flip": True}),
