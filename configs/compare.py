@@ -1,4 +1,4 @@
-"""What `experiments.compare` puts together: folders of finished jobs."""
+"""Folders of finished jobs, for `experiments.compare` to put together."""
 
 from ml_collections import config_dict
 

@@ -10,7 +10,7 @@ from configs import base, select
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """Which run, and how much of it; locked.
+  """The run, and how much of it to show; locked.
 
   Args:
     arg: `run`: the workdir of `train`, of one method of a `study`, or of

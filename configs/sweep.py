@@ -232,7 +232,7 @@ def _probe_ablations(probe, fields, seeds):
 
 
 def _finetune_ablations(full, fields):
-  """What of the method matters when all weights move: at noise .4."""
+  """Ablations of the method when all weights move, at noise .4."""
   ours = {"study.methods": ("grad_mimic",)}
   untuned = {k: v for k, v in fields.items() if k != "study.tuned"}
   untuned["mimic.fraction"] = 0.7

@@ -1,4 +1,4 @@
-"""How well `gm.check_reference` tells references of both basins apart.
+"""Benchmark: verdicts of `gm.check_reference` on both kinds of reference.
 
 python -m experiments.benchmark --workdir=runs/check_reference \
   --config=configs/benchmark/check_reference.py:data=digits

@@ -1,4 +1,4 @@
-"""What a mimic step costs, relative to a plain step of the same model.
+"""Benchmark: the cost of a mimic step, relative to the model's plain step.
 
 python -m experiments.benchmark --config=configs/benchmark/engines.py \
   --workdir=runs/engines

@@ -1,4 +1,4 @@
-"""What the training loop costs beside its jitted steps.
+"""Benchmark: the cost of the training loop beside its jitted steps.
 
 python -m experiments.benchmark --config=configs/benchmark/loop.py \
   --workdir=runs/loop

@@ -1,4 +1,4 @@
-"""What a training step of each method of a study costs: time and memory.
+"""Benchmark: time and memory of a training step, of each method of a study.
 
 python -m experiments.benchmark --workdir=runs/methods \
   --config=configs/benchmark/methods.py:study=label_noise,dataset=cifar10 \

@@ -1,4 +1,4 @@
-"""What a step takes of each device of a pod: memory and communication.
+"""Benchmark: memory and communication of a step on the devices of a pod.
 
 python -m experiments.benchmark --config=configs/benchmark/pod.py \
   --workdir=runs/pod

@@ -1,4 +1,4 @@
-"""What the offline stage costs on millions of samples.
+"""Benchmark: the cost of selection on millions of samples.
 
 python -m experiments.benchmark --config=configs/benchmark/selection.py \
   --workdir=runs/selection
@@ -14,7 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """How many samples, and how they are selected; locked.
+  """The numbers of samples, and the selection; locked.
 
   Args:
     arg: none.

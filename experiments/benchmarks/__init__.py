@@ -1,4 +1,4 @@
-"""What steps, loops and selections cost, and how right they are.
+"""Benchmarks: the cost of steps, loops and selections, and their errors.
 
 `config.benchmark` names one of them: a module with `RESULT_FILE`,
 `measure(config, workdir) -> results` and `table(config, results) -> str`.

@@ -177,7 +177,7 @@ def draw(
 
 
 def is_error(check: dict[str, Any]) -> bool:
-  """Whether the verdict takes one basin for the other."""
+  """True if the verdict takes one basin for the other."""
   return (check["verdict"] == "foreign basin") != (
     check["reference"] == "foreign"
   )

@@ -49,7 +49,7 @@ class _Candidate(NamedTuple):
 
 
 def patterns(section: Any) -> dict[str, str | None]:
-  """What the names of mimic layers mean in a model, as `layers=` takes it."""
+  """Patterns of a model's mimic layers by name, as `layers=` takes them."""
   if section.name == "vit":
     last = f"^blocks/{section.vit.depth - 1}/mlp/"
   elif section.widths:
@@ -199,7 +199,7 @@ class Setup:
     return jax.jit(self.outputs_fn)(self.reference, self.batch)
 
   def _program(self, case):
-    """What tells the case's program from that of the others."""
+    """Identifies the case's program among those of the others."""
     if case.engine != "auto":
       return case.layers, case.engine
     return case.layers, self._step(case).engine

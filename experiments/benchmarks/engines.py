@@ -173,7 +173,7 @@ def _settings(config) -> Iterator[jax.Device]:
 
 
 def _start(file: pathlib.Path, device: jax.Device) -> dict[str, Any]:
-  """What an earlier run on this kind of machine measured, or nothing yet."""
+  """Reads what an earlier run on this kind of machine measured, if any."""
   machine = workdir_lib.machine(device)
   if not file.exists():
     return {"machine": machine} | {part: {} for part in PARTS}

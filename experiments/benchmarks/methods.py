@@ -1,4 +1,4 @@
-"""What a step of each method costs, against a plain one: time and memory.
+"""Benchmark: time and memory of each method's step, against a plain one.
 
 The steps are those of training, optimizer included, on the first batch. They
 are timed in turn, round by round: a time is the median over the rounds of its

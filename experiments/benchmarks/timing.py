@@ -106,5 +106,5 @@ def temporaries(compiled: Any) -> int | None:
 
 
 def ratio(ours: float | None, plain: float | None) -> float | None:
-  """Of two counts; None where one is 0 or not known."""
+  """Divides two counts; None where one is 0 or not known."""
   return ours / plain if ours and plain else None

@@ -104,7 +104,7 @@ def _seal(value):
 
 
 def read_input(folder: pathlib.Path, *, checked: bool = True) -> dict[str, Any]:
-  """What a run's model was made for, and is shown: its `input.json`.
+  """Reads the input that a run's model was made for: its `input.json`.
 
   Args:
     folder: the run's.
@@ -200,7 +200,7 @@ def _check_owner(file, name, content):
 
 
 def read_result(file: pathlib.Path, expected: str) -> dict[str, Any]:
-  """What a finished run left in its `result.json`.
+  """Reads the `result.json` of a finished run.
 
   Args:
     file: that file.
@@ -238,7 +238,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def machine(device: jax.Device | None = None) -> dict[str, Any]:
-  """What a result was measured on (None: the default device), and when."""
+  """Describes the machine of a result (None: the default device), dated."""
   device = device or jax.devices()[0]
   return {
     "platform": device.platform,
@@ -397,7 +397,7 @@ def full_disk_named(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _is_full_disk(error):
-  """Whether the error, or one that led to it, is for want of room."""
+  """True if the error, or one that led to it, is for want of room."""
   seen = []
   while error is not None and error not in seen:
     seen.append(error)

@@ -36,7 +36,7 @@ class Scores(NamedTuple):
 
 
 class Pool(NamedTuple):
-  """What filters choose from, and go by."""
+  """The samples that filters choose from, and the scores they go by."""
 
   ids: np.ndarray  # [N], of the same kind
   mimic: Scores | None = None

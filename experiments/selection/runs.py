@@ -1,4 +1,4 @@
-"""What later jobs read of a finished run: its ledger, config and data."""
+"""Finished runs, as later jobs read them: ledger, config and data."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""How well scores find what is wrong: all of it, by kind, and by binariser."""
+"""Detection of wrong samples by scores: of all, by kind and by binariser."""
 
 import math
 from collections.abc import Sequence

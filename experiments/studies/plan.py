@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
   @property
   def is_on_a_part(self) -> bool:
-    """Whether it trains on a part of the data only."""
+    """True if it trains on a part of the data only."""
     return bool(self.chosen_by or self.keep or self.filter)
 
 
@@ -150,7 +150,7 @@ def read_weighting(name: str) -> dict[str, Any]:
 
 
 def needs_reference(config: config_dict.ConfigDict) -> bool:
-  """Whether any method looks at a reference that is to be trained."""
+  """True if any method looks at a reference that is to be trained."""
   directions = {
     method.direction
     for method in (_create(config, name) for name in config.study.methods)

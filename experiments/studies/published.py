@@ -1,4 +1,4 @@
-"""What the paper reports, in `results/published.json`."""
+"""Numbers that the paper reports, in `results/published.json`."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""What a study's folder holds, and the truth about its data."""
+"""The content of a study's folder, and the truth about its data."""
 
 import functools
 import pathlib
@@ -77,7 +77,7 @@ class Records:
     return None
 
   def _load_samples(self, seed: int) -> Samples:
-    """What can be shown of a seed's samples, by the first run with scores."""
+    """Loads what a page shows of a seed's samples, of the first scored run."""
     folder = self.path(seed, self.scored[0])
     config = runs_lib.load_config(folder)
     prints = runs_lib.load_fingerprints(folder)
@@ -94,7 +94,7 @@ class Records:
     ]
 
   def filter_file(self, run: plan.Run) -> pathlib.Path | None:
-    """What a run on a part of the data keeps; None for a run on all of it."""
+    """Returns the file of the samples that a run trains on; None for all."""
     if run.filter:
       return self.path(run.seed, FILTERS) / filters.file_of(run.filter)
     if run.keep is not None:
@@ -146,7 +146,7 @@ class Records:
     return found
 
   def load_overlaps(self) -> list[dict[str, Any]]:
-    """How the first seed's filters overlap."""
+    """Reads the overlaps of the first seed's filters."""
     file = self.path(self.seeds[0], FILTERS) / filters.MANIFEST_FILE
     if not file.exists():
       return []

@@ -1,4 +1,4 @@
-"""What tuning found: each method's settings, in a file that studies read."""
+"""Settings that tuning found, in a file that studies read."""
 
 import pathlib
 from typing import Any

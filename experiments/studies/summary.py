@@ -1,4 +1,4 @@
-"""What came out of a study: a row for each run, and `summary.json`."""
+"""Results of a study: a row for each run, and `summary.json`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""Collectives of a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -154,7 +154,7 @@ def _walk(computations, name, times, partitions, found):
 
 
 def _trips(at, computations):
-  """How often a loop runs: as the compiler says, or as its condition does.
+  """Counts a loop's runs, by the compiler or by the loop's condition.
 
   JAX's loops count from 0; the condition is that the count is below a constant.
   """
@@ -188,7 +188,7 @@ def _named(role, rest):
 
 
 def _bytes(type_):
-  """Of an array, or of all arrays of a tuple."""
+  """Counts the bytes of an array, or of all arrays of a tuple."""
   bare = type_
   while bare != (bare := _LAYOUT.sub("", bare)):
     pass
@@ -210,7 +210,7 @@ def _bytes(type_):
 
 
 def _group(rest, partitions):
-  """How many devices do it together."""
+  """Counts the devices that take part in a collective."""
   if "source_target_pairs=" in rest:
     pairs = re.findall(r"\{(\d+),(\d+)\}", rest)
     return 2 if any(a != b for a, b in pairs) else 1

@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-  """What the compiler says of a step, in bytes on each device."""
+  """The compiler's account of a step, in bytes on each device."""
 
   arguments: int  # state, reference and batch
   temporaries: int  # the most that is held besides

@@ -12,7 +12,7 @@ _MIB = 2**20
 
 
 def is_model(config: config_dict.ConfigDict, name: str) -> bool:
-  """Whether the config has a model of that name."""
+  """True if the config has a model of that name."""
   return "image_size" in (config.get(name) or ())
 
 
@@ -92,7 +92,7 @@ def scaling_table(
 def case_table(
   config: config_dict.ConfigDict, compiled: dict[str, Any]
 ) -> Iterator[str]:
-  """What each case holds and sends, in MiB."""
+  """Tabulates what each case holds and sends, in MiB."""
   kinds = ("all-reduce", "all-gather", "reduce-scatter")
   rows = []
   for key in config.cases:

@@ -103,7 +103,7 @@ def load(
 
 
 def _cached(file, compute) -> Features:
-  """What is in a file and its description, made where it isn't sound."""
+  """Reads a file and its description; makes them where they aren't sound."""
   found = _read(file)
   if found is not None:
     return found

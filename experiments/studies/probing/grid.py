@@ -266,7 +266,7 @@ class _Grid:
     return self.folder / CELLS / f"{cell.method}_{fingerprint}.json"
 
   def _result(self, cell) -> dict[str, Any] | None:
-    """What is known of a finished cell; None if it isn't finished."""
+    """Reads the result of a cell; None if it isn't finished."""
     file = self._file(cell)
     if not file.exists():
       return None
@@ -447,7 +447,7 @@ class _Grid:
     )
 
   def _reference(self, method, cell, configs):
-    """What the steps go by, an entry for each seed; None if by nothing."""
+    """Loads the reference, an entry for each seed; None if there is none."""
     direction = method and method.direction
     if direction in ("weights", "outputs"):
       heads_of = self._trained_references(cell.seeds)
@@ -494,7 +494,7 @@ class _Grid:
 
 
 def _kept(store: dict, key: Any, make: Callable[[], Iterator]) -> Iterator:
-  """What an iterator gives, made once and kept."""
+  """Keeps what an iterator gives, made once."""
   if key not in store:
     store[key] = ([], make())
   items, iterator = store[key]

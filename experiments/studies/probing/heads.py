@@ -43,7 +43,7 @@ class Batches(NamedTuple):
 
 
 class Given(NamedTuple):
-  """What runs don't share; axes [S, ...] and [S, K, ...] for S seeds x K."""
+  """Inputs that runs don't share; axes [S, ...], [S, K, ...], S seeds x K."""
 
   labels: Any  # int32 [S, K, N]
   values: Any  # [S, K], of the weighting; None: as the config has it
@@ -77,7 +77,7 @@ def batches(
   num_samples: int,
   indices: np.ndarray | None = None,
 ) -> Iterator[Batches]:
-  """What the general loop trains on, an epoch at a time, as positions.
+  """Yields the general loop's batches, an epoch at a time, as positions.
 
   Args:
     config: the run's: `seed`, `batch_size`, `num_epochs`, `data.flip`.
@@ -125,7 +125,7 @@ def batches(
 
 
 def _positions(batch, num_samples):
-  """Of the samples, and of their features."""
+  """Finds the positions of the samples, and of their features."""
   mirrored = batch["image"][:, 0, 0, 0] > 0
   index = np.asarray(batch["label"], np.int32)
   return index, index + np.int32(num_samples) * mirrored
@@ -244,7 +244,7 @@ def value_field(config: config_dict.ConfigDict) -> str:
 
 
 def reads_value(name: str, config: config_dict.ConfigDict) -> bool:
-  """Whether that method looks at the field of the grid's values at all."""
+  """True if that method looks at the field of the grid's values at all."""
   return value_field(config) in settings.fields_read(name, config)
 
 

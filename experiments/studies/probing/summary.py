@@ -1,4 +1,4 @@
-"""What came out of a grid of heads: detection, tables and figures."""
+"""Results of a grid of heads: detection, tables and figures."""
 
 import contextlib
 import pathlib
@@ -19,7 +19,7 @@ from gradmimic_jax import _files
 def detections(
   config: config_dict.ConfigDict, folder: pathlib.Path, result: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """How well a cell's scores find the mislabelled samples, run by run.
+  """Measures how a cell's scores find mislabelled samples, run by run.
 
   Args:
     config: the grid's; `select` and `study.binarizers` are looked at.
@@ -235,7 +235,7 @@ def _draw(config, folder, results):
 
 
 def _draw_scores(config, folder, results):
-  """Of the first seed's first mimic method and value, a file for each rate."""
+  """Draws scores of the first seed's first mimic method, a file a rate."""
   first = config.study.seeds[0]
   drawn: dict[float, pathlib.Path] = {}
   for result in results:
