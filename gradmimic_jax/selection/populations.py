@@ -178,7 +178,7 @@ def compare(
 
     f(x) ~ (1 + d^2 / nu)^(-(nu + 1) / 2),   p(x) = c_0 f_0(x) + c_1 f_1(x)
 
-  with nu of infinity (Gaussian), 4 or 1.5, in nine combinations; l = r or
+  with nu of infinity (Gaussian), 4 or 1.5, in eight combinations; l = r or
   free; the widths of both equal or free. A single population is one such
   component, a two-piece exponential power distribution (Laplace to nearly
   uniform), a uniform, a log-normal or a gamma one, either way round. All are
@@ -302,7 +302,7 @@ def resampled_shares(
   )
   state = _State(kernels, each(two.share))
   skewed = bool((two.left != two.right).any())
-  even = two.left[0] == two.left[1] and two.right[0] == two.right[1]
+  even = not skewed and two.left[0] == two.left[1]
   _, state = _maximise(
     points,
     weight,
@@ -371,17 +371,13 @@ def _downweights(x, noise, kernels, tails):
   return (tail + 1) / (tail + d * d)
 
 
-def _fitted_kernel(
-  points, belongs, counts, tails, *, skewed, even=False, before=None
-):
+def _fitted_kernel(points, belongs, counts, tails, *, skewed, even=False):
   """Mode and widths [..., 1] that make the points likeliest.
 
   `belongs` [..., n] says how much of each point is the kernel's, `counts` is
   from `_downweights`. With the sums of squares S and the areas a of either
   side, a two-piece kernel's widths are to each other as (S / a)^(1/3); its
   mode is the point at which the sum of a (S / a)^(1/3) over both is least.
-  Kernels of one shape (`even`) have their modes where they are likeliest with
-  the widths `before`, and their widths by the sums over both.
   """
   x = points.x
   factor = belongs * counts / points.noise**2
@@ -404,30 +400,15 @@ def _fitted_kernel(
     + x * x * (all_of[0] - moments[0])
   )
   areas = tails.areas()
-  below, above = np.maximum(below, 0), np.maximum(above, 0)
-
-  def at(values, places):
-    return np.take_along_axis(values, places, -1)
-
-  if even:
-    cost = below / before.left**2 + above / before.right**2
-    best = cost.argmin(-1)[..., None]
-    below = at(below, best).mean(-2, keepdims=True)
-    above = at(above, best).mean(-2, keepdims=True)
-    size = size.mean(-2, keepdims=True)
-    areas = areas[0][:1], areas[1][:1]
-  below = np.cbrt((below + _PRIOR_VARIANCE) / areas[0])
-  above = np.cbrt((above + _PRIOR_VARIANCE) / areas[1])
+  below = np.cbrt((np.maximum(below, 0) + _PRIOR_VARIANCE) / areas[0])
+  above = np.cbrt((np.maximum(above, 0) + _PRIOR_VARIANCE) / areas[1])
   both = areas[0] * below + areas[1] * above
-  if not even:
-    best = both.argmin(-1)[..., None]
-    below, above, both = (at(value, best) for value in (below, above, both))
+  best = both.argmin(-1)[..., None]
+  below = np.take_along_axis(below, best, -1)
+  above = np.take_along_axis(above, best, -1)
+  both = np.take_along_axis(both, best, -1)
   common = np.sqrt(both / (size + 2))
-  mode = x[best]
-  left, right = (
-    np.broadcast_to(common * side, mode.shape) for side in (below, above)
-  )
-  return _Kernels(mode, left, right)
+  return _Kernels(x[best], common * below, common * above)
 
 
 def _maximise(
@@ -455,13 +436,7 @@ def _maximise(
     belongs = each / total * weight
     counts = _downweights(points.x, points.noise, state.kernels, tails)
     kernels = _fitted_kernel(
-      points,
-      belongs,
-      counts,
-      tails,
-      skewed=skewed,
-      even=even,
-      before=state.kernels,
+      points, belongs, counts, tails, skewed=skewed, even=even
     )
     size = belongs.sum(-1, keepdims=True) + _PRIOR_SAMPLES
     state = _State(kernels, size / size.sum(1, keepdims=True))
@@ -500,8 +475,7 @@ def _pair_costs(points: Points) -> dict[str, tuple[float, Two]]:
     return fitted
 
   plain, heavy = _tails(_GAUSSIAN), _tails(_HEAVY)
-  evenly = fit("Gaussians of one width", 4, state, plain, even=True)
-  fit("skewed Gaussians of one shape", 5, evenly, plain, skewed=True, even=True)
+  fit("Gaussians of one width", 4, state, plain, even=True)
   gaussians = fit("Gaussians", 5, state, plain)
   skewed = fit("skewed Gaussians", 7, gaussians, plain, skewed=True)
   fit("t4", 6, gaussians, heavy)

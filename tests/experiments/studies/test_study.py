@@ -70,7 +70,8 @@ class TestStudy:
     assert rows["sgd"]["auroc"] is None
     assert rows["sgd"]["clean_share"] == pytest.approx(0.6, abs=0.02)
     assert found["noise_rate"] == pytest.approx(0.4, abs=0.02)
-    assert len(found["kinds"]) == {"classification": 0}.get(config.task, 3)
+    several = {"classification": 0, "contrastive": 3, "language": 2}
+    assert len(found["kinds"]) == several[config.task]
     for field in ("auroc", *(f"auroc_{kind}" for kind in found["kinds"])):
       assert 0 <= rows[scored][field] <= 1
     (entry,) = found["detection"][scored]
