@@ -288,10 +288,10 @@ def test_generated_sets_come_out_right(seed):
 def test_thousands_of_generated_sets_come_out_right():
   outcome = run(2000, 100_000)
   print(outcome)
-  # Not none is wrong, but about one in 200: of skewed noise with missing
-  # entries, samples with a single score are flagged too often.
-  assert len(outcome.wrong) <= 20
-  assert len(outcome.undecidable) <= 35
+  # Not all are right: 1 in 45 came out otherwise (10 of 450), of which most are
+  # undecidable by the truth's own evidence; the others are of skewed noise in
+  # few steps, where the tail of one group is the other.
+  assert len(outcome.wrong) + len(outcome.undecidable) <= 50
   assert not any(
     "none wrong" in " ".join(bad) for bad in outcome.wrong.values()
   )
