@@ -129,14 +129,52 @@ def read(
   """Reads the positions that a filter keeps; counts ids that are missing.
 
   Args:
-    path: of a `.npy` file of ids to keep, or a selection as `.parquet` or
-      `.csv`. Ids are positions, or the data set's own (`train_set.ids`).
+    path: as `apply` takes it. Ids are positions, or the data set's own
+      (`train_set.ids`).
     config: the run's.
     train_set: the samples to choose from.
     labels: the labels that the learner is given.
 
   Returns:
     Positions [M], ascending. How many ids the data set lacks is logged.
+
+  Raises:
+    FileNotFoundError, ValueError: as `apply`.
+  """
+  applied = apply(
+    path, train_set.ids, fingerprints=fingerprints(config, train_set, labels)
+  )
+  if applied.missing:
+    logging.warning(
+      "%d of the %d ids in %s are not in %s %s; the other %d are trained on.",
+      applied.missing,
+      applied.kept + applied.missing,
+      path,
+      config.data.name,
+      config.data.train_split,
+      applied.kept,
+    )
+  return np.flatnonzero(applied.mask)
+
+
+def apply(
+  path: str,
+  pool: np.ndarray,
+  *,
+  fingerprints: Mapping[str, str] | None = None,
+  noun: str = "samples",
+) -> gm.filters.Applied:
+  """Applies the filter in a file to the ids of a data set.
+
+  Args:
+    path: of a `.npy` file of ids to keep, or a selection as `.parquet` or
+      `.csv`. Ids are positions, or those in `pool`.
+    pool: ids [N] of the samples to choose from.
+    fingerprints: of the data, which the file's must not contradict.
+    noun: the samples, for the error.
+
+  Returns:
+    The mask [N], and how many ids are kept and missing.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -156,33 +194,20 @@ def read(
     )
   try:
     check_manifest(path)
-    ids = _FORMATS[suffix](
-      path, fingerprints=fingerprints(config, train_set, labels)
-    )
+    ids = _FORMATS[suffix](path, fingerprints=fingerprints)
     chosen = gm.filters.Filter(ids, path)
-    pool = train_set.ids
     if chosen.ids.dtype.kind == "i":
       _check_positions(path, pool)
-      pool = np.arange(len(train_set.labels))
+      pool = np.arange(len(pool))
     applied = chosen.apply(pool)
   except (ValueError, TypeError) as error:
     raise ValueError(f"config.data.filter {path!r}: {error}") from error
-  if applied.missing:
-    logging.warning(
-      "%d of the %d ids in %s are not in %s %s; the other %d are trained on.",
-      applied.missing,
-      len(chosen),
-      path,
-      config.data.name,
-      config.data.train_split,
-      applied.kept,
-    )
   if not applied.kept:
     raise ValueError(
-      f"config.data.filter {path!r} keeps none of the {len(pool)} samples; its"
+      f"config.data.filter {path!r} keeps none of the {len(pool)} {noun}; its"
       f" {len(chosen)} ids are of another data set, or it is empty."
     )
-  return np.flatnonzero(applied.mask)
+  return applied
 
 
 def _check_positions(path, ids):

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,20 +10,12 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-import gradmimic_jax as gm
 from experiments.data import filters, rows as rows_lib, streams
 from experiments.tasks.language import (
   noise as noise_lib,
   texts as texts_lib,
   tokens as tokens_lib,
 )
-
-# Advice on a file that should name the sequences to train on.
-_FILTERS = {
-  ".npy": gm.export.read_npy,
-  ".parquet": lambda path: gm.export.read_parquet(path).kept_ids,
-  ".csv": lambda path: gm.export.read_csv(path).kept_ids,
-}
 
 
 class Sequences(NamedTuple):
@@ -75,7 +66,9 @@ def load(config: config_dict.ConfigDict) -> Data:
   )
   indices = None
   if config.data.filter is not None:
-    indices = _positions(config.data.filter, train.ids)
+    indices = np.flatnonzero(
+      filters.apply(config.data.filter, train.ids, noun="sequences").mask
+    )
   batches = make_batches(
     train,
     batch_size=config.batch_size,
@@ -296,31 +289,3 @@ def _some(sequences, chosen, size, rng):
   if 0 < size < len(rows):
     rows = np.sort(rng.permutation(rows)[:size])
   return Sequences(*(array[rows] for array in sequences))
-
-
-def _positions(path, ids):
-  """Finds a filter's ids among all; missing ones are no loss."""
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(
-      f"config.data.filter is {path!r}, and there is no such file; expected a"
-      " .npy file of the ids to keep, or a selection as .parquet or .csv."
-    )
-  suffix = pathlib.Path(path).suffix
-  if suffix not in _FILTERS:
-    raise ValueError(
-      f"config.data.filter is {path!r}; expected a file that ends with one of"
-      f" {', '.join(_FILTERS)}."
-    )
-  try:
-    filters.check_manifest(path)
-    chosen = gm.filters.Filter(_FILTERS[suffix](path), path)
-    integers = chosen.ids.dtype.kind == "i"
-    applied = chosen.apply(np.arange(len(ids)) if integers else ids)
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"config.data.filter {path!r}: {error}") from error
-  if not applied.kept:
-    raise ValueError(
-      f"config.data.filter {path!r} keeps none of the {len(ids)} sequences; its"
-      f" {len(chosen)} ids are of other data, or it is empty."
-    )
-  return np.flatnonzero(applied.mask)

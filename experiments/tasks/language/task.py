@@ -143,11 +143,10 @@ class Language(Task):
     return {f"held_out_{name}": value for name, value in found.items()}
 
   def check_batch(self) -> Any:
-    """See `Task`. Sequences of the first batch, the same in all processes."""
-    batch = next(iter(self._in_order(self.data.train, self.samples)))
+    """See `Task`. Sequences drawn by the seed, the same in all processes."""
     rows = np.random.default_rng(self.config.seed).permutation(self.samples)
     rows = rows[: self.config.mimic.check_samples]
-    return self.devices.place_rows({"tokens": batch["tokens"][rows]})
+    return self.devices.place_rows({"tokens": self.data.train.tokens[rows]})
 
   def load_reference(self, direction: str) -> Reference:
     """See `Task`. Logits are computed with each batch: too many to keep."""
