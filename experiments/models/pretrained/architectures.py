@@ -253,10 +253,13 @@ def check(
 
 
 def say_unknown(
-  told: Told, model: Mapping[str, Any], names: tuple[str, ...], file: Any
+  said: Mapping[str, Any],
+  model: Mapping[str, Any],
+  names: tuple[str, ...],
+  file: Any,
 ) -> None:
   """Logs the fields that neither shapes nor a file tell."""
-  unknown = [name for name in names if name not in told.fields]
+  unknown = [name for name in names if name not in said]
   if unknown:
     logging.warning(
       "There is no %s beside %s that tells %s, which can't be seen in the"

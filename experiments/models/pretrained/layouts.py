@@ -116,7 +116,7 @@ LAYOUTS = {
 
 
 def find_layout(
-  stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout] = LAYOUTS
+  stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout]
 ) -> str | None:
   """Finds the library that named these weights, or None."""
   for name, layout in layouts.items():
