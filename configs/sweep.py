@@ -16,60 +16,30 @@ random1 and aggre>`.
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, label_noise
 
 _ALL = (
-  "sgd",
-  "grad_mimic",
-  "grad_mimic_outputs",
-  "output_agreement",
-  "influence",
-  "influence_test_leak",
-  "agra",
-  "agra_skip",
-  "grand",
-  "rho",
-  "rho_topk",
-  "rho_as_published",
-  "grad_match_separable",
-  "grad_match_least_squares",
-  "grad_match_omp",
-  "random",
-  "distillation",
-)
-_PAPERS = (
-  "sgd",
-  "grad_mimic",
-  "influence",
-  "agra",
-  "grand",
-  "rho",
-  "grad_match_separable",
-)
+  "sgd", "grad_mimic", "grad_mimic_outputs", "output_agreement", "influence",
+  "influence_test_leak", "agra", "agra_skip", "grand", "rho", "rho_topk",
+  "rho_as_published", "grad_match_separable", "grad_match_least_squares",
+  "grad_match_omp", "random", "distillation",
+)  # fmt: skip
 _HUMAN = ("worst", "random1", "aggre")
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A sweep's cells, as command lines.
+  """A sweep's `cells`, lines such as `name: job --config=...`.
 
-  Args:
-    arg: `study`, "digits" or "cifar10"; number of `seeds`; `data_dir`; a table
-      of human `labels`.
-
-  Returns:
-    The config, locked: `cells`, lines such as `name: job --config=...`, where
-    `{other}` is the folder of another cell, and `run`.
+  There `{other}` is the folder of another cell. Arguments are `study`, "digits"
+  or "cifar10"; number of `seeds`; `data_dir`; a table of human `labels`.
 
   Raises:
     ValueError: an unknown argument or study.
   """
-  values = base.parse_arg(arg, study="digits", seeds=0, data_dir="", labels="")
   studies = {"digits": _digits, "cifar10": _cifar10}
-  if values["study"] not in studies:
-    raise ValueError(
-      f"config argument study={values['study']!r}; expected one of"
-      f" {', '.join(studies)}."
-    )
+  values = base.parse_arg(
+    arg, study=tuple(studies), seeds=0, data_dir="", labels=""
+  )
   config = config_dict.ConfigDict()
   config.cells = studies[values["study"]](values)
   config.run = True  # False: print the commands
@@ -154,7 +124,7 @@ def _cifar10(values):
     "mimic.weighting": "ess_softmax",
     "mimic.fraction": 0.3,
     "checkpoint.every_epochs": 4,
-    "study.methods": _PAPERS,
+    "study.methods": label_noise.METHODS,
     "study.seeds": tuple(range(seeds)),
     "study.references": "{sweep}/references",
   }
@@ -312,7 +282,11 @@ def _digits(values):
       "finetune_symmetric_0.4",
       "study",
       full,
-      {**network, "study.keep_fractions": (0.8, 0.5), "study.methods": _PAPERS},
+      {
+        **network,
+        "study.keep_fractions": (0.8, 0.5),
+        "study.methods": label_noise.METHODS,
+      },
     ),
     _line(
       "costs",

@@ -17,22 +17,12 @@ from configs import base, digits
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A training config whose method has scores, and needs no reference.
-
-  Args:
-    arg: `model`: `"resnet"` or `"mlp"`.
-
-  Returns:
-    The config, locked.
+  """A config whose method has scores, and needs no reference; `model` as above.
 
   Raises:
     ValueError: an unknown argument or model.
   """
-  model = base.parse_arg(arg, model="resnet")["model"]
-  if model not in ("resnet", "mlp"):
-    raise ValueError(
-      f"config argument model={model!r}; expected resnet or mlp."
-    )
+  model = base.parse_arg(arg, model=("resnet", "mlp"))["model"]
   config = digits.get_config().unlock()
   config.benchmark = "loop"
   config.method = "random"

@@ -51,5 +51,7 @@ def test_every_round_of_a_loop_that_sleeps(config, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_not_there_is_refused():
-  with pytest.raises(ValueError, match=r"model='vit'; expected resnet or mlp"):
+  with pytest.raises(
+    ValueError, match=r"model='vit'; expected one of resnet, mlp"
+  ):
     loop_config.get_config("model=vit")
