@@ -33,15 +33,10 @@ PARTS = {
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures all cases; goes on where an interrupted run stopped.
 
-  Args:
-    config: as `configs/benchmark/engines.py` describes it.
-    workdir: the benchmark's folder. Gets `engines.json`, which grows by an
-      entry a case, and figures.
-
-  Returns:
-    What is in `engines.json`: the machine, and for each case of the table and
-    point of the sweep its ratios and errors. A ratio is None where it has no
-    meaning or the case did not fit into memory.
+  The workdir gets figures and `engines.json`, which grows by an entry a case
+  and is returned: the machine, and for each case of the table and point of the
+  sweep its ratios and errors. A ratio is None where it has no meaning or the
+  case did not fit into memory.
 
   Raises:
     ValueError: an unknown field, name or device, or a workdir of another config

@@ -35,17 +35,11 @@ def measure(
 ) -> dict[str, Any]:
   """Measures the loop's overhead; goes over the data as often as it takes.
 
-  Args:
-    config: as `configs/benchmark/loop.py` describes it.
-    workdir: the folder; gets what a run of `experiments.train` leaves there,
-      and `loop.json`.
-    steps_a_round: how many steps of each kind are timed in turn.
-
-  Returns:
-    What is in `loop.json`: `overhead`, everything but the steps as a share
-    of their time (the median of the rounds), its quartiles, the seconds a step
-    takes by itself and in the loop, and `data_wait`, the share of the loop's
-    time in which nothing ran for want of data.
+  The workdir gets what a run of `experiments.train` leaves there, and
+  `loop.json`, whose content is returned: `overhead`, everything but the steps
+  as a share of their time (the median of the rounds), its quartiles, the
+  seconds a step takes by itself and in the loop, and `data_wait`, the share of
+  the loop's time in which nothing ran for want of data.
 
   Raises:
     ValueError: as `trainer.train_and_evaluate`; a workdir that was used before.
@@ -119,14 +113,7 @@ class _Alone:
     self._watch = timing.Watch()
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """Times a round.
-
-    Args:
-      params: the loop's, which are left alone.
-
-    Returns:
-      Nothing to write.
-    """
+    """Times a round; the loop's params are left alone."""
     inside = self._watch.lap()
     # A queue is kept full, as in the loop.
     each = timing.seconds(self._step, self._count, ahead=2)

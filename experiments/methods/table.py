@@ -165,14 +165,7 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
 
 
 def create(name: str, config: Any) -> Method | None:
-  """The method of that name.
-
-  Args:
-    name: `config.method`.
-    config: `config.mimic`.
-
-  Returns:
-    The method, or None for a plain step.
+  """The method of that name, by `config.mimic`; None for a plain step.
 
   Raises:
     ValueError: there is no method, direction, score or weighting of that name.

@@ -1,6 +1,7 @@
 """From a ledger to a selection or to filters, as files with a manifest."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -52,7 +53,7 @@ def select_run(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     pool = filters.pool_of(run, config.metadata, config.clip_column)
     made = filters.make(config.filters, pool, seed=config.seed)
   else:
-    selection = from_ledger(config.select, ledger)
+    selection = select(config.select, ledger)
   prints = runs.load_fingerprints(run)
   folder = workdir_lib.claim(workdir, config, select_config, job=_JOB)
   if config.filters:
@@ -60,42 +61,31 @@ def select_run(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   return write(folder, selection, prints)
 
 
-def from_ledger(section: Any, ledger: gm.ScoreLedger) -> gm.Selection:
-  """The selection that `config.select` asks for.
+def select(
+  section: Mapping[str, Any], scores: Any, binarize: str | None = None
+) -> gm.Selection:
+  """Selects from scores `[N, T]` or a ledger as `config.select` asks for.
 
-  Args:
-    section: `binarize`, `aggregate`, `threshold` and `fraction`.
-    ledger: to select from.
-
-  Returns:
-    The Selection.
+  `binarize` stands in place of the section's.
 
   Raises:
     ValueError: what `gm.select` raises.
   """
-  options = {}
-  if section.binarize == "threshold":
-    options["threshold"] = section.threshold
-  if section.binarize == "top_fraction":
-    options["fraction"] = section.fraction
-  return gm.select(
-    ledger, binarize=section.binarize, aggregate=section.aggregate, **options
-  )
+  name = binarize or section["binarize"]
+  options = {
+    "threshold": {"threshold": section["threshold"]},
+    "top_fraction": {"fraction": section["fraction"]},
+    # Of every method's score: no step either way. A ledger's is known.
+    "auto": {} if isinstance(scores, gm.ScoreLedger) else {"mark": 0.0},
+  }.get(name, {})
+  aggregate = section["aggregate"]
+  return gm.select(scores, binarize=name, aggregate=aggregate, **options)
 
 
 def write(
   folder: pathlib.Path, selection: gm.Selection, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
-  """Writes a selection in all formats, and what it is.
-
-  Args:
-    folder: to write to.
-    selection: what `gm.select` gave.
-    fingerprints: what it belongs to.
-
-  Returns:
-    What is in `manifest.json`.
-  """
+  """Writes a selection in all formats; returns its `manifest.json`."""
   datacomp.write_ids(
     folder / KEPT_FILE, selection.kept_ids, fingerprints=fingerprints
   )

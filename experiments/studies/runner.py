@@ -36,15 +36,9 @@ _JOB = "study"
 def run_study(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
-  Args:
-    config: any task's; `config.study` names the seeds, the methods and how the
-      reference differs from the learner.
-    workdir: the study's folder. Gets a folder for each seed with a folder for
-      each run in it, `summary.json`, tables, figures and the page of a method
-      with scores.
-
-  Returns:
-    What is in `summary.json`.
+  The workdir gets a folder for each seed with a folder for each run in it,
+  tables, figures, the page of a method with scores, and `summary.json`, whose
+  content is returned.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -70,13 +64,8 @@ def run_all(
 ) -> dict[str, list[dict[str, Any]]]:
   """Makes the runs, with all other jobs that are at it.
 
-  Args:
-    config: the study's.
-    folder: to make the runs' folders in.
-    runs: each after those that it needs.
-
-  Returns:
-    `{name: results}`, those of a name in the order of the runs.
+  Each of the runs comes after those that it needs. Returns `{name: results}`,
+  those of a name in the order of the runs.
   """
   for run in runs:
     (folder / f"seed{run.seed}").mkdir(exist_ok=True)

@@ -25,14 +25,9 @@ TABLE_FILE = "pod.md"
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Compiles all cases.
 
-  Args:
-    config: as `configs/benchmark/pod.py` describes it.
-    workdir: gets `pod.json`, which grows by an entry a compiled step, and
-      `pod.md`, its tables.
-
-  Returns:
-    What is in `pod.json`: the machine; `compiled`, by target and case, bytes of
-    arguments and temporaries and of each kind of collective.
+  The workdir gets `pod.md`, tables, and `pod.json`, which grows by an entry a
+  compiled step and is returned: the machine; `compiled`, by target and case,
+  bytes of arguments and temporaries and of each kind of collective.
 
   Raises:
     ValueError: an unknown field, case or target, or another config's workdir.
@@ -90,13 +85,6 @@ def scaling_cases(config: config_dict.ConfigDict) -> list[Case]:
 
 def case_of(key: str, config: config_dict.ConfigDict) -> Case:
   """Reads `model/batch/devices/fsdp/step/layers/weighting`.
-
-  Args:
-    key: as it stands in the config, or as `Case.key` gives it.
-    config: as `configs/benchmark/pod.py` describes it.
-
-  Returns:
-    The case.
 
   Raises:
     ValueError: an unknown model, a number that can't be read, or a batch that

@@ -89,15 +89,9 @@ class Shapes(NamedTuple):
 
 
 def devices(target: str, count: int) -> list[Any]:
-  """Devices to compile for.
+  """Devices to compile for: of a kind of TPU in `SLICES`, or of this `"host"`.
 
-  Args:
-    target: `"host"`, which must have been given as many virtual devices before
-      JAX started, or a kind of TPU, one of `SLICES`.
-    count: how many.
-
-  Returns:
-    The devices.
+  A host must have been given as many virtual devices before JAX started.
 
   Raises:
     ValueError: an unknown target, or there are not as many.
@@ -132,15 +126,7 @@ def devices(target: str, count: int) -> list[Any]:
 
 
 def compile_step(case: Case, section: Any, found: list[Any]) -> Compiled:
-  """Compiles a case.
-
-  Args:
-    case: what.
-    section: the model, a section of `configs/benchmark/pod.py`.
-    found: as many devices as the case has.
-
-  Returns:
-    What the compiler says.
+  """Compiles a case of the model in a section, for as many devices as it has.
 
   Raises:
     ValueError: an unknown step or layers, or a text that can't be read.

@@ -36,15 +36,7 @@ def scaled_steps(
 def page(
   config: config_dict.ConfigDict, results: dict[str, Any]
 ) -> Iterator[str]:
-  """The lines of `pod.md`.
-
-  Args:
-    config: as `configs/benchmark/pod.py` describes it.
-    results: what is in `pod.json`.
-
-  Yields:
-    Markdown.
-  """
+  """Yields the lines of `pod.md`."""
   compiled = results["compiled"].get(config.target, {})
   yield f"## More devices, the same share of each ({config.target})"
   yield ""

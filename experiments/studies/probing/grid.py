@@ -11,7 +11,6 @@ import itertools
 import operator
 import pathlib
 import time
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -59,14 +58,9 @@ class _Data(NamedTuple):
 def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains the whole grid; goes on where an interrupted one stopped.
 
-  Args:
-    config: as `configs/label_noise.py` with `protocol=probe` describes it.
-    workdir: the grid's folder. Gets a JSON file for each cell, an `.npz` file
-      for each run (its head, labels, and the scores, weights and losses of all
-      samples in each epoch), `summary.json`, tables and figures.
-
-  Returns:
-    What is in `summary.json`.
+  The workdir gets a JSON file for each cell, an `.npz` file for each run (its
+  head, labels, and the scores, weights and losses of all samples in each
+  epoch), tables, figures and `summary.json`, whose content is returned.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -77,7 +71,9 @@ def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   cache = pathlib.Path(config.probe.features or folder / "features")
   if config.probe.features is None:
     _claim(folder, config)  # its own folder of features is in it
-  data = _load(config, cache)
+  train, test = features_lib.load(config, cache)
+  images = jnp.asarray(train.values.reshape(-1, train.values.shape[-1]))
+  data = _Data(train, test, images, jnp.asarray(test.values[0]))
   grid = _Grid(config, folder, data)
   _claim(folder, config)
   for name in (CELLS, SAMPLES):
@@ -139,19 +135,8 @@ def _claim(folder, config):
   workdir_lib.claim(folder, config, label_noise, job="grid")
 
 
-def _load(config, cache):
-  train, test = features_lib.load(config, cache)
-  width = train.values.shape[-1]
-  return _Data(
-    train,
-    test,
-    jnp.asarray(train.values.reshape(-1, width)),
-    jnp.asarray(test.values[0]),
-  )
-
-
 def cells_of(config: config_dict.ConfigDict) -> list[Cell]:
-  """The grid's cells, the reference's first."""
+  """Makes the grid's cells, the reference's first."""
   rates = tuple(config.probe.rates)
   most = config.probe.runs_per_cell
   made = []
@@ -193,25 +178,21 @@ class _Grid:
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
     self.tuned = tuning.read(config.study.tuned)
-    needs = {
-      name: method is not None and method.direction in ("weights", "outputs")
-      for name, method in (
-        (name, methods.create(name, config.mimic))
-        for name in config.study.methods
+    self.needs_reference = {REFERENCE: False}
+    for name in config.study.methods:
+      method = methods.create(name, config.mimic)
+      self.needs_reference[name] = method is not None and (
+        method.direction in ("weights", "outputs")
       )
-    }
-    self.needs_reference = {REFERENCE: False, **needs}
     self.cells = [
       cell
       for cell in cells_of(config)
-      if cell.method != REFERENCE or any(needs.values())
+      if cell.method != REFERENCE or any(self.needs_reference.values())
     ]
     # Before hours go into the others: the noise of every run can be drawn.
     for cell in self.cells:
-      for seed, (rate, _) in itertools.product(cell.seeds, cell.points):
-        if cell.method == REFERENCE:
-          continue
-        self._labels(seed, rate)
+      if cell.method != REFERENCE:
+        self._draw_labels(cell)
     self.base = workdir_lib.fingerprint(
       workdir_lib.config_fingerprint(config, "grid"),
       data.train.fingerprint,
@@ -296,24 +277,34 @@ class _Grid:
       },
     )
 
-  def _reference_labels(self, seed) -> noise.NoisyLabels:
-    """As `Task.reference_overrides` has them."""
-    train = self.data.train
-    return noise.apply_noise(
-      train.labels,
-      kind="symmetric",
-      rate=self.config.study.reference.noise_rate,
-      num_classes=train.num_classes,
-      seed=seed,
-    )
+  def _draw_labels(self, cell) -> list[list[noise.NoisyLabels]]:
+    """The labels of a cell's runs, by seed and point."""
+    if cell.method != REFERENCE:
+      return [
+        [self._labels(seed, rate) for rate, _ in cell.points]
+        for seed in cell.seeds
+      ]
+    train, wanted = self.data.train, self.config.study.reference
+    return [
+      [
+        noise.apply_noise(  # as `Task.reference_overrides` has it
+          train.labels,
+          kind="symmetric",
+          rate=wanted.noise_rate,
+          num_classes=train.num_classes,
+          seed=seed + wanted.seed_offset,
+        )
+      ]
+      for seed in cell.seeds
+    ]
 
   def _labels_digest(self, cell):
     """Changes where a table or a matrix on disk does."""
     if self.config.noise.kind not in ("file", "confusion"):
       return ""
     digest = hashlib.sha256()
-    for seed, (rate, _) in itertools.product(cell.seeds, cell.points):
-      digest.update(self._labels(seed, rate).labels.tobytes())
+    for labels in itertools.chain.from_iterable(self._draw_labels(cell)):
+      digest.update(labels.labels.tobytes())
     return digest.hexdigest()
 
   def _train(self, cell) -> dict[str, Any]:
@@ -329,15 +320,7 @@ class _Grid:
     configs = [plan.derived(self.config, seed=s, **fields) for s in seeds]
     shared, train = configs[0], self.data.train  # but for seeds, all are alike
     method = methods.create(name, shared.mimic)
-    noisy = [
-      [
-        self._reference_labels(seed)
-        if is_reference
-        else self._labels(seed, rate)
-        for rate, _ in cell.points
-      ]
-      for seed in (seeds if is_reference else cell.seeds)
-    ]
+    noisy = self._draw_labels(cell)
     indices = [self._indices(method, config) for config in configs]
     head = heads.create(
       self.data.images.shape[1], train.num_classes, list(seeds)
@@ -378,7 +361,7 @@ class _Grid:
         curves.setdefault(f"test_{key}", []).append(np.asarray(value))
       if epoch == epochs:
         break
-      parts = [next(schedule) for schedule in schedules]
+      parts = [schedule[epoch] for schedule in schedules]
       batches = jax.tree.map(lambda *xs: np.stack(xs), *parts)
       arguments = states, given, self.data.images, batches
       if compiled is None:
@@ -478,33 +461,18 @@ class _Grid:
           }
     return [found[seed] for seed in seeds]
 
-  def _schedule(self, config, method, indices, epochs) -> Iterator[Any]:
-    """The run's batches; those of the last few methods are kept."""
+  def _schedule(self, config, method, indices, epochs) -> list[heads.Batches]:
+    """The batches of each epoch of a run, made once for all methods."""
     other = method is not None and method.direction == "noisy_gradient"
     key = config.seed, other, indices is None, epochs
-
-    def make():
+    if key not in self.batches:
       copy = config.copy_and_resolve_references().unlock()
       copy.num_epochs = epochs
-      return heads.batches(
+      made = heads.batches(
         copy, method, num_samples=self.num_samples, indices=indices
       )
-
-    return _kept(self.batches, key, make)
-
-
-def _kept(store: dict, key: Any, make: Callable[[], Iterator]) -> Iterator:
-  """Keeps what an iterator gives, made once."""
-  if key not in store:
-    store[key] = ([], make())
-  items, iterator = store[key]
-  for i in itertools.count():
-    if i == len(items):
-      item = next(iterator, None)
-      if item is None:
-        return
-      items.append(item)
-    yield items[i]
+      self.batches[key] = list(made)
+    return self.batches[key]
 
 
 def _collect(samples, by_step, batches, epoch, epochs, num_samples):
