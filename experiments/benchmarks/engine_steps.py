@@ -214,11 +214,9 @@ class Setup:
     outputs = case.engine == "outputs"
     reference = self.reference_outputs if outputs else self.reference
     args = (self.params, reference, self.batch)
+    lowered = jax.jit(step).lower(*args)
     return _Candidate(
-      step.engine,
-      jax.jit(step).lower(*args),
-      args,
-      lambda output: (output[0][1].scores, output[1]),
+      step.engine, lowered, args, lambda out: (out[0][1].scores, out[1])
     )
 
   def _transformation(self, case):
@@ -239,12 +237,8 @@ class Setup:
       return jnp.mean(losses), grads, state
 
     args = (self.params, tx.init(self.params), self.batch)
-    return _Candidate(
-      "optax",
-      jax.jit(step).lower(*args),
-      args,
-      lambda output: (None, output[1]),
-    )
+    lowered = jax.jit(step).lower(*args)
+    return _Candidate("optax", lowered, args, lambda out: (None, out[1]))
 
   def _exact(self, case):
     """True scores and gradient of a case; all cases' are found at once."""

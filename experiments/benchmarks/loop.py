@@ -15,11 +15,7 @@ from ml_collections import config_dict
 
 from configs.benchmark import loop as loop_config
 from experiments.benchmarks import timing
-from experiments.runtime import (
-  metrics as writers,
-  prefetch,
-  workdir as workdir_lib,
-)
+from experiments.runtime import metrics as writers, workdir as workdir_lib
 from experiments.training import loop, trainer
 
 RESULT_FILE = "loop.json"
@@ -98,17 +94,8 @@ class _Alone:
 
   def __init__(self, run: trainer.Run, count: int):
     self._count = count
-    batches = run.batches
-    start = batches.get_state()
-    read = prefetch.Read(next(batches), batches.get_state(), 0)
-    batches.set_state(start)
-    taken = run.take(0, read)
-    self._step = timing.TrainStep(
-      run.train_step,
-      jax.tree.map(jnp.copy, run.state),
-      taken.reference,
-      jax.device_put(taken.batch),
-    )
+    state = jax.tree.map(jnp.copy, run.state)
+    self._step = timing.first_step(run, state)
     self.pairs: list[tuple[float, float]] = []
     self._watch = timing.Watch()
 

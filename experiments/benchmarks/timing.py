@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 
+from experiments.runtime import prefetch
+from experiments.training import trainer
+
 
 class Watch:
   """Seconds from one mark to the next."""
@@ -27,14 +30,29 @@ class TrainStep:
   The step takes its state's memory, so each state goes into the next call.
   """
 
-  def __init__(self, step: Callable[..., Any], state: Any, *given: Any):
+  def __init__(self, step: Any, state: Any, *given: Any):
     """Keeps `(state, *given) -> (state, output)` and what it is given."""
     self._step, self._state, self._given = step, state, given
+
+  def compile(self) -> Any:
+    """Compiles a jitted step for what it is called with; the program."""
+    self._step = self._step.lower(self._state, *self._given).compile()
+    return self._step
 
   def __call__(self) -> Any:
     """Takes a step; its output."""
     self._state, output = self._step(self._state, *self._given)
     return output
+
+
+def first_step(run: trainer.Run, state: Any) -> TrainStep:
+  """A step of a run on its first batch, which the run still has before it."""
+  start = run.batches.get_state()
+  read = prefetch.Read(next(run.batches), run.batches.get_state(), 0)
+  run.batches.set_state(start)
+  taken = run.take(0, read)
+  given = taken.reference, jax.device_put(taken.batch)
+  return TrainStep(run.train_step, state, *given)
 
 
 def seconds(
