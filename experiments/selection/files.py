@@ -11,7 +11,7 @@ from configs import select as select_config
 from experiments.data import filters as filters_lib
 from experiments.data.pairs import datacomp
 from experiments.runtime import workdir as workdir_lib
-from experiments.selection import filters, runs
+from experiments.selection import cuts, runs
 
 SELECTION_FILE = "selection.parquet"
 KEPT_FILE = "kept.npy"
@@ -50,14 +50,14 @@ def select_run(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     )
   ledger = runs.load_ledger(run)
   if config.filters:
-    pool = filters.pool_of(run, config.metadata, config.clip_column)
-    made = filters.make(config.filters, pool, seed=config.seed)
+    pool = cuts.pool_of(run, config.metadata, config.clip_column)
+    made = cuts.make(config.filters, pool, seed=config.seed)
   else:
     selection = select(config.select, ledger)
   prints = runs.load_fingerprints(run)
   folder = workdir_lib.claim(workdir, config, select_config, job=_JOB)
   if config.filters:
-    return filters.write(folder, made, pool, prints)
+    return cuts.write(folder, made, pool, prints)
   return write(folder, selection, prints)
 
 
@@ -126,7 +126,7 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
     for name, about in manifest["filters"].items():
       path = pathlib.Path(workdir) / about["file"]
       print(f"  {name:<30} keeps {about['kept']:>12,}  {path}")
-    print(f"  {pathlib.Path(workdir) / filters.OVERLAP_FILE}")
+    print(f"  {pathlib.Path(workdir) / cuts.OVERLAP_FILE}")
     return
   print(f"keeps {manifest['kept']:,} of {manifest['samples']:,} samples;")
   print(manifest["remove"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 
 from experiments import methods, tasks
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import detection, settings as tuned_settings
 
 REFERENCE = "reference"
@@ -81,7 +81,7 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
       title = f"keep_{keep:g}_{scorer or 'random'}"
       runs.append(Run(seed, title, plain, needs, scorer, keep))
     for text in study.filters:
-      title = "kept_" + filters.file_of(text).removesuffix(".npy")
+      title = "kept_" + cuts.file_of(text).removesuffix(".npy")
       runs.append(Run(seed, title, plain, (*first, by), filter=text))
   return runs
 
@@ -185,7 +185,7 @@ def _check(config):
         " and below 1."
       )
   detection.check(config)
-  filters.check(study.filters)
+  cuts.check(study.filters)
   for text in study.filters:
     if "basic" in text or ("clip_" in text and task.reference_score is None):
       raise ValueError(

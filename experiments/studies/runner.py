@@ -26,7 +26,7 @@ from experiments.runtime import (
   locks,
   workdir as workdir_lib,
 )
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import plan, records as records_lib, summary, tables
 from experiments.training import trainer
 
@@ -169,20 +169,20 @@ def _make_filters(records, run, file):
     if file.exists():
       return
     file.parent.mkdir(exist_ok=True)
-    mimic = filters.mean_scores(records.path(run.seed, run.needs[-1]))
+    mimic = cuts.mean_scores(records.path(run.seed, run.needs[-1]))
     truth, clip = records.load_truth(run.seed), None
     if records.task.reference_score is not None:
       ids, values = records.score_by_reference(run.seed)
-      clip = filters.Scores(datacomp.as_ids(ids), values)
+      clip = cuts.Scores(datacomp.as_ids(ids), values)
     ids = mimic.ids if truth is None else datacomp.as_ids(truth.ids)
-    pool = filters.Pool(ids, mimic, clip)
+    pool = cuts.Pool(ids, mimic, clip)
     expressions = [
       other.filter
       for other in records.runs
       if other.filter and other.seed == run.seed
     ]
-    made = filters.make(expressions, pool, seed=run.seed)
-    filters.write(file.parent, made, pool)
+    made = cuts.make(expressions, pool, seed=run.seed)
+    cuts.write(file.parent, made, pool)
 
 
 def _choose(records, run):

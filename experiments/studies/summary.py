@@ -8,7 +8,7 @@ import numpy as np
 import gradmimic_jax as gm
 from experiments.reporting import page
 from experiments.runtime import tables as tables_lib, workdir as workdir_lib
-from experiments.selection import files, filters, runs
+from experiments.selection import cuts, files, runs
 from experiments.studies import detection, figures, plan, tables
 from experiments.studies.plan import BASELINE, REFERENCE
 from experiments.studies.records import (
@@ -204,7 +204,7 @@ def _detect(records):
       wrong = truth.kinds_of(ids) != ""
       entry = detection.measure(records.config, scores, weights, wrong)
       if entry:
-        entry |= of_scores(*filters.mean_scores(records.path(seed, name)))
+        entry |= of_scores(*cuts.mean_scores(records.path(seed, name)))
         seen = np.isin(ids, selection.ids)
         chosen = gm.metrics.f1(~selection.keep, wrong[seen])
         entry["f1"] = detection.plain(chosen)

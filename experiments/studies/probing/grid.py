@@ -23,11 +23,11 @@ from configs import label_noise
 from experiments import methods
 from experiments.data import noise
 from experiments.runtime import claims, workdir as workdir_lib
-from experiments.studies import detection, plan, settings as tuning
+from experiments.studies import detection, plan, settings
 from experiments.studies.probing import (
   features as features_lib,
   heads,
-  summary as probe_report,
+  summary as grid_summary,
 )
 from experiments.tasks.classification import data as data_lib
 from experiments.training import optimizer
@@ -80,7 +80,7 @@ def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     (folder / name).mkdir(exist_ok=True)
   results = grid.to_the_end()
   with claims.hold(folder / "report.claim"):
-    return probe_report.write(config, folder, results)
+    return grid_summary.write(config, folder, results)
 
 
 def check(config: config_dict.ConfigDict) -> None:
@@ -122,7 +122,7 @@ def check(config: config_dict.ConfigDict) -> None:
         " use protocol=finetune for it, or take 'grand'."
       )
   detection.check(config)
-  for name, fields in tuning.read(config.study.tuned).items():
+  for name, fields in settings.read(config.study.tuned).items():
     field = f"mimic.{heads.value_field(config.mimic)}"
     if config.probe.weighting_values and field in fields:
       raise ValueError(
@@ -177,7 +177,7 @@ class _Grid:
     self.config, self.folder, self.data = config, folder, data
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
-    self.tuned = tuning.read(config.study.tuned)
+    self.tuned = settings.read(config.study.tuned)
     self.needs_reference = {REFERENCE: False}
     for name in config.study.methods:
       method = methods.create(name, config.mimic)
@@ -223,7 +223,7 @@ class _Grid:
           flush=True,
         )
         result = self._train(cell)
-        probe_report.detections(self.config, self.folder / SAMPLES, result)
+        grid_summary.detections(self.config, self.folder / SAMPLES, result)
         workdir_lib.write_json(self._file(cell), result)
       return result
     finally:
@@ -455,7 +455,7 @@ class _Grid:
         )
       for run in result["runs"]:
         file = self.folder / SAMPLES / run["samples"]
-        with probe_report.samples(file) as arrays:
+        with grid_summary.samples(file) as arrays:
           found[run["seed"]] = {
             name: arrays[name] for name in ("bias", "kernel")
           }
@@ -504,6 +504,6 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
       " --coordinator"
     )
   summary = run_grid(config, workdir)
-  print("\n" + probe_report.markdown(summary))
+  print("\n" + grid_summary.markdown(summary))
   for path in summary["files"]:
     print(f"  {path}")
