@@ -190,19 +190,14 @@ def check(
   section: str,
   beside: str = hub.CONFIG,
 ) -> None:
-  """Refuses a model that contradicts the files beside its weights.
+  """Refuses a model that contradicts a file beside its weights.
 
-  Args:
-    told: the statements beside the weights.
-    arrays: the fields that the weights' shapes show.
-    model: the fields that the model has.
-    fixed: the fields that all models of this project have.
-    file: the weights.
-    section: of the config that has the fields, such as "config.model.vit".
-    beside: the name of the file with the statements.
+  The file's statements are compared with fields that the weights' shapes show
+  (`arrays`), that the model has, and that all models of this project have
+  (`fixed`).
 
   Raises:
-    ValueError: with every field that differs.
+    ValueError: with every field of the config's section that differs.
   """
   said = [*told.fields.items(), *told.again]
   if others := [
@@ -277,15 +272,8 @@ def grid(
 ) -> tuple[int, int] | None:
   """Finds rows and columns of the patches that weights have positions of.
 
-  Args:
-    told: the statements beside the weights.
-    patch_size: in pixels, as the weights' shapes show it.
-    tokens: the number of positions of patches.
-    file: the weights, for errors and the log.
-
-  Returns:
-    Those of the image size that is told; None if none is, or if it may be that
-    of another model.
+  They are those of the image size that is told; None if none is, or if it may
+  be that of another model.
 
   Raises:
     ValueError: the image size that the model was made for makes another number.

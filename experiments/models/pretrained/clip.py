@@ -235,9 +235,7 @@ def create(
 
   Raises:
     ValueError: as `clip.create` and `load`.
-    FileNotFoundError: as `load`.
-    ImportError: as `load`.
-    OSError: as `load`.
+    FileNotFoundError, ImportError, OSError: as `load`.
   """
   config = sized(config, channels=input_shape[-1])
   apply, params = clip.create(config, input_shape=input_shape, seed=seed)

@@ -113,14 +113,7 @@ class Family:
   def architecture(
     self, source: str | pathlib.Path, *, channels: int = 3
   ) -> dict[str, Any]:
-    """Finds the fields of the model that has the weights in `source`.
-
-    Args:
-      source: as `load` takes it.
-      channels: of the images.
-
-    Returns:
-      Fields of `config.model.<section>`.
+    """Finds the fields of `config.model.<section>` for the weights in `source`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -152,13 +145,8 @@ class Family:
   ) -> config_dict.ConfigDict:
     """Fills in the model's fields in `config.model` from the file, if asked to.
 
-    Args:
-      model: `config.model`; `size` is `SIZE` to take them from the weights that
-        `pretrained` names. Without `pretrained` the model stays as it is.
-      channels: of the images.
-
-    Returns:
-      The same, or a copy with other fields.
+    `size` is `SIZE` to take them from the weights that `pretrained` names.
+    Otherwise the same config comes back.
 
     Raises:
       FileNotFoundError, ValueError: as `architecture`.
@@ -179,12 +167,6 @@ class Family:
 
     It is taken from a file beside the weights; without one it is the custom of
     the library that wrote them, and a log line says so.
-
-    Args:
-      source: as `load` takes it.
-
-    Returns:
-      Mean, standard deviation, size, interpolation and crop.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -133,10 +133,6 @@ def rename(
   torch's linear layers hold `[outputs, inputs]`, ours `[inputs, outputs]`; its
   convolutions `[outputs, C, P, P]`, our patch embedding `[P * P * C, outputs]`.
 
-  Args:
-    stored: the weights of a file.
-    layout: the layout of their names.
-
   Returns:
     The weights by our path, and those names that have no place here.
   """
