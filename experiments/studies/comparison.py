@@ -217,24 +217,27 @@ def _detections(rows, method, dataset):
   scored, names = _found(rows, method)
   if not scored or not names:
     return []
-  lines = []
-  for row in scored:
-    cells = []
-    for name in names:
-      theirs = None
-      if row["noise"].startswith("symmetric"):
-        theirs = published.find(
-          "f1", dataset, name, round(row["noise_rate"], 2)
-        )
-      text = number(row[f"f1_{name}"])
-      cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
-    lines.append([row["noise"], number(row["auroc"]), *cells])
+
+  def cell(row, name):
+    theirs = None
+    if row["noise"].startswith("symmetric"):
+      rate = round(row["noise_rate"], 2)
+      theirs = published.find("f1", dataset, name, rate)
+    text = number(row[f"f1_{name}"])
+    return text if theirs is None else f"{text} ({theirs:.2f})"
+
   return [
     "",
     f"Mislabelled samples found by the scores of {method}: AUROC of the mean"
     " score, F1 by binariser (published, where there is one):",
     "",
-    *markdown(["noise", "AUROC", *names], lines),
+    *markdown(
+      ["noise", "AUROC", *names],
+      [
+        [row["noise"], number(row["auroc"]), *(cell(row, x) for x in names)]
+        for row in scored
+      ],
+    ),
   ]
 
 
@@ -244,18 +247,17 @@ def _quality(rows, method, path, title):
     return []
   noise = [1 - row["clean_fraction"] for row in scored]
   kept = {name: [row[f"kept_{name}"] for row in scored] for name in names}
+
+  def estimate(row, name):
+    return f"{number(row[f'estimate_{name}'])} ({number(row[f'kept_{name}'])})"
+
   lines = [
-    [
-      row["noise"],
-      number(row["clean_fraction"]),
-      *(
-        f"{number(row[f'estimate_{name}'])} ({number(row[f'kept_{name}'])})"
-        for name in names
-      ),
-    ]
+    [row["noise"], number(row["clean_fraction"])]
+    + [estimate(row, name) for name in names]
     for row in scored
   ]
   correlations = [number(_pearson(noise, kept[name])) for name in names]
+  lines.append(["r with the noise", "", *correlations])
   order = np.argsort(noise)
   shares = kept | {"truth": [1 - rate for rate in noise]}
   figures.learning_curves(
@@ -274,10 +276,7 @@ def _quality(rows, method, path, title):
     " Pearson's r of the share kept with the noise rate"
     f" (published: {published.load().get('quality_correlation')}):",
     "",
-    *markdown(
-      ["noise", "truth", *names],
-      [*lines, ["r with the noise", "", *correlations]],
-    ),
+    *markdown(["noise", "truth", *names], lines),
     "",
     f"![share kept against noise]({path.name})",
   ]
@@ -329,20 +328,12 @@ def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
     settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
-    shutil.copy(
-      _there(path / tuning.TABLE_FILE),
-      folder / f"{path.name}_{tuning.TABLE_FILE}",
-    )
+    tried = _there(path / tuning.TABLE_FILE)
+    shutil.copy(tried, folder / f"{path.name}_{tuning.TABLE_FILE}")
     for method, entry in settings.items():
-      lines.append(
-        [
-          path.name,
-          method,
-          ", ".join(f"{k} {v}" for k, v in entry["set"].items()),
-          number(entry["accuracy"], 4),
-          str(entry["settings"]),
-        ]
-      )
+      best = ", ".join(f"{k} {v}" for k, v in entry["set"].items())
+      cells = best, number(entry["accuracy"], 4), str(entry["settings"])
+      lines.append([path.name, method, *cells])
   return markdown(
     ["tuning", "method", "best", "held-out accuracy", "settings tried"], lines
   )

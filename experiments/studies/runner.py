@@ -1,11 +1,7 @@
 """Makes the runs of a study, shared by all processes that are at it.
 
-For each seed: a reference trained on true data, from the learner's own
-initialisation unless `config.study.reference` has it otherwise; every method on
-the same noisy data, at each of the layers and weightings; and plain runs on
-what selections and filters keep. A run that is finished is not repeated, and
-any number of jobs may be given the same command: they share the runs. The
-processes of one job share every run.
+A run that is finished is not repeated, and any number of jobs may be given the
+same command: they share the runs. The processes of one job share every run.
 """
 
 import contextlib

@@ -1,12 +1,4 @@
-"""Tunes every method of a study with the same budget, on held-out samples.
-
-Each method is run with every learning rate of `config.study.tune`; where it has
-a weighting whose strength is set (a temperature or a fraction) with every value
-of that too, and where it looks at gradients with every choice of layers. What
-does best on `config.data.test_split`, which must not be the split that results
-are reported on, is written to `tuned.json`: give it to a study as
-`config.study.tuned`.
-"""
+"""Tries every method's settings on held-out samples, and writes the best."""
 
 import itertools
 import pathlib

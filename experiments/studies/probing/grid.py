@@ -6,9 +6,7 @@ number of processes may be given the same command: they share the cells.
 """
 
 import hashlib
-import io
 import itertools
-import operator
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -31,6 +29,7 @@ from experiments.studies.probing import (
 )
 from experiments.tasks.classification import data as data_lib
 from experiments.training import optimizer
+from gradmimic_jax import _files
 
 CELLS, SAMPLES = "cells", "samples"
 REFERENCE = "reference"
@@ -141,21 +140,16 @@ def cells_of(config: config_dict.ConfigDict) -> list[Cell]:
   most = config.probe.runs_per_cell
   made = []
   for name in (REFERENCE, *config.study.methods):
-    points: list[tuple[float, float | None]]
+    values: list[float | None] = [None]
+    if name != REFERENCE and heads.reads_value(name, config.mimic):
+      values = sorted(config.probe.weighting_values) or values
+    # One value's rates stand together.
+    groups = [[(rate, value) for rate in rates] for value in values]
     if name == REFERENCE:
-      points = [(0.0, None)]
-    elif config.probe.weighting_values and heads.reads_value(
-      name, config.mimic
-    ):
-      points = list(itertools.product(rates, config.probe.weighting_values))
-      points.sort(key=operator.itemgetter(1))  # one value's rates together
-    else:
-      points = [(rate, None) for rate in rates]
-    together = [points]
-    if name in _ONE_VALUE:
-      groups = itertools.groupby(points, lambda point: point[1])
-      together = [list(group) for _, group in groups]
-    for group in together:
+      groups = [[(0.0, None)]]
+    elif name not in _ONE_VALUE:
+      groups = [list(itertools.chain(*groups))]
+    for group in groups:
       for some in _chunks(group, most):
         for seeds in _chunks(config.study.seeds, max(1, most // len(some))):
           made.append(Cell(name, tuple(seeds), tuple(some)))
@@ -311,7 +305,12 @@ class _Grid:
     started = time.monotonic()
     is_reference = cell.method == REFERENCE
     name = "sgd" if is_reference else cell.method
-    fields = {} if is_reference else self.tuned.get(name, {})
+    fields = {} if is_reference else dict(self.tuned.get(name, {}))
+    values, given_values = [value for _, value in cell.points], None
+    if name in _ONE_VALUE and values[0] is not None:
+      fields[f"mimic.{heads.value_field(self.config.mimic)}"] = values[0]
+    elif values[0] is not None:
+      given_values = jnp.tile(jnp.asarray(values), (len(cell.seeds), 1))
     wanted = self.config.study.reference
     seeds, epochs = list(cell.seeds), self.config.num_epochs
     if is_reference:
@@ -322,23 +321,11 @@ class _Grid:
     method = methods.create(name, shared.mimic)
     noisy = self._draw_labels(cell)
     indices = [self._indices(method, config) for config in configs]
-    head = heads.create(
-      self.data.images.shape[1], train.num_classes, list(seeds)
-    )
+    head = heads.create(self.data.images.shape[1], train.num_classes, seeds)
     rows = self.num_samples if indices[0] is None else len(indices[0])
     total = epochs * -(-rows // self.config.batch_size)
     tx = optimizer.create(shared.optimizer, total_steps=total)
     states = heads.init_states(head, tx, len(cell.points))
-    values = [value for _, value in cell.points]
-    mimic, given_values = shared.mimic, None
-    if name in _ONE_VALUE and values[0] is not None:
-      mimic = plan.derived(
-        shared,
-        seed=seeds[0],
-        **{f"mimic.{heads.value_field(mimic)}": values[0]},
-      ).mimic
-    elif values[0] is not None:
-      given_values = jnp.tile(jnp.asarray(values)[None], (len(seeds), 1))
     given = heads.Given(
       jnp.asarray(np.stack([[n.labels for n in row] for row in noisy])),
       given_values,
@@ -348,16 +335,16 @@ class _Grid:
       self._schedule(config, method, some, epochs)
       for config, some in zip(configs, indices, strict=True)
     ]
-    program = jax.jit(heads.make_epoch(head, tx, name, mimic), donate_argnums=0)
+    epoch_fn = heads.make_epoch(head, tx, name, shared.mimic)
+    program = jax.jit(epoch_fn, donate_argnums=0)
     evaluate = jax.jit(heads.make_evaluate(head))
     test_labels = jnp.asarray(self.data.test.labels)
     curves: dict[str, list[np.ndarray]] = {}
     samples: dict[str, np.ndarray] = {}
     seconds, compiled = [], None
     for epoch in range(epochs + 1):
-      for key, value in evaluate(
-        states.params, self.data.test_images, test_labels
-      ).items():
+      found = evaluate(states.params, self.data.test_images, test_labels)
+      for key, value in found.items():
         curves.setdefault(f"test_{key}", []).append(np.asarray(value))
       if epoch == epochs:
         break
@@ -491,9 +478,8 @@ def _collect(samples, by_step, batches, epoch, epochs, num_samples):
 
 def _write_arrays(path, **arrays):
   """Not compressed: that takes longer than the run itself."""
-  content = io.BytesIO()
-  np.savez(content, **arrays)
-  workdir_lib.write_bytes(path, content.getvalue())
+  with _files.replacing(path) as content:
+    np.savez(content, **arrays)
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
