@@ -17,15 +17,9 @@ from experiments.runtime import hub
 
 # By the size in the name of an architecture, in timm's words.
 _TIMM_HEADS = {
-  "tiny": 3,
-  "small": 6,
-  "medium": 8,
-  "base": 12,
-  "large": 16,
-  "huge": 16,
-  "giant": 16,
-  "gigantic": 16,
-}
+  "tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16,
+  "giant": 16, "gigantic": 16,
+}  # fmt: skip
 _TIMM_FAMILIES = ("vit", "deit", "deit3", "flexivit")
 # Fields that transformers leaves out of a config.json, with their values.
 _HUGGINGFACE_VIT = {
@@ -149,8 +143,8 @@ def read_clip(config: Mapping[str, Any]) -> Told:
 
 def _read_openclip(model):
   image, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-  widths = {"image": image.get("width"), "text": text.get("width")}
   parts = {"image": image, "text": text}
+  widths = {name: part.get("width") for name, part in parts.items()}
   epsilons = [(x.get("norm_kwargs") or {}).get("eps") for x in parts.values()]
   return Told(
     _there(
@@ -302,11 +296,8 @@ def infer_vit(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
   blocks = {name.split("/")[1] for name in shapes if name.startswith("blocks/")}
   fields: dict[str, Any] = {}
   if "patch_embed/kernel" in shapes:
-    pixels, width = shapes["patch_embed/kernel"]
-    fields["width"] = width
-    side = math.isqrt(pixels // channels)
-    if side * side * channels == pixels:
-      fields["patch_size"] = side
+    fields["width"] = shapes["patch_embed/kernel"][1]
+  fields |= _infer_patches(shapes, "patch_embed/kernel", channels)
   fields["depth"] = len(blocks)
   if "blocks/0/mlp/fc1/bias" in shapes:
     fields["mlp_width"] = shapes["blocks/0/mlp/fc1/bias"][0]
@@ -331,12 +322,15 @@ def infer_clip(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
   ):
     if path in shapes:
       fields[name] = shapes[path][axis]
-  if "image/patch_embed/kernel" in shapes:
-    pixels = shapes["image/patch_embed/kernel"][0]
-    side = math.isqrt(pixels // channels)
-    if side * side * channels == pixels:
-      fields["patch_size"] = side
-  return fields
+  return fields | _infer_patches(shapes, "image/patch_embed/kernel", channels)
+
+
+def _infer_patches(shapes, path, channels):
+  """The side of square patches, from `[side * side * channels, D]`."""
+  pixels = shapes.get(path, (0,))[0]
+  side = math.isqrt(pixels // channels)
+  is_square = pixels and side * side * channels == pixels
+  return {"patch_size": side} if is_square else {}
 
 
 def _joined(lines):
