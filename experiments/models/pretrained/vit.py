@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
@@ -73,7 +72,7 @@ def load(
   told = _told(file)
   shown = architectures.infer_vit(arrays, channels)
   _check_told(told, shown, expected, vit or {}, channels, file)
-  note = _keep_head(arrays, expected)
+  note = weight_files.keep_head(arrays, expected)
   advice = _advice(arrays, told)
   weight_files.check_names(arrays, unknown, expected, file, advice)
   weight_files.check_shapes(
@@ -193,23 +192,6 @@ def _find_layout(stored, file):
       f" transformer with the names of {', '.join(layouts.LAYOUTS)}."
     )
   return name
-
-
-def _keep_head(arrays, expected):
-  """Puts the model's own head in place of one that doesn't fit; says so."""
-  head = {
-    name: leaf for name, leaf in expected.items() if name.startswith("head/")
-  }
-  if all(np.shape(arrays.get(name)) == x.shape for name, x in head.items()):
-    return None
-  theirs = "no head"
-  if "head/bias" in arrays:
-    theirs = f"a head for {len(arrays['head/bias'])} classes"
-  arrays.update(head)
-  return (
-    f"has {theirs}: the head for {len(head['head/bias'])} classes stays at its"
-    " initialisation."
-  )
 
 
 def _advice(arrays, told):
