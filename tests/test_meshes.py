@@ -409,11 +409,9 @@ def test_local_steps_are_traced_in_shard_map(case):
 
 @pytest.mark.parametrize(
   "case",
-  [
-    pytest.param("cosine forward", marks=pytest.mark.slow),
-    "stream in two passes",
-  ],
+  ["cosine forward", "stream in two passes"],
 )
+@pytest.mark.slow
 def test_local_steps_are_those_of_each_part(case):
   scores, weights, grads = jax.jit(in_parts(case, True, {"data"}))(DATA)
   halves = []

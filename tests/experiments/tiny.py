@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import digits, language, shapes
@@ -101,6 +103,22 @@ def _text():
     ["the", "cat", "dog", "sees", "hears", "no", "other", "old", "new", "tree"]
   )
   return "\n\n".join(" ".join(rng.choice(words, 20)) for _ in range(100))
+
+
+@contextlib.contextmanager
+def nudged() -> Iterator[None]:
+  """Each step of a run goes some way off, the same one; nothing is compiled."""
+  with mock.patch.object(steps, "make_train_step", return_value=_nudge):
+    yield
+
+
+def _nudge(state, reference, batch):
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
+  )
+  metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
+  return state._replace(params=params), steps.StepOutput(metrics, {})
 
 
 @contextlib.contextmanager

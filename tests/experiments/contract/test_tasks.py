@@ -74,8 +74,7 @@ class Runs:
     folder = self.folder / task / "reference"
     fields = {"noise.rate": 0.0, "num_steps": 1, "checkpoint.every_steps": 1}
     config = self.config(task, method="sgd", **fields)
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "make_train_step", lambda *_, **options: nudge)
+    with tiny.nudged():
       trainer.train_and_evaluate(config, folder)
     return str(folder)
 
@@ -103,16 +102,6 @@ class Runs:
         result = trainer.train_and_evaluate(config, folder)
       self._whole[key] = (config, folder, result, made)
     return self._whole[key]
-
-
-def nudge(state, reference, batch):
-  """A step some way off, the same each time."""
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
-  )
-  metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
-  return state._replace(params=params), steps.StepOutput(metrics, {})
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +270,8 @@ def assert_scored(folder, result):
   assert np.isfinite(scores).all()
 
 
-@every_task
+# Of pairs, test_jobs.py interrupts a pass.
+@by_default("classification", "language")
 def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
   config = score_of(runs, task)
   whole, killed = tmp_path / "whole", tmp_path / "killed"

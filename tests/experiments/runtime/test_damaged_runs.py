@@ -27,7 +27,7 @@ from configs import (
 from experiments.reporting import page as report
 from experiments.runtime import checkpoint, metrics as writers
 from experiments.selection import files as select
-from experiments.training import scoring as score, trainer as train
+from experiments.training import scoring as score, steps, trainer as train
 
 FOLDER = "a folder in its place"
 NEWEST, BEFORE = "checkpoints/9/", "checkpoints/6/"
@@ -273,11 +273,26 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory, digits_dir):
+  """All its runs are of one model, and share a step that is compiled once."""
   with (
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
+    pytest.MonkeyPatch.context() as patch,
   ):
-    return House(tmp_path_factory.mktemp("house"), digits_dir)
+    for name in ("make_train_step", "make_score_step"):
+      patch.setattr(steps, name, made_once(getattr(steps, name)))
+    yield House(tmp_path_factory.mktemp("house"), digits_dir)
+
+
+def made_once(make):
+  made = []
+
+  def make_once(*args, **options):
+    if not made:
+      made.append(make(*args, **options))
+    return made[0]
+
+  return make_once
 
 
 @pytest.mark.slow

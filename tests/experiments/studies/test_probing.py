@@ -117,15 +117,17 @@ def assert_equals_the_general_loop(grid, folder, tmp_path, names):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  return tmp_path_factory.mktemp("grid") / "grid"
+def made():
+  return []
 
 
 @pytest.fixture
-def grid(make_grid, finished):
+def grid(make_grid, made, tmp_path_factory):
   """A finished grid of one method: its config, folder and summary."""
-  config = make_grid()
-  return config, finished, probe.run_grid(config, finished)
+  if not made:
+    config, folder = make_grid(), tmp_path_factory.mktemp("grid") / "grid"
+    made.append((config, folder, probe.run_grid(config, folder)))
+  return made[0]
 
 
 def test_equals_numpy_in_double_precision(grid):
