@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import gradmimic_jax as gm
 from configs import digits, language, shapes
-from experiments.runtime import checkpoint
-from experiments.training import steps
+from experiments.runtime import checkpoint, metrics
+from experiments.training import steps, trainer
 
 TASKS = ("classification", "contrastive", "language")
 _ALL = {
@@ -156,6 +157,19 @@ def interrupted(count: int) -> Iterator[None]:
 
   with before_step(count, stop), contextlib.suppress(KeyboardInterrupt):
     yield
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path, like: Any) -> None:
+  """The same parameters (as `like`), metrics and ledgers, bit for bit."""
+  params = [checkpoint.load_params(folder, like) for folder in (one, other)]
+  jax.tree.map(np.testing.assert_array_equal, *params)
+  lines = [metrics.read_metrics(x / metrics.METRICS_FILE) for x in (one, other)]
+  assert lines[0] == lines[1]
+  ledgers = [x / trainer.LEDGER_FOLDER for x in (one, other)]
+  assert ledgers[0].exists() == ledgers[1].exists()
+  if ledgers[0].exists():
+    tables = [gm.ScoreLedger(path).table() for path in ledgers]
+    assert tables[0].equals(tables[1])
 
 
 def kill(folder: pathlib.Path, to: pathlib.Path, count: int) -> None:

@@ -478,10 +478,13 @@ class TestClaims:
 
 
 @pytest.mark.slow
-def test_a_grid_of_the_size_that_was_promised(make_grid, tmp_path, monkeypatch):
-  """Seven methods, five rates, three seeds, five epochs; 50,000 x 768 features.
+def test_a_fifth_of_the_grid_that_was_promised(
+  make_grid, tmp_path, monkeypatch
+):
+  """Seven methods, five rates, three seeds, five epochs; 10,000 x 768 features.
 
-  On two cores in under 15 minutes; prints what it took.
+  On two cores in under 3 minutes (of 50,000, 15 are promised); prints what it
+  took.
   """
   rng = np.random.default_rng(0)
   names = tuple(f"class {i}" for i in range(10))
@@ -499,7 +502,7 @@ def test_a_grid_of_the_size_that_was_promised(make_grid, tmp_path, monkeypatch):
       fingerprint=prefix,
     )
 
-  splits = split(50_000, "train"), split(10_000, "test")
+  splits = split(10_000, "train"), split(2_000, "test")
   monkeypatch.setattr(features, "load", lambda config, cache: splits)
   config = make_grid(
     **{
@@ -517,4 +520,4 @@ def test_a_grid_of_the_size_that_was_promised(make_grid, tmp_path, monkeypatch):
   seconds = time.monotonic() - started
   print(f"{seconds:.0f} s")
   assert len(summary["rows"]) == 1 + 7 * 5
-  assert seconds < 15 * 60
+  assert seconds < 3 * 60

@@ -121,6 +121,7 @@ class TestStudy:
     share = (~truth.is_wrong)[kept].mean()
     assert row["clean_share"] == pytest.approx(share)
 
+  @pytest.mark.slow  # the contract asks single runs; all tables are made anew
   def test_is_not_repeated_wherever_it_lies(self, study, tmp_path, monkeypatch):
     found, config, folder = study
     folder.rename(tmp_path / "moved")
