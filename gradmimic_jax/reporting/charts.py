@@ -226,8 +226,9 @@ def bin_scores(
 ) -> tuple[list[float], list[list[int]], float | None]:
   """Counts groups of scores in 40 bins that hold all but the outermost.
 
-  Scores beyond the .5 and 99.5 % quantiles count in the outermost bins: a few
-  far-out ones would squeeze all others into one bar. Where a group is squeezed
+  Scores beyond the .5 and 99.5 % quantiles, and beyond 2.5 and 97.5 % of each
+  group of some size, count in the outermost bins: a few far-out ones would
+  squeeze all others into one bar. Where a group is squeezed
   nevertheless, as late in training, bins are narrow near zero and grow with
   the scores: even in asinh(score / unit).
 
@@ -248,16 +249,20 @@ def bin_scores(
   seen = np.isfinite(values)
   if not seen.any():
     return [], [[] for _ in groups], None
-  low, high = np.quantile(values[seen], [0.005, 0.995])
+  masks = [seen & np.asarray(group) for group in groups]
+  ends = [np.quantile(values[seen], [0.005, 0.995])]
+  ends += [
+    np.quantile(values[mask], [0.025, 0.975])
+    for mask in masks
+    if mask.sum() >= 40
+  ]
+  low, high = min(e[0] for e in ends), max(e[1] for e in ends)
   if high <= low:
     half = 0.5 * max(1.0, abs(low))
     low, high = low - half, high + half
-  members = [
-    np.clip(values[seen & group], low, high)
-    for group in map(np.asarray, groups)
-  ]
+  members = [np.clip(values[mask], low, high) for mask in masks]
   sizes = np.abs(values[seen & (values != 0)])
-  units = [None]
+  units: list[float | None] = [None]
   if len(sizes):
     units += [float(np.quantile(sizes, q)) for q in (0.5, 0.25, 0.1, 0.05)]
   best: tuple[float, Any] = (2.0, None)

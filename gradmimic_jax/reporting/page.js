@@ -31,8 +31,16 @@ performance.mark("begin");
   const count = (n) => n.toLocaleString("en");
   const plural = (n) => `${count(n)} sample${n === 1 ? "" : "s"}`;
   const share = (value) => (value === null ? "–" : value.toFixed(3));
-  const number = (value) =>
-    (value === null ? "–" : String(value).replace("-", "\u2212"));
+  const number = (value) => {
+    if (value === null) {
+      return "–";
+    }
+    const size = Math.abs(value);
+    const plain = size === 0 || (size >= 1e-4 && size < 1e4);
+    const text = plain ? String(value)
+      : value.toExponential(3).replace(/\.?0*e/, "e");
+    return text.replace(/^-/, "\u2212");
+  };
   const printable = (text) => {
     // As samples.text has it: what doesn't print gets a sign in its place.
     const whole = text.length > 200 ? `${text.slice(0, 199)}…` : text;

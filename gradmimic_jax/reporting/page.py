@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -221,15 +222,18 @@ def _images(
   }
   encoded: dict[int, str] = {}
   left = room
-  for side in sides:
+  largest = max([max(one.shape) for one in pixels.values()], default=0)
+  for side, next_side in zip(sides, (*sides[1:], 0), strict=True):
+    if next_side >= largest:
+      continue  # it is all the same to images as small
     encoded, left = {}, room
     for row, one in pixels.items():
       address = thumbnails.data_uri(one, side)
-      left -= len(address) + len(f'"{row}": "", ')
-      if left < 0:
-        left += len(address)
+      cost = len(address) + len(f'"{row}":"",')
+      if cost > left:
         break
       encoded[row] = address
+      left -= cost
     if len(encoded) == len(rows):
       break
   return encoded, left
@@ -244,11 +248,8 @@ def _checked(page: bytes, limit: int) -> bytes:
   return page
 
 
-def _render(
-  found: dict[str, Any],
-  images: Mapping[int, str],
-  list_images: Mapping[int, str],
-) -> bytes:
+@functools.cache
+def _environment() -> Any:
   try:
     import jinja2
   except ImportError as error:
@@ -268,36 +269,48 @@ def _render(
     "number": _number,
     "share": lambda value: _UNKNOWN if value is None else f"{value:.3f}",
   }
+  return environment
+
+
+def _render(
+  found: dict[str, Any],
+  images: Mapping[int, str],
+  list_images: Mapping[int, str],
+) -> bytes:
   style, script = (
     (_FOLDER / name).read_text(encoding="utf-8")
     for name in ("page.css", "page.js")
   )
   removal = found["removal"]
-  page = environment.get_template("page.html.jinja").render(
-    found=found,
-    images=images,
-    style=style,
-    script=script,
-    # The only script that may run is this one.
-    script_hash=base64.b64encode(
-      hashlib.sha256(script.encode()).digest()
-    ).decode(),
-    histograms=[
-      charts.histogram(
-        panel["edges"],
-        panel["kept"],
-        panel["dropped"],
-        cut=panel["cut"],
-        unit=panel["unit"],
-      )
-      if panel["edges"]
-      else None
-      for panel in found["histograms"]
-    ],
-    curve=charts.removal(**removal) if removal["removed"] else None,
-    embedded=_json(found),
-    n_pictures=len(list_images),
-    pictures=_json({str(row): one for row, one in list_images.items()}),
+  page = (
+    _environment()
+    .get_template("page.html.jinja")
+    .render(
+      found=found,
+      images=images,
+      style=style,
+      script=script,
+      # The only script that may run is this one.
+      script_hash=base64.b64encode(
+        hashlib.sha256(script.encode()).digest()
+      ).decode(),
+      histograms=[
+        charts.histogram(
+          panel["edges"],
+          panel["kept"],
+          panel["dropped"],
+          cut=panel["cut"],
+          unit=panel["unit"],
+        )
+        if panel["edges"]
+        else None
+        for panel in found["histograms"]
+      ],
+      curve=charts.removal(**removal) if removal["removed"] else None,
+      embedded=_json(found),
+      n_pictures=len(list_images),
+      pictures=_json({str(row): one for row, one in list_images.items()}),
+    )
   )
   return page.encode("utf-8", "backslashreplace")
 
