@@ -31,6 +31,7 @@ performance.mark("begin");
   const count = (n) => n.toLocaleString("en");
   const plural = (n) => `${count(n)} sample${n === 1 ? "" : "s"}`;
   const share = (value) => (value === null ? "–" : value.toFixed(3));
+  const MAX_OPTIONS = 1000;  // of a menu
   const number = (value) => {
     if (value === null) {
       return "–";
@@ -545,16 +546,31 @@ performance.mark("begin");
     }
   };
   /** Shows the samples of a pair of labels. */
-  const showPair = (values) => {
+  const showPair = (values, words) => {
     clear();
-    filters.given.value = classOf.get(values[0]) ?? "";
-    filters.suggested.value = classOf.get(values[1]) ?? "";
+    [filters.given, filters.suggested].forEach((control, k) => {
+      // A label that no row of the list has is none to choose yet.
+      const label = String(classOf.get(values[k]) ?? -1);
+      control.value = label;
+      if (control.value !== label) {
+        control.append(new Option(words[k] || "(empty)", label));
+        control.value = label;
+      }
+    });
     update();
     byId("list").scrollIntoView();
     viewport.focus({ preventScroll: true });
     moveTo(0);
-    say(`${plural(shown.length)}: ${nameOf(filters.given.value)},`
-      + ` ${nameOf(filters.suggested.value)}.`);
+    say(`${plural(shown.length)}: ${words.join(", ")}.`);
+  };
+
+  /** Says in a menu how many of all classes it leaves out. */
+  const limitNote = (control, n) => {
+    if (n > MAX_OPTIONS) {
+      const note = new Option(`… ${count(n - MAX_OPTIONS)} others`, "");
+      note.disabled = true;
+      control.append(note);
+    }
   };
 
   // A sample at large.
@@ -641,11 +657,17 @@ performance.mark("begin");
     if (list.labels) {
       select = make("select");
       select.append(new Option("as given", ""));
-      list.classes.forEach(([, name], k) => {
+      const some = new Set([suggested(i), decided.get(i)?.label]
+        .filter((k) => k !== null && k !== undefined));
+      for (let k = 0; k < Math.min(MAX_OPTIONS, list.classes.length); k += 1) {
+        some.add(k);
+      }
+      for (const k of [...some].sort((a, b) => a - b)) {
         if (k !== given(i) && mayBe(k)) {
-          select.append(new Option(name, k));
+          select.append(new Option(nameOf(k), k));
         }
-      });
+      }
+      limitNote(select, list.classes.length);
       select.addEventListener("change", () => {
         if (select.value === "") {
           decide([i], "keep");
@@ -803,9 +825,15 @@ performance.mark("begin");
   // The start.
 
   const fillFilter = (control, column) => {
-    const there = [...new Set(column)].sort(
+    const sizes = new Map();
+    for (const k of column) {
+      sizes.set(k, (sizes.get(k) ?? 0) + 1);
+    }
+    const there = [...sizes.keys()].sort((a, b) => sizes.get(b) - sizes.get(a));
+    const some = there.slice(0, MAX_OPTIONS).sort(
       (a, b) => collator.compare(nameOf(a), nameOf(b)));
-    control.append(...there.map((k) => new Option(nameOf(k) || "(empty)", k)));
+    control.append(...some.map((k) => new Option(nameOf(k) || "(empty)", k)));
+    limitNote(control, there.length);
   };
   const setUpMatrix = () => {
     const matrix = byId("matrix");
@@ -817,7 +845,7 @@ performance.mark("begin");
         }
         const { values, classes } = found.matrix;
         const one = button(td.textContent,
-          () => showPair([values[a], values[b]]));
+          () => showPair([values[a], values[b]], [classes[a], classes[b]]));
         one.setAttribute("aria-label", `${td.textContent}: ${names.labels}`
           + ` ${classes[a]}, ${names.suggested} ${classes[b]}; show them`);
         one.tabIndex = cells.length ? -1 : 0;
@@ -848,7 +876,7 @@ performance.mark("begin");
     [...(byId("pairs")?.rows ?? [])].forEach((row, k) => {
       const cellOf = row.cells[2];
       const pair = found.pairs[k];
-      const one = button(cellOf.textContent, () => showPair(pair.values));
+      const one = button(cellOf.textContent, () => showPair(pair.values, [pair.given, pair.suggested]));
       one.setAttribute("aria-label", `${cellOf.textContent}: ${names.labels}`
         + ` ${pair.given}, ${names.suggested} ${pair.suggested}; show them`);
       cellOf.replaceChildren(one);
