@@ -70,6 +70,11 @@ def test_a_whole_file_is_a_filter_and_changes_are_none(tmp_path):
   kept = decisions.filter(range(6))
   assert kept.ids.tolist() == [0, 2, 4, 5]
   assert (~kept).ids.tolist() == [1, 3]
+  named = {"mine": decisions, "short": [0, 1]}
+  ids = gm.filters.compose("mine - short", named, pool=range(6))
+  assert ids.tolist() == [2, 4, 5]
+  with pytest.raises(ValueError, match=r"'mine' is <Decisions .*give pool="):
+    gm.filters.compose("mine - short", named)
   changes = gm.read_decisions(written(tmp_path, "id,decision\n1,remove\n"))
   with pytest.raises(ValueError, match="lists changes to a selection"):
     changes.filter(range(6))

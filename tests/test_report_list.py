@@ -141,6 +141,26 @@ def test_only_images_that_are_shown_are_decoded_each_once(tmp_path):
   assert f"{len(shown | beside)} have a picture" in page
 
 
+def test_damaged_images_are_left_out_and_named(scores, selection, tmp_path):
+  class Folder:  # without a length
+    def __getitem__(self, position):
+      if position % 2:
+        raise OSError(f"photo_{position}.jpg is truncated <b>")
+      return np.zeros((4, 4), np.uint8)
+
+  path = gm.report(
+    scores,
+    selection,
+    tmp_path / "a.html",
+    dataset={"images": Folder()},
+    gallery=4,
+  )
+  page = path.read_text()
+  assert f"Images: {N // 2} could not be read" in page
+  assert "is truncated &lt;b&gt;" in page
+  assert 0 < page.count("<img ") < 12
+
+
 def test_a_page_too_large_gets_fewer_rows(scores, selection, tmp_path):
   ids = np.array([f"{i:03d}" + "x" * 2000 for i in range(N)])
   path = gm.report(

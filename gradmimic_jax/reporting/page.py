@@ -26,6 +26,7 @@ from gradmimic_jax.reporting.samples import (
   Samples,
   column_names,
   find_samples,
+  text,
 )
 from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.selection import Selection
@@ -71,6 +72,8 @@ def report(
   |                                  | texts, fewer rows, and a note          |
   | images                           | of the galleries and the worst 300 of  |
   |                                  | the list; no other one is looked at    |
+  | images that can't be read        | left out, and a note with the first    |
+  |                                  | error                                  |
   | names and captions with HTML     | shown as they are written              |
   | names beyond 200 characters,     | cut off; ids only where they are       |
   | captions beyond 1,000            | shown, not in the file of decisions    |
@@ -191,35 +194,61 @@ def _fitting(
     max_rows //= 4
   if not gallery:
     return _checked(page, limit)
-  rows = found["list"]["rows"][:_LIST_IMAGES]
-  images, room = _images(samples, gallery, _SIDES, limit - len(page))
-  if len(images) < len(gallery):
+  read = _Reader(samples)
+  pixels = read(gallery, _SIDES[0])
+  images, room = _encoded(pixels, _SIDES, limit - len(page))
+  if len(images) < len(pixels):
     found["notes"].append(
       f"Images: left out, as the page would exceed {limit:,} bytes."
     )
     return _checked(_render(found, {}, {}), limit)
-  beside = [row for row in rows if row not in images]
-  small, _ = _images(samples, beside, _LIST_SIDES, room)
+  rows = found["list"]["rows"][:_LIST_IMAGES]
+  pixels = read([row for row in rows if row not in gallery], _LIST_SIDES[0])
+  if read.failed:
+    room -= 3000  # for the note
+    found["notes"].append(
+      f"Images: {read.failed:,} could not be read; the first of them:"
+      f" {text(read.error)}"
+    )
+  small, _ = _encoded(pixels, _LIST_SIDES, room)
   return _checked(_render(found, images, small), limit)
 
 
-def _images(
-  samples: Samples, rows: Sequence[int], sides: Sequence[int], room: int
+class _Reader:
+  """Reads and shrinks images; counts those that can't be read."""
+
+  def __init__(self, samples: Samples):
+    self._samples = samples
+    self.failed = 0
+    self.error: Exception | None = None
+
+  def __call__(self, rows: Sequence[int], side: int) -> dict[int, np.ndarray]:
+    """Returns images by row, each read once; at most side x side."""
+    found = {}
+    for row in rows:
+      try:
+        image = self._samples.image(row)
+      except (OSError, ValueError) as error:  # a damaged file, or none
+        self.failed += 1
+        self.error = self.error or error
+        continue
+      found[row] = thumbnails.shrunk(image, side)
+    return found
+
+
+def _encoded(
+  pixels: Mapping[int, np.ndarray], sides: Sequence[int], room: int
 ) -> tuple[dict[int, str], int]:
   """Encodes images, as large as they all fit; else the first ones that fit.
 
   Args:
-    samples: that have them.
-    rows: of the selection; each image is looked at once.
+    pixels: uint8 [h, w, C], by row.
     sides: in pixels, the largest first.
     room: bytes that they may take.
 
   Returns:
     Addresses by row, and the bytes that are left.
   """
-  pixels = {
-    row: thumbnails.shrunk(samples.image(row), sides[0]) for row in rows
-  }
   encoded: dict[int, str] = {}
   left = room
   largest = max([max(one.shape) for one in pixels.values()], default=0)
@@ -234,7 +263,7 @@ def _images(
         break
       encoded[row] = address
       left -= cost
-    if len(encoded) == len(rows):
+    if len(encoded) == len(pixels):
       break
   return encoded, left
 
@@ -321,12 +350,12 @@ def _json(found: Mapping[str, Any]) -> str:
   What is no Unicode becomes JSON's own escape as it is encoded, with
   "backslashreplace".
   """
-  text = json.dumps(
+  content = json.dumps(
     found, allow_nan=False, ensure_ascii=False, separators=(",", ":")
   )
   for sign in "<>&":
-    text = text.replace(sign, f"\\u{ord(sign):04x}")
-  return text
+    content = content.replace(sign, f"\\u{ord(sign):04x}")
+  return content
 
 
 def _count(value: Any) -> str:

@@ -120,17 +120,21 @@ def find_samples(
         f"dataset has {key!r}; expected some of {', '.join(KEYS)}."
       )
   given = {key: value for key, value in dataset.items() if value is not None}
+  # Images may be decoded as they are asked for, by something without a length.
   sizes = {
-    key: len(value) for key, value in given.items() if key != "class_names"
+    key: len(value)
+    for key, value in given.items()
+    if key != "class_names" and (key != "images" or hasattr(value, "__len__"))
   }
   if len(set(sizes.values())) > 1:
     raise ValueError(
       f"the entries of dataset differ in length: {sizes}; expected one of each"
       " a sample."
     )
-  if not sizes:
+  if not given.keys() - {"class_names"}:
     return Samples(class_names=given.get("class_names"))
-  rows = _rows(selection.ids, given.get("ids"), next(iter(sizes.values())))
+  size = next(iter(sizes.values()), len(selection))
+  rows = _rows(selection.ids, given.get("ids"), size)
 
   def labels(key):
     if key not in given:

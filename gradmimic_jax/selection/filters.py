@@ -199,8 +199,8 @@ def compose(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids, a `Filter` or a `Selection` by name.
-    pool: the ids of all samples, for `~`.
+    filters: ids, a `Filter`, a `Selection` or `Decisions` by name.
+    pool: the ids of all samples, for `~` and for `Decisions`.
 
   Returns:
     The ids, ascending.
@@ -226,8 +226,8 @@ def combine(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids, a `Filter` or a `Selection` by name.
-    pool: the ids of all samples, for `~`.
+    filters: ids, a `Filter`, a `Selection` or `Decisions` by name.
+    pool: the ids of all samples, for `~` and for `Decisions`.
 
   Returns:
     The Filter.
@@ -353,8 +353,17 @@ def check_fingerprints(
 
 
 def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
+  from gradmimic_jax.selection import decisions  # which uses filters
+
   if isinstance(value, Selection):
     value = of_selection(value)
+  if isinstance(value, decisions.Decisions):
+    if pool is None:
+      raise ValueError(
+        f"{name!r} is {value!r}, which says what to leave out of a pool; give"
+        " pool=, the ids of all samples."
+      )
+    value = value.filter(pool)
   if not isinstance(value, Filter):
     return Filter(_listed(value), name, pool)
   if pool is None:
