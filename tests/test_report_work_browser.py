@@ -393,8 +393,10 @@ BROKEN_NUMBERS = r"""
 """
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-def test_other_kinds_of_data_fit(one, tmp_path, width):
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+  """Pages of several kinds of data, by name."""
+  folder = tmp_path_factory.mktemp("kinds")
   rng = np.random.default_rng(0)
   n = 120
   good = np.arange(n) % 3 > 0
@@ -421,19 +423,26 @@ def test_other_kinds_of_data_fit(one, tmp_path, width):
       {"ids": "file", "labels": "species", "suggested": "model_says"},
     ),
   }
+  found = {}
   for name, (scores, dataset, columns) in pages.items():
     selection = gm.select(
       scores,
       ids=(dataset or {}).get("ids"),
       mark=0.0 if name == "none to remove" else None,
     )
-    path = gm.report(
+    found[name] = gm.report(
       scores,
       selection,
-      tmp_path / f"{name}.html",
+      folder / f"{name}.html",
       dataset=dataset,
       columns=columns,
     )
+  return found
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_other_kinds_of_data_fit(one, kinds, width):
+  for name, path in kinds.items():
     one.open(path, width=width, height=800, scheme="dark")
     assert one.evaluate("document.documentElement.scrollWidth") == width, name
     assert not one.complaints(), name

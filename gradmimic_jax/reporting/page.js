@@ -31,6 +31,7 @@ performance.mark("begin");
   const count = (n) => n.toLocaleString("en");
   const plural = (n) => `${count(n)} sample${n === 1 ? "" : "s"}`;
   const share = (value) => (value === null ? "–" : value.toFixed(3));
+  const good = list.labels ? "label is right" : "sample is good";
   const MAX_OPTIONS = 1000;  // of a menu
   const number = (value) => {
     if (value === null) {
@@ -51,7 +52,7 @@ performance.mark("begin");
   const given = (i) => (list.labels ? list.labels[i] : null);
   const suggested = (i) => (list.suggested ? list.suggested[i] : null);
   const truth = (i) => (list.true_labels ? list.true_labels[i] : null);
-  const nameOf = (label) => list.classes[label][1];
+  const nameOf = (label) => list.classes[label][1] || "(empty)";
   const say = (text) => {
     byId("said").textContent = text;
   };
@@ -272,7 +273,8 @@ performance.mark("begin");
     } else {
       svg.append(draw("path", { class: "cuts", d: path(cuts) }));
     }
-    svg.append(draw("path", { class: "places", d: path(levels(list.lines[i])) }));
+    svg.append(draw("path", { class: n === 1 ? "places dot" : "places",
+      d: path(levels(list.lines[i])) }));
     return svg;
   };
   const inWords = (i) => {
@@ -347,6 +349,7 @@ performance.mark("begin");
     }],
     ["what", found.columns.ids ?? "id", (i) => {
       const id = make("bdi", "id", printable(list.ids[i]));
+      id.title = printable(list.ids[i]);
       const parts = [id];
       if (list.captions && list.captions[i]
           && list.captions[i] !== list.ids[i]) {
@@ -639,7 +642,7 @@ performance.mark("begin");
     }
     facts.append(
       fact("P(keep)", share(list.p[i]),
-        "how probable it is that the label is right; below 0.5 is removed"),
+        `how probable it is that the ${good}; below 0.5 is removed`),
       fact("quality", share(quality(i)),
         "the same, with a little of the scores"),
       fact("mean score", number(list.score[i]), "high pulls toward the reference"),
@@ -832,7 +835,7 @@ performance.mark("begin");
     const there = [...sizes.keys()].sort((a, b) => sizes.get(b) - sizes.get(a));
     const some = there.slice(0, MAX_OPTIONS).sort(
       (a, b) => collator.compare(nameOf(a), nameOf(b)));
-    control.append(...some.map((k) => new Option(nameOf(k) || "(empty)", k)));
+    control.append(...some.map((k) => new Option(nameOf(k), k)));
     limitNote(control, there.length);
   };
   const setUpMatrix = () => {
