@@ -67,7 +67,7 @@ def test_a_whole_file_is_a_filter_and_changes_are_none(tmp_path):
   decisions = gm.read_decisions(whole)
   assert decisions.by_person.tolist() == [True, True, False]
   assert not decisions.unsure
-  kept = decisions.filter(range(6))
+  kept = gm.filters.of_decisions(decisions, range(6))
   assert kept.ids.tolist() == [0, 2, 4, 5]
   assert (~kept).ids.tolist() == [1, 3]
   named = {"mine": decisions, "short": [0, 1]}
@@ -77,14 +77,17 @@ def test_a_whole_file_is_a_filter_and_changes_are_none(tmp_path):
     gm.filters.compose("mine - short", named)
   changes = gm.read_decisions(written(tmp_path, "id,decision\n1,remove\n"))
   with pytest.raises(ValueError, match="lists changes to a selection"):
-    changes.filter(range(6))
+    gm.filters.of_decisions(changes, range(6))
   assert changes.unsure  # "1" may have been text
 
 
 def test_a_page_without_removals_keeps_all(selection, tmp_path):
   path = written(tmp_path, '"id","decision","label","by"\n')
   decisions = gm.read_decisions(path)
-  assert decisions.filter(["a", "b"]).ids.tolist() == ["a", "b"]
+  assert gm.filters.of_decisions(decisions, ["a", "b"]).ids.tolist() == [
+    "a",
+    "b",
+  ]
   assert decisions.apply(selection).keep.tolist() == selection.keep.tolist()
 
 
@@ -100,7 +103,9 @@ def test_another_tool_may_save_it_again(tmp_path, quoting):
       rows.writerow([gm.export.harmless(one), "Remove ", "", "person"])
   decisions = gm.read_decisions(path)
   assert decisions.ids.tolist() == ids
-  assert decisions.filter([*ids, "rest"]).ids.tolist() == ["rest"]
+  assert gm.filters.of_decisions(decisions, [*ids, "rest"]).ids.tolist() == [
+    "rest"
+  ]
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_keys_decide_and_the_file_says_so(browser, made, tmp_path):
   )
   assert decisions.by_person.sum() == 4
   keep[row] = False  # a filter can't relabel
-  kept = decisions.filter(selection.ids)
+  kept = gm.filters.of_decisions(decisions, selection.ids)
   assert sorted(kept.ids) == sorted(selection.ids[keep])
   # A table reader of another maker sees the same, and nothing to run.
   rows = list(csv.reader(io.StringIO(file.read_text(encoding="utf-8"))))

@@ -216,7 +216,7 @@ def _chosen(path, pool, fingerprints):
         left_out,
         path,
       )
-    return decisions.filter(pool), pool
+    return gm.filters.of_decisions(decisions, pool), pool
   if suffix == ".npy":
     ids = gm.export.read_npy(path, fingerprints=fingerprints)
   elif suffix == ".parquet":

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradmimic_jax import _files
-from gradmimic_jax.selection import _columns, _csv, _ids, filters
+from gradmimic_jax.selection import _columns, _csv, _ids
 from gradmimic_jax.selection.selection import Selection
 
 _COLUMNS = ("id", "decision")
@@ -136,16 +136,14 @@ class Decisions:
       " the name of one class in class_names."
     )
 
-  def filter(self, pool: Any) -> filters.Filter:
-    """Keeps all of a pool but what is removed, or has another label now.
-
-    A filter can't change labels, and a relabelled sample's own is wrong.
+  def mask(self, pool: np.ndarray) -> np.ndarray:
+    """Finds what is left of a pool; `filters.of_decisions` makes a filter.
 
     Args:
-      pool: the ids of all samples there are to choose from.
+      pool: the ids of all samples there are to choose from [N].
 
     Returns:
-      The Filter, with that pool.
+      Booleans [N]: False for what is removed, or has another label now.
 
     Raises:
       ValueError: changes to a selection, which say nothing of other samples;
@@ -157,12 +155,9 @@ class Decisions:
         " (it has no column 'by'). Apply it to the selection first:"
         " read_decisions(path).apply(selection)."
       )
-    pool = pool if hasattr(pool, "__array__") else list(pool)
-    pool = _ids.checked(pool, "pool")
-    rows = self._rows(pool, "the pool")
     left = np.ones(len(pool), bool)
-    left[rows] = self.keep & ~self.relabelled
-    return filters.Filter(pool[left], self.source, pool)
+    left[self._rows(pool, "the pool")] = self.keep & ~self.relabelled
+    return left
 
   def _rows(self, ids: np.ndarray, name: str) -> np.ndarray:
     """Finds where in ids the decisions' samples are."""
