@@ -43,7 +43,8 @@ test-slow: $(INSTALLED_SLOW)
 
 # The report in a real browser; needs Debian's package chromium.
 test-browser: $(INSTALLED)
-	$(RUN) -m pytest -m slow tests/test_report_browser.py
+	$(RUN) -m pytest -m slow tests/test_report_browser.py \
+	  tests/test_report_work_browser.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
