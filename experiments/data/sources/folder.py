@@ -310,8 +310,8 @@ def _hash_content(root, split, options, paths, states) -> np.ndarray:
 
 
 def _read_digests(root: str, _, *, paths: list[str]) -> index.Arrays:
-  digests = np.empty((len(paths), 2), "<u8")
-  for row, path in enumerate(paths):
+  digests = []
+  for path in paths:
     with open(os.path.join(root, path), "rb") as file:
-      digests[row] = base.content_digest(file.read())
-  return {"digest": digests}
+      digests.append(base.content_digest(file.read()))
+  return {"digest": base.join_digests(digests)}

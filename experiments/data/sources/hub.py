@@ -80,7 +80,7 @@ def _find(dataset: Any, options: options_lib.Options) -> parts.Part:
   columns = columns_lib.pick_columns(schema, options, options.path)
   labels: list[np.ndarray] = []
   ids: list[str] = []
-  digests: list[np.ndarray] = []
+  digests: list[bytes] = []
   wanted = [columns.image, columns.label, *([columns.id] if columns.id else [])]
   for table in dataset.select_columns(wanted).iter(batch_size=_ROWS):
     batch, row = _one_batch(table), len(digests)
@@ -94,7 +94,7 @@ def _find(dataset: Any, options: options_lib.Options) -> parts.Part:
   return parts.Part(
     labels=parts.to_numbers(joined),
     ids=np.array(ids, np.str_) if ids else splits.make_ids(splits.ALL, count),
-    content=np.array(digests, "<u8").reshape(-1, 2),
+    content=base.join_digests(digests),
     reader=reader,
     class_names=columns.class_names,
     channels=options.channels or headers.find_channels(reader, count),

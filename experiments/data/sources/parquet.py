@@ -158,7 +158,7 @@ def _read_file(
   """Finds the labels, ids and images of one file, and hashes the images."""
   labels: list[Any] = []
   ids: list[np.ndarray] = []
-  digests: list[np.ndarray] = []
+  digests: list[bytes] = []
   where: list[tuple[int, int, int]] = []
   with (
     _files.named(path, "Parquet or Arrow file", "Fetch or write it again."),
@@ -180,7 +180,7 @@ def _read_file(
       for image in columns_lib.read_images(batch, columns, row, path):
         digest = base.content_digest(image)
         digests.append(digest)
-        where.append(finder.find(image, digest.tobytes()))
+        where.append(finder.find(image, digest))
       labels.append(columns_lib.read_labels(batch, columns, row, path))
       if columns.id is not None:
         ids.append(
@@ -197,7 +197,7 @@ def _read_file(
     "copied": table[:, 0].astype(bool),
     "offset": table[:, 1],
     "size": table[:, 2],
-    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "digest": base.join_digests(digests),
     "label": np.concatenate([np.empty(0, np.int64), *labels])
     if not labels or labels[0].dtype.kind != "U"
     else np.concatenate(labels),

@@ -114,7 +114,7 @@ def _read_shard(path: str, _, *, field: str) -> index.Arrays:
     "label": np.array(labels, np.str_),
     "offset": table[:, 0],
     "size": table[:, 1],
-    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "digest": base.join_digests(digests),
   }
 
 
