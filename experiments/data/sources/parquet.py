@@ -8,7 +8,6 @@ some hundred images, so its images are copied once, to a file beside the index.
 
 import contextlib
 import functools
-import mmap
 import os
 import pathlib
 import shutil
@@ -35,6 +34,7 @@ from gradmimic_jax import _files
 
 _COPY = ".images"  # Ending of the file of unpacked images, beside the index.
 _ROWS = 64  # Images in memory at once.
+_BUFFER = 1 << 20  # Bytes.
 
 
 def find(options: options_lib.Options, split: str) -> parts.Part:
@@ -165,15 +165,10 @@ def _read_file(
     open(path, "rb") as file,
     contextlib.ExitStack() as stack,
   ):
-    if not os.fstat(file.fileno()).st_size:
-      raise ValueError("it is empty")
-    content = stack.enter_context(
-      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    )
     opened = _read_arrow if path.endswith(".arrow") else _read_parquet
     schema, batches = opened(path, stack)
     columns = columns_lib.pick_columns(schema, options, path)
-    finder = _Finder(content, place, path, stack)
+    finder = _Finder(file, place, path, stack)
     for within, batch in batches(columns):
       finder.narrow(within)
       row = len(where)
@@ -219,13 +214,15 @@ class _Finder:
 
   def __init__(
     self,
-    content: mmap.mmap,
+    file: BinaryIO,
     place: pathlib.Path | None,
     path: str,
     stack: contextlib.ExitStack,
   ):
-    self._content, self._place, self._path = content, place, path
+    self._file, self._place, self._path = file, place, path
     self._stack = stack
+    # Between which bytes images may lie, and do as far as is known.
+    self._within: tuple[int, int] | None = None
     self._range: tuple[int, int] | None = None
     self._cursor = 0
     # By hash: equal images may be stored once.
@@ -235,8 +232,9 @@ class _Finder:
 
   def narrow(self, within: tuple[int, int] | None) -> None:
     """Says between which bytes to look; None: nothing lies there as it is."""
-    if within != self._range:
-      self._range, self._cursor = within, within[0] if within else 0
+    if within != self._within:
+      self._within = self._range = within
+      self._cursor = within[0] if within else 0
       self._seen.clear()
 
   def find(self, image: bytes, digest: bytes) -> tuple[int, int, int]:
@@ -250,17 +248,9 @@ class _Finder:
     size = len(image)
     if self._range is not None:
       start, stop = self._range
-      # Mostly behind the one before, in Parquet with its length between them.
-      near = self._content[self._cursor : min(self._cursor + 4 + size, stop)]
-      offset = -1
-      if near.endswith(image):
-        offset = self._cursor + len(near) - size
-      elif near.startswith(image):
-        offset = self._cursor
+      offset = self._search(image, self._cursor, stop)
       if offset < 0:
-        offset = self._content.find(image, self._cursor, stop)
-      if offset < 0:
-        offset = self._content.find(image, start, min(self._cursor, stop))
+        offset = self._search(image, start, self._cursor + size)
       if offset >= 0:
         self._cursor = max(self._cursor, offset + size)
         return 0, offset, size
@@ -271,8 +261,25 @@ class _Finder:
     self._copied += size
     return 1, self._copied - size, size
 
+  def _search(self, image: bytes, start: int, stop: int) -> int:
+    """Finds an image's bytes in a part of the file; -1: they aren't there."""
+    # Mostly it is just behind the one before, in Parquet with its length
+    # between them, and the first step is enough.
+    step = 4
+    while start + len(image) <= stop:
+      wanted = min(step + len(image), stop - start)
+      part = os.pread(self._file.fileno(), wanted, start)
+      found = part.find(image)
+      if found >= 0:
+        return start + found
+      if len(part) < wanted:
+        break
+      start += max(wanted - len(image), 0) + 1
+      step = _BUFFER
+    return -1
+
   def _open_copy(self) -> BinaryIO:
-    stored = len(self._content)
+    stored = os.fstat(self._file.fileno()).st_size
     remedy = (
       "write the file with its images uncompressed, as by"
       " pyarrow.parquet.write_table(table, path, compression='none')"
@@ -303,7 +310,11 @@ class _Finder:
 
 def _read_parquet(path: str, stack: contextlib.ExitStack):
   """Opens a Parquet file: its schema, and a function for its batches."""
-  file = stack.enter_context(parquet.ParquetFile(path, memory_map=True))
+  # Page by page: otherwise a whole row group comes into memory, and one may be
+  # all of a file.
+  file = stack.enter_context(
+    parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+  )
 
   def read(
     columns: columns_lib.Columns,
@@ -329,7 +340,8 @@ def _read_parquet(path: str, stack: contextlib.ExitStack):
 
 def _read_arrow(path: str, stack: contextlib.ExitStack):
   """Opens an Arrow file, of either kind, as `_read_parquet` does."""
-  source = stack.enter_context(pa.memory_map(path))
+  # Not mapped into memory: all of a file that is read would count as used.
+  source = stack.enter_context(pa.OSFile(path))
   size = source.size()
   if source.read(6) == b"ARROW1":
     file = pa.ipc.open_file(source)
