@@ -38,6 +38,12 @@ class Entry(NamedTuple):
   path: str  # The file or folder; its index lies beside it.
   state: str  # Changes whenever the content may have changed.
 
+  @property
+  def file_state(self) -> tuple[int, int]:
+    """Size and time of change of a file, as `file_entry` found them."""
+    size, changed, _ = json.loads(self.state)
+    return size, changed
+
 
 def file_entry(path: str | os.PathLike, *settings: object) -> Entry:
   """Describes a file by its size and time of change.
