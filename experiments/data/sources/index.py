@@ -120,7 +120,12 @@ def load(
         claim.release()
     return build(entry.path, None), None
 
-  return claims.share(entries, attempt)
+  # A job that is asked to leave does so between its steps, where its state is
+  # saved, and here only if it would wait for others.
+  found = {entry: attempt(entry) for entry in entries}
+  waiting = [entry for entry, arrays in found.items() if arrays is None]
+  found.update(zip(waiting, claims.share(waiting, attempt), strict=True))
+  return [arrays for entry in entries if (arrays := found[entry]) is not None]
 
 
 def _places(path: str, kind: str) -> list[pathlib.Path]:
