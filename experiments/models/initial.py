@@ -1,10 +1,10 @@
 """Initial parameters: new ones, or weights that are there already."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import logging
 from ml_collections import config_dict
 
@@ -23,7 +23,7 @@ def create(
   num_classes: int,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates a model as `models.create`, with weights from `config.pretrained`.
 
   Args:
@@ -38,10 +38,11 @@ def create(
 
   Returns:
     `apply(params, images [B, H, W, C]) -> logits [B, num_classes]`, and params.
+    Statistics are those of the weights, too.
 
   Raises:
     ValueError: weights of another architecture or of other images, or an
-      unfinished run's.
+      unfinished run's; or a model whose head has another name.
     FileNotFoundError: weights that are not there.
   """
   source = config.get("pretrained")
@@ -51,10 +52,20 @@ def create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
   params = place(params)
+  apply = dataclasses.replace(apply, statistics=place(apply.statistics))
   if source is None:
     return apply, params
+  if "head" not in params:
+    raise ValueError(
+      f"config.model.pretrained is {source!r}, and {config.name} has no layer"
+      f" head (its top level is {', '.join(params)}); expected the last layer"
+      " by that name, which is made anew."
+    )
   if is_run(source):
-    loaded = _load_run(pathlib.Path(source), config, tuple(input_shape), place)
+    loaded, statistics = _load_run(
+      pathlib.Path(source), config, tuple(input_shape), place
+    )
+    apply = dataclasses.replace(apply, statistics=statistics)
   elif config.name != "vit":
     raise ValueError(
       f"config.model.pretrained is {source!r} and config.model.name"
@@ -106,7 +117,7 @@ def for_data(
   *,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates the model for the images and classes of classification's data."""
   return create(
     config,
@@ -176,10 +187,13 @@ def _load_run(folder, config, input_shape, place):
       f" {models.sizes(theirs)} for images {tuple(shown['shape'])}; expected"
       f" {models.sizes(config)} for images {input_shape}."
     )
-  _, like = models.create(
+  apply, like = models.create(
     config,
     input_shape=input_shape,
     num_classes=shown["num_classes"],
     seed=0,
   )
-  return checkpoint.load_params(folder, place(like))
+  return (
+    checkpoint.load_params(folder, place(like)),
+    checkpoint.load_statistics(folder, place(apply.statistics)),
+  )
