@@ -17,7 +17,13 @@ import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks, metrics
-from experiments.training import reference_check, scoring, steps, trainer
+from experiments.training import (
+  gradients,
+  reference_check,
+  scoring,
+  steps,
+  trainer,
+)
 
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
@@ -112,7 +118,7 @@ def nudge(state, reference, batch):
     lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
   )
   metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
-  return state._replace(params=params), steps.StepOutput(metrics, {})
+  return state._replace(params=params), gradients.StepOutput(metrics, {})
 
 
 @pytest.fixture(scope="module")
