@@ -116,7 +116,7 @@ def make_plain(
     )
     valid, weights = _valid(values, batch["mask"])
     weights = weights if scale else valid.astype(values.dtype)
-    grads = _pulled(pullback, weights, values)
+    (grads,) = pullback(weights)
     return grads, (values, losses, aux.hits), aux.statistics
 
   def pull_parts(params, reference, batch, variables):
@@ -148,6 +148,7 @@ def make_plain(
     else:
       found = pull_parts(state.params, reference, batch, variables)
     grads, (values, losses, hits), statistics = found
+    grads = _without_poison(grads, values)
     loss = _valid_mean(losses, batch["mask"])
     metrics = _metrics(batch, loss, hits, values)
     if distils:
@@ -198,7 +199,7 @@ def make_attached(
 
     effective = jax.grad(total)(jnp.where(valid, losses, 0))
     effective = jnp.where(valid, effective, 0)
-    grads = _pulled(pullback, effective, losses)
+    grads = _without_poison(pullback(effective)[0], losses)
     loss = _valid_mean(losses, batch["mask"])
     unknown = jnp.where(batch["mask"], jnp.nan, 0)
     samples = {
@@ -225,10 +226,11 @@ def _valid_mean(values, mask):
   return jnp.where(lost, jnp.asarray(jnp.nan, mean.dtype), mean)
 
 
-def _pulled(pullback, weights, values):
-  """Computes the gradient of the values' weighted sum, for constant weights."""
-  (grads,) = pullback(weights)
-  # Zero times NaN is NaN: a broken sample reaches the gradient all the same.
+def _without_poison(grads, values):
+  """Puts zeros where a sample that is not finite has left NaN.
+
+  Zero times NaN is NaN: it reaches the gradient although its weight is 0.
+  """
   sound = jnp.all(jnp.isfinite(values))
   return jax.tree.map(lambda g: jnp.where(sound | jnp.isfinite(g), g, 0), grads)
 

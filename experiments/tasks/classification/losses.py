@@ -68,10 +68,11 @@ def make_training_losses_fn(
   if not apply.about:
     return plain
 
-  statistics = jax.tree.map(np.asarray, apply.statistics)
+  known = jax.tree.map(np.asarray, apply.statistics)
 
   def losses_fn(params, batch):
     keys = jax.random.split(jax.random.key(0), len(batch["label"]))
+    statistics = jax.tree.map(jnp.asarray, known)
     return plain(params, {**batch, "key": keys}, statistics=statistics)
 
   return losses_fn
