@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import gradmimic_jax as gm
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 class ModelState(NamedTuple):
   """What a model carries from step to step besides its parameters."""
 
-  key: jax.Array  # uint32 [2], from the seed: samples' keys are made of it
+  key: Any  # uint32 [2], from the seed: samples' keys are made of it
   statistics: Any  # such as BatchNorm's; () if there are none
 
 
@@ -59,7 +60,10 @@ def init_state(
     The state.
   """
   state = TrainState(
-    jnp.zeros([], jnp.int32), params, tx.init(params), model_state
+    jnp.zeros([], jnp.int32),
+    params,
+    tx.init(params),
+    jax.tree.map(jnp.asarray, model_state),
   )
   if not average:
     return state
@@ -81,7 +85,8 @@ def make_model_state(outputs: Outputs, statistics: Any, seed: int) -> Any:
   if outputs.train is None:
     return ()
   key = jax.random.fold_in(jax.random.key(seed, impl=_KEYS), _MASKS)
-  return ModelState(jax.random.key_data(key), statistics)
+  # On the host, from where every process can give it to its devices.
+  return ModelState(np.asarray(jax.random.key_data(key)), statistics)
 
 
 def _averaged_of(state):
