@@ -56,9 +56,8 @@ def test_a_linen_module_is_what_its_own_call_gives(images):
   )
 
 
-@pytest.mark.parametrize(
-  "name", ["Net", pytest.param("LinenNet", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Net", "LinenNet"])
 def test_a_sample_has_its_mask_by_its_own_key_alone(name, images):
   apply, params = create(name, "norm='layer', rate=0.5")
   assert apply.statistics == ()

@@ -165,7 +165,11 @@ def averaging_step(case):
 
 
 @pytest.mark.parametrize(
-  ("name", "loop"), [("Net", nnx_loop), ("LinenNet", linen_loop)]
+  ("name", "loop"),
+  [
+    ("Net", nnx_loop),
+    pytest.param("LinenNet", linen_loop, marks=pytest.mark.slow),
+  ],
 )
 def test_batch_norm_trains_and_evaluates_as_flaxs_own_loop(name, loop):
   """Three steps, to float32 rounding: rtol 1e-5."""
@@ -204,6 +208,7 @@ def test_the_average_is_numpys_and_is_what_is_evaluated():
   jax.tree.map(np.testing.assert_array_equal, seen[0], seen[1])
 
 
+@pytest.mark.slow
 def test_scores_with_batch_norm_are_those_of_all_gradients_one_by_one():
   case, (batch,) = make_case(""), batches(1)
   step = case.step("grad_mimic", engine="forward")
