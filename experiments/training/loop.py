@@ -122,7 +122,7 @@ def run(
     train_step: `(state, reference, batch) -> (state, StepOutput)`.
     take: `(step, prefetch.Read) -> Taken`, called while the step before runs:
       puts the batch on the devices.
-    evaluate: `params -> {name: number}`, to be written as they are named.
+    evaluate: `TrainState -> {name: number}`, to be written as they are named.
     ledger: for the scores; None where the method has none.
 
   Returns:
@@ -187,7 +187,7 @@ def run(
         log.flush(reader.waited)
       if evaluating and not leaving:
         watchdog.sign()
-        evaluation = evaluate(state.params)
+        evaluation = evaluate(state)
         metrics.write(step, evaluation)
         metrics.flush()
       if saving:

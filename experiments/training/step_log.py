@@ -65,7 +65,7 @@ class StepLog:
     Args:
       step: the step's number.
       taken: the `loop.Taken`.
-      output: the `steps.StepOutput`.
+      output: the `gradients.StepOutput`.
       waited: total seconds spent waiting for data.
     """
     for leaf in jax.tree.leaves(output):

@@ -1,7 +1,6 @@
 """One run: a task, a method, an optimizer, and the loop over its steps."""
 
 import contextlib
-import functools
 import json
 import pathlib
 import time
@@ -117,8 +116,13 @@ class Run:
     tx = optimizer.create(
       self.config.optimizer, total_steps=self.total_steps, last=task.last
     )
+    average = optimizer.read_average(self.config.optimizer)
     self.state = self.devices.compute(
-      functools.partial(steps.init_state, tx=tx), task.params
+      lambda params, model_state: steps.init_state(
+        params, tx, model_state, average=bool(average)
+      ),
+      task.params,
+      steps.make_model_state(task.outputs, task.statistics, config.seed),
     )
     self.train_step = steps.make_train_step(
       task.losses_fn,
@@ -126,6 +130,7 @@ class Run:
       self.method,
       self.config.mimic,
       task.outputs,
+      average=average,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
@@ -152,7 +157,7 @@ class Run:
         fingerprint=self.fingerprint,
         train_step=self.train_step,
         take=self.take,
-        evaluate=self.task.evaluate,
+        evaluate=self.evaluate,
         ledger=self.ledger(),
       )
     return {
@@ -163,10 +168,16 @@ class Run:
         **self.task.result_fingerprints(),
       },
       **evaluation,
+      "evaluated": "average" if self.state.average else "parameters",
       "steps": self.total_steps,
       **self.task.facts(),
       "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
+
+  def evaluate(self, state: steps.TrainState) -> dict[str, float]:
+    """Evaluates the state's average, or else its parameters."""
+    params, variables = steps.evaluated(state)
+    return self.task.evaluate(params, **variables)
 
   def take(self, step: int, read: prefetch.Read) -> loop.Taken:
     """Makes a batch as the train step takes it."""
