@@ -633,6 +633,7 @@ CONFIGS = {
   "convnet": {"widths": (8,)},
   "resnet": {"widths": (8,), "blocks_per_stage": 2},
   "vit": {"vit": tiny(depth=1)},
+  "efficientnet_lite0": {},
 }
 
 
