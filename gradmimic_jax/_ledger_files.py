@@ -1,6 +1,8 @@
 """The ledger's files on disk: manifest, row files, and lists of these.
 
-Parquet readers take the folder as it is: they skip names that begin with "_".
+All of them are Parquet, of one schema, so that whatever reads a folder of such
+files takes this one as it is. Manifest and lists are texts in the metadata of
+files without rows; earlier releases had them as plain files.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ FORMAT = "gradmimic_jax.ledger"
 VERSION = 1
 FIELDS = ("score", "weight", "loss")
 
-MANIFEST = "_manifest.json"
-_EARLIER_MANIFEST = "manifest.json"
+MANIFEST = "_manifest.parquet"
+_EARLIER_MANIFESTS = ("_manifest.json", "manifest.json")
+_TEXT = f"{FORMAT}.text".encode()  # in a Parquet file's metadata
 # first step, last step, order of writing, writer, CRC-32 of the file's bytes.
 # The checksum sits in the name because a Parquet footer can't hold its own.
 # Ledgers of earlier releases had one writer, and named none.
@@ -35,7 +38,7 @@ _ROWS_NAME = re.compile(
   r"rows-(\d{9,})-(\d{9,})-(\d{6,})(?:-w(\d{5,}))?-([0-9a-f]{8})\.parquet"
 )
 # A writer's list of its files, a line each: CRC-32 of the rest, rows, name.
-_LISTS = "_files-w*.txt"
+_LISTS, _EARLIER_LISTS = "_files-w*.parquet", "_files-w*.txt"
 _LIST_LINE = re.compile(r"([0-9a-f]{8}) (\d+) (rows-\S+)")
 ID_TYPES = {"integer": pa.int64(), "string": pa.string()}
 # Windows has no such links, and would change the ends of lines.
@@ -162,6 +165,11 @@ def missing_number(files: Sequence[RowFile]) -> int | None:
   return min(gaps, default=None)
 
 
+def find_rows(folder: Path) -> list[Path]:
+  """Finds the files with rows, by name."""
+  return sorted(folder.glob("[!_]*.parquet"))
+
+
 def list_path(folder: Path, writer: int) -> Path:
   """Returns the path of a writer's list of its files."""
   return folder / _LISTS.replace("*", f"{writer:05d}")
@@ -169,7 +177,7 @@ def list_path(folder: Path, writer: int) -> Path:
 
 def read_lists(folder: Path, ledger_id: str) -> dict[str, int] | None:
   """Reads all lists: the rows of each file, by name; None without any list."""
-  lists = sorted(folder.glob(_LISTS))
+  lists = _find_lists(folder)
   listed: dict[str, int] = {}
   for path in lists:
     listed |= _read_list(path, ledger_id)
@@ -178,8 +186,15 @@ def read_lists(folder: Path, ledger_id: str) -> dict[str, int] | None:
 
 def read_own_list(folder: Path, writer: int, ledger_id: str) -> dict[str, int]:
   """Reads one writer's list: the rows of each of its files, by name."""
-  path = list_path(folder, writer)
-  return _read_list(path, ledger_id) if path.exists() else {}
+  listed: dict[str, int] = {}
+  for path in _find_lists(folder):
+    if path.stem == list_path(folder, writer).stem:
+      listed |= _read_list(path, ledger_id)
+  return listed
+
+
+def _find_lists(folder):
+  return [*sorted(folder.glob(_EARLIER_LISTS)), *sorted(folder.glob(_LISTS))]
 
 
 def _read_list(path, ledger_id):
@@ -188,8 +203,8 @@ def _read_list(path, ledger_id):
     " the next flush writes it again."
   )
   try:
-    text = path.read_bytes().decode("ascii")
-  except UnicodeDecodeError as error:
+    text = _read_text(path).decode("ascii")
+  except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
   # A kill may have cut off the last line; its file is there all the same.
   head, *lines = text.split("\n")[:-1] or [""]
@@ -209,30 +224,17 @@ def _read_list(path, ledger_id):
 
 
 def write_list(
-  folder: Path, writer: int, ledger_id: str, files: Mapping[str, int]
+  folder: Path, writer: int, manifest: Mapping[str, Any], files: dict[str, int]
 ) -> None:
-  """Writes a writer's list anew: the rows of each of its files, by name."""
-  lines = [f"{FORMAT} {ledger_id}\n", *_lines(files)]
-  write_atomically(list_path(folder, writer), "".join(lines).encode())
-
-
-def add_to_list(folder: Path, writer: int, name: str, rows: int) -> None:
-  """Lists a file that is there.
-
-  Lists are not synced: the lines that a failing machine loses aren't needed.
-  """
-  flags = os.O_WRONLY | os.O_APPEND | _NOT_A_LINK
-  descriptor = os.open(list_path(folder, writer), flags)
-  with os.fdopen(descriptor, "ab") as file:
-    file.writelines(line.encode() for line in _lines({name: rows}))
-
-
-def _lines(files):
-  """Formats a list's lines."""
-  return [
+  """Writes a writer's list: the rows of each of its files, by name."""
+  lines = [f"{FORMAT} {manifest['ledger_id']}\n"]
+  lines += [
     f"{_line_checksum(rows, name)} {rows} {name}\n"
     for name, rows in files.items()
   ]
+  path = list_path(folder, writer)
+  write_atomically(path, _as_parquet("".join(lines), manifest["id_kind"]))
+  path.with_suffix(".txt").unlink(missing_ok=True)  # an earlier release's
 
 
 def _line_checksum(rows, name):
@@ -241,20 +243,54 @@ def _line_checksum(rows, name):
 
 def find_writers(folder: Path) -> list[int]:
   """Finds the writers that have a list."""
-  return [
-    int(path.stem.removeprefix("_files-w")) for path in folder.glob(_LISTS)
-  ]
+  stems = {path.stem for path in _find_lists(folder)}
+  return sorted(int(stem.removeprefix("_files-w")) for stem in stems)
+
+
+def is_ledger(folder: Path) -> bool:
+  """True for a folder with a manifest, be it a damaged one."""
+  if any((folder / name).exists() for name in (MANIFEST, "_manifest.json")):
+    return True
+  try:  # other jobs have manifests of that name, too
+    about = json.loads((folder / "manifest.json").read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
   """Reads and checks the folder's manifest; None if there is none."""
-  for name in (MANIFEST, _EARLIER_MANIFEST):
+  for name in (MANIFEST, *_EARLIER_MANIFESTS):
     path = folder / name
     try:
-      return _checked_manifest(path, path.read_bytes())
+      content = _read_text(path)
     except FileNotFoundError:
-      pass
+      continue
+    except ValueError as error:
+      raise ValueError(_bad_manifest(path, str(error))) from error
+    return _checked_manifest(path, content)
   return None
+
+
+def _as_parquet(text: str, id_kind: str) -> pa.Buffer:
+  """Makes a Parquet file without rows whose metadata hold a text."""
+  sink = pa.BufferOutputStream()
+  table = schema(id_kind).empty_table().replace_schema_metadata({_TEXT: text})
+  pq.write_table(table, sink)
+  return sink.getvalue()
+
+
+def _read_text(path: Path) -> bytes:
+  """Reads the text of a manifest or a list, be it in a Parquet file."""
+  content = path.read_bytes()
+  if path.suffix != ".parquet":
+    return content
+  try:
+    footer = pq.read_metadata(pa.BufferReader(content))
+    return footer.metadata[_TEXT]
+  except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+    text = " ".join(str(error).split())
+    raise ValueError(f"no Parquet file with a text: {text:.100}") from error
 
 
 def _checked_manifest(path, content):
@@ -294,7 +330,8 @@ def write_manifest(
   """Writes the manifest unless there is one; True if it was written."""
   sealed = {**manifest, "check": checksum(manifest)}
   text = json.dumps(sealed, indent=2, sort_keys=True) + "\n"
-  return write_once(folder / MANIFEST, text.encode(), writer=writer)
+  content = _as_parquet(text, manifest["id_kind"])
+  return write_once(folder / MANIFEST, content, writer=writer)
 
 
 def checksum(value: Any) -> str:

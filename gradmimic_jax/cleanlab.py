@@ -16,7 +16,6 @@ from gradmimic_jax.selection import (
   dataset_quality,
   removal_curve,
 )
-from gradmimic_jax.selection._frames import refuse_frames
 from gradmimic_jax.selection.issues import as_selection
 from gradmimic_jax.selection.selection import Selection
 
@@ -98,7 +97,6 @@ def register(*, task: str = "classification") -> type:
     def find_issues(
       self, *, scores: Any, ids: Any = None, **options: Any
     ) -> None:
-      refuse_frames(scores, "scores")
       is_array = not isinstance(scores, (ScoreLedger, Selection))
       if is_array and ids is not None:
         options["ids"] = ids

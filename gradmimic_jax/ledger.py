@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gradmimic_jax import _ledger_files as row_files
+from gradmimic_jax import _frames, _ledger_files as row_files
 
 # Rows that `matrix` looks up at once: bounds memory, and keeps the number of
 # passes over the ids small however many files there are.
@@ -56,8 +56,8 @@ class ScoreLedger:
     * A file that is damaged or lost, or that another ledger wrote, is refused
       by name. Nothing is skipped in silence.
     * Whatever reads a folder of Parquet files reads this one:
-      `pandas.read_parquet(path)`, `pyarrow.dataset.dataset(path)`, DuckDB,
-      `polars.scan_parquet(path, hidden_file_prefix="_")`. A run that was
+      `pandas.read_parquet(path)`, `polars.read_parquet(path)`, DuckDB's
+      `read_parquet('path')`, `pyarrow.dataset.dataset(path)`. A run that was
       interrupted may have recorded some (id, step) twice, with the same
       values: drop duplicates of the two.
 
@@ -134,7 +134,7 @@ class ScoreLedger:
     self._known: dict[
       str, row_files.RowFile
     ] = {}  # files whose footer was checked
-    self._listing = False  # whether this writer's list is up to date
+    self._listed: dict[str, int] | None = None  # this writer's list, once read
     # Refuse a bad ledger now, not after hours of training. One process reading
     # all files is enough.
     if self.writer:
@@ -208,12 +208,13 @@ class ScoreLedger:
       kept = {
         name: rows for name, rows in listed.items() if _first_step(name) < step
       }
-      row_files.write_list(self.path, writer, ledger_id, kept)
+      row_files.write_list(self.path, writer, self._manifest, kept)
+    self._listed = None
 
   def append(
     self,
     ids: Any,
-    scores: Any,
+    scores: Any = None,
     *,
     step: int,
     epoch: int,
@@ -226,7 +227,9 @@ class ScoreLedger:
 
     Args:
       ids: the samples' ids [n], integers >= 0 or strings, none twice. The
-        first append fixes which of the two this ledger holds.
+        first append fixes which of the two this ledger holds. Or a data frame
+        with the columns id (or an index of ids), score and, where there are
+        any, weight and loss; it stands for all four.
       scores: raw scores [n]; anything `np.asarray` takes.
       step: the step the rows were made at, >= 0.
       epoch: the pass over the data that the step belongs to, >= 0.
@@ -242,6 +245,10 @@ class ScoreLedger:
     """
     step = _count("step", step, 2**63 - 1)
     epoch = _count("epoch", epoch, 2**31 - 1)
+    if _frames.is_frame(ids):
+      if not (scores is weights is losses is None):
+        raise TypeError("scores came twice: in a frame, and besides.")
+      ids, scores, weights, losses = _frames.read_rows(ids).values()
     raw_ids = np.asarray(ids)
     if isinstance(ids, (list, tuple)) and raw_ids.dtype.kind == "U":
       # NumPy would turn 5 among strings into "5".
@@ -280,7 +287,7 @@ class ScoreLedger:
     if self._manifest is None:
       self._begin()
     assert self._manifest is not None
-    if not self._listing:
+    if self._listed is None:
       row_files.remove_temporary_files(self.path, writer=self.writer)
     if self._manifest["id_kind"] != self._id_kind:
       raise TypeError(
@@ -318,10 +325,7 @@ class ScoreLedger:
     )
     row_files.write_atomically(path, content)
     # A kill before this line leaves a file that counts, though not listed.
-    if self._listing:
-      row_files.add_to_list(self.path, self.writer, path.name, len(table))
-    else:
-      self._begin_list()
+    self._list(path.name, len(table))
     self._buffer = []  # only now: a failed write can be tried again
     return path
 
@@ -472,8 +476,8 @@ class ScoreLedger:
     """Lists the files there are, in order of writing, and the lost names."""
     if self._manifest is None:
       self._read_manifest()
-    listed = self._listed() or {}  # before looking at the files there are
-    paths = sorted(self.path.glob("*.parquet"))
+    listed = self._lists() or {}  # before looking at the files there are
+    paths = row_files.find_rows(self.path)
     if paths and self._manifest is None:
       self._read_manifest()  # another writer may have begun right now
     if paths and self._manifest is None:
@@ -500,7 +504,7 @@ class ScoreLedger:
         )
     return sorted(files, key=row_files.writing_order), lost
 
-  def _listed(self) -> dict[str, int] | None:
+  def _lists(self) -> dict[str, int] | None:
     """Reads the rows of every file that was listed; None without any list."""
     if self._manifest is None:
       return None
@@ -508,7 +512,7 @@ class ScoreLedger:
 
   def _numbers_lack(self, files: list[row_files.RowFile]) -> int | None:
     """Finds the `missing_number` of a ledger without lists."""
-    return row_files.missing_number(files) if self._listed() is None else None
+    return row_files.missing_number(files) if self._lists() is None else None
 
   def _read_manifest(self) -> None:
     """Takes kind and fingerprints from the manifest, if there is one."""
@@ -538,17 +542,19 @@ class ScoreLedger:
     else:
       self._read_manifest()
 
-  def _begin_list(self) -> None:
-    """Writes this writer's list anew, with files of its own that it lacks."""
+  def _list(self, name: str, rows: int) -> None:
+    """Lists a new file, and at first those of its own that the list lacks."""
     assert self._manifest is not None
-    ledger_id = self._manifest["ledger_id"]
-    listed = row_files.read_own_list(self.path, self.writer, ledger_id)
-    for path in sorted(self.path.glob("*.parquet")):
-      parts = row_files.parse_rows_name(path.name)
-      if parts and parts.writer == self.writer and path.name not in listed:
-        listed[path.name] = row_files.inspect(path, self._manifest).n_rows
-    row_files.write_list(self.path, self.writer, ledger_id, listed)
-    self._listing = True
+    if self._listed is None:
+      ledger_id = self._manifest["ledger_id"]
+      listed = row_files.read_own_list(self.path, self.writer, ledger_id)
+      for path in row_files.find_rows(self.path):
+        parts = row_files.parse_rows_name(path.name)
+        if parts and parts.writer == self.writer and path.name not in listed:
+          listed[path.name] = row_files.inspect(path, self._manifest).n_rows
+      self._listed = listed
+    self._listed[name] = rows
+    row_files.write_list(self.path, self.writer, self._manifest, self._listed)
 
 
 def _first_step(name: str) -> int:
@@ -583,8 +589,8 @@ def _compare_fingerprints(
       raise ValueError(
         f"the ledger at {path} was made with other inputs: fingerprint"
         f" {name!r} is {found.get(name)!r} there and {asked.get(name)!r} here."
-        f" Use another folder, or the inputs it was made with, which"
-        f" {row_files.MANIFEST} names."
+        " Use another folder, or the inputs it was made with, which"
+        f" `gradmimic inspect {path}` lists."
       )
 
 

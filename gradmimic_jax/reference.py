@@ -5,20 +5,24 @@ to the reference. Where the reference lies in another basin the prediction is
 worthless, or inverted: it is then the mislabelled samples that score highest.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from jax.experimental import multihost_utils
 
 from gradmimic_jax import (
   _mesh,
   _problem,
+  _tables,
   _tree,
   _validate,
   directions,
@@ -26,6 +30,9 @@ from gradmimic_jax import (
 )
 from gradmimic_jax.gradients import mimic_scores
 from gradmimic_jax.layers import Layers
+
+if TYPE_CHECKING:
+  import pandas as pd
 
 # Label noise makes mean losses useless: that of a good reference on noisy
 # labels is higher than the learner's. So a model's loss is the mean of its
@@ -101,6 +108,21 @@ class ReferenceReport:
   weight_cosine: float
   relative_distance: float
   num_samples: int
+
+  def to_arrow(self) -> pa.Table:
+    """One row, a column a field; `path` and `path_losses` are lists."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return pa.table({name: pa.array([value]) for name, value in fields.items()})
+
+  def to_pandas(self) -> pd.DataFrame:
+    """One row, as a pandas DataFrame."""
+    return _tables.to_pandas(self.to_arrow())
+
+  def _repr_html_(self) -> str:
+    return _tables.html(self)
+
+  def __repr__(self) -> str:
+    return f"<ReferenceReport: {self.verdict}, {self.num_samples} samples>"
 
   def __str__(self) -> str:
     """Verdict, advice and a table."""

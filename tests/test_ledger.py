@@ -68,6 +68,11 @@ def assert_same(got, want):
       np.testing.assert_array_equal(a, b)
 
 
+def text_in(path):
+  """The text in the metadata of a Parquet file without rows."""
+  return pq.read_schema(path).metadata[b"gradmimic_jax.ledger.text"].decode()
+
+
 def row_files(path):
   return sorted(path.glob("rows-*.parquet"))
 
@@ -488,8 +493,8 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 
 def test_a_missing_manifest_is_refused(tmp_path):
   write(tmp_path, random_appends(12))
-  (tmp_path / "_manifest.json").unlink()
-  with pytest.raises(ValueError, match=r"but no\s+_manifest.json"):
+  (tmp_path / "_manifest.parquet").unlink()
+  with pytest.raises(ValueError, match=r"but no\s+_manifest.parquet"):
     ScoreLedger(tmp_path)
 
 
@@ -506,10 +511,17 @@ def test_a_missing_manifest_is_refused(tmp_path):
   ],
 )
 def test_a_bad_manifest_is_refused(tmp_path, content, message):
-  (tmp_path / "_manifest.json").write_bytes(content)
-  with pytest.raises(ValueError, match=r"_manifest.json") as caught:
-    ScoreLedger(tmp_path)
-  assert message in str(caught.value)
+  wrapped = pa.BufferOutputStream()
+  about = {b"gradmimic_jax.ledger.text": content}
+  pq.write_table(pa.table({"id": []}).replace_schema_metadata(about), wrapped)
+  for name, written in (
+    ("_manifest.json", content),  # as earlier releases have it
+    ("_manifest.parquet", wrapped.getvalue()),
+  ):
+    (tmp_path / name).write_bytes(written)
+    with pytest.raises(ValueError, match=name) as caught:
+      ScoreLedger(tmp_path)
+    assert message in str(caught.value)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
@@ -534,7 +546,7 @@ def test_fingerprints_are_kept_and_compared(tmp_path):
   ]:
     with pytest.raises(ValueError, match=message):
       ScoreLedger(tmp_path, fingerprints=other)
-  manifest = json.loads((tmp_path / "_manifest.json").read_text())
+  manifest = json.loads(text_in(tmp_path / "_manifest.parquet"))
   assert manifest["fingerprints"] == prints
   assert manifest["id_kind"] == "integer"
 
@@ -687,10 +699,9 @@ def test_lost_rows_are_recorded_again(tmp_path, seed):
 def test_a_kill_before_a_file_is_listed(tmp_path, monkeypatch):
   appends = random_appends(20)
   write(tmp_path, appends[:10])
-  listed = (tmp_path / "_files-w00000.txt").read_bytes()
+  listed = (tmp_path / "_files-w00000.parquet").read_bytes()
   write(tmp_path, appends[10:])
-  # Neither the line of the last file was written, nor all of the one before.
-  (tmp_path / "_files-w00000.txt").write_bytes(listed[:-20])
+  (tmp_path / "_files-w00000.parquet").write_bytes(listed)
   want = brute_force_matrix(appends, "scores")[1]
   np.testing.assert_array_equal(ScoreLedger(tmp_path).matrix()[1], want)
   write(tmp_path, appends[-1:])  # takes over what is there
@@ -712,7 +723,7 @@ def counts_of(path):
   return len(ledger), ledger.epochs
 
 
-@pytest.mark.parametrize("name", ["_files-w00000.txt", "_manifest.json"])
+@pytest.mark.parametrize("name", ["_files-w00000.parquet", "_manifest.parquet"])
 def test_a_garbled_list_or_manifest_is_never_believed(tmp_path, name):
   write(tmp_path, random_appends(21), fingerprints={"data": "digits"})
   want = ScoreLedger(tmp_path).table()
@@ -729,11 +740,6 @@ def test_a_garbled_list_or_manifest_is_never_believed(tmp_path, name):
     found, text = read_or_told(lambda: ScoreLedger(tmp_path).table())
     assert name in text if found is None else found.equals(want)
     assert "\n" not in text
-  # A list that is cut off is one that a kill has left.
-  for size in range(0, len(whole) if "files" in name else 0, 5):
-    file.write_bytes(whole[:size])
-    found, _ = read_or_told(lambda: ScoreLedger(tmp_path).table())
-    assert found is None or found.equals(want)
 
 
 def test_a_garbled_footer_gives_no_other_counts(tmp_path):
@@ -758,10 +764,35 @@ def as_an_earlier_release(path):
   """Names of before there were lists, and a manifest that readers look at."""
   for file in path.glob("_files-*"):
     file.unlink()
-  manifest = json.loads((path / "_manifest.json").read_text())
+  manifest = json.loads(text_in(path / "_manifest.parquet"))
   del manifest["check"]
   (path / "manifest.json").write_text(json.dumps(manifest))
-  (path / "_manifest.json").unlink()
+  (path / "_manifest.parquet").unlink()
+
+
+def as_the_last_release(path):
+  """The manifest and the lists as plain files."""
+  for file in path.glob("_*.parquet"):
+    suffix = ".json" if "manifest" in file.name else ".txt"
+    file.with_suffix(suffix).write_text(text_in(file))
+    file.unlink()
+
+
+def test_a_ledger_of_the_last_release_opens_and_goes_on(tmp_path):
+  appends = random_appends(26)
+  write(tmp_path, appends[:10], flush_every=3)
+  as_the_last_release(tmp_path)
+  list_file = tmp_path / "_files-w00000.txt"
+  listed = list_file.read_text()
+  list_file.write_text(listed[:-20])  # as a kill may leave it
+  assert len(ScoreLedger(tmp_path)) == sum(len(a["ids"]) for a in appends[:10])
+  write(tmp_path, appends[10:])
+  want = brute_force_matrix(appends, "scores")[1]
+  np.testing.assert_array_equal(ScoreLedger(tmp_path).matrix()[1], want)
+  assert not list_file.exists()  # its lines are in the new one
+  row_files(tmp_path)[-2].unlink()
+  with pytest.raises(ValueError, match="is missing"):
+    ScoreLedger(tmp_path)
 
 
 def test_a_ledger_without_lists_opens_and_goes_on(tmp_path):
@@ -807,6 +838,29 @@ def test_others_read_the_folder_as_it_is(tmp_path):
     np.testing.assert_array_equal(got["score"], want["score"].to_numpy())
 
 
+@pytest.mark.slow
+def test_polars_and_duckdb_read_the_folder_as_it_is(tmp_path):
+  polars = pytest.importorskip("polars")
+  duckdb = pytest.importorskip("duckdb")
+  for kind, change in (
+    ("i", lambda ids: ids),
+    ("s", lambda ids: ids.astype("U")),
+  ):
+    path = tmp_path / kind
+    appends = random_appends(27)
+    for rows in appends:
+      rows["ids"] = change(rows["ids"])
+    want = polars.DataFrame(write(path, appends, flush_every=3).table())
+    order = ["step", "id"]
+    for found in (
+      polars.read_parquet(path),
+      polars.scan_parquet(path).collect(),
+      duckdb.sql(f"select * from read_parquet('{path}')").pl(),
+      duckdb.sql(f"select * from '{path}/*.parquet'").pl(),
+    ):
+      assert found.sort(order).equals(want.sort(order))
+
+
 def test_what_lies_in_a_temporary_files_place_is_not_written_to(
   tmp_path, monkeypatch
 ):
@@ -815,7 +869,7 @@ def test_what_lies_in_a_temporary_files_place_is_not_written_to(
   ledger = ScoreLedger(tmp_path / "ledger")
   ledger.append([1], [1.0], step=0, epoch=0)
   (tmp_path / "ledger").mkdir()
-  name = f"._manifest.json.w00000.{uuid.UUID(int=7).hex}.tmp"
+  name = f"._manifest.parquet.w00000.{uuid.UUID(int=7).hex}.tmp"
   (tmp_path / "ledger" / name).symlink_to(victim)
   monkeypatch.setattr(
     ledger_lib.row_files, "remove_temporary_files", lambda *_, **__: None

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gradmimic_jax import metrics
+from gradmimic_jax import _frames, metrics
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.reporting import charts
 from gradmimic_jax.reporting.samples import Samples, text
-from gradmimic_jax.selection._frames import refuse_frames
 from gradmimic_jax.selection.quality import (
   DatasetQuality,
   RemovalCurve,
@@ -36,7 +35,7 @@ def align_scores(ledger: Any, selection: Selection) -> np.ndarray:
   """Puts the scores [N, T] in the order of the selection.
 
   Args:
-    ledger: a ScoreLedger, or scores [N, T].
+    ledger: a ScoreLedger, scores [N, T], or a data frame of them.
     selection: the selection that `select` made of it.
 
   Returns:
@@ -54,8 +53,10 @@ def align_scores(ledger: Any, selection: Selection) -> np.ndarray:
         f" {len(selection)}, and they aren't the same ones in the same order."
         " Give the ledger that the selection was made of."
       )
+  elif _frames.is_frame(ledger):
+    columns = selection.diagnostics.get("columns") or None
+    scores = _frames.read_scores(ledger, "ledger", columns=columns).values
   else:
-    refuse_frames(ledger, "ledger")
     scores = np.asarray(ledger)
   if scores.shape != selection.votes.shape:
     raise ValueError(

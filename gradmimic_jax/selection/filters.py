@@ -9,14 +9,19 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from gradmimic_jax.selection import _ids
+from gradmimic_jax import _tables
+from gradmimic_jax.selection import _ids, uids
 from gradmimic_jax.selection.decisions import Decisions
 from gradmimic_jax.selection.selection import Selection
+
+if TYPE_CHECKING:
+  import numpy.typing as npt
+  import pandas as pd
 
 
 class Applied(NamedTuple):
@@ -27,7 +32,7 @@ class Applied(NamedTuple):
   missing: int  # ids of the filter that aren't in the pool
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class Filter:
   """A set of sample ids to keep, and where it comes from.
 
@@ -59,23 +64,33 @@ class Filter:
   """
 
   ids: np.ndarray
-  source: str = "ids"
-  pool: np.ndarray | None = None
-  fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  source: str
+  pool: np.ndarray | None
+  fingerprints: Mapping[str, str]
 
-  def __post_init__(self):
-    name = f"the ids of {self.source!r}"
-    ids = _ids.checked(self.ids, name)
+  def __init__(
+    self,
+    ids: Any,
+    source: str = "ids",
+    pool: Any = None,
+    fingerprints: Mapping[str, str] | None = None,
+  ):
+    name = f"the ids of {source!r}"
+    ids = _ids.checked(ids, name)
     _ids.refuse_mask(ids, name)
     ids = _ids.unique(ids)
-    object.__setattr__(self, "ids", ids)
-    if self.pool is None:
-      return
-    pool = self.pool
-    pool = _ids.checked(_listed(pool), f"the pool of {self.source!r}")
-    if not _ids.is_ascending(pool, strictly=True):
-      pool = _ids.unique(pool)
-    object.__setattr__(self, "pool", pool)
+    if pool is not None:
+      pool = _ids.checked(_listed(pool), f"the pool of {source!r}")
+      if not _ids.is_ascending(pool, strictly=True):
+        pool = _ids.unique(pool)
+    fields = (ids, source, pool, fingerprints or {})
+    for field, value in zip(dataclasses.fields(self), fields, strict=True):
+      object.__setattr__(self, field.name, value)
+    if pool is not None:
+      self._check_pool(pool)
+
+  def _check_pool(self, pool: np.ndarray) -> None:
+    ids = self.ids
     _check_kinds(ids, self.source, pool, "its pool")
     outside = ids[~_ids.contains(pool, ids)]
     if len(outside):
@@ -156,10 +171,27 @@ class Filter:
     found = len(_ids.unique(ids[mask]))
     return Applied(mask, int(mask.sum()), len(self.ids) - found)
 
+  def to_arrow(self) -> pa.Table:
+    """A row an id; uid pairs as the 32 digits that they stand for."""
+    return self._table(len(self))
+
+  def to_pandas(self) -> pd.DataFrame:
+    """A row an id, as a pandas DataFrame."""
+    return _tables.to_pandas(self.to_arrow())
+
+  def _repr_html_(self) -> str:
+    table = self._table(_tables.ROWS)
+    return _tables.html(repr(self)[1:-1], table, n_rows=len(self))
+
+  def _table(self, n_rows: int) -> pa.Table:
+    return pa.table({"id": uids.to_arrow(self.ids[:n_rows], self.source)})
+
   def __len__(self) -> int:
     return len(self.ids)
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+  def __array__(
+    self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+  ) -> np.ndarray:
     return np.array(self.ids, dtype=dtype, copy=copy)
 
   def __repr__(self) -> str:

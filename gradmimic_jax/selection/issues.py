@@ -1,19 +1,24 @@
 """One call, one answer: wrong labels, likely members, the best samples.
 
-Every function takes scores [N, T], a ledger, or a selection that was made.
+Every function takes scores [N, T], a data frame of them, a ledger, or a
+selection that was made.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from gradmimic_jax import metrics
-from gradmimic_jax.selection import _ids
+from gradmimic_jax import _frames, _tables, metrics
+from gradmimic_jax.selection import _ids, uids
 from gradmimic_jax.selection.quality import checked_labels, worst_first
 from gradmimic_jax.selection.selection import Selection, select
+
+if TYPE_CHECKING:
+  import pandas as pd
 
 RANKINGS = ("quality", "keep_probability")
 
@@ -25,6 +30,26 @@ class Membership(NamedTuple):
   mask: np.ndarray  # booleans [N], in the order of the scores
   jaccard: float  # with the true members; nan if they aren't known
   auroc: float  # of the quality, likewise
+
+  def to_arrow(self) -> pa.Table:
+    """A row a likely member, the best first, with its id."""
+    return pa.table({"id": uids.to_arrow(self.ids, "ids")})
+
+  def to_pandas(self) -> pd.DataFrame:
+    """A row a likely member, as a pandas DataFrame."""
+    return _tables.to_pandas(self.to_arrow())
+
+  def _repr_html_(self) -> str:
+    return _tables.html(self, self.to_arrow())
+
+  def __repr__(self) -> str:
+    return f"<Membership: {self}>"
+
+  def __str__(self) -> str:
+    text = f"{len(self.ids):,} of {len(self.mask):,} samples are likely members"
+    if not np.isnan(self.jaccard):
+      text += f" (Jaccard {self.jaccard:.3f}, AUROC {self.auroc:.3f})"
+    return text
 
 
 def find_label_issues(
@@ -39,9 +64,11 @@ def find_label_issues(
   """Finds the samples that are likely mislabelled.
 
   Args:
-    scores: raw scores [N, T], high = good, the ledger that holds them, or a
-      Selection. A ledger's samples are those of `matrix`, in order of id.
-    labels: the given labels [N]; only for `min_examples_per_class`.
+    scores: raw scores [N, T], high = good, the ledger that holds them, a data
+      frame, or a Selection. A ledger's samples are those of `matrix`, in order
+      of id.
+    labels: the given labels [N], or the name of a frame's column; only for
+      `min_examples_per_class`.
     return_indices_ranked_by: None for a mask; "quality" or "keep_probability"
       for the issues' indices, the worst first.
     frac_noise: return only this share of the issues, the worst.
@@ -74,6 +101,7 @@ def find_label_issues(
   least = operator.index(min_examples_per_class)
   if least < 0:
     raise ValueError(f"min_examples_per_class is {least}; expected >= 0.")
+  scores, labels, options = _with_labels(scores, labels, options)
   selection = as_selection(scores, options)
   worst = worst_first(selection)
   if ranking == "quality" and selection.quality is not None:
@@ -98,8 +126,8 @@ def label_quality_scores(scores: Any, **options: Any) -> np.ndarray:
   tell.
 
   Args:
-    scores: raw scores [N, T], high = good, the ledger that holds them, or a
-      Selection.
+    scores: raw scores [N, T], high = good, the ledger that holds them, a data
+      frame, or a Selection.
     **options: for `select`.
 
   Returns:
@@ -128,8 +156,8 @@ def discover_members(
   A reference pulls toward the samples it was fitted to; they score high.
 
   Args:
-    scores: raw scores [N, T], high = good, the ledger that holds them, or a
-      Selection.
+    scores: raw scores [N, T], high = good, the ledger that holds them, a data
+      frame, or a Selection.
     members: ids of the true members, where they are known, to compare with.
     count: the number of members; that of the samples kept if not given.
     **options: for `select`.
@@ -189,11 +217,12 @@ def subset(
   class is short of goes to the others.
 
   Args:
-    scores: raw scores [N, T], high = good, the ledger that holds them, or a
-      Selection.
+    scores: raw scores [N, T], high = good, the ledger that holds them, a data
+      frame, or a Selection.
     budget: the number of samples, an integer from 1 to N; or their share, a
       float in (0, 1].
-    labels: the given labels [N], for class_balanced.
+    labels: the given labels [N], or the name of a frame's column, for
+      class_balanced.
     class_balanced: whether classes count alike.
     **options: for `select`.
 
@@ -215,6 +244,7 @@ def subset(
     raise ValueError("class_balanced needs labels [N], one a sample.")
   if labels is not None and not class_balanced:
     raise ValueError("labels have no effect without class_balanced=True.")
+  scores, labels, options = _with_labels(scores, labels, options)
   selection = as_selection(scores, options)
   n = len(selection)
   if isinstance(budget, (float, np.floating)):
@@ -242,6 +272,24 @@ def as_selection(scores: Any, options: dict[str, Any]) -> Selection:
       " already. Leave them out, or give the scores."
     )
   return scores
+
+
+def _with_labels(
+  scores: Any, labels: Any, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+  """Takes the labels that are named out of a frame of scores."""
+  if not isinstance(labels, str):
+    return scores, labels, options
+  if not _frames.is_frame(scores):
+    raise TypeError(
+      f"labels is {labels!r}, the name of a column, but scores is no data"
+      " frame; expected labels [N]."
+    )
+  found = _frames.read_scores(
+    scores, "scores", ids=options.get("ids"), without=[labels]
+  )
+  column = _frames.column(_frames.to_table(scores, "scores"), labels, "scores")
+  return found.values, column, {**options, "ids": found.ids}
 
 
 def _known_quality(selection: Selection) -> np.ndarray:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from gradmimic_jax import _tables
 from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.label_model import LABEL_MODELS, majority
 from gradmimic_jax.selection.selection import Selection
+
+if TYPE_CHECKING:
+  import pandas as pd
 
 # Bootstrap samples are drawn from at most so many samples. Their own spread is
 # below .4 points then; more of them only take longer.
@@ -28,6 +32,17 @@ class DatasetQuality(NamedTuple):
   kept_fraction: float  # of all samples, as the selection decides
   n_samples: int
   unvoted: int  # samples without a vote, left out of the estimate
+
+  def to_arrow(self) -> pa.Table:
+    """One row, a column a field."""
+    return pa.table({name: [value] for name, value in self._asdict().items()})
+
+  def to_pandas(self) -> pd.DataFrame:
+    """One row, as a pandas DataFrame."""
+    return _tables.to_pandas(self.to_arrow())
+
+  def _repr_html_(self) -> str:
+    return _tables.html(self, self.to_arrow())
 
   def __str__(self) -> str:
     if np.isnan(self.clean_fraction):
@@ -50,6 +65,26 @@ class RemovalCurve(NamedTuple):
   recall: np.ndarray  # [K], their estimated share among all mislabelled
   recommended: int  # samples that are likelier mislabelled than clean
   uncertain: tuple[int, int]  # surely mislabelled, and perhaps: remove between
+
+  def to_arrow(self) -> pa.Table:
+    """A row a point: columns removed, precision and recall (null if nan)."""
+    return pa.table(
+      {
+        "removed": self.removed,
+        "precision": _tables.numbers(self.precision),
+        "recall": _tables.numbers(self.recall),
+      }
+    )
+
+  def to_pandas(self) -> pd.DataFrame:
+    """A row a point, as a pandas DataFrame; its index is `removed`."""
+    return _tables.to_pandas(self.to_arrow(), index="removed")
+
+  def _repr_html_(self) -> str:
+    return _tables.html(self, self.to_arrow())
+
+  def __repr__(self) -> str:
+    return f"<RemovalCurve of {len(self.removed)} points: {self}>"
 
   def __str__(self) -> str:
     sure, perhaps = self.uncertain

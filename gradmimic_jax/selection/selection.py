@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
+from gradmimic_jax import _frames, _tables
 from gradmimic_jax.ledger import ScoreLedger
 from gradmimic_jax.selection import (
-  _frames,
   _ids,
   binarize as binarize_lib,
   joint,
   label_model as label_model_lib,
   pooling,
+  uids,
 )
 from gradmimic_jax.selection.binarize import KEEP, Cut
+
+if TYPE_CHECKING:
+  import pandas as pd
 
 # `mark` when none is given: 0 for a ledger, none for an array.
 _OF_LEDGERS = "0 for a ledger, None for an array"
@@ -72,6 +77,36 @@ class Selection:
   def kept_fraction(self) -> float:
     """The share of samples kept, the paper's estimate of data quality."""
     return float(self.keep.mean())
+
+  def to_arrow(self) -> pa.Table:
+    """A row a sample, as an Arrow table.
+
+    Returns:
+      Columns id, keep, keep_probability, quality (null where undefined) and
+      vote_0 ... vote_{T-1} (1 keep, 0 drop, -1 abstain).
+    """
+    return self._table(len(self))
+
+  def to_pandas(self) -> pd.DataFrame:
+    """A row a sample, as a pandas DataFrame; its index holds the ids."""
+    return _tables.to_pandas(self.to_arrow(), index="id")
+
+  def _repr_html_(self) -> str:
+    return _tables.html(self, self._table(_tables.ROWS), n_rows=len(self))
+
+  def _table(self, n_rows: int) -> pa.Table:
+    quality = self.quality
+    if quality is None:
+      quality = np.full(len(self), np.nan)
+    columns = {
+      "id": uids.to_arrow(self.ids[:n_rows], "ids"),
+      "keep": pa.array(self.keep[:n_rows]),
+      "keep_probability": _tables.numbers(self.keep_probability[:n_rows]),
+      "quality": _tables.numbers(quality[:n_rows]),
+    }
+    for step, votes in enumerate(self.votes[:n_rows].T):
+      columns[f"vote_{step}"] = pa.array(np.ascontiguousarray(votes))
+    return pa.table(columns)
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -155,15 +190,17 @@ def select(
 
   The names in `diagnostics`: `binarize`, `aggregate`, `threshold`, `fraction`,
   `mark`, `seed`, `fit_size` (the most scores of a step that are fitted),
-  `n_samples`, `n_steps`, `n_kept`, `ties`, `unvoted`, `abstentions` (votes not
-  cast), `population` ("" unless the pooled scores are one), `fingerprints` (a
-  ledger's); lists over the steps: `steps` (a ledger's epochs, else 0 ... T-1),
-  `cuts` (None where there is none), `keep_shares` (keep votes among the votes;
-  None where there are none), `coverages` (votes among the samples), `notes`,
-  `fits`; and `label_model`, the label model's own.
+  `columns` (a frame's, else none), `n_samples`, `n_steps`, `n_kept`, `ties`,
+  `unvoted`, `abstentions` (votes not cast), `population` ("" unless the pooled
+  scores are one), `fingerprints` (a ledger's); lists over the steps: `steps` (a
+  ledger's epochs, else 0 ... T-1), `cuts` (None where there is none),
+  `keep_shares` (keep votes among the votes; None where there are none),
+  `coverages` (votes among the samples), `notes`, `fits`; and `label_model`, the
+  label model's own.
 
   Args:
-    scores: raw scores [N, T], high = good, or the ledger that holds them.
+    scores: raw scores [N, T], high = good, the ledger that holds them, or a
+      data frame (pandas, polars, Arrow) of nothing but scores and ids.
     binarize: "auto" (the joint model; the recommended one), "gmm" (two
       Gaussians), "kmeans" (two clusters), "threshold" (score > threshold),
       "top_fraction" (the highest scores), or a function (finite scores [n],
@@ -178,8 +215,9 @@ def select(
       there is none. Zero is one for mimic scores: a step on a clean sample
       moves the weights toward the reference. When not given: 0 for a ledger,
       None for an array.
-    ids: the samples' ids [N], none twice; 0 ... N-1 when not given. A ledger
-      brings its own.
+    ids: the samples' ids [N], none twice; a frame's may be named, by their
+      column. When not given: the frame's index, else 0 ... N-1. A ledger brings
+      its own.
     seed: for the fits.
 
   Returns:
@@ -187,7 +225,8 @@ def select(
     diagnostics, quality [N]).
 
   Raises:
-    TypeError: scores or ids of the wrong kind.
+    TypeError: scores or ids of the wrong kind; a frame with a column that
+      isn't floats, or looks like ids.
     ValueError: no samples, scores that aren't [N, T], ids that aren't N or
       repeat, an unknown name, a threshold, fraction or mark out of range or
       without use.
@@ -212,6 +251,7 @@ def select(
   label_model = label_model_lib.make_label_model(aggregate)
   mark = _checked_mark(mark, binarize, isinstance(scores, ScoreLedger))
   steps: Sequence[int]
+  columns: list[str] = []
   fingerprints: dict[str, str] = {}
   if isinstance(scores, ScoreLedger):
     if ids is not None:
@@ -219,6 +259,8 @@ def select(
     steps, fingerprints = scores.epochs, scores.fingerprints
     ids, scores = scores.matrix("score")
   else:
+    if _frames.is_frame(scores):
+      scores, ids, columns = _frames.read_scores(scores, "scores", ids=ids)
     scores = _checked_scores(scores)
     steps = range(scores.shape[1])
     ids = _checked_ids(ids, len(scores))
@@ -256,6 +298,7 @@ def select(
     "mark": mark,
     "seed": seed,
     "fit_size": fit_size,
+    "columns": columns,
     "n_samples": len(votes),
     "n_steps": votes.shape[1],
     "n_kept": int(keep.sum()),
@@ -325,7 +368,6 @@ def _name(method: Any) -> str:
 
 
 def _checked_scores(scores: Any) -> np.ndarray:
-  _frames.refuse_frames(scores, "scores")
   array = np.asarray(scores)
   if not np.can_cast(array.dtype, np.float64, "same_kind"):
     raise TypeError(
@@ -349,6 +391,11 @@ def _checked_scores(scores: Any) -> np.ndarray:
 def _checked_ids(ids: Any, n: int) -> np.ndarray:
   if ids is None:
     return np.arange(n)
+  if isinstance(ids, str):
+    raise TypeError(
+      f"ids is {ids!r}, the name of a column, but scores is no data frame;"
+      " expected ids [N]."
+    )
   array = _ids.plain(ids, "ids")
   if array.shape != (n,):
     raise ValueError(
@@ -362,7 +409,7 @@ def _checked_ids(ids: Any, n: int) -> np.ndarray:
   if len(values) < n:
     worst = counts.argmax()
     raise ValueError(
-      f"ids repeat: {values[worst]!r} came {counts[worst]} times. Give one row"
-      " of scores a sample."
+      f"ids repeat: {values[worst].item()!r} came {counts[worst]} times. Give"
+      " one row of scores a sample."
     )
   return array

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection._ids import UID
 
 _PIECE = 1 << 20
@@ -121,6 +122,19 @@ def format_uids(pairs: np.ndarray) -> pa.Array:
       )
     )
   return pa.concat_arrays(pieces) if pieces else pa.array([], pa.string())
+
+
+def to_arrow(ids: np.ndarray, name: str) -> pa.Array:
+  """Converts ids of any kind to Arrow's: integers, or text.
+
+  Args:
+    ids: integers, strings, or pairs `u8,u8`, which become 32 digits each.
+    name: what errors call them.
+
+  Returns:
+    The array.
+  """
+  return format_uids(ids) if ids.dtype == UID else _ids.to_arrow(ids, name)
 
 
 def _parse_arrow(strings: pa.Array, start: int) -> np.ndarray:

@@ -641,7 +641,7 @@ def test_rows_that_were_lost_are_recorded_again(config, whole, tmp_path):
 
 
 def test_rows_that_no_checkpoint_is_before(config, damaged):
-  (damaged / "ledger" / "_manifest.json").unlink()
+  (damaged / "ledger" / "_manifest.parquet").unlink()
   for file in (damaged / train.LEDGER_FOLDER).iterdir():
     file.unlink()
   with pytest.raises(
