@@ -223,6 +223,31 @@ def _decision(
   )
 
 
+def steps_to(steps: Any, values: Any, target: float) -> float | None:
+  """Finds where a falling curve is at a value, or below, for the first time.
+
+  Args:
+    steps: at which it was measured [K], ascending.
+    values: what was measured [K]; NaN reaches nothing.
+    target: the value.
+
+  Returns:
+    The step, on the line from the measurement before; None if it never is.
+
+  Example:
+    >>> steps_to([0, 10, 20], [3.0, 2.0, 1.0], 1.5)
+    15.0
+  """
+  reached = np.flatnonzero(np.asarray(values) <= target)
+  if not len(reached):
+    return None
+  k = int(reached[0])
+  if k == 0 or not np.isfinite(values[k - 1]):
+    return float(steps[k])
+  share = (values[k - 1] - target) / (values[k - 1] - values[k])
+  return float(steps[k - 1] + share * (steps[k] - steps[k - 1]))
+
+
 def _checked(
   scores: Any, classes: Any, classes_name: str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -135,7 +135,9 @@ def _compare(records, name):
     saved = []
     for seed, other in zip(records.seeds, plain, strict=True):
       steps, values = records.load_curve(seed, name, field)
-      there = steps_to(steps, np.multiply(sign, values), sign * other[field])
+      there = gm.metrics.steps_to(
+        steps, np.multiply(sign, values), sign * other[field]
+      )
       if there is not None:
         saved.append({f"saved_{what}": 1 - there / other["steps"]})
     fields[f"reached_{what}"] = len(saved)
@@ -148,28 +150,6 @@ def _mean_of(entries, field):
   values = [e[field] for e in entries if e.get(field) is not None]
   mean = tables_lib.mean_and_error(values) if values else (None, None)
   return dict(zip((field, f"{field}_error"), mean, strict=True))
-
-
-def steps_to(
-  steps: Sequence[float], values: Sequence[float], target: float
-) -> float | None:
-  """Finds where a falling curve is at a value, or below, for the first time.
-
-  It was measured at K ascending steps; NaN reaches nothing. The step is on the
-  line from the measurement before; None if it never is.
-
-  Example:
-    >>> steps_to([0, 10, 20], [3.0, 2.0, 1.0], 1.5)
-    15.0
-  """
-  reached = np.flatnonzero(np.asarray(values) <= target)
-  if not len(reached):
-    return None
-  k = int(reached[0])
-  if k == 0 or not np.isfinite(values[k - 1]):
-    return float(steps[k])
-  share = (values[k - 1] - target) / (values[k - 1] - values[k])
-  return float(steps[k - 1] + share * (steps[k] - steps[k - 1]))
 
 
 def find_best(rows: Sequence[dict[str, Any]]) -> str | None:

@@ -15,7 +15,7 @@ from configs import digits
 from experiments import tasks
 from experiments.data.pairs import datacomp
 from experiments.selection import cuts
-from experiments.studies import plan, records, runner, summary, tables
+from experiments.studies import plan, records, runner, tables
 from experiments.tasks import base
 from experiments.training import trainer
 
@@ -232,7 +232,7 @@ def test_a_studys_settings(make_config):
   ],
 )
 def test_steps_to_a_loss(values, target, expected):
-  assert summary.steps_to([0, 10, 20], values, target) == expected
+  assert gm.metrics.steps_to([0, 10, 20], values, target) == expected
 
 
 @pytest.mark.slow
