@@ -15,7 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradmimic_jax import _files
-from gradmimic_jax.selection import Selection, export, filters, select, uids
+from gradmimic_jax.selection import (
+  Selection,
+  _selection_files as files_lib,
+  export,
+  filters,
+  select,
+  uids,
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +177,7 @@ def test_coverage_of_metadata(tmp_path):
 
 
 def test_parquet_gives_the_selection_back(selection, tmp_path, monkeypatch):
-  monkeypatch.setattr(export, "_ROWS", 17)
+  monkeypatch.setattr(files_lib, "ROWS", 17)
   path = export.write_parquet(tmp_path / "s.parquet", selection)
   got = export.read_parquet(path)
   for field in dataclasses.fields(selection):
@@ -195,7 +202,7 @@ def test_parquet_gives_the_selection_back(selection, tmp_path, monkeypatch):
 
 
 def test_csv_gives_the_selection_back(selection, tmp_path, monkeypatch):
-  monkeypatch.setattr(export, "_ROWS", 17)
+  monkeypatch.setattr(files_lib, "ROWS", 17)
   selection = dataclasses.replace(
     selection, ids=np.array([f'=1+"{i}",\n' for i in selection.ids])
   )
@@ -353,7 +360,8 @@ def test_csv_files_of_the_release_before(tmp_path, seed, prints):
   # Formulas were left as they are, and so was text that looks escaped.
   ids = generated_ids(seed) if seed else list(TRICKY)
   selection = small_selection(ids, seed)
-  table = export._flat(export._table(selection, 0, len(ids)))
+  table = files_lib.to_table(selection, 0, len(ids))
+  table = files_lib.to_flat_table(table)
   table = table.set_column(0, "id", pa.array(ids))
   pa.csv.write_csv(table, tmp_path / "s.csv")
   if prints:
@@ -636,7 +644,7 @@ def test_a_checksum_is_that_of_the_file(tmp_path, selection):
 
 
 def test_a_parquet_file_of_the_release_before(tmp_path, selection):
-  table = export._table(selection, 0, 60)
+  table = files_lib.to_table(selection, 0, 60)
   about = {"version": 1, "diagnostics": {"a": 1}, "fingerprints": {"d": "x"}}
   for change, message in (
     ({}, None),
@@ -656,7 +664,7 @@ def test_a_parquet_file_of_the_release_before(tmp_path, selection):
 
 
 def test_rows_that_are_not_there_take_no_memory(tmp_path, monkeypatch):
-  monkeypatch.setattr(export, "_MAX_ROWS", 10)
+  monkeypatch.setattr(files_lib, "_MAX_ROWS", 10)
   n = 50_000
   columns = {
     "id": np.zeros(n, np.int64),

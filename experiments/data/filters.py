@@ -217,13 +217,7 @@ def _chosen(path, pool, fingerprints):
         path,
       )
     return gm.filters.of_decisions(decisions, pool), pool
-  if suffix == ".npy":
-    ids = gm.export.read_npy(path, fingerprints=fingerprints)
-  elif suffix == ".parquet":
-    ids = gm.export.read_parquet(path, fingerprints=fingerprints).kept_ids
-  else:
-    ids = gm.export.read_csv(path, fingerprints=fingerprints).kept_ids
-  chosen = gm.filters.Filter(ids, path)
+  chosen = gm.export.read_filter(path, source=path, fingerprints=fingerprints)
   if chosen.ids.dtype.kind == "i":
     _check_positions(
       suffix == ".csv" and not os.path.exists(path + ".json"), pool

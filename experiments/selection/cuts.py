@@ -161,7 +161,7 @@ def write(
     The manifest: sizes, files and overlaps.
   """
   for name, one in made.items():
-    datacomp.write_ids(
+    gm.export.write_filter(
       folder / file_of(name), one.ids, fingerprints=fingerprints
     )
   overlaps = gm.filters.overlap(made).to_pylist()

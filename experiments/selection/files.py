@@ -9,7 +9,6 @@ from ml_collections import config_dict
 import gradmimic_jax as gm
 from configs import select as select_config
 from experiments.data import filters as filters_lib
-from experiments.data.pairs import datacomp
 from experiments.runtime import workdir as workdir_lib
 from experiments.selection import cuts, runs
 
@@ -86,7 +85,7 @@ def write(
   folder: pathlib.Path, selection: gm.Selection, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
   """Writes a selection in all formats; returns its `manifest.json`."""
-  datacomp.write_ids(
+  gm.export.write_filter(
     folder / KEPT_FILE, selection.kept_ids, fingerprints=fingerprints
   )
   gm.export.write_parquet(

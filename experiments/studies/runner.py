@@ -155,7 +155,7 @@ def _make_filter(records, run):
   elif run.keep is None:
     summary.select(records, run.seed, run.chosen_by)
   elif not file.exists():
-    datacomp.write_ids(file, _choose(records, run))
+    gm.export.write_filter(file, _choose(records, run))
   return file
 
 

@@ -8,6 +8,7 @@ and so does one that begins with an apostrophe: reading takes each off again.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -106,18 +107,62 @@ def read(content: bytes | bytearray, *, escaped: bool | None) -> pa.Table:
   return table.set_column(0, "id", ids)
 
 
-def read_text(content: bytes | bytearray, columns: list[str]) -> pa.Table:
-  """Reads columns of a table as the text that is written."""
+def read_text(
+  content: bytes | bytearray, columns: Sequence[str], *, delimiter: str = ","
+) -> pa.Table:
+  """Reads columns of a table as the text that is written.
+
+  Args:
+    content: of the file.
+    columns: their names.
+    delimiter: between cells.
+
+  Returns:
+    The table, of large strings.
+  """
+  return _read(content, columns, delimiter, pa.large_string(), [])
+
+
+def read_numbers(
+  content: bytes | bytearray, columns: Sequence[str], *, delimiter: str = ","
+) -> pa.Table:
+  """Reads columns of numbers, null where a cell has a word for a missing one.
+
+  Args:
+    content: of the file.
+    columns: their names.
+    delimiter: between cells.
+
+  Returns:
+    The table, of doubles.
+
+  Raises:
+    pyarrow.ArrowInvalid: a cell is no number.
+  """
+  missing = [w for word in _columns.MISSING for w in (word, word.upper())]
+  missing += ["NaN", "None", "Null"]
+  return _read(content, columns, delimiter, pa.float64(), missing)
+
+
+def _read(
+  content: bytes | bytearray,
+  columns: Sequence[str],
+  delimiter: str,
+  kind: pa.DataType,
+  null_values: list[str],
+) -> pa.Table:
   return pa_csv.read_csv(
     pa.BufferReader(content),
     read_options=pa_csv.ReadOptions(block_size=_BLOCK),
-    parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+    parse_options=pa_csv.ParseOptions(
+      delimiter=delimiter, newlines_in_values=True
+    ),
     convert_options=pa_csv.ConvertOptions(
-      include_columns=columns,
-      column_types={name: pa.large_string() for name in columns},
-      null_values=[],
+      include_columns=list(columns),
+      column_types=dict.fromkeys(columns, kind),
+      null_values=null_values,
       strings_can_be_null=False,
-      quoted_strings_can_be_null=False,
+      quoted_strings_can_be_null=bool(null_values),
     ),
   )
 
@@ -190,13 +235,26 @@ def _numbers_or_text(text: pa.Array) -> pa.Array:
   return text
 
 
+def quotes_tell(content: bytes | bytearray, first: list[bytes]) -> bool:
+  """True if quotes tell text from numbers: not everything has some.
+
+  Args:
+    content: of the file.
+    first: the first row's cells, as they are written.
+  """
+  place = len(_BOM) if content[:3] == _BOM else 0
+  in_header = content[place : place + 1] == b'"'
+  return not (in_header and all(cell.startswith(b'"') for cell in first))
+
+
 def first_records(
-  content: bytes | bytearray,
+  content: bytes | bytearray, *, delimiter: str = ","
 ) -> tuple[list[str], list[bytes]]:
   """Returns the names of the columns, and the first row's cells as written.
 
   Args:
     content: of a CSV file.
+    delimiter: between cells.
 
   Returns:
     Names, and the cells with their quotes; no cells if there are no rows.
@@ -204,13 +262,15 @@ def first_records(
   Raises:
     ValueError: nothing is in it, or a cell doesn't end.
   """
+  sign = delimiter.encode()
+  pattern = re.compile(_CELL.pattern.replace(b",", sign))
   place = len(_BOM) if content[:3] == _BOM else 0
   records: list[list[bytes]] = []
   while len(records) < 2:
     record: list[bytes] = []
-    end = b","
-    while end == b",":
-      cell = _CELL.match(content, place)
+    end = sign
+    while end == sign:
+      cell = pattern.match(content, place)
       if cell is None:
         raise ValueError("a cell in it doesn't end")
       end, place = cell[2], cell.end()
@@ -222,4 +282,5 @@ def first_records(
         raise ValueError("it is empty")
       records.append([])
   names = [cell.decode("utf-8", "replace") for cell in records[0]]
-  return [n[1:-1] if n[:1] == '"' else n for n in names], records[1]
+  names = [n[1:-1].replace('""', '"') if n[:1] == '"' else n for n in names]
+  return names, records[1]

@@ -1,5 +1,7 @@
 """Selections and filters as files that other tools read, and back.
 
+`write_filter` and `read_filter` take what the file's name and the ids ask for:
+
 | file            | holds                                      | for           |
 |-----------------|--------------------------------------------|---------------|
 | `.npy`          | ids to keep, ascending                     | any loader    |
@@ -19,7 +21,6 @@ same place; reading compares them, too.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from gradmimic_jax import _files
+from gradmimic_jax import _files, _frames
 from gradmimic_jax.selection import (
   _checksums,
   _columns,
@@ -39,8 +40,17 @@ from gradmimic_jax.selection import (
   filters,
 )
 from gradmimic_jax.selection._csv import harmless
+from gradmimic_jax.selection._selection_files import (
+  ROWS,
+  checked_path,
+  read_checked,
+  read_csv,
+  read_parquet,
+  write_csv,
+  write_parquet,
+)
 from gradmimic_jax.selection.selection import Selection
-from gradmimic_jax.selection.uids import format_uids, parse_uids
+from gradmimic_jax.selection.uids import format_uids, parse_uids, to_arrow
 
 __all__ = [
   "Coverage",
@@ -50,19 +60,17 @@ __all__ = [
   "parse_uids",
   "read_csv",
   "read_datacomp_subset",
+  "read_filter",
   "read_npy",
   "read_parquet",
   "write_csv",
   "write_datacomp_subset",
+  "write_filter",
   "write_npy",
   "write_parquet",
 ]
 
-_METADATA = b"gradmimic_selection"
-_VERSION = 2  # of a Parquet file; 1 had no checksum
 _TEXT = bytes(range(32, 127)) + b"\t\r\n"  # bytes of ASCII text
-_MAX_ROWS = 100  # that a byte of Parquet may claim; the tightest have some 40
-_ROWS = 1 << 20  # of a Parquet row group, and of what is converted at a time
 
 
 class Coverage(NamedTuple):
@@ -106,7 +114,7 @@ def write_npy(
     >>> read_npy(path)
     array([2, 5])
   """
-  path = _path(path, ".npy")
+  path = checked_path(path, ".npy")
   ids, fingerprints = _opened(ids, fingerprints)
   array = _ids.checked(ids, "ids")
   _ids.refuse_mask(array, "ids")
@@ -132,7 +140,7 @@ def read_npy(
       written, or of other inputs.
   """
   path = Path(path)
-  content = _read(path, fingerprints).content
+  content = read_checked(path, fingerprints).content
   name = f"the file {path}"
   with _files.named(path):
     ids = _ids.checked(_files.parse_npy(content, path), name)
@@ -140,215 +148,202 @@ def read_npy(
   return _ids.unique(ids)
 
 
-def write_parquet(
+def write_filter(
   path: str | os.PathLike[str],
-  selection: Selection,
+  ids: Any,
   *,
   fingerprints: Mapping[str, str] | None = None,
 ) -> Path:
-  """Writes a selection as a Parquet file, a row a sample.
-
-  Columns: id, keep (boolean), keep_probability and quality (doubles, null where
-  undefined), votes (T of int8: 1 keep, 0 drop, -1 abstain). The diagnostics and
-  fingerprints are in the file's metadata.
+  """Writes ids to keep as the file's name asks for.
 
   Args:
-    path: the file's path.
-    selection: as `select` gave it.
-    fingerprints: what it belongs to; those of its ledger if not given.
+    path: the file's path, ending with `.npy` or `.csv` (a column `id`). Ids
+      that are DataComp's uids, all 32 lower-case hexadecimal digits, go to
+      `.npy` as the subset file that its resharder takes.
+    ids: ids [n], a Filter, or a Selection, whose kept ids they are.
+    fingerprints: what the ids belong to; those of a Filter or a Selection if
+      not given. Written to `<path>.json`, with the checksum.
 
   Returns:
     The path.
 
+  Raises:
+    TypeError, ValueError: ids of another kind, a path with another ending.
+
   Example:
     >>> import tempfile
-    >>> from gradmimic_jax.selection import select
-    >>> selection = select([[1.0], [-1.0]], binarize="threshold")
-    >>> path = write_parquet(tempfile.mkdtemp() + "/s.parquet", selection)
-    >>> read_parquet(path).keep
-    array([ True, False])
+    >>> path = write_filter(tempfile.mkdtemp() + "/kept.csv", ["b", "007"])
+    >>> print(path.read_text(), read_filter(path).ids)
+    id
+    "007"
+    "b"
+     ['007' 'b']
   """
-  path = _path(path, ".parquet")
-  about = {
-    "version": _VERSION,
-    "diagnostics": selection.diagnostics,
-    "fingerprints": _choose_fingerprints(selection, fingerprints),
-    _checksums.IN_FILE: _checksums.ZEROS,  # the last: what is looked for
-  }
-  metadata = {_METADATA: json.dumps(about, allow_nan=False).encode()}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with _files.replacing(path) as file:
-    schema = _table(selection, 0, 0).schema.with_metadata(metadata)
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-      for table in _tables(selection):
-        writer.write_table(table.cast(schema))
-    _checksums.seal_parquet(file)
+  path = Path(path)
+  if path.suffix not in (".npy", ".csv"):
+    raise ValueError(
+      f"path is {str(path)!r}; expected it to end with .npy or .csv."
+    )
+  ids, fingerprints = _opened(ids, fingerprints)
+  array = as_uids(_ids.checked(ids, "ids"))
+  if path.suffix == ".npy":
+    write = write_datacomp_subset if array.dtype == _ids.UID else write_npy
+    return write(path, _ids.unique(array), fingerprints=fingerprints)
+  _ids.refuse_mask(array, "ids")
+  column = _columns.whole(to_arrow(_ids.unique(array), "ids"))
+  if _columns.is_text(column):
+    column = _csv.harmless_column(column)
+
+  def write_rows(file: io.BufferedRandom) -> None:
+    file.write(b"id\n")
+    options = pa_csv.WriteOptions(include_header=False)
+    pa_csv.write_csv(pa.table({"id": column}), file, options)
+
+  _checksums.write(path, write_rows, fingerprints)
   return path
 
 
-def read_parquet(
+def read_filter(
   path: str | os.PathLike[str],
   *,
+  source: str | None = None,
   fingerprints: Mapping[str, str] | None = None,
-) -> Selection:
-  """Reads a selection that `write_parquet` wrote.
+) -> filters.Filter:
+  """Reads the ids to keep in any file that says which.
 
-  A table with the same columns that another tool wrote is a selection, too,
-  without diagnostics; its `keep` may be 0 and 1.
+  | file                               | keeps                               |
+  |------------------------------------|-------------------------------------|
+  | a selection, `.parquet` or `.csv`  | its kept ids; its pool is all of    |
+  |                                    | them                                |
+  | another table with a column `id`,  | the ids of the rows whose `keep` is |
+  | or another name of the kind, or    | true; without such a column, of all |
+  | with no other column               | rows                                |
+  | `.npy` of ids, also of uids        | them                                |
+  | `.npy` of booleans [N]             | the positions that are True, of N   |
+  | decisions of a page                | refused: `gm.read_decisions`        |
 
   Args:
     path: the file's path.
-    fingerprints: what it should belong to.
+    source: what the filter is called; the file's name if not given.
+    fingerprints: what the ids should belong to.
 
   Returns:
-    The Selection.
+    The Filter.
 
   Raises:
+    OSError: there is no such file.
     ValueError: a file of another kind, one that was changed after it was
       written, or of other inputs.
   """
   path = Path(path)
-  content = _files.read_bytes(path)
-  sealed = _checksums.check_parquet(content, path)
-  with _files.named(path, "Parquet file of a selection"):
-    file = pq.ParquetFile(pa.BufferReader(content))
-    names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
-    wanted = [*_columns.NAMES, "votes"]
-    if set(wanted) - set(names):
-      raise ValueError(
-        f"{path} is a Parquet file, but no selection: its columns are {names};"
-        f" expected {wanted}. Give a file that write_parquet wrote."
-      )
-    _check_rows(file.metadata, len(content))
-    about = _about(metadata.get(_METADATA), path, sealed)
-    _check_fingerprints(path, about["fingerprints"], fingerprints)
-    table = file.read(columns=wanted)
-    columns = {name: table[name] for name in _columns.NAMES}
-    votes = _columns.parse_vote_lists(table["votes"])
-    return _columns.selection(columns, votes, about["diagnostics"])
-
-
-def _check_rows(footer: pq.FileMetaData, size: int) -> None:
-  """Refuses rows that aren't there: memory for all of them is taken at once."""
-  groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
-  if not all(0 <= rows <= size * _MAX_ROWS for rows in (*groups, sum(groups))):
-    raise ValueError(f"it claims {sum(groups):,} rows in {size:,} bytes")
-  if sum(groups) != footer.num_rows:
-    raise ValueError(f"it has {sum(groups):,} of {footer.num_rows:,} rows")
-
-
-def _about(text: bytes | None, path: Path, sealed: bool) -> dict[str, Any]:
-  """Parses the metadata in a Parquet file."""
-  if text is None:
-    return {"fingerprints": {}, "diagnostics": {}}
-  about = _files.parse_json(text, path)
-  if about.get("version") not in (1, _VERSION):
+  source = source or path.stem
+  if path.suffix == ".npy":
+    return _read_array_filter(path, source, fingerprints)
+  if path.suffix == ".csv":
+    with _files.named(path, "table"):
+      names, first = _csv.first_records(_files.read_bytes(path))
+  elif path.suffix == ".parquet":
+    with _files.named(path, "Parquet file"):
+      names, first = pq.read_schema(path).names, []
+  else:
     raise ValueError(
-      f"{path} is of version {about.get('version')!r}; this gradmimic_jax reads"
-      f" 1 and {_VERSION}. Read it with the release that wrote it."
+      f"{path} is none of .npy, .parquet and .csv, which filters are kept in."
     )
-  # A tool that keeps metadata takes them from where the checksum isn't yet.
-  blank = about.get(_checksums.IN_FILE) == _checksums.ZEROS
-  if about["version"] == _VERSION and not (sealed or blank):
-    raise ValueError("its checksum is gone")
-  for name in ("fingerprints", "diagnostics"):
-    if not isinstance(about.get(name), dict):
-      raise ValueError(f"it has no {name}")
-  return about
+  if {"keep_probability", "vote_0"} <= {*names} or "votes" in names:
+    read = read_csv if path.suffix == ".csv" else read_parquet
+    selection = read(path, fingerprints=fingerprints)
+    return filters.of_selection(selection, source)
+  if names[:2] == ["id", "decision"]:
+    raise ValueError(
+      f"{path} holds decisions, which say what to leave out of a pool:"
+      " gm.filters.of_decisions(gm.read_decisions(path), pool)."
+    )
+  with _files.named(path, "list of ids"):
+    return _read_list(path, names, first, source, fingerprints)
 
 
-def write_csv(
-  path: str | os.PathLike[str],
-  selection: Selection,
-  *,
-  fingerprints: Mapping[str, str] | None = None,
-) -> Path:
-  r"""Writes a selection as CSV, a row a sample.
+def _read_list(
+  path: Path,
+  names: list[str],
+  first: list[bytes],
+  source: str,
+  fingerprints: Mapping[str, str] | None,
+) -> filters.Filter:
+  id_name = _id_column(names)
+  wanted = [id_name, *(["keep"] if "keep" in names else [])]
+  prints: Mapping[str, str] = {}
+  if path.suffix == ".csv":
+    opened = read_checked(path, fingerprints)
+    prints = opened.fingerprints
+    table = _csv.read_text(opened.content, wanted)
+    quoted = (
+      bool(first)
+      and _csv.quotes_tell(opened.content, first)
+      and first[names.index(id_name)].startswith(b'"')
+    )
+    text = _columns.whole(table[id_name])
+    ids = _csv.restored_ids(text, quoted, None) if len(text) else text
+    table = table.set_column(0, id_name, ids)
+  else:
+    table = pq.read_table(path, columns=wanted)
+  ids = _columns.checked_ids(table[id_name]) if len(table) else np.empty(0, int)
+  if len(wanted) == 1:
+    return filters.Filter(ids, source, None, prints)
+  says = _columns.whole(table["keep"]).to_pylist()
+  mask = np.array([_ids.truth(word, "keep") for word in says], bool)
+  return filters.Filter(ids[mask], source, ids, prints)
 
-  Columns: id, keep (true or false), keep_probability, quality (empty where
-  undefined), vote_0 ... vote_{T-1} (1 keep, 0 drop, -1 abstain). Ids that are
-  text are quoted, integers are not. An id that a spreadsheet would take for a
-  formula, for it begins with one of = + - @, gets an apostrophe in front, as
-  does one that begins with an apostrophe; `read_csv` takes it off again.
+
+def _read_array_filter(
+  path: Path, source: str, fingerprints: Mapping[str, str] | None
+) -> filters.Filter:
+  opened = read_checked(path, fingerprints)
+  prints = opened.fingerprints
+  if _is_raw(opened.content):
+    return filters.Filter(
+      read_datacomp_subset(path, multiplicity=True), source, None, prints
+    )
+  array = _files.parse_npy(opened.content, path)
+  if array.dtype == bool and array.ndim == 1:
+    pool = np.arange(len(array))
+    return filters.Filter(np.flatnonzero(array), source, pool, prints)
+  with _files.named(path):
+    ids = _ids.checked(array, f"the file {path}")
+    return filters.Filter(ids, source, None, prints)
+
+
+def _id_column(names: list[str]) -> str:
+  """Finds the column of ids among the names of a table."""
+  found = [name for name in names if name in ("id", "uid")][:1]
+  found = found or [name for name in names if _frames.is_id_name(name)]
+  if len(names) == 1 or names[1:3] == ["keep_probability", "quality"]:
+    found = names[:1]  # a list by this package's command
+  if len(found) != 1:
+    raise ValueError(
+      f"its columns are {names[:10]}; expected one of ids, named id"
+    )
+  return found[0]
+
+
+def as_uids(ids: np.ndarray) -> np.ndarray:
+  """Converts strings to uid pairs if all are uids; other ids stay as they are.
 
   Args:
-    path: the file's path.
-    selection: as `select` gave it.
-    fingerprints: what it belongs to; those of its ledger if not given. Written
-      to `<path>.json`, with the checksum.
+    ids: integers, strings or pairs `u8,u8` [n].
 
   Returns:
-    The path.
+    `u8,u8` [n], or the ids.
 
   Example:
-    >>> import tempfile
-    >>> from gradmimic_jax.selection import select
-    >>> found = select([[1.0], [-1.0]], ids=["007", "=1"], binarize="threshold")
-    >>> path = write_csv(tempfile.mkdtemp() + "/s.csv", found)
-    >>> [line.split(",")[0] for line in path.read_text().splitlines()]
-    ['id', '"007"', '"\'=1"']
-    >>> read_csv(path).ids.tolist()
-    ['007', '=1']
+    >>> as_uids(np.array(["0" * 32])).dtype.names, as_uids(np.array(["a"]))
+    (('f0', 'f1'), array(['a'], dtype='<U1'))
   """
-  path = _path(path, ".csv")
-
-  def write(file: io.BufferedRandom) -> None:
-    schema = _flat(_table(selection, 0, 0)).schema
-    # Names have no quotes here, and had in earlier releases, which left
-    # formulas as they are.
-    file.write(",".join(schema.names).encode() + b"\n")
-    options = pa_csv.WriteOptions(include_header=False)
-    with pa_csv.CSVWriter(file, schema, write_options=options) as writer:
-      for table in _tables(selection):
-        writer.write_table(_flat(table))
-
-  _checksums.write(path, write, _choose_fingerprints(selection, fingerprints))
-  return path
-
-
-def read_csv(
-  path: str | os.PathLike[str],
-  *,
-  fingerprints: Mapping[str, str] | None = None,
-) -> Selection:
-  """Reads a selection that `write_csv` wrote; there are no diagnostics.
-
-  | edge case                              | behaviour                       |
-  |----------------------------------------|---------------------------------|
-  | ids in quotes                          | text, whatever they look like   |
-  | ids without quotes, as pandas writes   | integers if all are written as  |
-  | text; or all cells in quotes           | such, without zeros in front;   |
-  |                                        | otherwise text                  |
-  | ids such as 10.0 or 1.2E+11            | refused: no tool can tell what  |
-  |                                        | they were                       |
-  | keep as 1/0, yes/no, TRUE/FALSE, T/F   | understood, as pandas, R and    |
-  |                                        | spreadsheets write it           |
-  | a missing keep, id or vote, two rows   | refused                         |
-  | of an id                               |                                 |
-  | NA, nan, NULL as a probability         | nan                             |
-  | further columns                        | left out                        |
-
-  Args:
-    path: the file's path.
-    fingerprints: what it should belong to.
-
-  Returns:
-    The Selection.
-
-  Raises:
-    ValueError: a file without these columns, one that was changed after it was
-      written, or of other inputs.
-  """
-  path = Path(path)
-  opened = _read(path, fingerprints)
-  # The first manifests came with files whose formulas are as they were.
-  escaped = {0: None, 1: False}.get(opened.version, True)
-  with _files.named(path, "table of a selection"):
-    table = _csv.read(opened.content, escaped=escaped)
-    columns = {name: table[name] for name in _columns.NAMES}
-    steps = [n for n in table.column_names if n.startswith("vote_")]
-    votes = _columns.stack_votes([table[name] for name in steps])
-    return _columns.selection(columns, votes, {})
+  if ids.dtype.kind != "U" or not len(ids):
+    return ids
+  try:
+    return parse_uids(ids)
+  except ValueError:  # some are no uids, so none is
+    return ids
 
 
 def write_datacomp_subset(
@@ -390,7 +385,7 @@ def write_datacomp_subset(
   References:
     Gadre et al., DataComp, https://github.com/mlfoundations/datacomp
   """
-  path = _path(path, ".npy")
+  path = checked_path(path, ".npy")
   uids, fingerprints = _opened(uids, fingerprints)
   pairs = parse_uids(uids)
   if not _ids.is_ascending(pairs, strictly=False):
@@ -422,7 +417,7 @@ def read_datacomp_subset(
       changed after it was written.
   """
   path = Path(path)
-  content = _read(path, fingerprints).content
+  content = read_checked(path, fingerprints).content
   if _is_raw(content):
     pairs = np.frombuffer(content, _ids.UID)
   else:
@@ -489,7 +484,7 @@ def _metadata_uids(metadata: Any, column: str) -> Iterator[np.ndarray]:
         raise ValueError(
           f"{path} has no column {column!r}; it has {file.schema_arrow.names}."
         )
-      for batch in file.iter_batches(_ROWS, columns=[column]):
+      for batch in file.iter_batches(ROWS, columns=[column]):
         found += len(batch)
         try:
           uids = parse_uids(batch.column(0))
@@ -523,55 +518,6 @@ def _check_subset(pairs: np.ndarray, name: str, multiplicity: bool) -> None:
     )
 
 
-def _tables(selection: Selection) -> Iterator[pa.Table]:
-  """Yields the selection in tables that each fit in memory."""
-  for start in range(0, len(selection), _ROWS):
-    yield _table(selection, start, start + _ROWS)
-
-
-def _table(selection: Selection, start: int, stop: int) -> pa.Table:
-  rows = slice(start, stop)
-  keep = _ids.mask(selection.keep, len(selection), "the selection's keep")
-  votes = np.ascontiguousarray(selection.votes[rows])
-  quality = selection.quality
-  if quality is None:
-    quality = np.full(len(selection), np.nan)
-  ids = selection.ids[rows]
-  if ids.dtype == _ids.UID:
-    raise TypeError(
-      "the selection's ids are uid pairs; give gm.export.format_uids(ids) as"
-      " ids, or write its kept_ids with write_datacomp_subset."
-    )
-  return pa.table(
-    {
-      "id": _ids.to_arrow(ids, "ids"),
-      "keep": pa.array(keep[rows]),
-      "keep_probability": pa.array(
-        selection.keep_probability[rows], from_pandas=True
-      ),
-      "quality": pa.array(quality[rows], from_pandas=True),
-      "votes": pa.FixedSizeListArray.from_arrays(
-        pa.array(votes.reshape(-1)), votes.shape[1]
-      ),
-    }
-  )
-
-
-def _flat(table: pa.Table) -> pa.Table:
-  """Lays a table out as CSV has it: a column a vote, and no formulas."""
-  votes = table["votes"].combine_chunks()
-  n_steps = votes.type.list_size
-  columns = votes.flatten().to_numpy().reshape(-1, n_steps)
-  ids = _columns.whole(table["id"])
-  if _columns.is_text(ids):
-    ids = _csv.harmless_column(ids)
-  table = table.drop_columns("votes").set_column(0, "id", ids)
-  for step in range(n_steps):
-    values = np.ascontiguousarray(columns[:, step])
-    table = table.append_column(f"vote_{step}", pa.array(values))
-  return table
-
-
 def _opened(
   ids: Any, fingerprints: Mapping[str, str] | None
 ) -> tuple[Any, Mapping[str, str] | None]:
@@ -583,13 +529,6 @@ def _opened(
   return ids.ids, ids.fingerprints if fingerprints is None else fingerprints
 
 
-def _path(path: str | os.PathLike[str], suffix: str) -> Path:
-  path = Path(path)
-  if path.suffix != suffix:
-    raise ValueError(f"path is {str(path)!r}; expected it to end with {suffix}")
-  return path
-
-
 def _write_array(
   path: Path, array: np.ndarray, fingerprints: Mapping[str, str] | None
 ) -> Path:
@@ -599,25 +538,3 @@ def _write_array(
     fingerprints,
   )
   return path
-
-
-def _choose_fingerprints(
-  selection: Selection, given: Mapping[str, str] | None
-) -> dict[str, str]:
-  if given is not None:
-    return dict(given)
-  return dict(selection.diagnostics.get("fingerprints", {}))
-
-
-def _read(
-  path: Path, fingerprints: Mapping[str, str] | None
-) -> _checksums.Opened:
-  opened = _checksums.read(path)
-  _check_fingerprints(path, opened.fingerprints, fingerprints)
-  return opened
-
-
-def _check_fingerprints(
-  path: Path, found: Mapping[str, str], asked: Mapping[str, str] | None
-) -> None:
-  filters.check_fingerprints(str(path), found, "this run", asked or {})

@@ -12,7 +12,7 @@ is left as the file that DataComp's tools read:
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -335,20 +335,3 @@ def as_ids(ids: Any) -> np.ndarray:
     return parse_uids(ids)
   except (TypeError, ValueError):  # some are no uids, so none is
     return np.asarray(ids)
-
-
-def write_ids(
-  path: pathlib.Path, ids: Any, *, fingerprints: Mapping[str, str] | None = None
-) -> None:
-  """Writes ids to keep: uids as a DataComp subset, others by `gm.export`.
-
-  Args:
-    path: the file's, ending with `.npy`.
-    ids: [n], as `as_ids` takes them.
-    fingerprints: names and values of what they belong to.
-  """
-  ids = as_ids(ids)
-  if ids.dtype.names:
-    gm.export.write_datacomp_subset(path, ids, fingerprints=fingerprints)
-  else:
-    gm.export.write_npy(path, ids, fingerprints=fingerprints)
