@@ -14,6 +14,9 @@ from experiments.runtime import sharding
 from experiments.tasks.base import Aux, Outputs
 from gradmimic_jax.scores import Score
 
+# Directions whose reference is another batch.
+_BATCHES = ("clean_gradient", "noisy_gradient", "test_gradient")
+
 
 class TrainState(NamedTuple):
   """The state that a run carries from step to step."""
@@ -62,6 +65,7 @@ def make_train_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
@@ -74,12 +78,15 @@ def make_train_step(
       `check_independence`.
     outputs: the task's, for methods that go by outputs; they then replace
       losses_fn.
+    expand: `(batch, resident) -> batch`, the task's, which comes before any
+      loss; None: batches come as losses_fn takes them.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. `reference` is the input of the method's direction: a parameter
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
+    The state is donated. `resident` is what `expand` takes from beside the
+    batch. `reference` is the input of the method's direction: a parameter
     tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
     steps without a direction ignore it. Samples whose loss (or score, or
     divergence, by the method) is not finite get no weight and are counted in
@@ -98,26 +105,37 @@ def make_train_step(
     gradient = _attached_gradient(losses_fn, method, outputs)
   else:
     gradient = _mimic_gradient(losses_fn, method, config, outputs)
+  is_batch = method is not None and method.direction in _BATCHES
   return jax.jit(
-    make_step(gradient, tx), donate_argnums=0, out_shardings=out_shardings
+    make_step(gradient, tx, expand=expand, reference_is_batch=is_batch),
+    donate_argnums=0,
+    out_shardings=out_shardings,
   )
 
 
 def make_step(
   gradient: Callable[[TrainState, Any, Any], tuple[Any, StepOutput]],
   tx: optax.GradientTransformation,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
+  *,
+  expand: Callable[[Any, Any], Any] | None = None,
+  reference_is_batch: bool = False,
+) -> Callable[..., tuple[TrainState, StepOutput]]:
   """Makes a step as `make_train_step` does, by any gradient, and not jitted.
 
   Args:
     gradient: `(state, reference, batch) -> (gradient, StepOutput)`.
     tx: the optimizer, over averaged gradients.
+    expand: as in `make_train_step`.
+    reference_is_batch: whether the reference is a batch, to be expanded too.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`.
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
   """
 
-  def train_step(state, reference, batch):
+  def train_step(state, reference, batch, resident=None):
+    batch = _expanded(expand, batch, resident)
+    if reference_is_batch:
+      reference = _expanded(expand, reference, resident)
     grads, output = gradient(state, reference, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -134,14 +152,19 @@ def make_step(
   return train_step
 
 
+def _expanded(expand, batch, resident):
+  return batch if expand is None else expand(batch, resident)
+
+
 def make_score_step(
   losses_fn: Callable[..., Any],
   method: Method | None,
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
-) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+) -> Callable[..., dict[str, jax.Array]]:
   """Makes a jitted step that scores a batch and changes nothing.
 
   Args:
@@ -150,11 +173,13 @@ def make_score_step(
     config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
       `check_independence`.
     outputs: as in `make_train_step`.
+    expand: as in `make_train_step`.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
-    `score_step(params, reference, batch) -> {"score", "loss"}`, each `[B]`; NaN
-    where a sample is not finite. `reference` is as in `make_train_step`.
+    `score_step(params, reference, batch, resident=None) -> {"score", "loss"}`,
+    each `[B]`; NaN where a sample is not finite. `reference` and `resident` are
+    as in `make_train_step`.
 
   Raises:
     ValueError: a method without scores of single samples, or microbatches of
@@ -170,7 +195,10 @@ def make_score_step(
     **_engine_options(losses_fn, method, config, outputs)
   )
 
-  def score_step(params, reference, batch):
+  def score_step(params, reference, batch, resident=None):
+    batch = _expanded(expand, batch, resident)
+    if method.direction in _BATCHES:
+      reference = _expanded(expand, reference, resident)
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
@@ -195,7 +223,7 @@ def make_direction(
   if name == "outputs":
     assert outputs is not None
     return outputs.direction
-  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
+  if name in _BATCHES:
     return gm.toward_clean_gradient(
       lambda params, batch: losses_fn(params, batch)[0]
     )
