@@ -14,9 +14,7 @@ from gradmimic_jax.selection.selection import Selection
 
 NAMES = ("id", "keep", "keep_probability", "quality")
 # Words for a missing number, in lower case.
-_MISSING = pa.array(
-  ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"], pa.large_string()
-)
+_MISSING = ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"]
 _NUMBERS = pa.types.is_integer, pa.types.is_floating, pa.types.is_null
 
 
@@ -60,7 +58,7 @@ def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
       return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:  # other blanks, other words for a missing one
       text = pc.utf8_lower(pc.utf8_trim_whitespace(array))
-      missing = pc.is_in(text, value_set=_MISSING)
+      missing = pc.is_in(text, value_set=pa.array(_MISSING, pa.large_string()))
       array = pc.if_else(missing, pa.scalar(None, text.type), text)
   elif not any(is_one(array.type) for is_one in _NUMBERS):
     raise ValueError(f"{name} is of {array.type}; expected numbers")
