@@ -126,10 +126,11 @@ def _split(config, input_shape, num_classes, seed):
       " has it) or 'pretrained' (as the weights have it)."
     )
   module, options = MODELS[config.name]
-  model = module(
-    input_shape=tuple(input_shape),
-    num_classes=num_classes,
-    rngs=nnx.Rngs(seed),
-    **options(config),
-  )
+  with programs.run_once():
+    model = module(
+      input_shape=tuple(input_shape),
+      num_classes=num_classes,
+      rngs=nnx.Rngs(seed),
+      **options(config),
+    )
   return nnx.split(model)

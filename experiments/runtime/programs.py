@@ -1,10 +1,11 @@
 """Programs that are made once a process, however many runs need them."""
 
 import collections
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +17,25 @@ FOLDER = ".gradmimic_programs"  # of those that are kept on disk
 _BYTES_ON_DISK = 1 << 30
 
 Made = TypeVar("Made")
+
+
+@contextlib.contextmanager
+def run_once() -> Iterator[None]:
+  """Compiles what the block runs quickly, not for speed: on CPUs alone.
+
+  Random numbers of a few shapes take LLVM seconds to optimize, and
+  milliseconds to draw.
+
+  Yields:
+    Nothing.
+  """
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, before or jax.default_backend() == "cpu")
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def keep_on_disk(folder: str | os.PathLike[str]) -> None:

@@ -155,15 +155,16 @@ class Run:
 
   def check_reference(self) -> dict[str, Any] | None:
     """Checks the reference's weights, if any; raises if they would harm."""
-    return reference_check.check(
-      self.config,
-      self.folder,
-      self.task.check_losses_fn(),
-      self.state.params,
-      self.reference,
-      self._draw,
-      instead=self.task.instead,
-    )
+    with programs.run_once():
+      return reference_check.check(
+        self.config,
+        self.folder,
+        self.task.check_losses_fn(),
+        self.state.params,
+        self.reference,
+        self._draw,
+        instead=self.task.instead,
+      )
 
   def _draw(self):
     batch, expand = self.task.check_batch(), self.task.expansion
