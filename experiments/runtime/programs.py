@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -45,14 +46,16 @@ def keep_on_disk(folder: str | os.PathLike[str]) -> None:
   JAX has a folder already, as by `JAX_COMPILATION_CACHE_DIR`, that one stays.
 
   Args:
-    folder: made with the first program. It keeps 1 GiB, those used last.
+    folder: made with the first program. It keeps 1 GiB, those used last, where
+      the package filelock is installed; anything otherwise.
   """
   if jax.config.values["jax_compilation_cache_dir"]:
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  jax.config.update("jax_compilation_cache_max_size", _BYTES_ON_DISK)
+  if importlib.util.find_spec("filelock"):  # which JAX needs for the limit
+    jax.config.update("jax_compilation_cache_max_size", _BYTES_ON_DISK)
 
 
 def once(make: Callable[..., Made]) -> Callable[..., Made]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gradmimic_jax as gm
-from experiments.runtime import checkpoint, metrics, programs
+from experiments.runtime import checkpoint, metrics
 from experiments.training import calls, trainer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -135,18 +135,3 @@ def test_a_second_seed_compiles_nothing(make_config, tmp_path, compilations):
   compilations.clear()
   train(make_config, tmp_path / "second", seed=1, **{"noise.seed": 1})
   assert not compilations
-
-
-def test_what_a_method_of_an_object_makes_is_not_kept():
-  class Task:
-    def expand(self, batch):
-      return batch
-
-  made = programs.once(lambda fn: object())
-  task = Task()
-  assert made(task.expand) is not made(task.expand)
-  assert made(interrupt) is made(interrupt)
-  assert made({"a": [1, 2]}) is made({"a": [1, 2]})
-  assert made({"a": [1, 2]}) is not made({"a": [1, 2.0]})
-  array = np.ones(3)
-  assert made(array) is not made(array)
