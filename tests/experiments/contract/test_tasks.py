@@ -224,7 +224,7 @@ def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
   config, _, _, _ = runs.whole(task)
   folder = runs.folder / task / "checked"
 
-  def stop(run):
+  def stop(run, *_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
