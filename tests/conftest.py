@@ -1,9 +1,11 @@
 """Strict settings for every test: what JAX would forgive, we don't."""
 
+import functools
 import os
 import pathlib
 
 import jax
+from jax._src.interpreters import mlir
 
 # Virtual devices, for the tests of sharding.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,6 +18,10 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+
+# All programs are written in one context: a new one for each takes longer than
+# writing a small program into it.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # How XLA turns programs into machine code: in one piece each, and without the
 # emitters that take four times as long for a faster loop. XLA stops at flags

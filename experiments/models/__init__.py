@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from experiments.models.convnet import ConvNet
+from experiments.models.efficientnet import EfficientNetLite0
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
@@ -34,6 +35,7 @@ MODELS: dict[
     },
   ),
   "vit": (ViT, lambda config: dict(config.vit)),
+  "efficientnet_lite0": (EfficientNetLite0, lambda config: {}),
 }
 
 

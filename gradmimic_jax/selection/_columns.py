@@ -40,7 +40,7 @@ def selection(
   if not n or not votes.shape[1]:
     raise ValueError(f"it has {n} rows and {votes.shape[1]} columns of votes")
   return Selection(
-    _checked_ids(columns["id"]),
+    checked_ids(columns["id"]),
     _keep(columns["keep"]),
     _shares(columns["keep_probability"], "keep_probability"),
     _checked_votes(votes),
@@ -89,7 +89,8 @@ def strings(array: pa.Array, name: str) -> np.ndarray:
   return _ids.strings(array.to_numpy(zero_copy_only=False), name)
 
 
-def _checked_ids(column: pa.ChunkedArray) -> np.ndarray:
+def checked_ids(column: Any) -> np.ndarray:
+  """Converts a column of ids, integers or text, none twice."""
   array = whole(column)
   if array.null_count:
     row = pc.index(array.is_null(), True).as_py() + 1

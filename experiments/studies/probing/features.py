@@ -4,7 +4,6 @@ With random flips there are two rows an image, as it is and mirrored, so that a
 head on stored features sees exactly what it would see on top of the backbone.
 """
 
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,11 +14,9 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import pipeline, sources
+from experiments.data import filters, pipeline, sources
 from experiments.models import initial
-from experiments.models.pretrained import (
-  vit as pretrained,
-)
+from experiments.models.pretrained import vit as pretrained
 from experiments.runtime import checkpoint, claims, hub, workdir as workdir_lib
 from gradmimic_jax import _files
 
@@ -58,16 +55,8 @@ def load(
   """Features of the training and the test split, from disk where they are.
 
   Images are not decoded if their features are there. Of several processes that
-  ask for the same features, one computes them and the others wait.
-
-  Args:
-    config: as `configs/label_noise.py` describes it.
-    cache: the folder that keeps features; made if it is missing. May be shared
-      by any number of studies.
-
-  Returns:
-    Of `config.data.train_split` and `config.data.test_split`. The test images
-    are never mirrored.
+  ask for the same features, one computes them and the others wait; any number
+  of studies may share the cache. Test images are never mirrored.
 
   Raises:
     ValueError: a backbone that doesn't fit the images, or an unknown option.
@@ -117,20 +106,14 @@ def _cached(file, compute) -> Features:
   return found
 
 
-def _about_file(file):
-  return file.with_suffix(".json")
-
-
 def _read(file) -> Features | None:
   """The features, or None unless they are there, whole and as described."""
-  if not (file.exists() and _about_file(file).exists()):
+  described = file.with_suffix(".json")
+  if not (file.exists() and described.exists()):
     return None
   try:
-    about = workdir_lib.read_json(_about_file(file), {})
-    total = about.pop("fingerprint")
-    if workdir_lib.fingerprint(about) != total or (
-      _sum_of(file) != about["sha256"]
-    ):
+    about = workdir_lib.read_json(described, {"sha256": str})
+    if filters.file_sha256(file) != about["sha256"]:
       raise ValueError("its content is not what was written")
     return Features(
       values=np.load(file, mmap_mode="r", allow_pickle=False),
@@ -140,14 +123,14 @@ def _read(file) -> Features | None:
       class_names=tuple(about["class_names"]),
       fingerprint=file.stem,
     )
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     logging.warning("%s is damaged (%s); it is computed again.", file, error)
     return None
 
 
 def _compute(file, config, split, flip, backbone):
-  """Writes a split's features and their description, all or nothing."""
-  data = _images(config, split)
+  """Writes a split's features and their description."""
+  data = sources.of_config(config.data, split)
   if backbone.shape not in (None, data.images.shape[1:]):
     raise ValueError(
       f"the backbone {config.model.pretrained} is for images"
@@ -155,39 +138,35 @@ def _compute(file, config, split, flip, backbone):
       f" {data.images.shape[1:]}; set config.data.image_size, or take another"
       " backbone."
     )
+  if not len(data.images):
+    raise ValueError(
+      f"{config.data.name} has no images in {split!r}; expected at least one."
+    )
   scaling = {"mean": backbone.mean, "std": backbone.std}
   if backbone.mean is None:
-    scaling = _scaling_of(_images(config, config.data.train_split).images)
-  views = [data.images]
-  if flip:
-    views.append(data.images[:, :, ::-1])
+    shown = sources.of_config(config.data, config.data.train_split)
+    scaling = _scaling_of(shown.images)
   apply, params = backbone.make()
   apply = jax.jit(apply)
-  values = None
+  views = [data.images, data.images[:, :, ::-1]] if flip else [data.images]
+  values = np.stack(
+    [
+      # The last batch is padded.
+      np.concatenate(list(_in_batches(apply, params, images, config, scaling)))[
+        : len(images)
+      ]
+      for images in views
+    ]
+  )
+  if not np.isfinite(values).all():
+    raise ValueError(
+      f"features of {config.data.name} by {config.model.pretrained} are not"
+      " finite; expected a backbone that suits the images' scaling."
+    )
   with _files.replacing(file) as content:
-    for view, images in enumerate(views):
-      start = 0
-      for part in _in_batches(apply, params, images, config, scaling):
-        if values is None:
-          shape = (len(views), len(images), part.shape[1])
-          values = _mapped(content, shape)
-        rows = part[: len(images) - start]  # the last batch is padded
-        values[view, start : start + len(rows)] = rows
-        start += len(rows)
-    if values is None:
-      raise ValueError(
-        f"{config.data.name} has no images in {split!r}; expected at least one."
-      )
-    if not all(np.isfinite(view).all() for view in values):
-      raise ValueError(
-        f"features of {config.data.name} by {config.model.pretrained} are not"
-        " finite; expected a backbone that suits the images' scaling."
-      )
-    values.flush()
-    content.seek(0)
-    digest = hashlib.file_digest(content, "sha256").hexdigest()
+    np.save(content, values, allow_pickle=False)
   about = {
-    "sha256": digest,
+    "sha256": filters.file_sha256(file),
     "labels": data.labels.tolist(),
     "ids": data.ids.tolist(),
     "num_classes": data.num_classes,
@@ -195,22 +174,7 @@ def _compute(file, config, split, flip, backbone):
     "backbone": backbone.fingerprint,
     "images": data.fingerprint,
   }
-  about["fingerprint"] = workdir_lib.fingerprint(about)
-  workdir_lib.write_json(_about_file(file), about)
-
-
-def _mapped(file, shape):
-  """An `.npy` file's array, in the file that is open."""
-  np.lib.format.write_array_header_1_0(
-    file,
-    {
-      "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
-      "fortran_order": False,
-      "shape": shape,
-    },
-  )
-  file.flush()
-  return np.memmap(file, np.float32, "r+", offset=file.tell(), shape=shape)
+  workdir_lib.write_json(file.with_suffix(".json"), about, sealed=True)
 
 
 def _in_batches(apply, params, images, config, scaling):
@@ -227,10 +191,6 @@ def _in_batches(apply, params, images, config, scaling):
       yield np.asarray(ahead, np.float32)
     ahead = part
   yield np.asarray(ahead, np.float32)
-
-
-def _images(config, split):
-  return sources.of_config(config.data, split)
 
 
 def _scaling_of(images):
@@ -300,7 +260,9 @@ def _of_run(folder) -> Backbone:
 
   stored = folder / checkpoint.FOLDER
   files = sorted(path for path in stored.rglob("*") if path.is_file())
-  named = [(str(path.relative_to(stored)), _sum_of(path)) for path in files]
+  named = [
+    (str(path.relative_to(stored)), filters.file_sha256(path)) for path in files
+  ]
   return Backbone(
     make,
     shape,
@@ -311,35 +273,35 @@ def _of_run(folder) -> Backbone:
 
 
 def _published(config, source) -> Backbone:
-  size = config.data.image_size
-  if config.model.name != "vit" or not size:
+  size, name = config.data.image_size, config.model.name
+  if name not in initial.PUBLISHED or not size:
     raise ValueError(
       f"config.model.pretrained is {source!r}, config.model.name"
-      f" {config.model.name!r} and config.data.image_size {size}; expected the"
-      " workdir of a finished run, or the weights of a 'vit' and the side of"
-      " its images in pixels, such as 224."
+      f" {name!r} and config.data.image_size {size}; expected the workdir of a"
+      " finished run, or the weights of a"
+      f" {' or '.join(map(repr, initial.PUBLISHED))} and the side of its images"
+      " in pixels, such as 224."
     )
   shape = (size, size, 3)
-  model = pretrained.sized(config.model)
-  vit = model.vit.to_dict()
+  model = config.model
+  if name == "vit":
+    model = pretrained.sized(model)
 
   def make():
     apply, like = models.create_features(
       model, input_shape=shape, num_classes=1, seed=0
     )
-    return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
+    loaded = initial.load_published(source, like, model, input_shape=shape)
+    return apply, loaded
 
   scaling: tuple[Any, Any] = _PUBLISHED
   if config.probe.scaling == "model":
-    scaling = initial.scaling(source)
+    scaling = initial.scaling(source, name)
   return Backbone(
     make,
     shape,
     *scaling,
-    workdir_lib.fingerprint(_sum_of(hub.find(source)), vit),
+    workdir_lib.fingerprint(
+      filters.file_sha256(hub.find(source)), models.sizes(model)
+    ),
   )
-
-
-def _sum_of(file):
-  with open(file, "rb") as content:
-    return hashlib.file_digest(content, "sha256").hexdigest()

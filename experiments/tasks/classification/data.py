@@ -82,7 +82,7 @@ def load_data(
       indices = np.arange(len(labels.labels))
     indices = indices[~np.isin(indices, clean)]
   if config.model.pretrained is not None:
-    mean, std = initial.scaling(config.model.pretrained)
+    mean, std = initial.scaling(config.model.pretrained, config.model.name)
     if len(mean) not in (1, train.images.shape[-1]):
       raise ValueError(
         f"config.model.pretrained is {config.model.pretrained!r}, which was"

@@ -204,6 +204,7 @@ def test_half_precision_activations_keep_parameters_and_features_wide(
   )
 
 
+@pytest.mark.slow
 def test_remat_holds_less_for_the_backward_pass():
   def held(remat):
     apply, like = create(remat=remat, input_shape=(32, 32, 3))

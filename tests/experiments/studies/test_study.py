@@ -14,7 +14,7 @@ import gradmimic_jax as gm
 from configs import digits
 from experiments import tasks
 from experiments.data.pairs import datacomp
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import plan, records, runner, summary, tables
 from experiments.tasks import base
 from experiments.training import trainer
@@ -22,12 +22,11 @@ from experiments.training import trainer
 _FILTERS = {"contrastive": "clip_top90 - mimic_bottom20"}
 
 
-# Pairs take twice the time of the others together.
 @pytest.fixture(
   scope="module",
   params=[
-    *(name for name in tiny.TASKS if name != "contrastive"),
-    pytest.param("contrastive", marks=pytest.mark.slow),
+    "classification",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in tiny.TASKS[1:]),
   ],
 )
 def study(request, digits_dir, tmp_path_factory):
@@ -122,6 +121,7 @@ class TestStudy:
     share = (~truth.is_wrong)[kept].mean()
     assert row["clean_share"] == pytest.approx(share)
 
+  @pytest.mark.slow  # the contract asks single runs; all tables are made anew
   def test_is_not_repeated_wherever_it_lies(self, study, tmp_path, monkeypatch):
     found, config, folder = study
     folder.rename(tmp_path / "moved")
@@ -136,7 +136,7 @@ class TestStudy:
   def test_mean_scores_are_the_ledgers(self, study):
     found, _, folder = study
     run = folder / "seed0" / scored_name(found)
-    means = filters.mean_scores(run)
+    means = cuts.mean_scores(run)
     by_id = {}
     for row in gm.ScoreLedger(run / "ledger").table().to_pylist():
       by_id.setdefault(row["id"], []).append(row["score"])
