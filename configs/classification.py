@@ -16,9 +16,24 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   )
 
   config.data = config_dict.ConfigDict()
-  # Any prepared TFDS image-classification set; "digits" prepares itself.
+  # Any prepared TFDS image-classification set ("digits" prepares itself), or a
+  # kind of set and its path: "folder:photos", "parquet:photos/data",
+  # "npz:photos.npz", "features:{split}.npy" or "webdataset:{split}-*.tar".
   config.data.name = "digits"
+  config.data.source = ""  # "folder" and so on, for a path without a prefix
+  # The labels' file: of "folder" a table of files and labels, .csv or .parquet;
+  # of "features" such a table, or .npy. None: folders by class, or beside it.
+  config.data.labels = config_dict.placeholder(str)
+  # Columns of tables and Parquet files; "": by their usual names.
+  config.data.columns = config_dict.ConfigDict()
+  config.data.columns.image = ""  # images, or their files
+  config.data.columns.label = ""
+  config.data.columns.id = ""
+  config.data.columns.split = ""
+  config.data.channels = 0  # 1, 3 or 4; 0: grey if the first images are
   config.data.data_dir = config_dict.placeholder(str)
+  # Splits, slices and sums: "train[:10%]", "train+test"; of one file or folder
+  # without splits "all[:80%]" and "all[80%:]".
   config.data.train_split = "train"
   config.data.test_split = "test"
   # Pixels that both sides of every image are resized to; 0: as they are.
@@ -47,7 +62,15 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.partial = False
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
+  # "mlp", "convnet", "resnet" or "vit"; or "package.module:Class", a module of
+  # your own by Flax NNX or Linen; experiments/models/outside.py says how.
+  config.model.name = "mlp"
+  # Of a module of your own, as they stand between its constructor's brackets:
+  # "width=64, activation='gelu'".
+  config.model.options = ""
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  # Parameters and losses are float32 in any case.
+  config.model.dtype = config_dict.placeholder(str)
   # Where weights come from that are not initialised: the workdir of a finished
   # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
   # always a new one.
@@ -65,6 +88,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   wanted = config.study.reference
   wanted.model = ""  # model name, for another architecture
   wanted.widths = ()  # of that model
+  wanted.options = ""  # of that model, if it is one of your own
   wanted.train_split = ""
   # Trains it on the very split that everything is tested on: to see what such
   # a reference would be worth, never to report an accuracy.
@@ -82,6 +106,4 @@ def vit() -> config_dict.ConfigDict:
   config.mlp_width = 768
   config.pooling = "mean"  # or "class_token"
   config.norm_epsilon = 1e-6  # of the layer norms
-  # Of the activations, such as "bfloat16"; None is that of the parameters.
-  config.dtype = config_dict.placeholder(str)
   return config

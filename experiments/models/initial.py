@@ -1,10 +1,10 @@
 """Initial parameters: new ones, or weights that are there already."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import logging
 from ml_collections import config_dict
 
@@ -27,7 +27,7 @@ def create(
   num_classes: int,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates a model as `models.create`, with weights from `config.pretrained`.
 
   Args:
@@ -42,10 +42,11 @@ def create(
 
   Returns:
     `apply(params, images [B, H, W, C]) -> logits [B, num_classes]`, and params.
+    Statistics are those of the weights, too.
 
   Raises:
     ValueError: weights of another architecture or of other images, or an
-      unfinished run's.
+      unfinished run's; or a model whose head has another name.
     FileNotFoundError: weights that are not there.
   """
   source = config.get("pretrained")
@@ -55,10 +56,20 @@ def create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
   params = place(params)
+  apply = dataclasses.replace(apply, statistics=place(apply.statistics))
   if source is None:
     return apply, params
+  if "head" not in params:
+    raise ValueError(
+      f"config.model.pretrained is {source!r}, and {config.name} has no layer"
+      f" head (its top level is {', '.join(params)}); expected the last layer"
+      " by that name, which is made anew."
+    )
   if is_run(source):
-    loaded = _load_run(pathlib.Path(source), config, tuple(input_shape), place)
+    loaded, statistics = _load_run(
+      pathlib.Path(source), config, tuple(input_shape), place
+    )
+    apply = dataclasses.replace(apply, statistics=statistics)
   else:
     loaded = load_published(source, params, config, input_shape=input_shape)
   return apply, {**loaded, "head": params["head"]}
@@ -139,7 +150,7 @@ def for_data(
   *,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates the model for the images and classes of classification's data."""
   return create(
     config,
@@ -210,10 +221,13 @@ def _load_run(folder, config, input_shape, place):
       f" {models.sizes(theirs)} for images {tuple(shown['shape'])}; expected"
       f" {models.sizes(config)} for images {input_shape}."
     )
-  _, like = models.create(
+  apply, like = models.create(
     config,
     input_shape=input_shape,
     num_classes=shown["num_classes"],
     seed=0,
   )
-  return checkpoint.load_params(folder, place(like))
+  return (
+    checkpoint.load_params(folder, place(like)),
+    checkpoint.load_statistics(folder, place(apply.statistics)),
+  )

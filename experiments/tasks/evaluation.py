@@ -12,11 +12,14 @@ from experiments.runtime import prefetch, programs
 @programs.once
 def make_eval_step(
   losses_fn: Callable[..., Any],
-) -> Callable[[Any, Any], dict[str, jax.Array]]:
-  """Makes a jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`."""
+) -> Callable[..., dict[str, jax.Array]]:
+  """Makes a jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`.
 
-  def eval_step(params, batch):
-    losses, hits = losses_fn(params, batch)
+  Keyword arguments go to losses_fn.
+  """
+
+  def eval_step(params, batch, **variables):
+    losses, hits = losses_fn(params, batch, **variables)
     mask = batch["mask"]
     return {
       "loss": jnp.sum(jnp.where(mask, losses, 0)),
@@ -28,12 +31,17 @@ def make_eval_step(
 
 
 def evaluate(
-  eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+  eval_step: Callable[..., dict[str, jax.Array]],
   params: Any,
   batches: Any,
+  **variables: Any,
 ) -> dict[str, float]:
   """Computes mean loss and accuracy over all batches."""
-  sums = [*prefetch.bounded(eval_step(params, batch) for batch in batches)]
+  sums = [
+    *prefetch.bounded(
+      eval_step(params, batch, **variables) for batch in batches
+    )
+  ]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
   return {
     "loss": total["loss"] / total["count"],

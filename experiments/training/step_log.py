@@ -71,7 +71,7 @@ class StepLog:
     Args:
       step: the number of the call's first step.
       taken: the `loop.Taken`; what of it is on the devices is let go.
-      output: the call's `steps.StepOutput`.
+      output: the call's `gradients.StepOutput`.
       waited: total seconds spent waiting for data.
     """
     for leaf in jax.tree.leaves(output):

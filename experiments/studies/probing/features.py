@@ -256,7 +256,11 @@ def _of_run(folder) -> Backbone:
       num_classes=shown["num_classes"],
       seed=0,
     )
-    return apply, checkpoint.load_params(folder, like)
+    known = (
+      checkpoint.load_params(folder, like),
+      checkpoint.load_statistics(folder, apply.statistics),
+    )
+    return lambda known, images: apply(known[0], images, known[1]), known
 
   stored = folder / checkpoint.FOLDER
   files = sorted(path for path in stored.rglob("*") if path.is_file())
@@ -268,7 +272,9 @@ def _of_run(folder) -> Backbone:
     shape,
     shown["mean"],
     shown["std"],
-    workdir_lib.fingerprint(named, section),
+    workdir_lib.fingerprint(
+      named, section | models.fingerprints(config_dict.ConfigDict(section))
+    ),
   )
 
 

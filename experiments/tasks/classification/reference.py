@@ -227,6 +227,12 @@ def _load_run_outputs(where, config, data, devices):
     seed=0,
   )
   params = checkpoint.load_params(where, devices.place(like))
+  variables = {}
+  if apply.about:
+    variables["statistics"] = checkpoint.load_statistics(
+      where, devices.place(apply.statistics)
+    )
+  section |= models.fingerprints(config_dict.ConfigDict(section))
   flip = bool(config.data.flip)
   fingerprint = workdir_lib.fingerprint(
     checkpoint.fingerprint(params), section, shown, data.train.fingerprint, flip
@@ -235,14 +241,18 @@ def _load_run_outputs(where, config, data, devices):
   file = where / f"outputs_{fingerprint}.npy"
   outputs = cache.read(file, (2, *shape) if flip else shape)
   if not devices.agree(outputs is not None):  # all processes compute, or none
-    apply = jax.jit(apply, out_shardings=devices.whole)
+    outputs_fn = jax.jit(
+      lambda known, images: apply(known[0], images, **known[1]),
+      out_shardings=devices.whole,
+    )
+    known = params, variables
     images = data.train.images
     # The reference sees images scaled as they were when it was trained.
     scaling = {"mean": shown["mean"], "std": shown["std"]}
-    outputs = _outputs(apply, params, images, config, scaling, devices)
+    outputs = _outputs(outputs_fn, known, images, config, scaling, devices)
     if flip:
       mirrored = images[:, :, ::-1]
-      mirrored = _outputs(apply, params, mirrored, config, scaling, devices)
+      mirrored = _outputs(outputs_fn, known, mirrored, config, scaling, devices)
       outputs = np.stack([outputs, mirrored])
     if devices.process[0] == 0:
       cache.write(file, outputs)

@@ -1,13 +1,14 @@
 """Images with class labels, some of which may be wrong."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
 
 from configs import classification as classification_config
+from experiments import models
 from experiments.data import filters, noise, pipeline, sources
 from experiments.models import initial
 from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
@@ -92,13 +93,15 @@ class Classification(Task):
         data.train.fingerprint, data.labels.labels, **shuffled
       )
     }
+    self.fingerprints |= models.fingerprints(config.model)
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
     self.data_fingerprints = filters.fingerprints(
       config, data.train, data.labels
     )
+    self._apply, self.statistics = apply, apply.statistics
     self.losses_fn = losses.make_losses_fn(apply)
-    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply))
+    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply), apply)
     self._eval_step = evaluation.make_eval_step(self.losses_fn)
 
   @classmethod
@@ -192,14 +195,18 @@ class Classification(Task):
       **self._scaling,
     )
 
-  def evaluate(self, params: Any) -> dict[str, float]:
+  def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
     """See `Task`."""
     self._test_batches.set_state(self._test_start)
     batches = (
       self.devices.put(self.take(batch).seen) for batch in self._test_batches
     )
-    found = evaluation.evaluate(self._eval_step, params, batches)
+    found = evaluation.evaluate(self._eval_step, params, batches, **variables)
     return {f"test_{name}": value for name, value in found.items()}
+
+  def check_losses_fn(self) -> Callable[..., Any]:
+    """See `Task`."""
+    return losses.make_training_losses_fn(self._apply)
 
   def check_batch(self) -> Any:
     """See `Task`."""
@@ -249,7 +256,8 @@ class Classification(Task):
     """See `Task`."""
     wanted = config.study.reference
     # Another architecture has no use for the learner's weights.
-    own = {"model.pretrained": None} if wanted.model or wanted.widths else {}
+    own = {"model.pretrained": None, "model.options": wanted.options}
+    own = own if wanted.model or wanted.widths or wanted.options else {}
     fields = {
       "model.name": wanted.model,
       "model.widths": tuple(wanted.widths),
