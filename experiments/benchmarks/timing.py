@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from experiments.runtime import prefetch
 from experiments.training import trainer
 
 
@@ -48,10 +47,8 @@ class TrainStep:
 def first_step(run: trainer.Run, state: Any) -> TrainStep:
   """A step of a run on its first batch, which the run still has before it."""
   start = run.batches.get_state()
-  read = prefetch.Read(next(run.batches), run.batches.get_state(), 0)
+  _, *given = run.example(next(run.batches))
   run.batches.set_state(start)
-  taken = run.take(0, read)
-  given = taken.reference, jax.device_put(taken.batch)
   return TrainStep(run.train_step, state, *given)
 
 

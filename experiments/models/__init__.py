@@ -13,6 +13,7 @@ from experiments.models.efficientnet import EfficientNetLite0
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
+from experiments.runtime import programs
 
 # For each name the module, and its options from `config.model`.
 MODELS: dict[
@@ -139,10 +140,11 @@ def _create(config, input_shape, num_classes, seed, method):
       f" expected '' with config.model.name={config.name!r}."
     )
   module, options = MODELS[config.name]
-  model = module(
-    input_shape=tuple(input_shape),
-    num_classes=num_classes,
-    rngs=nnx.Rngs(seed),
-    **{**options(config), "dtype": transformer.activations(config)},
-  )
+  with programs.run_once():
+    model = module(
+      input_shape=tuple(input_shape),
+      num_classes=num_classes,
+      rngs=nnx.Rngs(seed),
+      **{**options(config), "dtype": transformer.activations(config)},
+    )
   return apply_lib.from_nnx(model, config.name, method)

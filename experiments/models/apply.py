@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import transformer
+from experiments.runtime import programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +118,8 @@ def from_nnx(
     model, nnx.Param, nnx.RngState, _is_statistic, ...
   )
   params, streams, statistics, constants = states
+  if not jax.tree.leaves((streams, statistics, constants)):
+    return _make_plain(evaluated, name, method), nnx.to_pure_dict(params)
   model.train()
   trained = nnx.graphdef(model)
   kept = nnx.to_pure_dict(statistics) or ()
@@ -132,6 +135,18 @@ def from_nnx(
 
   trains = bool(kept) or bool(jax.tree.leaves(streams))
   return Apply(forward, name, trains, kept), nnx.to_pure_dict(params)
+
+
+@programs.once
+def _make_plain(graph, name, method):
+  """Makes one function for one architecture: it is compiled once."""
+
+  def forward(params, statistics, images, key):
+    del key
+    model = nnx.merge(graph, params)
+    return transformer.widen(getattr(model, method)(images)), statistics
+
+  return Apply(forward, name)
 
 
 def from_linen(

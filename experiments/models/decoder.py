@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from experiments.models import transformer
+from experiments.runtime import programs
 
 
 class Decoder(nnx.Module):
@@ -159,8 +160,14 @@ def create(
     **{**config.decoder, "dtype": transformer.activations(config)},
   )
   graph, state = nnx.split(model)
+  return _make_apply(graph), nnx.to_pure_dict(state)
+
+
+@programs.once
+def _make_apply(graph):
+  """Makes one function for one architecture: it is compiled once."""
 
   def apply(params, tokens):
     return nnx.merge(graph, params)(tokens)
 
-  return apply, nnx.to_pure_dict(state)
+  return apply

@@ -56,7 +56,8 @@ def create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
   params = place(params)
-  apply = dataclasses.replace(apply, statistics=place(apply.statistics))
+  if apply.statistics != ():  # else the function is one for all runs
+    apply = dataclasses.replace(apply, statistics=place(apply.statistics))
   if source is None:
     return apply, params
   if "head" not in params:

@@ -74,6 +74,12 @@ class Reference(NamedTuple):
   # `for_batch(batch) -> the step's reference`, for a batch as it was read;
   # of several processes each gives its own rows.
   for_batch: Callable[[Any], Any]
+  constant: bool = False  # True: the same for every batch
+
+  @property
+  def differs(self) -> bool:
+    """True if batches have references of their own."""
+    return self.params is None and not self.constant
 
 
 class Rows(NamedTuple):
@@ -147,6 +153,8 @@ class Task(abc.ABC):
     fingerprints: of all that a run depends on beside config and reference.
     data_fingerprints: the data that a filter of the run's scores belongs to.
     last: closes the optimizer's chain; None: nothing does.
+    resident: a tree of arrays that stay on the devices and go into every step;
+      None: there are none.
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
@@ -175,6 +183,7 @@ class Task(abc.ABC):
   fingerprints: dict[str, str]
   data_fingerprints: dict[str, str]
   last: optax.GradientTransformation | None = None
+  resident: Any = None
 
   @abc.abstractmethod
   def __init__(
@@ -295,6 +304,29 @@ class Task(abc.ABC):
   def samples(self) -> int | None:
     """The number of training samples; None if it is unknown."""
     return None
+
+  def expand(self, batch: Any, resident: Any) -> Any:
+    """Makes a batch what the losses take; compiled with the steps.
+
+    A task whose batches are uploaded in another form assigns it to itself as a
+    function from a factory that `programs.once` keeps: a method would belong
+    to one task, and its programs to one run.
+
+    Args:
+      batch: as it was uploaded, with its `mask`.
+      resident: the task's.
+
+    Returns:
+      The batch.
+    """
+    del resident
+    return batch
+
+  @property
+  def expansion(self) -> Callable[[Any, Any], Any] | None:
+    """The task's `expand`; None where batches are uploaded as they are."""
+    own = getattr(self.expand, "__func__", None) is not Task.expand
+    return self.expand if own else None
 
   @abc.abstractmethod
   def take(self, batch: dict[str, np.ndarray]) -> Rows:

@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.runtime import prefetch, programs
 
+
+@programs.once
 def make_eval_step(
   losses_fn: Callable[..., Any],
 ) -> Callable[..., dict[str, jax.Array]]:
@@ -34,7 +37,11 @@ def evaluate(
   **variables: Any,
 ) -> dict[str, float]:
   """Computes mean loss and accuracy over all batches."""
-  sums = [eval_step(params, batch, **variables) for batch in batches]
+  sums = [
+    *prefetch.bounded(
+      eval_step(params, batch, **variables) for batch in batches
+    )
+  ]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
   return {
     "loss": total["loss"] / total["count"],

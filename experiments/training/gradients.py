@@ -19,6 +19,10 @@ from gradmimic_jax.scores import Score
 Gradient = Callable[[Any, Any, Any], tuple[Any, "StepOutput"]]
 
 
+# Directions whose reference is another batch.
+BATCHES = ("clean_gradient", "noisy_gradient", "test_gradient")
+
+
 class StepOutput(NamedTuple):
   """Outputs of one train step; they stay on the device until they are read."""
 
@@ -55,7 +59,7 @@ def make_direction(
   if name == "outputs":
     assert outputs is not None
     return outputs.direction
-  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
+  if name in BATCHES:
     return gm.toward_clean_gradient(
       lambda params, batch, **variables: losses_fn(params, batch, **variables)[
         0

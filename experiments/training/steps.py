@@ -133,6 +133,7 @@ def make_train_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] | None = None,
   average: float = 0.0,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
@@ -146,13 +147,16 @@ def make_train_step(
       `check_independence`.
     outputs: the task's, for methods that go by outputs and for models whose
       training isn't as evaluation; they then replace losses_fn.
+    expand: `(batch, resident) -> batch`, the task's, which comes before any
+      loss; None: batches come as losses_fn takes them.
     average: decay of the exponential average, as in `make_step`.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. `reference` is the input of the method's direction: a parameter
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
+    The state is donated. `resident` is what `expand` takes from beside the
+    batch. `reference` is the input of the method's direction: a parameter
     tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
     steps without a direction ignore it. Samples whose loss (or score, or
     divergence, by the method) is not finite get no weight and are counted in
@@ -176,8 +180,16 @@ def make_train_step(
     gradient = gradients.make_attached(losses_fn, method, outputs)
   else:
     gradient = gradients.make_mimic(losses_fn, method, config, outputs)
+  is_batch = method is not None and method.direction in gradients.BATCHES
+  step = make_step(
+    _with_keys(gradient),
+    tx,
+    average=average,
+    expand=expand,
+    reference_is_batch=is_batch,
+  )
   return jax.jit(
-    make_step(_with_keys(gradient), tx, average=average),
+    step,
     donate_argnums=0,
     out_shardings=out_shardings,
   )
@@ -203,7 +215,9 @@ def make_step(
   tx: optax.GradientTransformation,
   *,
   average: float = 0.0,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
+  expand: Callable[[Any, Any], Any] | None = None,
+  reference_is_batch: bool = False,
+) -> Callable[..., tuple[TrainState, StepOutput]]:
   """Makes a step as `make_train_step` does, by any gradient, and not jitted.
 
   Args:
@@ -213,12 +227,17 @@ def make_step(
       d^(t-i) x_i / sum_i d^(t-i)` over the parameters and statistics x_i that
       steps 1 to t left behind; those before the first step are not in it. 0:
       there is none.
+    expand: as in `make_train_step`.
+    reference_is_batch: whether the reference is a batch, to be expanded too.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`.
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
   """
 
-  def train_step(state, reference, batch):
+  def train_step(state, reference, batch, resident=None):
+    batch = _expanded(expand, batch, resident)
+    if reference_is_batch:
+      reference = _expanded(expand, reference, resident)
     grads, output = gradient(state, reference, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -244,6 +263,10 @@ def make_step(
   return train_step
 
 
+def _expanded(expand, batch, resident):
+  return batch if expand is None else expand(batch, resident)
+
+
 def _average(state, decay):
   """Moves the average toward a state, by `(1 - decay) / (1 - decay^step)`."""
   step = state.step.astype(jnp.float32)
@@ -263,8 +286,9 @@ def make_score_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
-) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+) -> Callable[..., dict[str, jax.Array]]:
   """Makes a jitted step that scores a batch and changes nothing.
 
   Args:
@@ -273,13 +297,14 @@ def make_score_step(
     config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
       `check_independence`.
     outputs: as in `make_train_step`.
+    expand: as in `make_train_step`.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
-    `score_step(params, reference, batch) -> {"score", "loss"}`, each `[B]`; NaN
-    where a sample is not finite. `reference` is as in `make_train_step`. Models
-    are evaluated, not trained: without dropout, and by the statistics that are
-    given as the keyword argument `statistics`.
+    `score_step(params, reference, batch, resident=None) -> {"score", "loss"}`,
+    each `[B]`; NaN where a sample is not finite. `reference` and `resident` are
+    as in `make_train_step`. Models are evaluated, not trained: without dropout,
+    and by the statistics that are given as the keyword argument `statistics`.
 
   Raises:
     ValueError: a method without scores of single samples, or microbatches of
@@ -295,7 +320,10 @@ def make_score_step(
     **gradients.make_options(losses_fn, method, config, outputs)
   )
 
-  def score_step(params, reference, batch, **variables):
+  def score_step(params, reference, batch, resident=None, **variables):
+    batch = _expanded(expand, batch, resident)
+    if method.direction in gradients.BATCHES:
+      reference = _expanded(expand, reference, resident)
     found = scores_fn(params, reference, batch, mask=batch["mask"], **variables)
     return {"score": found.scores, "loss": found.losses}
 

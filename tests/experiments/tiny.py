@@ -15,7 +15,7 @@ import numpy as np
 import gradmimic_jax as gm
 from configs import digits, language, shapes
 from experiments.runtime import checkpoint, metrics
-from experiments.training import steps, trainer
+from experiments.training import calls, steps, trainer
 
 TASKS = ("classification", "contrastive", "language")
 _ALL = {
@@ -109,41 +109,75 @@ def _text():
 @contextlib.contextmanager
 def nudged() -> Iterator[None]:
   """Each step of a run goes some way off, the same one; nothing is compiled."""
-  with mock.patch.object(steps, "make_train_step", return_value=_nudge):
+  call = calls.Call(1, _nudge)
+  with (
+    mock.patch.object(calls, "make", return_value=(None, lambda *_: call)),
+    mock.patch.object(calls, "choose_length", return_value=1),
+  ):
     yield
 
 
-def _nudge(state, reference, batch):
+def _nudge(state, *_):
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
   )
-  metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
+  metrics = {name: jnp.zeros([1]) for name in ("loss", "nonfinite", "skipped")}
   return state._replace(params=params), steps.StepOutput(metrics, {})
+
+
+@contextlib.contextmanager
+def around_calls(
+  before: Callable[[int, int], None] = lambda step, count: None,
+  after: Callable[[int, int], None] = lambda step, count: None,
+) -> Iterator[list]:
+  """Calls functions around a run's calls, with their steps done and to do.
+
+  Steps are counted from the run's start or restart. Gives a list, which gets
+  the results of `calls.make`.
+  """
+  make, made = calls.make, []
+
+  def make_eventful(*args, **options):
+    step, make_call = make(*args, **options)
+    made.append((step, make_call))
+    done = 0
+
+    def eventful_call(*given):
+      call = make_call(*given)
+
+      def eventful(*args):
+        nonlocal done
+        count = int(np.sum(args[-1]))
+        before(done, count)
+        result = call.function(*args)
+        after(done, count)
+        done += count
+        return result
+
+      return call._replace(function=eventful)
+
+    return step, eventful_call
+
+  with mock.patch.object(calls, "make", make_eventful):
+    yield made
 
 
 @contextlib.contextmanager
 def before_step(count: int, happens: Callable[[], None]) -> Iterator[list]:
   """A run calls `happens` before its step `count`, which it has to reach.
 
-  Gives a list, which gets the step that it makes.
+  Several steps go into a call: it happens before the call of that one.
+  Gives a list, as `around_calls`.
   """
-  make_step, reached, made = steps.make_train_step, [], []
+  reached = []
 
-  def make_eventful(*args, **options):
-    step, done = make_step(*args, **options), []
-    made.append(step)
+  def before(step, to_do):
+    if step <= count < step + to_do:
+      reached.append(None)
+      happens()
 
-    def eventful(*args):
-      if len(done) == count:
-        reached.append(None)
-        happens()
-      done.append(None)
-      return step(*args)
-
-    return eventful
-
-  with mock.patch.object(steps, "make_train_step", make_eventful):
+  with around_calls(before) as made:
     yield made
   assert reached, f"the run has ended before step {count}."
 

@@ -11,11 +11,13 @@ import optax
 
 import gradmimic_jax as gm
 from experiments import models
+from experiments.runtime import programs
 from experiments.tasks.base import Outputs
 
 Apply = models.Apply | Callable[[Any, jax.Array], jax.Array]
 
 
+@programs.once
 def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Makes the cross-entropy per sample, with hits as aux.
 
@@ -35,6 +37,7 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
   return losses_fn
 
 
+@programs.once
 def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   """Makes `outputs_fn(params, batch) -> logits [B, C]`, from `image`."""
 
@@ -78,6 +81,7 @@ def make_training_losses_fn(
   return losses_fn
 
 
+@programs.once
 def make_outputs(
   outputs_fn: Callable[..., jax.Array], apply: models.Apply | None = None
 ) -> Outputs:

@@ -20,6 +20,7 @@ from experiments.runtime import (
   cache,
   checkpoint,
   distributed,
+  prefetch,
   workdir as workdir_lib,
 )
 from experiments.tasks.base import Reference, finished_run
@@ -105,7 +106,7 @@ def _one_batch(images, labels, rows, data, devices):
   batch = _gather(images, labels, rows, data)
   fingerprint = checkpoint.fingerprint(batch)
   batch = jax.tree.map(jnp.asarray, devices.place_shared(batch))
-  return Reference(fingerprint, None, lambda _: batch)
+  return Reference(fingerprint, None, lambda _: batch, constant=True)
 
 
 def _independent_batches(config, data, devices):
@@ -290,7 +291,9 @@ def _outputs(apply, params, images, config, scaling, devices):
   )
   put = devices.put_own
   # Fetched at once: fetching batch by batch would make each wait.
-  parts = [apply(params, put(batch["image"])) for batch in batches]
+  parts = [
+    *prefetch.bounded(apply(params, put(batch["image"])) for batch in batches)
+  ]
   return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
 
 

@@ -17,7 +17,13 @@ import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks
-from experiments.training import reference_check, scoring, steps, trainer
+from experiments.training import (
+  calls,
+  reference_check,
+  scoring,
+  steps,
+  trainer,
+)
 
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
@@ -114,17 +120,23 @@ def runs(tmp_path_factory, digits_dir):
 
 @small_models
 def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
-  config, folder, result, (step,) = runs.whole(task)
+  config, folder, result, ((_, make_call),) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
 
   def again(state, *args):
     # Of new arrays, as before: those of a checkpoint are on a certain device,
     # which is another program. The slow test compiles it.
-    return step(
+    return call.function(
       jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state), *args
     )
 
-  monkeypatch.setattr(steps, "make_train_step", lambda *_, **options: again)
+  call = make_call(2, False)
+  monkeypatch.setattr(
+    calls,
+    "make",
+    lambda *_, **options: (None, lambda *_: call._replace(function=again)),
+  )
+  monkeypatch.setattr(calls, "choose_length", lambda *_, **options: 2)
   found = trainer.train_and_evaluate(config, tmp_path / "run")
   assert {**found, "seconds": 0} == {**result, "seconds": 0}
   tiny.assert_same_run(folder, tmp_path / "run", runs.made(task).params)
@@ -181,7 +193,7 @@ def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
   config, _, _, _ = runs.whole(task)
   folder = runs.folder / task / "checked"
 
-  def stop(run):
+  def stop(run, *_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
