@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from experiments.data import digits, pipeline, sources, streams
+from experiments.data.sources import decoded, tfds as tfds_source
 
 REPOSITORY = pathlib.Path(__file__).parents[3]
 CIFAR10 = REPOSITORY.parent / "shared" / "tfds"
@@ -121,9 +122,9 @@ class TestSources:
     assert tail.fingerprint != train.fingerprint
 
   def test_positions_stand_in_for_ids(self, prepared_dir):
-    builder = sources._find("digits", str(prepared_dir))
+    builder = tfds_source._find("digits", str(prepared_dir))
     np.testing.assert_array_equal(
-      sources._positions(builder, "train[1435:]+test[:1]"),
+      tfds_source._positions(builder, "train[1435:]+test[:1]"),
       ["train_01435", "train_01436", "test_00000"],
     )
 
@@ -422,7 +423,7 @@ def test_tones_of_16_bits_are_kept():
   content = io.BytesIO()
   Image.fromarray(ramp[:, None].repeat(3, axis=1)).save(content, "PNG")
   for mode, channels in (("L", 1), ("RGB", 3)):
-    found = sources._decode_image(content.getvalue(), mode, None)
+    found = decoded._decode_image(content.getvalue(), mode, None)
     assert found.shape == (256, 3, channels)
     np.testing.assert_array_equal(found[:, 0, 0], np.arange(256))
 
