@@ -69,7 +69,7 @@ def measure(
       keep_every=0,
     ),
     fingerprint=run.fingerprint,
-    train_step=run.train_step,
+    train_step=lambda *given: run.train_step(*given, run.task.resident),
     take=run.take,
     evaluate=alone,
     ledger=run.ledger(),
@@ -114,6 +114,7 @@ class _Alone:
       jax.tree.map(jnp.copy, run.state),
       taken.reference,
       jax.device_put(taken.batch),
+      run.task.resident,
     )
     self.pairs: list[tuple[float, float]] = []
     self._watch = timing.Watch()

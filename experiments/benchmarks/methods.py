@@ -97,7 +97,8 @@ class _Step:
     run = trainer.Run(copy.lock(), folder)
     with contextlib.closing(run.task):
       taken = run.take(0, prefetch.Read(next(run.batches), None, 0))
-    given = taken.reference, jax.device_put(taken.batch)
+    batch = jax.device_put(taken.batch)
+    given = taken.reference, batch, run.task.resident
     compiled = run.train_step.lower(run.state, *given).compile()
     self.memory = timing.temporaries(compiled)
     self.step = timing.TrainStep(compiled, run.state, *given)

@@ -152,7 +152,7 @@ class Reader:
 
   def read(
     self,
-    positions: Sequence[int],
+    positions: Sequence[int] | np.ndarray,
     draws: np.ndarray | None = None,
     scale: tuple[float, float] = (1.0, 1.0),
   ) -> tuple[np.ndarray, dict[int, str]]:
@@ -172,7 +172,7 @@ class Reader:
     """
     found = np.zeros((len(positions), *self.shape), self.dtype)
     bad = {}
-    stored = self.source.read(positions)
+    stored = self.source.read(np.asarray(positions).tolist())
     for row, (at, sample) in enumerate(zip(positions, stored, strict=True)):
       try:
         array = self.transform.decode(
@@ -218,8 +218,9 @@ def random_box(
     pixels = width * height * (low + (high - low) * area)
     logs = math.log(RATIO[0]), math.log(RATIO[1])
     ratio = math.exp(logs[0] + (logs[1] - logs[0]) * ratio)
-    wide, tall = round(math.sqrt(pixels * ratio)), round(
-      math.sqrt(pixels / ratio)
+    wide, tall = (
+      round(math.sqrt(pixels * ratio)),
+      round(math.sqrt(pixels / ratio)),
     )
     if 0 < wide <= width and 0 < tall <= height:
       x = int(left * (width - wide + 1))

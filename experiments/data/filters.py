@@ -26,7 +26,7 @@ _FORMATS: dict[str, Callable[..., np.ndarray]] = {
 
 def fingerprints(
   config: config_dict.ConfigDict,
-  train_set: sources.Dataset,
+  train_set: sources.Source,
   labels: noise.NoisyLabels,
 ) -> dict[str, str]:
   """Describes the inputs that a filter belongs to, in words and hashes.
@@ -123,7 +123,7 @@ def _digest(labels):
 def read(
   path: str,
   config: config_dict.ConfigDict,
-  train_set: sources.Dataset,
+  train_set: sources.Source,
   labels: noise.NoisyLabels,
 ) -> np.ndarray:
   """Reads the positions that a filter keeps; counts ids that are missing.

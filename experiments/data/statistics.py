@@ -42,9 +42,7 @@ def measure(
       f"config.data.statistics_samples is {samples}; expected at least 1"
     )
   key = ("statistics", images.source.fingerprint, images.reader.transform)
-  return store.keep(
-    (*key, samples), lambda: _measure(images, samples, devices)
-  )
+  return store.keep((*key, samples), lambda: _measure(images, samples, devices))
 
 
 def _measure(images, samples, devices):
@@ -63,7 +61,8 @@ def _measure(images, samples, devices):
   if not total:
     raise ValueError(
       f"none of the images of {images.source} that were looked at for their"
-      " mean and deviation can be used; set config.data.mean and config.data.std"
+      " mean and deviation can be used; set config.data.mean and"
+      " config.data.std"
     )
   levels = np.arange(256) / 255
   mean = counts @ levels / total

@@ -1,4 +1,4 @@
-"""A source's samples as arrays: on the devices, in memory, or decoded each time.
+"""A source's samples: on the devices, in memory, or decoded each time.
 
 Where they live ("residence") is chosen by size, and changes no batch:
 
@@ -91,6 +91,12 @@ class BadImages:
       " allow more"
     )
 
+  def share(self, devices: distributed.Devices) -> None:
+    """Adds what the other processes have found; all call this at once."""
+    if devices.process[1] > 1:
+      for text in distributed.gather_texts(json.dumps(self.found)):
+        self.add({int(at): reason for at, reason in json.loads(text).items()})
+
   def listed(self) -> dict[str, str]:
     """Returns the reasons by the images' ids, in the source's order."""
     return {
@@ -146,6 +152,7 @@ class Images:
     reader: Reads and decodes them.
     shape: Of a sample as a model sees it, [H, W, C] or [D].
     residence: "device", "memory" or "stream".
+    threads: That decode.
     bad: Those that can't be used, as far as is known.
   """
 
@@ -178,10 +185,14 @@ class Images:
     self.source = source
     self.bad = BadImages(source, bad_share)
     self._devices = devices or distributed.Devices.alone()
-    self._threads = cores() if threads is None else threads
-    self.reader = decoding.Reader(source, transform, self._find_shape(transform))
+    self.threads = cores() if threads is None else threads
+    self.reader = decoding.Reader(
+      source, transform, self._find_shape(transform)
+    )
     self.shape = self.reader.shape
-    self.bytes = len(source) * math.prod(self.shape) * self.reader.dtype.itemsize
+    self.bytes = (
+      len(source) * math.prod(self.shape) * self.reader.dtype.itemsize
+    )
     self.residence, reason = self._choose(residence, random_crop)
     self._shard: np.ndarray | None = None
     logging.info(
@@ -253,19 +264,23 @@ class Images:
     scale: tuple[float, float] = (1.0, 1.0),
   ) -> tuple[np.ndarray, dict[int, str]]:
     """Reads samples into memory, as `decoding.Reader`; counts no bad ones."""
-    positions = np.asarray(positions, np.int64)
     if self.residence == "memory":
-      return self._decoded.read(self.reader, positions)
+      return self._decoded.read(self.reader, np.asarray(positions, np.int64))
     return self.reader.read(positions, draws, scale)
 
   def read_own(self, positions: Sequence[int]) -> Iterable[np.ndarray]:
     """Yields samples of this process's `shard`, some at a time; no bad ones."""
-    positions = np.asarray(positions, np.int64)
-    chunks = np.split(positions, range(_CHUNK, len(positions), _CHUNK))
-    read, threads = self.read, self._threads
+    wanted = np.asarray(positions, np.int64)
+    chunks = np.split(wanted, range(_CHUNK, len(wanted), _CHUNK))
+    read: Any = self.read
+    threads = self.threads
     if self.residence == "device":
-      shard, start = self._read_shard(), self.shard.start
-      read, threads = (lambda chunk: (shard[chunk - start], self.bad.found)), 0
+      shard, first = self._read_shard(), self.shard.start
+
+      def read(chunk):
+        return shard[chunk - first], self.bad.found
+
+      threads = 0
     for chunk, (found, bad) in zip(
       chunks, in_threads(read, chunks, threads), strict=True
     ):
@@ -300,10 +315,8 @@ class Images:
   def _place(self):
     shard, devices = self._read_shard(), self._devices
     self._shard = None
+    self.bad.share(devices)
     bad = dict(self.bad.found)
-    if devices.process[1] > 1:
-      for text in distributed.gather_texts(json.dumps(bad)):
-        bad.update({int(at): reason for at, reason in json.loads(text).items()})
     if devices.mesh is None:
       return jax.device_put(shard), bad
     whole = devices.agree(self.bytes <= device_room())
@@ -324,7 +337,7 @@ class Images:
       shard = np.zeros((rows, *self.shape), self.reader.dtype)
       starts = range(0, len(own), _CHUNK)
       chunks = [own[start : start + _CHUNK] for start in starts]
-      read = in_threads(self.reader.read, chunks, self._threads)
+      read = in_threads(self.reader.read, chunks, self.threads)
       for start, (found, bad) in zip(starts, read, strict=True):
         shard[start : start + len(found)] = found
         self.bad.add(bad)

@@ -57,6 +57,9 @@ class Augmentation(NamedTuple):
   crop_scale: tuple[float, float] | None = None
 
 
+PLAIN = Augmentation()
+
+
 class Planned(NamedTuple):
   """One batch of all processes, before any sample is read."""
 
@@ -82,7 +85,7 @@ class Plan:
     batch_size: int,
     seed: int | None,
     indices: np.ndarray | Sequence[int] | None = None,
-    augmentation: Augmentation = Augmentation(),
+    augmentation: Augmentation = PLAIN,
   ):
     """Checks what is asked for.
 
@@ -119,12 +122,16 @@ class Plan:
       rows = np.append(rows, np.full(size - len(rows), rows[0]))
     flipped = draws = None
     if self._augmentation.flip:
-      rng = np.random.default_rng((self._seed, streams.FLIP, step))
-      flipped = rng.random(size) < 0.5
+      flipped = self._rng(streams.FLIP, step).random(size) < 0.5
     if self._augmentation.crop_scale is not None:
-      rng = np.random.default_rng((self._seed, streams.CROP, step))
-      draws = rng.random((size, decoding.ATTEMPTS, 4))
+      shape = (size, decoding.ATTEMPTS, 4)
+      draws = self._rng(streams.CROP, step).random(shape)
     return Planned(rows, mask, flipped, draws)
+
+  def _rng(self, stream, number):
+    if self._seed is None:
+      raise ValueError("an order that is kept has no augmentation, got no seed")
+    return np.random.default_rng((self._seed, stream, number))
 
   def _order(self, epoch):
     # grain's own shuffle maps one index at a time in Python, and gives epoch 1
@@ -133,8 +140,7 @@ class Plan:
       return self.positions
     order = self._orders.get(epoch)
     if order is None:
-      rng = np.random.default_rng((self._seed, streams.ORDER, epoch))
-      order = rng.permutation(self.positions)
+      order = self._rng(streams.ORDER, epoch).permutation(self.positions)
       # Threads may be in two epochs at once.
       self._orders = {epoch: order, **dict([*self._orders.items()][:1])}
     return order
@@ -202,7 +208,7 @@ class Batches:
     plan: Plan,
     *,
     num_epochs: int | None,
-    augmentation: Augmentation = Augmentation(),
+    augmentation: Augmentation = PLAIN,
     process: tuple[int, int] = (0, 1),
     workers: int = 0,
     worker_processes: bool = False,
@@ -242,20 +248,20 @@ class Batches:
         " expected a number from 0 on, below a count that divides the batch"
       )
     if num_epochs is not None and num_epochs < 1:
-      raise ValueError(
-        f"num_epochs must be positive or None, got {num_epochs}"
-      )
+      raise ValueError(f"num_epochs must be positive or None, got {num_epochs}")
     if workers < 0:
       raise ValueError(f"workers must not be negative, got {workers}")
-    self.steps = None if num_epochs is None else num_epochs * plan.steps_per_epoch
+    self.steps = (
+      None if num_epochs is None else num_epochs * plan.steps_per_epoch
+    )
     self._images, self._step = images, 0
     self._workers = 0 if images.residence == "device" else workers
     self._processes = worker_processes and images.residence == "stream"
-    read = images.read
-    if images.residence == "device":
-      read = None
-    elif images.residence == "stream":
-      read = images.reader.read
+    read: Any = {
+      "device": None,
+      "memory": images.read,
+      "stream": images.reader.read,
+    }[images.residence]
     self._make = _Maker(
       plan, labels.astype(np.int32), process, augmentation.crop_scale, read
     )
@@ -341,7 +347,7 @@ def train_batches(
   seed: int,
   num_epochs: int | None = None,
   indices: np.ndarray | None = None,
-  augmentation: Augmentation = Augmentation(),
+  augmentation: Augmentation = PLAIN,
   **options: Any,
 ) -> Batches:
   """Makes batches of epochs, each a fresh permutation of all the samples.
@@ -423,7 +429,7 @@ def fingerprint(
   batch_size: int,
   seed: int,
   indices: np.ndarray | None = None,
-  augmentation: Augmentation = Augmentation(),
+  augmentation: Augmentation = PLAIN,
   transform: decoding.Transform | None = None,
   mean: float | Sequence[float] = 0.0,
   std: float | Sequence[float] = 1.0,

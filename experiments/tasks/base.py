@@ -127,6 +127,7 @@ class Task(abc.ABC):
     fingerprints: of all that a run depends on beside config and reference.
     data_fingerprints: the data that a filter of the run's scores belongs to.
     last: closes the optimizer's chain; None: nothing does.
+    resident: a tree of arrays that stay on the devices, for `expand`.
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
@@ -154,6 +155,7 @@ class Task(abc.ABC):
   fingerprints: dict[str, str]
   data_fingerprints: dict[str, str]
   last: optax.GradientTransformation | None = None
+  resident: Any = None
 
   @abc.abstractmethod
   def __init__(
@@ -278,6 +280,19 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def take(self, batch: dict[str, np.ndarray]) -> Rows:
     """Takes a training batch apart."""
+
+  def expand(self, batch: Any, resident: Any) -> Any:
+    """Makes the model's input of `Rows.seen`, inside the jitted step.
+
+    Args:
+      batch: a batch, on the devices.
+      resident: as the attribute.
+
+    Returns:
+      The batch, as losses see it; one that was expanded stays as it is.
+    """
+    del resident
+    return batch
 
   @abc.abstractmethod
   def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:

@@ -193,6 +193,7 @@ class _Scoring:
       method,
       task.config.mimic,
       task.outputs,
+      expand=task.expand,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)
@@ -266,6 +267,7 @@ class _Scoring:
             params,
             self.reference and self.reference.for_batch(batch),
             self.devices.put(rows.seen),
+            self.task.resident,
           )
           pending.append((at, epoch, rows, output))
           at += 1

@@ -55,6 +55,12 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
   return sharding.make_param_shardings(state, mesh), StepOutput(whole, rows)
 
 
+def keep(batch: Any, resident: Any) -> Any:
+  """Keeps a batch as it is; see `Task.expand`."""
+  del resident
+  return batch
+
+
 def make_train_step(
   losses_fn: Callable[..., Any],
   tx: optax.GradientTransformation,
@@ -62,6 +68,7 @@ def make_train_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] = keep,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
@@ -74,14 +81,15 @@ def make_train_step(
       `check_independence`.
     outputs: the task's, for methods that go by outputs; they then replace
       losses_fn.
+    expand: as `Task.expand`.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`. The state is
-    donated. `reference` is the input of the method's direction: a parameter
-    tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
-    steps without a direction ignore it. Samples whose loss (or score, or
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
+    The state is donated. `reference` is the input of the method's direction: a
+    parameter tree, the outputs `[B, C]` or norms `[B]` for this batch, or
+    another batch; steps without a direction ignore it. Samples whose loss (or score, or
     divergence, by the method) is not finite get no weight and are counted in
     `metrics["nonfinite"]`; entries of the gradient that they reach are 0. Where
     no sample is left, or the gradient is not finite all the same, parameters
@@ -98,9 +106,12 @@ def make_train_step(
     gradient = _attached_gradient(losses_fn, method, outputs)
   else:
     gradient = _mimic_gradient(losses_fn, method, config, outputs)
-  return jax.jit(
-    make_step(gradient, tx), donate_argnums=0, out_shardings=out_shardings
-  )
+  step = make_step(gradient, tx)
+
+  def train_step(state, reference, batch, resident=None):
+    return step(state, reference, expand(batch, resident))
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def make_step(
@@ -140,8 +151,9 @@ def make_score_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
+  expand: Callable[[Any, Any], Any] = keep,
   out_shardings: Any = None,
-) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+) -> Callable[..., dict[str, jax.Array]]:
   """Makes a jitted step that scores a batch and changes nothing.
 
   Args:
@@ -150,11 +162,13 @@ def make_score_step(
     config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
       `check_independence`.
     outputs: as in `make_train_step`.
+    expand: as `Task.expand`.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
-    `score_step(params, reference, batch) -> {"score", "loss"}`, each `[B]`; NaN
-    where a sample is not finite. `reference` is as in `make_train_step`.
+    `score_step(params, reference, batch, resident=None) -> {"score", "loss"}`,
+    each `[B]`; NaN where a sample is not finite. `reference` is as in
+    `make_train_step`.
 
   Raises:
     ValueError: a method without scores of single samples, or microbatches of
@@ -170,7 +184,8 @@ def make_score_step(
     **_engine_options(losses_fn, method, config, outputs)
   )
 
-  def score_step(params, reference, batch):
+  def score_step(params, reference, batch, resident=None):
+    batch = expand(batch, resident)
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 

@@ -126,6 +126,7 @@ class Run:
       self.method,
       self.config.mimic,
       task.outputs,
+      expand=task.expand,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
@@ -150,7 +151,7 @@ class Run:
         self.batches,
         schedule=self.schedule,
         fingerprint=self.fingerprint,
-        train_step=self.train_step,
+        train_step=lambda *given: self.train_step(*given, self.task.resident),
         take=self.take,
         evaluate=self.task.evaluate,
         ledger=self.ledger(),

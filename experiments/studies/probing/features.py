@@ -15,12 +15,19 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import pipeline, sources
+from experiments.data import sources, statistics, store, stream
 from experiments.models import initial
 from experiments.models.pretrained import (
   vit as pretrained,
 )
-from experiments.runtime import checkpoint, claims, hub, workdir as workdir_lib
+from experiments.runtime import (
+  checkpoint,
+  claims,
+  distributed,
+  hub,
+  workdir as workdir_lib,
+)
+from experiments.tasks.classification import data as data_lib, inputs
 from gradmimic_jax import _files
 
 # Changes with the way in which features are computed.
@@ -74,9 +81,8 @@ def load(
     FileNotFoundError: a data set or a backbone that is not there.
   """
   backbone = _backbone(config)
-  name, where = config.data.name, config.data.data_dir
   stored = {
-    split: sources.stored_fingerprint(name, split, data_dir=where)
+    split: sources.open(config.data, split).fingerprint
     for split in (config.data.train_split, config.data.test_split)
   }
   cache.mkdir(parents=True, exist_ok=True)
@@ -89,6 +95,7 @@ def load(
       stored[config.data.train_split] if backbone.mean is None else "",
       stored[split],
       config.data.image_size,
+      config.data.resize,
       flip,
     )
     return _cached(
@@ -147,31 +154,27 @@ def _read(file) -> Features | None:
 
 def _compute(file, config, split, flip, backbone):
   """Writes a split's features and their description, all or nothing."""
-  data = _images(config, split)
-  if backbone.shape not in (None, data.images.shape[1:]):
+  images = _images(config, split)
+  if backbone.shape not in (None, images.shape):
     raise ValueError(
       f"the backbone {config.model.pretrained} is for images"
       f" {backbone.shape} and those of {config.data.name} are"
-      f" {data.images.shape[1:]}; set config.data.image_size, or take another"
-      " backbone."
+      f" {images.shape}; set config.data.image_size, or take another backbone."
     )
-  scaling = {"mean": backbone.mean, "std": backbone.std}
+  scaling = (backbone.mean, backbone.std)
   if backbone.mean is None:
-    scaling = _scaling_of(_images(config, config.data.train_split).images)
-  views = [data.images]
-  if flip:
-    views.append(data.images[:, :, ::-1])
+    scaling = _scaling_of(config, config.data.train_split)
   apply, params = backbone.make()
   apply = jax.jit(apply)
   values = None
   with _files.replacing(file) as content:
-    for view, images in enumerate(views):
+    count = len(images.source)
+    for view in range(1 + flip):
       start = 0
-      for part in _in_batches(apply, params, images, config, scaling):
+      for part in _in_batches(apply, params, images, config, scaling, view):
         if values is None:
-          shape = (len(views), len(images), part.shape[1])
-          values = _mapped(content, shape)
-        rows = part[: len(images) - start]  # the last batch is padded
+          values = _mapped(content, (1 + flip, count, part.shape[1]))
+        rows = part[: count - start]  # the last batch is padded
         values[view, start : start + len(rows)] = rows
         start += len(rows)
     if values is None:
@@ -186,14 +189,15 @@ def _compute(file, config, split, flip, backbone):
     values.flush()
     content.seek(0)
     digest = hashlib.file_digest(content, "sha256").hexdigest()
+  source = images.source
   about = {
     "sha256": digest,
-    "labels": data.labels.tolist(),
-    "ids": data.ids.tolist(),
-    "num_classes": data.num_classes,
-    "class_names": list(data.class_names),
+    "labels": source.labels.tolist(),
+    "ids": source.ids.tolist(),
+    "num_classes": source.num_classes,
+    "class_names": list(source.class_names),
     "backbone": backbone.fingerprint,
-    "images": data.fingerprint,
+    "images": source.fingerprint,
   }
   about["fingerprint"] = workdir_lib.fingerprint(about)
   workdir_lib.write_json(_about_file(file), about)
@@ -213,33 +217,36 @@ def _mapped(file, shape):
   return np.memmap(file, np.float32, "r+", offset=file.tell(), shape=shape)
 
 
-def _in_batches(apply, params, images, config, scaling):
+def _in_batches(apply, params, images, config, scaling, mirrored):
   """Features of padded batches, each fetched while the next is computed."""
+  expand = jax.jit(inputs.make_expand(*scaling))
   ahead = None
-  for batch in pipeline.eval_batches(
+  for batch in stream.eval_batches(
     images,
-    np.zeros(len(images), np.int32),
+    np.zeros(len(images.source), np.int32),
     batch_size=config.eval_batch_size,
-    **scaling,
+    workers=images.threads,
   ):
-    part = apply(params, batch["image"])
+    shown = {"flipped": np.full(config.eval_batch_size, bool(mirrored))}
+    shown |= {key: batch[key] for key in ("image", "row") if key in batch}
+    part = apply(params, expand(shown, images.resident)["image"])
     if ahead is not None:
       yield np.asarray(ahead, np.float32)
     ahead = part
   yield np.asarray(ahead, np.float32)
 
 
-def _images(config, split):
-  return sources.of_config(config.data, split)
+def _images(config, split) -> store.Images:
+  return data_lib.open_images(config, sources.open(config.data, split))
 
 
-def _scaling_of(images):
+def _scaling_of(config, split):
   """Mean and standard deviation per channel, as the general loop has them."""
-  pixels = images.reshape(-1, images.shape[-1])
-  return {
-    "mean": (pixels.mean(axis=0) / 255).tolist(),
-    "std": np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist(),
-  }
+  return statistics.measure(
+    _images(config, split),
+    samples=config.data.statistics_samples,
+    devices=distributed.Devices.alone(),
+  )
 
 
 def _backbone(config) -> Backbone:
