@@ -16,9 +16,24 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   )
 
   config.data = config_dict.ConfigDict()
-  # Any prepared TFDS image-classification set; "digits" prepares itself.
+  # Any prepared TFDS image-classification set ("digits" prepares itself), or a
+  # kind of set and its path: "folder:photos", "parquet:photos/data",
+  # "npz:photos.npz", "features:{split}.npy" or "webdataset:{split}-*.tar".
   config.data.name = "digits"
+  config.data.source = ""  # "folder" and so on, for a path without a prefix
+  # The labels' file: of "folder" a table of files and labels, .csv or .parquet;
+  # of "features" such a table, or .npy. None: folders by class, or beside it.
+  config.data.labels = config_dict.placeholder(str)
+  # Columns of tables and Parquet files; "": by their usual names.
+  config.data.columns = config_dict.ConfigDict()
+  config.data.columns.image = ""  # images, or their files
+  config.data.columns.label = ""
+  config.data.columns.id = ""
+  config.data.columns.split = ""
+  config.data.channels = 0  # 1, 3 or 4; 0: grey if the first images are
   config.data.data_dir = config_dict.placeholder(str)
+  # Splits, slices and sums: "train[:10%]", "train+test"; of one file or folder
+  # without splits "all[:80%]" and "all[80%:]".
   config.data.train_split = "train"
   config.data.test_split = "test"
   # Pixels that both sides of every image are resized to; 0: as they are.

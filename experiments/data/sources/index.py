@@ -26,7 +26,7 @@ from gradmimic_jax import _files
 
 FOLDER = ".gradmimic_jax"
 _VERSION = 1
-_KEY = "key"  # The entry with what the index is for.
+_KEY = "about"  # The entry with what the index is for.
 _MOST_BYTES = 16 << 30
 
 Arrays = dict[str, np.ndarray]
@@ -58,8 +58,12 @@ def file_entry(path: str | os.PathLike, *settings: object) -> Entry:
 
 
 def load(
-  entries: Sequence[Entry], kind: str, build: Callable[[str], Arrays]
-) -> list[Arrays]:
+  entries: Sequence[Entry],
+  kind: str,
+  build: Callable[[str, pathlib.Path | None], Arrays],
+  *,
+  holds: Callable[[pathlib.Path, Arrays], bool] | None = None,
+) -> list[tuple[Arrays, pathlib.Path | None]]:
   """Loads indices; makes those that aren't there, or no longer hold.
 
   Several processes that ask for the same divide the work: each file is read by
@@ -68,22 +72,31 @@ def load(
   Args:
     entries: What to load the indices of.
     kind: The kind of source, which names the index.
-    build: Makes an index of a path: arrays of numbers or texts by name.
+    build: Makes an index of a path: arrays of numbers or texts by name. It is
+      also given the file that will have it, or None if none can be written, for
+      what it keeps beside that.
+    holds: Whether what was kept beside an index still is there.
 
   Returns:
-    The arrays of each entry.
+    The arrays of each entry, and the file that has them.
 
   Raises:
     Exception: Whatever `build` raises.
   """
 
-  def attempt(entry: Entry) -> Arrays | None:
+  def read(place: pathlib.Path, key: str) -> Arrays | None:
+    found = _read(place, key)
+    if found is None or (holds is not None and not holds(place, found)):
+      return None
+    return found
+
+  def attempt(entry: Entry) -> tuple[Arrays, pathlib.Path | None] | None:
     key = json.dumps([_VERSION, kind, entry.state])
     places = _places(entry.path, kind)
     for place in places:
-      found = _read(place, key)
+      found = read(place, key)
       if found is not None:
-        return found
+        return found, place
     for place in places:
       if not _is_writable(place.parent):
         continue
@@ -92,14 +105,14 @@ def load(
         return None  # Another process is at it.
       try:
         # It may have come to its end between the two looks.
-        arrays = _read(place, key)
+        arrays = read(place, key)
         if arrays is None:
-          arrays = build(entry.path)
+          arrays = build(entry.path, place)
           _write(place, key, arrays)
-        return arrays
+        return arrays, place
       finally:
         claim.release()
-    return build(entry.path)
+    return build(entry.path, None), None
 
   return claims.share(entries, attempt)
 

@@ -55,7 +55,7 @@ class TfdsSource(base.Source):
     full_name = builder.info.full_name
     image, label, has_id = _check_features(builder)
     # Set first for `damaged`.
-    self.name, self.where = full_name, data_dir
+    self.name, self.split, self.where = full_name, split, data_dir
     self.remedy = f"delete {builder.data_dir} and prepare it again"
     shards = _find_shards(builder, split)
     self._files = [os.fspath(shard.filename) for shard in shards]
@@ -70,7 +70,9 @@ class TfdsSource(base.Source):
     ids: list[np.ndarray] = []
     digests: list[np.ndarray] = []
     places: list[np.ndarray] = []
-    for number, (shard, found) in enumerate(zip(shards, kept, strict=True)):
+    for number, (shard, (found, _)) in enumerate(
+      zip(shards, kept, strict=True)
+    ):
       taken = slice(shard.skip, shard.skip + shard.take)
       for whole, name in ((labels, "label"), (ids, "id"), (digests, "digest")):
         whole.append(found[name][taken])
@@ -129,7 +131,7 @@ def _feature(record: bytes, name: str):
   return tf_example_pb2.Example.FromString(record).features.feature[name]
 
 
-def _read_shard(path: str, *, has_id: bool) -> index.Arrays:
+def _read_shard(path: str, _, *, has_id: bool) -> index.Arrays:
   """Reads labels, ids and hashes of images of all records of a file."""
   reader = _open(path)
   labels, ids, digests = [], [], []

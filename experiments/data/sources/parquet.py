@@ -1,0 +1,444 @@
+"""Images in Parquet files, as the Hugging Face Hub has them, and Arrow files.
+
+A column of images is a struct of `bytes` and `path`, or bytes. What is stored
+without compression (as `datasets` writes images) is found in the file itself
+and read from there. A compressed column can only be unpacked in pages of up to
+some hundred images, so its images are copied once, to a file beside the index.
+"""
+
+import contextlib
+import functools
+import mmap
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+from pyarrow import parquet
+
+from experiments.data.sources import (
+  base,
+  headers,
+  index,
+  options as options_lib,
+  parts,
+  ranges,
+  splits,
+  tables,
+)
+from experiments.runtime import limits as limits_lib
+from gradmimic_jax import _files
+
+_COPY = ".images"  # Ending of the file of unpacked images, beside the index.
+_ROWS = 64  # Images in memory at once.
+
+
+class _Columns(NamedTuple):
+  """The columns of a file."""
+
+  image: str
+  label: str
+  id: str | None
+  class_names: tuple[str, ...] | None
+  stored: str  # The path of the images' bytes.
+
+  @property
+  def read(self) -> list[str]:
+    """The columns to read."""
+    return [self.stored, self.label, *([self.id] if self.id else [])]
+
+
+def find(options: options_lib.Options, split: str) -> parts.Part:
+  """Finds a split of Parquet or Arrow files.
+
+  Args:
+    options: `path`: a file, a folder, or a pattern (`splits.find_files`); or a
+      folder that `datasets` wrote with `save_to_disk`. The columns, `channels`.
+    split: A whole split.
+
+  Returns:
+    The Part. Ids are those of a column, else the split and the position.
+
+  Raises:
+    FileNotFoundError: If there is no such file.
+    ValueError: If a file is damaged or lacks a column, or a row has no image
+      or no label.
+  """
+  files, split_of_hub = _find_files(options.path, split)
+  build = functools.partial(_read_file, options=options)
+  settings = [options.image, options.label, options.id]
+  entries = [index.file_entry(path, *settings) for path in files]
+  kept = index.load(entries, "parquet", build, holds=_has_copy)
+  found = [arrays for arrays, _ in kept]
+  sources: list[str] = []
+  states: list[tuple[int, int]] = []
+  numbers: list[np.ndarray] = []
+  for path, (arrays, place) in zip(files, kept, strict=True):
+    # Of each file, what is in itself and what is in its copy.
+    copy = "" if place is None else os.fspath(_copy_path(place))
+    numbers.append(arrays["copied"].astype(np.int64) + len(sources))
+    sources += [path, copy]
+    states += [ranges.file_state(path), tuple(arrays["copy_state"].tolist())]
+  names = {_stated_names(arrays) for arrays in found}
+  if len(names) > 1:
+    raise ValueError(
+      f"the files of split {split!r} in {options.path} name different classes;"
+      " write all of them with the same features"
+    )
+  labels = [arrays["label"] for arrays in found]
+  if len({each.dtype.kind == "U" for each in labels}) > 1:
+    raise ValueError(
+      f"labels of {options.path} are texts in one file and numbers in another;"
+      " expected one kind"
+    )
+  joined = {
+    name: np.concatenate([arrays[name] for arrays in found])
+    for name in ("digest", "offset", "size")
+  }
+  count = len(joined["size"])
+  reader = ranges.Ranges(
+    sources,
+    np.array(states, np.int64),
+    np.concatenate(numbers),
+    joined["offset"],
+    joined["size"],
+  )
+  has_ids = all("id" in arrays for arrays in found)
+  return parts.Part(
+    labels=parts.to_numbers(np.concatenate(labels)),
+    ids=np.concatenate([arrays["id"] for arrays in found])
+    if has_ids
+    else splits.make_ids(split_of_hub, count),
+    content=joined["digest"],
+    reader=reader,
+    class_names=names.pop(),
+    channels=options.channels or headers.find_channels(reader, count),
+  )
+
+
+def _find_files(path: str, split: str) -> tuple[list[str], str]:
+  """Finds a split's files, of `save_to_disk` too."""
+  root = os.path.expanduser(path).replace("{split}", split)
+  for folder in (os.path.join(root, split), root):
+    state = os.path.join(folder, "state.json")
+    if not os.path.isfile(state):
+      continue
+    if folder == root and split != splits.ALL and "{split}" not in path:
+      break
+    about = _files.read_json(state, remedy="Save the data set again.")
+    with _files.named(state, remedy="Save the data set again."):
+      if about.get("_indices_data_files"):
+        raise ValueError("it has a file of indices; call flatten_indices()")
+      names = [each["filename"] for each in about["_data_files"]]
+      if not names or any(os.path.basename(name) != name for name in names):
+        raise ValueError(f"its files are {names}")
+    return [os.path.join(folder, name) for name in names], split
+  if os.path.isfile(os.path.join(root, "state.json")):
+    raise ValueError(
+      f"{path} is one data set without splits; set config.data.train_split and"
+      " config.data.test_split to slices such as 'all[:80%]' and 'all[80%:]'"
+    )
+  if os.path.isfile(os.path.join(root, "dataset_dict.json")):
+    there = sorted(x.name for x in os.scandir(root) if x.is_dir())
+    raise ValueError(f"split {split!r} is not in {path}, which has {there}")
+  return splits.find_files(path, split, (".parquet",)), split
+
+
+def _copy_path(place: pathlib.Path) -> pathlib.Path:
+  return place.with_suffix(_COPY)
+
+
+def _has_copy(place: pathlib.Path, arrays: index.Arrays) -> bool:
+  """True if there is the copy that an index was made with, if any."""
+  state = tuple(arrays["copy_state"].tolist())
+  if not arrays["copied"].any():
+    return True
+  with contextlib.suppress(OSError):
+    return ranges.file_state(_copy_path(place)) == state
+  return False
+
+
+def _stated_names(arrays: index.Arrays) -> tuple[str, ...] | None:
+  names = arrays["class_names"]
+  return tuple(names.tolist()) if names.ndim else None
+
+
+def _read_file(
+  path: str, place: pathlib.Path | None, *, options: options_lib.Options
+) -> index.Arrays:
+  """Finds the labels, ids and images of one file, and hashes the images."""
+  labels: list[Any] = []
+  ids: list[np.ndarray] = []
+  digests: list[np.ndarray] = []
+  where: list[tuple[int, int, int]] = []
+  with (
+    _files.named(path, "Parquet or Arrow file", "Fetch or write it again."),
+    open(path, "rb") as file,
+    contextlib.ExitStack() as stack,
+  ):
+    if not os.fstat(file.fileno()).st_size:
+      raise ValueError("it is empty")
+    content = stack.enter_context(
+      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    )
+    opened = _read_arrow if path.endswith(".arrow") else _read_parquet
+    schema, batches = opened(path, stack)
+    columns = _pick_columns(schema, options, path)
+    finder = _Finder(content, place, path, stack)
+    for within, batch in batches(columns):
+      finder.narrow(within)
+      row = len(where)
+      images = batch.column(columns.image)
+      if pa.types.is_struct(images.type):
+        # Not `field`, which forgets the structs that are missing.
+        images = images.flatten()[images.type.get_field_index("bytes")]
+      if images.null_count:
+        raise ValueError(
+          f"column {columns.image!r} has no bytes in row"
+          f" {row + images.is_null().to_pylist().index(True)}; expected images"
+          " that are stored in the file (embed them before it is written)"
+        )
+      for image in images:
+        image = memoryview(image.as_buffer())
+        digest = base.content_digest(image)
+        digests.append(digest)
+        where.append(finder.find(image, digest.tobytes()))
+      labels.append(
+        _read_labels(batch.column(columns.label), columns.label, row)
+      )
+      if columns.id is not None:
+        ids.append(
+          tables.to_texts(
+            pa.chunked_array([batch.column(columns.id)]), columns.id, path
+          )
+        )
+  copied = any(found[0] for found in where)
+  state = (0, 0)
+  if copied and place is not None:
+    state = ranges.file_state(_copy_path(place))
+  table = np.array(where, np.int64).reshape(-1, 3)
+  arrays = {
+    "copied": table[:, 0].astype(bool),
+    "offset": table[:, 1],
+    "size": table[:, 2],
+    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "label": np.concatenate([np.empty(0, np.int64), *labels])
+    if not labels or labels[0].dtype.kind != "U"
+    else np.concatenate(labels),
+    "class_names": np.array(0)
+    if columns.class_names is None
+    else np.array(columns.class_names, np.str_),
+    "copy_state": np.array(state, np.int64),
+  }
+  if columns.id is not None:
+    arrays["id"] = np.concatenate([np.empty(0, "U1"), *ids])
+  return arrays
+
+
+class _Finder:
+  """Finds where in a file images lie as they are, or copies them.
+
+  What is found has the same bytes, however the file is laid out.
+  """
+
+  def __init__(
+    self,
+    content: mmap.mmap,
+    place: pathlib.Path | None,
+    path: str,
+    stack: contextlib.ExitStack,
+  ):
+    self._content, self._place, self._path = content, place, path
+    self._stack = stack
+    self._range: tuple[int, int] | None = None
+    self._cursor = 0
+    # By hash: equal images may be stored once.
+    self._seen: dict[bytes, tuple[int, int, int]] = {}
+    self._copy: BinaryIO | None = None
+    self._copied = 0
+
+  def narrow(self, within: tuple[int, int] | None) -> None:
+    """Says between which bytes to look; None: nothing lies there as it is."""
+    if within != self._range:
+      self._range, self._cursor = within, within[0] if within else 0
+      self._seen.clear()
+
+  def find(self, image: memoryview, digest: bytes) -> tuple[int, int, int]:
+    """Returns whether the image was copied, its offset and its size."""
+    found = self._seen.get(digest)
+    if found is None:
+      found = self._seen[digest] = self._find(image)
+    return found
+
+  def _find(self, image: memoryview) -> tuple[int, int, int]:
+    size = len(image)
+    if self._range is not None:
+      start, stop = self._range
+      offset = self._content.find(image, self._cursor, stop)
+      if offset < 0:
+        offset = self._content.find(image, start, min(self._cursor, stop))
+      if offset >= 0:
+        self._cursor = max(self._cursor, offset + size)
+        return 0, offset, size
+      self._range = None  # In an encoding of another kind: don't look again.
+    if self._copy is None:
+      self._copy = self._open_copy()
+    self._copy.write(image)
+    self._copied += size
+    return 1, self._copied - size, size
+
+  def _open_copy(self) -> BinaryIO:
+    stored = len(self._content)
+    remedy = (
+      "write the file with its images uncompressed, as by"
+      " pyarrow.parquet.write_table(table, path, compression='none')"
+    )
+    if self._place is None:
+      raise ValueError(
+        "its images are compressed, and neither its folder nor the user's cache"
+        f" can be written to for a copy that can be read by position; {remedy}"
+      )
+    path = _copy_path(self._place)
+    free = shutil.disk_usage(path.parent).free
+    if free < stored:
+      raise ValueError(
+        f"its images are compressed, and {path.parent} has no room for a copy"
+        f" that can be read by position ({free:,} bytes free, {stored:,} or"
+        f" more needed); {remedy}"
+      )
+    logging.info(
+      "The images of %s are compressed in it. They are unpacked once, to %s"
+      " (about %.1f GB), to be read by position.",
+      self._path,
+      path,
+      stored / 1e9,
+    )
+    return self._stack.enter_context(_files.replacing(path))
+
+
+def _read_parquet(path: str, stack: contextlib.ExitStack):
+  """Opens a Parquet file: its schema, and a function for its batches."""
+  file = stack.enter_context(parquet.ParquetFile(path, memory_map=True))
+
+  def read(columns: _Columns) -> Iterator[tuple[Any, pa.RecordBatch]]:
+    footer = file.metadata
+    for number in range(footer.num_row_groups):
+      group = footer.row_group(number)
+      chunks = [group.column(i) for i in range(group.num_columns)]
+      chunk = next(x for x in chunks if x.path_in_schema == columns.stored)
+      start = chunk.data_page_offset
+      if chunk.dictionary_page_offset is not None:
+        start = min(start, chunk.dictionary_page_offset)
+      within = None
+      if chunk.compression == "UNCOMPRESSED":
+        within = (start, start + chunk.total_compressed_size)
+      for batch in file.iter_batches(
+        batch_size=_ROWS, row_groups=[number], columns=columns.read
+      ):
+        yield within, batch
+
+  return file.schema_arrow, read
+
+
+def _read_arrow(path: str, stack: contextlib.ExitStack):
+  """Opens an Arrow file, of either kind, as `_read_parquet` does."""
+  source = stack.enter_context(pa.memory_map(path))
+  size = source.size()
+  if source.read(6) == b"ARROW1":
+    file = pa.ipc.open_file(source)
+    whole = (file.get_batch(i) for i in range(file.num_record_batches))
+  else:
+    source.seek(0)
+    file = pa.ipc.open_stream(source)
+    whole = iter(file)
+
+  def read(columns: _Columns) -> Iterator[tuple[Any, pa.RecordBatch]]:
+    del columns
+    for batch in whole:
+      for start in range(0, batch.num_rows, _ROWS):
+        yield (0, size), batch.slice(start, _ROWS)
+
+  return file.schema, read
+
+
+def _pick_columns(
+  schema: pa.Schema, options: options_lib.Options, path: str
+) -> _Columns:
+  """Finds the columns of a file; raises ValueError where one is missing."""
+
+  def pick(wanted, usual, field, required=True):
+    return options_lib.pick_column(
+      schema.names, wanted, usual, field=field, where=path, required=required
+    )
+
+  image = pick(options.image, options_lib.IMAGE_NAMES, "image")
+  label = pick(options.label, options_lib.LABEL_NAMES, "label")
+  own = pick(options.id, options_lib.ID_NAMES, "id", False)
+  kind = schema.field(image).type
+  is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+  stored = kind.field("bytes").type if is_struct else kind
+  if not (pa.types.is_binary(stored) or pa.types.is_large_binary(stored)):
+    raise ValueError(
+      f"column {image!r} of {path} is {kind}; expected encoded images, as bytes"
+      " or a struct of bytes and path"
+    )
+  kind = schema.field(label).type
+  if pa.types.is_dictionary(kind):
+    kind = kind.value_type
+  if not (
+    pa.types.is_integer(kind)
+    or pa.types.is_string(kind)
+    or pa.types.is_large_string(kind)
+  ):
+    raise ValueError(
+      f"column {label!r} of {path} is {kind}; expected one class for each"
+      " sample, as an integer or a text"
+    )
+  return _Columns(
+    image,
+    label,
+    own,
+    _read_names(schema, label, path),
+    f"{image}.bytes" if is_struct else image,
+  )
+
+
+def _read_names(
+  schema: pa.Schema, label: str, path: str
+) -> tuple[str, ...] | None:
+  """Reads the classes' names where Hugging Face's `datasets` puts them."""
+  about = (schema.metadata or {}).get(b"huggingface")
+  if about is None:
+    return None
+  with _files.named(path, "file of `datasets`"):
+    found = limits_lib.parse_json(about, most=limits_lib.DEFAULT.config_bytes)
+    for key in ("info", "features", label, "names"):
+      found = found.get(key) if isinstance(found, dict) else None
+    if found is None:
+      return None
+    if not (
+      isinstance(found, list)
+      and found
+      and all(isinstance(name, str) for name in found)
+      and len(set(found)) == len(found)
+    ):
+      raise ValueError("its names of classes are no list of different texts")
+  return tuple(found)
+
+
+def _read_labels(values: pa.Array, name: str, row: int) -> np.ndarray:
+  """Returns a batch's labels, as integers or texts."""
+  if values.null_count:
+    first = row + values.is_null().to_pylist().index(True)
+    raise ValueError(
+      f"column {name!r} has no label in row {first}; expected one in each"
+    )
+  if pa.types.is_dictionary(values.type):
+    values = values.cast(values.type.value_type)
+  if pa.types.is_integer(values.type):
+    return values.to_numpy(zero_copy_only=False).astype(np.int64)
+  return np.array(values.to_pylist(), np.str_)
