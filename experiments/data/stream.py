@@ -75,6 +75,7 @@ class Plan:
   Attributes:
     positions: Of the samples [M].
     batch_size: Rows in a batch, of all processes.
+    augmentation: What is drawn anew each time.
     steps_per_epoch: Batches of an epoch.
   """
 
@@ -107,7 +108,7 @@ class Plan:
     if seed is not None and seed < 0:
       raise ValueError(f"seed must not be negative, got {seed}")
     self.batch_size, self._seed = batch_size, seed
-    self._augmentation = augmentation
+    self.augmentation = augmentation
     self.steps_per_epoch = steps_per_epoch(len(self.positions), batch_size)
     self._orders: dict[int, np.ndarray] = {}
 
@@ -121,9 +122,9 @@ class Plan:
       # A real row, so that a model's statistics and finiteness don't suffer.
       rows = np.append(rows, np.full(size - len(rows), rows[0]))
     flipped = draws = None
-    if self._augmentation.flip:
+    if self.augmentation.flip:
       flipped = self._rng(streams.FLIP, step).random(size) < 0.5
-    if self._augmentation.crop_scale is not None:
+    if self.augmentation.crop_scale is not None:
       shape = (size, decoding.ATTEMPTS, 4)
       draws = self._rng(streams.CROP, step).random(shape)
     return Planned(rows, mask, flipped, draws)
@@ -152,9 +153,8 @@ class Plan:
 class _Maker:
   """Makes the batch of a step; can be sent to worker processes."""
 
-  def __init__(self, plan, labels, process, crop_scale, read):
-    self._plan, self._labels = plan, labels
-    self._crop_scale, self._read = crop_scale, read
+  def __init__(self, plan, labels, process, read):
+    self._plan, self._labels, self._read = plan, labels, read
     number, count = process
     part = plan.batch_size // count
     self._own = slice(number * part, (number + 1) * part)
@@ -187,7 +187,9 @@ class _Maker:
       draws = planned.draws[self._own][:some]
       if real < len(rows):
         draws[real] = planned.draws[0]
-      found, bad = self._read(rows[:some], draws, self._crop_scale)
+      found, bad = self._read(
+        rows[:some], draws, self._plan.augmentation.crop_scale
+      )
     if some < len(rows):
       padding = np.broadcast_to(found[real], (len(rows), *found.shape[1:]))
       found = np.concatenate([found, padding[some:]])
@@ -208,7 +210,6 @@ class Batches:
     plan: Plan,
     *,
     num_epochs: int | None,
-    augmentation: Augmentation = PLAIN,
     process: tuple[int, int] = (0, 1),
     workers: int = 0,
     worker_processes: bool = False,
@@ -220,7 +221,6 @@ class Batches:
       labels: Integers [N].
       plan: Of the batches.
       num_epochs: Number of epochs; None goes on for ever.
-      augmentation: The plan's.
       process: This process's number, and the number of processes, which divides
         the batch.
       workers: Threads or processes that make batches ahead; 0: the thread that
@@ -262,9 +262,7 @@ class Batches:
       "memory": images.read,
       "stream": images.reader.read,
     }[images.residence]
-    self._make = _Maker(
-      plan, labels.astype(np.int32), process, augmentation.crop_scale, read
-    )
+    self._make = _Maker(plan, labels.astype(np.int32), process, read)
     self._ahead: Any = None
 
   def __iter__(self) -> "Batches":
@@ -385,7 +383,6 @@ def train_batches(
     labels,
     plan,
     num_epochs=num_epochs,
-    augmentation=augmentation,
     **options,
   )
 

@@ -89,12 +89,12 @@ def make_train_step(
     `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
     The state is donated. `reference` is the input of the method's direction: a
     parameter tree, the outputs `[B, C]` or norms `[B]` for this batch, or
-    another batch; steps without a direction ignore it. Samples whose loss (or score, or
-    divergence, by the method) is not finite get no weight and are counted in
-    `metrics["nonfinite"]`; entries of the gradient that they reach are 0. Where
-    no sample is left, or the gradient is not finite all the same, parameters
-    and optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts
-    on.
+    another batch; steps without a direction ignore it. Samples whose loss (or
+    score, or divergence, by the method) is not finite get no weight and are
+    counted in `metrics["nonfinite"]`; entries of the gradient that they reach
+    are 0. Where no sample is left, or the gradient is not finite all the same,
+    parameters and optimizer stay as they are: `metrics["skipped"]` is 1, and
+    `step` counts on.
 
   Raises:
     ValueError: microbatches of losses that depend on batch mates.
