@@ -68,6 +68,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
   "methods": _RUN,
   "loop": _RUN,
   "check_reference": _RUN,
+  "data": ("*",),
   "selection_cost": ("*", "!samples"),
   "pod": ("*", "!target", "!cases", "!scaling.*"),
 }

@@ -6,13 +6,11 @@ checkpoints, and shared by all runs with the same reference.
 
 import collections
 import contextlib
-import functools
 import hashlib
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import config_dict
@@ -327,12 +325,13 @@ def _read_input(where, images):
 
 def _outputs(apply, expand, params, images, config, flip, devices):
   """Computes outputs [N, C], or [2, N, C] with those of mirrored images."""
+  apply = jax.jit(apply, out_shardings=devices.whole)
+  expand = jax.jit(expand)
 
-  @functools.partial(jax.jit, out_shardings=devices.whole)
-  def compute(params, batch, resident):
-    seen = expand(batch, resident)["image"]
+  def compute(batch):
+    seen = expand(batch, images.resident)["image"]
     views = [seen, seen[:, :, ::-1]] if flip else [seen]
-    return jnp.stack([apply(params, view) for view in views])
+    return [apply(params, view) for view in views]
 
   batches = stream.eval_batches(
     images,
@@ -345,12 +344,13 @@ def _outputs(apply, expand, params, images, config, flip, devices):
   with contextlib.closing(batches):
     for batch in batches:
       shown = {key: batch[key] for key in ("image", "row") if key in batch}
-      waiting.append(compute(params, devices.put_own(shown), images.resident))
+      waiting.append(compute(devices.put_own(shown)))
       if len(waiting) > 1:  # one is computed while the next one is read
         parts.append(jax.device_get(waiting.popleft()))
   parts += jax.device_get(list(waiting))
-  outputs = np.concatenate(parts, axis=1)[:, : len(images.source)]
-  return outputs.astype(np.float32) if flip else outputs[0].astype(np.float32)
+  views = [np.concatenate(view) for view in zip(*parts, strict=True)]
+  outputs = np.stack(views)[:, : len(images.source)].astype(np.float32)
+  return outputs if flip else outputs[0]
 
 
 def _digest(outputs):

@@ -2,11 +2,13 @@
 
 import io
 
+import jax
 import numpy as np
 from PIL import Image
 
 from experiments.data import decoding, store
 from experiments.data.sources import base
+from experiments.tasks.classification import inputs
 
 
 class Handmade(base.Source):
@@ -50,6 +52,13 @@ def photos(count, *, kind="JPEG", seed=0, side=(20, 60)):
     size = tuple(int(x) for x in rng.integers(*side, 2))
     files.append(encode(coarse.resize(size, Image.Resampling.BICUBIC), kind))
   return files, rng.integers(0, 3, count)
+
+
+def see(images, mean=(0.0,), std=(1.0,)):
+  """All images as a model sees them, normalised."""
+  pixels, _ = images.reader.read(range(len(images.source)))
+  expand = jax.jit(inputs.make_expand(mean, std))
+  return np.asarray(expand({"image": pixels}, None)["image"])
 
 
 def open_images(source, *, size=None, resize="keep_ratio", **options):

@@ -10,7 +10,6 @@ import pytest
 
 import gradmimic_jax as gm
 from experiments import methods, models
-from experiments.data import pipeline
 from experiments.runtime import distributed
 from experiments.studies.probing import heads
 from experiments.tasks.classification import (
@@ -19,6 +18,7 @@ from experiments.tasks.classification import (
   reference,
 )
 from experiments.training import grand, steps, trainer as train
+from tests.experiments.data.source_case import see
 
 
 def outputs_fn(params, batch):
@@ -410,14 +410,8 @@ class TestIndependentBatches:
 
 def rows_of(images, data):
   """Which train images these are."""
-  (everything,) = pipeline.eval_batches(
-    data.train.images,
-    data.train.labels,
-    batch_size=len(data.train.labels),
-    mean=data.mean,
-    std=data.std,
-  )
-  equal = everything["image"][None] == images[:, None]
+  everything = see(data.train, data.mean, data.std)
+  equal = everything[None] == np.asarray(images)[:, None]
   return equal.all(axis=(2, 3, 4)).argmax(axis=1)
 
 
@@ -430,16 +424,10 @@ def test_samples_of_the_test_split_are_there_by_name_only(make_config):
   method = methods.create(config.method, config.mimic)
   batch = reference.load(config, method.direction, None, data).for_batch({})
   np.testing.assert_array_equal(np.bincount(batch["label"]), [2] * 10)
-  (shown,) = pipeline.eval_batches(
-    data.test.images,
-    data.test.labels,
-    batch_size=len(data.test.labels),
-    mean=data.mean,
-    std=data.std,
-  )
+  shown = see(data.test, data.mean, data.std)
   for image, label in zip(batch["image"], batch["label"], strict=True):
-    equal = (shown["image"] == np.asarray(image)).all(axis=(1, 2, 3))
-    assert label in shown["label"][equal]
+    equal = (shown == np.asarray(image)).all(axis=(1, 2, 3))
+    assert label in data.test.source.labels[equal]
   with pytest.raises(ValueError, match=r"direction is 'test_gradient'"):
     methods.create(
       "grad_mimic", make_config(**{"mimic.direction": "test_gradient"}).mimic
@@ -464,23 +452,15 @@ class TestOfflineNorms:
   def test_they_are_means_over_initialisations(self, make_config):
     config, data = self.make(make_config)
     norms = grand.offline_norms(config, data)
-    (shown,) = pipeline.eval_batches(
-      data.train.images,
-      data.labels.labels,
-      batch_size=30,
-      mean=data.mean,
-      std=data.std,
-    )
+    shown = see(data.train, data.mean, data.std)
     right = []
     for seed in (1000, 1001):
       apply, params = models.create(
         config.model, input_shape=(8, 8, 1), num_classes=10, seed=seed
       )
       assert len(jax.tree.leaves(params)) == 2
-      errors = gm.linear_head.errors(
-        apply(params, shown["image"]), shown["label"]
-      )
-      features = shown["image"].reshape(30, -1)
+      errors = gm.linear_head.errors(apply(params, shown), data.labels.labels)
+      features = shown.reshape(30, -1)
       right.append(gm.linear_head.gradient_norms(features, errors))
     assert np.abs(right[0] - right[1]).max() > 0.1
     np.testing.assert_allclose(norms, np.mean(right, axis=0), rtol=1e-4)
