@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
 
 from experiments.data import decoding, store, streams
 
@@ -310,6 +311,8 @@ class Batches:
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     if self._processes:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain looks at its own, outside of jobs
       ahead = ahead.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._workers)
       )

@@ -13,11 +13,13 @@ import pytest
 
 import gradmimic_jax as gm
 from configs import classification, report, select
+from experiments import models
 from experiments.data import decoding, stream
 from experiments.reporting import page
 from experiments.runtime import checkpoint
 from experiments.selection import files
 from experiments.training import trainer
+from tests.experiments import processes
 from tests.experiments.data import source_case, test_sources
 
 NUM = 24
@@ -57,7 +59,10 @@ def photos(tmp_path):
       (root / f"{row:02d}.jpg").write_bytes(content[:cut])
       split = "train" if row < NUM else "test"
       writer.writerow([f"{row:02d}.jpg", f"kind{label}", split])
-  return root
+  return {
+    "name": f"folder:{root}",
+    "data.labels": str(root / "labels.csv"),
+  }
 
 
 def test_the_same_data_train_alike_however_they_are_stored(tmp_path):
@@ -88,9 +93,7 @@ def test_the_same_data_train_alike_however_they_are_stored(tmp_path):
 
 
 def test_broken_images_are_left_out_and_listed(photos, tmp_path):
-  config = make_config(
-    f"folder:{photos}", method="grand", **{"faults.bad_images": 0.1}
-  )
+  config = make_config(**photos, method="grand", **{"faults.bad_images": 0.1})
   folder = tmp_path / "run"
   result = trainer.train_and_evaluate(config, folder)
   assert result["bad_images"] == 2
@@ -121,9 +124,9 @@ def test_broken_images_are_left_out_and_listed(photos, tmp_path):
 
 
 def test_too_many_broken_images_end_the_run(photos, tmp_path):
-  config = make_config(f"folder:{photos}")
+  config = make_config(**photos)
   with pytest.raises(ValueError, match=r"2 of 24 images .*can't be used: '05"):
-    trainer.train_and_evaluate(config, tmp_path)
+    trainer.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_a_head_on_features_of_any_model(tmp_path):
@@ -179,7 +182,7 @@ def test_a_head_on_features_of_any_model(tmp_path):
 def test_fields_that_make_no_sense(photos, tmp_path, change, text):
   with pytest.raises(ValueError, match=text):
     trainer.train_and_evaluate(
-      make_config(f"folder:{photos}", **change), tmp_path / "run"
+      make_config(**photos, **change), tmp_path / "run"
     )
 
 
@@ -193,11 +196,9 @@ def test_a_worker_that_dies_ends_the_run_which_goes_on(photos, tmp_path):
     "num_epochs": 40,
     "checkpoint.every_epochs": 1,
   }
-  config = make_config(f"folder:{photos}", **fields)
+  config = make_config(**photos, **fields)
   whole = trainer.train_and_evaluate(
-    make_config(
-      f"folder:{photos}", **fields | {"data.worker_processes": False}
-    ),
+    make_config(**photos, **fields | {"data.worker_processes": False}),
     tmp_path / "whole",
   )
   following = stream.Batches.__next__
@@ -221,3 +222,47 @@ def test_a_worker_that_dies_ends_the_run_which_goes_on(photos, tmp_path):
   assert not (tmp_path / "run" / "result.json").exists()
   result = trainer.train_and_evaluate(config, tmp_path / "run")
   assert result["test_loss"] == whole["test_loss"]
+
+
+@pytest.mark.slow  # real processes
+def test_two_processes_train_as_one_wherever_images_live(photos, tmp_path):
+  found = {}
+  for residence, count in (
+    ("stream", 1),
+    ("stream", 2),
+    ("memory", 2),
+    ("device", 2),
+  ):
+    folder = tmp_path / f"{residence}{count}"
+    fields = {
+      "data.name": photos["name"],
+      "data.labels": photos["data.labels"],
+      "data.image_size": 6,
+      "data.flip": True,
+      "data.residence": residence,
+      "model.widths": (),
+      "batch_size": 8,
+      "eval_batch_size": 8,
+      "num_epochs": 2,
+      "faults.bad_images": 0.1,
+    }
+    command = ["-m", "experiments.train"]
+    command += processes.flags_of("configs/classification.py", folder, **fields)
+    processes.finish(processes.start(command, count=count))
+    config = make_config("x")
+    _, like = models.create(
+      config.model, input_shape=(6, 6, 3), num_classes=3, seed=0
+    )
+    found[folder.name] = checkpoint.load_params(folder, like)
+    (listed,) = json.loads((folder / "bad_images.json").read_text()).values()
+    assert [name[:2] for name in listed] == ["05", "07"]
+    shown = json.loads((folder / "input.json").read_text())
+    assert shown["mean"] == pytest.approx(
+      json.loads((tmp_path / "stream1" / "input.json").read_text())["mean"]
+    )
+  for params in found.values():
+    jax.tree.map(
+      lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6),
+      params,
+      found["stream1"],
+    )
