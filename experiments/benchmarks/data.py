@@ -91,9 +91,9 @@ def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
 def _answers(asked: dict[str, Any]) -> Any:
   """Lets one process answer, or several that share a run."""
   count = asked.pop("processes", 1)
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    port = found.getsockname()[1]
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
   cache = str(pathlib.Path(asked["folder"], "compiled"))
   started = []
   for number in range(count):

@@ -60,8 +60,8 @@ def make_files(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
       comment = f"{split}{row:08d}".encode()
       marker = b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment
       picture = pictures[row % len(pictures)]
-      file = root / split / f"class{row % _CLASSES}" / f"{row:06d}.jpg"
-      file.write_bytes(picture[:2] + marker + picture[2:])
+      where = root / split / f"class{row % _CLASSES}" / f"{row:06d}.jpg"
+      where.write_bytes(picture[:2] + marker + picture[2:])
   done.touch()
   return root
 

@@ -195,6 +195,9 @@ class Images:
     )
     self.residence, reason = self._choose(residence, random_crop)
     self._shard: np.ndarray | None = None
+    if self.residence == "memory":
+      key = ("memory", source.fingerprint, transform)
+      self._decoded = keep(key, lambda: _Decoded(self.reader))
     logging.info(
       "%s: %d samples of %s, %.4g MB: %s (%s).",
       source,
@@ -286,13 +289,6 @@ class Images:
     ):
       self.bad.add(bad)
       yield found[[at not in bad for at in chunk.tolist()]]
-
-  @functools.cached_property
-  def _decoded(self) -> _Decoded:
-    return keep(
-      ("memory", self.source.fingerprint, self.reader.transform),
-      lambda: _Decoded(self.reader),
-    )
 
   @functools.cached_property
   def resident(self) -> jax.Array | None:

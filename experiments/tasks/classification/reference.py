@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import store, stream, streams
+from experiments.data import sources, store, stream, streams
 from experiments.runtime import (
   cache,
   checkpoint,
@@ -30,6 +30,7 @@ from experiments.tasks.classification.data import (
   Data,
   clean_positions,
   gather,
+  open_images,
   reading,
 )
 from gradmimic_jax import _files
@@ -91,7 +92,7 @@ def load(
       " that needs no outputs."
     )
   if config.mimic.outputs is not None:
-    digest, outputs = _logged_outputs(config.mimic.outputs, data.train)
+    digest, outputs = _logged_outputs(config.mimic.outputs, data.train.source)
   else:
     digest, outputs = _load_run_outputs(
       finished_run(config), config, data.train, devices
@@ -196,7 +197,7 @@ def _from_outputs(fingerprint, outputs, devices):
   return Reference(fingerprint, None, for_batch)
 
 
-def _logged_outputs(path, images):
+def _logged_outputs(path, source):
   """Reads a user's file of outputs; also its fingerprint."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
@@ -210,7 +211,7 @@ def _logged_outputs(path, images):
       f"config.mimic.outputs {path!r} can't be read ({error}); expected a .npy"
       " file of the reference's logits [N, C]."
     ) from error
-  shape = (len(images.source), images.source.num_classes)
+  shape = (len(source), source.num_classes)
   found = getattr(outputs, "shape", "(several arrays)")  # of an .npz file
   if found not in (shape, (2, *shape)):
     raise ValueError(
@@ -228,13 +229,13 @@ def _logged_outputs(path, images):
 
 
 def suggest_labels(
-  config: config_dict.ConfigDict, images: store.Images
+  config: config_dict.ConfigDict, source: sources.Source
 ) -> np.ndarray | None:
   """Suggests the class that the reference takes each sample for.
 
   Args:
     config: of the run.
-    images: the run's training images. Unless they are few, they are not decoded
+    source: the run's training images. Unless they are few, they are not decoded
       for this: outputs are taken where a run has kept them.
 
   Returns:
@@ -246,8 +247,9 @@ def suggest_labels(
     return None
   try:
     if wanted.outputs is not None:
-      _, outputs = _logged_outputs(wanted.outputs, images)
+      _, outputs = _logged_outputs(wanted.outputs, source)
     else:
+      images = open_images(config, source)
       _, outputs = _load_run_outputs(
         finished_run(config),
         config,

@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import config_dict
 
 from configs import classification as classification_config
-from experiments.data import filters, noise, sources, store, stream
+from experiments.data import decoding, filters, noise, sources, stream
+from experiments.data.pairs import images as images_lib
 from experiments.models import initial
 from experiments.runtime import (
   checkpoint,
@@ -39,14 +40,18 @@ BAD_IMAGES_FILE = "bad_images.json"  # reasons by id, of each split
 class _Shown:
   """Images of a page: each is decoded when it is shown, black if it is bad."""
 
-  def __init__(self, images: store.Images):
-    self._images = images
+  def __init__(self, source: sources.Source, transform: decoding.Transform):
+    self._source, self._transform = source, transform
 
   def __len__(self) -> int:
-    return len(self._images.source)
+    return len(self._source)
 
   def __getitem__(self, position: int) -> np.ndarray:
-    return self._images.reader.read([position])[0][0]
+    (stored,) = self._source.read([position])
+    try:
+      return self._transform.decode(stored)
+    except images_lib.BadImageError:
+      return np.zeros((1, 1), np.uint8)
 
 
 class Classification(Task):
@@ -161,7 +166,7 @@ class Classification(Task):
   ) -> Samples:
     """See `Task`. No image is decoded but those that are asked for."""
     source = sources.open(config.data, config.data.train_split)
-    images = data_lib.open_images(config, source)
+    transform = decoding.transform_of(config.data, source.channels)
     truth = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
     title = f"{config.data.name} {config.data.train_split}"
     if truth.rate:
@@ -177,10 +182,10 @@ class Classification(Task):
       "labels": truth.labels,
       # Where no noise was added, nobody knows which labels are true.
       "true_labels": truth.clean_labels if truth.rate else None,
-      "suggested": reference_lib.suggest_labels(config, images),
+      "suggested": reference_lib.suggest_labels(config, source),
       "class_names": source.class_names,
       "captions": source.ids,
-      "images": None if source.channels is None else _Shown(images),
+      "images": None if source.channels is None else _Shown(source, transform),
     }
     return Samples(title, facts, dataset)
 
