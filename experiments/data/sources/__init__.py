@@ -12,6 +12,7 @@ from experiments.data.sources.decoded import Dataset
 __all__ = [
   "Dataset",
   "Source",
+  "from_dataset",
   "load",
   "of_config",
   "open",
@@ -66,6 +67,7 @@ def open(data: Any, split: str) -> Source:
     others=others,
     name=f"{kind}:{os.path.basename(name.rstrip('/')) or name}",
     where=name,
+    peek=functools.partial(_peek(kind), options),
   )
 
 
@@ -117,6 +119,23 @@ def _open_tfds(name, split, data_dir) -> Source:
   from experiments.data.sources import tfds
 
   return tfds.TfdsSource(name, split, data_dir)
+
+
+def _peek(
+  kind: str,
+) -> Callable[[options_lib.Options, str], tuple[str, ...] | None]:
+  if kind == "folder":
+    from experiments.data.sources import folder
+
+    return folder.find_classes
+  return lambda options, split: None
+
+
+def from_dataset(dataset: Any, **options: Any) -> Source:
+  """Makes a source of a `datasets.Dataset`; see `hub.from_dataset`."""
+  from experiments.data.sources import hub
+
+  return hub.from_dataset(dataset, **options)
 
 
 def load(

@@ -161,7 +161,11 @@ def check_unique(values: np.ndarray, where: str, what: str = "id") -> None:
     seen[text] = row
 
 
-def content_digest(content: bytes | memoryview) -> np.ndarray:
-  """Hashes one sample's content as two numbers, uint64 [2]."""
-  digest = hashlib.blake2b(content, digest_size=16).digest()
-  return np.frombuffer(digest, "<u8")
+def content_digest(content: bytes) -> bytes:
+  """Hashes one sample's content: 16 bytes."""
+  return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def join_digests(digests: Sequence[bytes]) -> np.ndarray:
+  """Returns samples' hashes as numbers, uint64 [N, 2]."""
+  return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)

@@ -96,27 +96,32 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
   )
 
 
+def _find_split(root: str, split: str) -> str:
+  """Returns the folder of a split."""
+  folders = _list_folders(root)
+  if split in folders:
+    return os.path.join(root, split)
+  if split == splits.ALL:
+    return root
+  raise ValueError(
+    f"{root} has no folder {split!r} for that split; it has"
+    f" {', '.join(map(repr, folders[:10])) or 'none'}. If these are splits, set"
+    " config.data.train_split and config.data.test_split to two of them; if"
+    " they are classes, to 'all[:80%]' and 'all[80%:]'"
+  )
+
+
 def _find_by_class(root: str, split: str):
   """Lists files, labels and classes of folders by class."""
-  folders = _list_folders(root)
-  base_folder = root
-  if split != splits.ALL or splits.ALL in folders:
-    if split not in folders:
-      raise ValueError(
-        f"{root} has no folder {split!r} for that split; it has"
-        f" {', '.join(map(repr, folders[:10])) or 'none'}. If these are splits,"
-        " set config.data.train_split and config.data.test_split to two of"
-        " them; if they are classes, to 'all[:80%]' and 'all[80%:]'"
-      )
-    base_folder = os.path.join(root, split)
+  base_folder = _find_split(root, split)
   classes = parts.sort_names(_list_folders(base_folder))
   found: list[tuple[str, str, int]] = []
   others = 0
+  above = "" if base_folder == root else f"{split}/"
   for label, name in enumerate(classes):
-    for path in _walk(os.path.join(base_folder, name), root):
+    for path in _walk(root, f"{above}{name}/"):
       if path.lower().endswith(SUFFIXES):
-        relative = os.path.relpath(path, root).replace(os.sep, "/")
-        found.append((os.path.basename(path), relative, label))
+        found.append((path.rpartition("/")[2], path, label))
       else:
         others += 1
   if not found:
@@ -136,6 +141,27 @@ def _find_by_class(root: str, split: str):
   return [path for _, path, _ in found], labels, classes
 
 
+def find_classes(
+  options: options_lib.Options, split: str
+) -> tuple[str, ...] | None:
+  """Names the classes of a split, without a look at its images.
+
+  Args:
+    options: As in `find`.
+    split: A whole split.
+
+  Returns:
+    The names; None if a table has them.
+
+  Raises:
+    ValueError: If there is no such split.
+  """
+  if options.labels is not None:
+    return None
+  root = os.path.abspath(os.path.expanduser(options.path))
+  return parts.sort_names(_list_folders(_find_split(root, split)))
+
+
 def _list_folders(root: str) -> list[str]:
   with os.scandir(root) as entries:
     found = [entry for entry in entries if not entry.name.startswith(".")]
@@ -145,14 +171,23 @@ def _list_folders(root: str) -> list[str]:
   return sorted(entry.name for entry in found if entry.is_dir())
 
 
-def _walk(folder: str, root: str, depth: int = 0) -> Iterator[str]:
-  """Goes through the files below a folder; links must not lead elsewhere."""
+def _walk(root: str, below: str, depth: int = 0) -> Iterator[str]:
+  """Goes through the files below a folder; links must not lead elsewhere.
+
+  Args:
+    root: The folder that all is in.
+    below: Path of a folder in it, which ends in "/".
+    depth: Of this folder.
+
+  Yields:
+    Paths in the root.
+  """
   if depth > _MOST_DEPTH:
     raise ValueError(
-      f"{folder} lies more than {_MOST_DEPTH} folders deep; expected images by"
-      " class"
+      f"{root}/{below} lies more than {_MOST_DEPTH} folders deep; expected"
+      " images by class"
     )
-  with os.scandir(folder) as entries:
+  with os.scandir(os.path.join(root, below)) as entries:
     found = list(entries)
   for entry in found:
     if entry.name.startswith("."):
@@ -160,11 +195,11 @@ def _walk(folder: str, root: str, depth: int = 0) -> Iterator[str]:
     if entry.is_symlink():
       if entry.is_dir() or not _is_inside(entry.path, root):
         raise _link(entry.path)
-      yield entry.path
+      yield below + entry.name
     elif entry.is_dir():
-      yield from _walk(entry.path, root, depth + 1)
+      yield from _walk(root, f"{below}{entry.name}/", depth + 1)
     elif entry.is_file():
-      yield entry.path
+      yield below + entry.name
 
 
 def _is_inside(path: str, root: str) -> bool:
@@ -227,12 +262,12 @@ def _find_states(root: str, paths: list[str]) -> np.ndarray:
   missing = []
   folders: dict[str, bool] = {}
   for row, path in enumerate(paths):
-    whole = os.path.join(root, path)
+    whole = f"{root}/{path}"
     try:
       about = os.lstat(whole)
-      parent = os.path.dirname(whole)
+      parent = path.rpartition("/")[0]
       if parent not in folders:
-        folders[parent] = parent == root or _is_inside(parent, root)
+        folders[parent] = not parent or _is_inside(f"{root}/{parent}", root)
       if stat.S_ISLNK(about.st_mode) or not folders[parent]:
         if not _is_inside(whole, root):
           raise _link(whole)
@@ -275,8 +310,8 @@ def _hash_content(root, split, options, paths, states) -> np.ndarray:
 
 
 def _read_digests(root: str, _, *, paths: list[str]) -> index.Arrays:
-  digests = np.empty((len(paths), 2), "<u8")
-  for row, path in enumerate(paths):
+  digests = []
+  for path in paths:
     with open(os.path.join(root, path), "rb") as file:
-      digests[row] = base.content_digest(file.read())
-  return {"digest": digests}
+      digests.append(base.content_digest(file.read()))
+  return {"digest": base.join_digests(digests)}

@@ -8,12 +8,11 @@ some hundred images, so its images are copied once, to a file beside the index.
 
 import contextlib
 import functools
-import mmap
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from pyarrow import parquet
 
 from experiments.data.sources import (
   base,
+  columns as columns_lib,
   headers,
   index,
   options as options_lib,
@@ -30,26 +30,11 @@ from experiments.data.sources import (
   splits,
   tables,
 )
-from experiments.runtime import limits as limits_lib
 from gradmimic_jax import _files
 
 _COPY = ".images"  # Ending of the file of unpacked images, beside the index.
 _ROWS = 64  # Images in memory at once.
-
-
-class _Columns(NamedTuple):
-  """The columns of a file."""
-
-  image: str
-  label: str
-  id: str | None
-  class_names: tuple[str, ...] | None
-  stored: str  # The path of the images' bytes.
-
-  @property
-  def read(self) -> list[str]:
-    """The columns to read."""
-    return [self.stored, self.label, *([self.id] if self.id else [])]
+_BUFFER = 1 << 20  # Bytes.
 
 
 def find(options: options_lib.Options, split: str) -> parts.Part:
@@ -173,43 +158,25 @@ def _read_file(
   """Finds the labels, ids and images of one file, and hashes the images."""
   labels: list[Any] = []
   ids: list[np.ndarray] = []
-  digests: list[np.ndarray] = []
+  digests: list[bytes] = []
   where: list[tuple[int, int, int]] = []
   with (
     _files.named(path, "Parquet or Arrow file", "Fetch or write it again."),
     open(path, "rb") as file,
     contextlib.ExitStack() as stack,
   ):
-    if not os.fstat(file.fileno()).st_size:
-      raise ValueError("it is empty")
-    content = stack.enter_context(
-      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    )
     opened = _read_arrow if path.endswith(".arrow") else _read_parquet
     schema, batches = opened(path, stack)
-    columns = _pick_columns(schema, options, path)
-    finder = _Finder(content, place, path, stack)
+    columns = columns_lib.pick_columns(schema, options, path)
+    finder = _Finder(file, place, path, stack)
     for within, batch in batches(columns):
       finder.narrow(within)
       row = len(where)
-      images = batch.column(columns.image)
-      if pa.types.is_struct(images.type):
-        # Not `field`, which forgets the structs that are missing.
-        images = images.flatten()[images.type.get_field_index("bytes")]
-      if images.null_count:
-        raise ValueError(
-          f"column {columns.image!r} has no bytes in row"
-          f" {row + images.is_null().to_pylist().index(True)}; expected images"
-          " that are stored in the file (embed them before it is written)"
-        )
-      for image in images:
-        image = memoryview(image.as_buffer())
+      for image in columns_lib.read_images(batch, columns, row, path):
         digest = base.content_digest(image)
         digests.append(digest)
-        where.append(finder.find(image, digest.tobytes()))
-      labels.append(
-        _read_labels(batch.column(columns.label), columns.label, row)
-      )
+        where.append(finder.find(image, digest))
+      labels.append(columns_lib.read_labels(batch, columns, row, path))
       if columns.id is not None:
         ids.append(
           tables.to_texts(
@@ -225,7 +192,7 @@ def _read_file(
     "copied": table[:, 0].astype(bool),
     "offset": table[:, 1],
     "size": table[:, 2],
-    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "digest": base.join_digests(digests),
     "label": np.concatenate([np.empty(0, np.int64), *labels])
     if not labels or labels[0].dtype.kind != "U"
     else np.concatenate(labels),
@@ -247,13 +214,15 @@ class _Finder:
 
   def __init__(
     self,
-    content: mmap.mmap,
+    file: BinaryIO,
     place: pathlib.Path | None,
     path: str,
     stack: contextlib.ExitStack,
   ):
-    self._content, self._place, self._path = content, place, path
+    self._file, self._place, self._path = file, place, path
     self._stack = stack
+    # Between which bytes images may lie, and do as far as is known.
+    self._within: tuple[int, int] | None = None
     self._range: tuple[int, int] | None = None
     self._cursor = 0
     # By hash: equal images may be stored once.
@@ -263,24 +232,25 @@ class _Finder:
 
   def narrow(self, within: tuple[int, int] | None) -> None:
     """Says between which bytes to look; None: nothing lies there as it is."""
-    if within != self._range:
-      self._range, self._cursor = within, within[0] if within else 0
+    if within != self._within:
+      self._within = self._range = within
+      self._cursor = within[0] if within else 0
       self._seen.clear()
 
-  def find(self, image: memoryview, digest: bytes) -> tuple[int, int, int]:
+  def find(self, image: bytes, digest: bytes) -> tuple[int, int, int]:
     """Returns whether the image was copied, its offset and its size."""
     found = self._seen.get(digest)
     if found is None:
       found = self._seen[digest] = self._find(image)
     return found
 
-  def _find(self, image: memoryview) -> tuple[int, int, int]:
+  def _find(self, image: bytes) -> tuple[int, int, int]:
     size = len(image)
     if self._range is not None:
       start, stop = self._range
-      offset = self._content.find(image, self._cursor, stop)
+      offset = self._search(image, self._cursor, stop)
       if offset < 0:
-        offset = self._content.find(image, start, min(self._cursor, stop))
+        offset = self._search(image, start, self._cursor + size)
       if offset >= 0:
         self._cursor = max(self._cursor, offset + size)
         return 0, offset, size
@@ -291,24 +261,42 @@ class _Finder:
     self._copied += size
     return 1, self._copied - size, size
 
+  def _search(self, image: bytes, start: int, stop: int) -> int:
+    """Finds an image's bytes in a part of the file; -1: they aren't there."""
+    # Mostly it is just behind the one before, in Parquet with its length
+    # between them, and the first step is enough.
+    step = 4
+    while start + len(image) <= stop:
+      wanted = min(step + len(image), stop - start)
+      part = os.pread(self._file.fileno(), wanted, start)
+      found = part.find(image)
+      if found >= 0:
+        return start + found
+      if len(part) < wanted:
+        break
+      start += max(wanted - len(image), 0) + 1
+      step = _BUFFER
+    return -1
+
   def _open_copy(self) -> BinaryIO:
-    stored = len(self._content)
+    stored = os.fstat(self._file.fileno()).st_size
     remedy = (
       "write the file with its images uncompressed, as by"
       " pyarrow.parquet.write_table(table, path, compression='none')"
     )
     if self._place is None:
       raise ValueError(
-        "its images are compressed, and neither its folder nor the user's cache"
-        f" can be written to for a copy that can be read by position; {remedy}"
+        f"the images of {self._path} are compressed, and neither its folder nor"
+        " the user's cache can be written to for a copy that can be read by"
+        f" position; {remedy}"
       )
     path = _copy_path(self._place)
     free = shutil.disk_usage(path.parent).free
     if free < stored:
       raise ValueError(
-        f"its images are compressed, and {path.parent} has no room for a copy"
-        f" that can be read by position ({free:,} bytes free, {stored:,} or"
-        f" more needed); {remedy}"
+        f"the images of {self._path} are compressed, and {path.parent} has no"
+        f" room for a copy that can be read by position ({free:,} bytes free,"
+        f" {stored:,} or more needed); {remedy}"
       )
     logging.info(
       "The images of %s are compressed in it. They are unpacked once, to %s"
@@ -322,9 +310,15 @@ class _Finder:
 
 def _read_parquet(path: str, stack: contextlib.ExitStack):
   """Opens a Parquet file: its schema, and a function for its batches."""
-  file = stack.enter_context(parquet.ParquetFile(path, memory_map=True))
+  # Page by page: otherwise a whole row group comes into memory, and one may be
+  # all of a file.
+  file = stack.enter_context(
+    parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+  )
 
-  def read(columns: _Columns) -> Iterator[tuple[Any, pa.RecordBatch]]:
+  def read(
+    columns: columns_lib.Columns,
+  ) -> Iterator[tuple[Any, pa.RecordBatch]]:
     footer = file.metadata
     for number in range(footer.num_row_groups):
       group = footer.row_group(number)
@@ -346,7 +340,8 @@ def _read_parquet(path: str, stack: contextlib.ExitStack):
 
 def _read_arrow(path: str, stack: contextlib.ExitStack):
   """Opens an Arrow file, of either kind, as `_read_parquet` does."""
-  source = stack.enter_context(pa.memory_map(path))
+  # Not mapped into memory: all of a file that is read would count as used.
+  source = stack.enter_context(pa.OSFile(path))
   size = source.size()
   if source.read(6) == b"ARROW1":
     file = pa.ipc.open_file(source)
@@ -356,89 +351,12 @@ def _read_arrow(path: str, stack: contextlib.ExitStack):
     file = pa.ipc.open_stream(source)
     whole = iter(file)
 
-  def read(columns: _Columns) -> Iterator[tuple[Any, pa.RecordBatch]]:
+  def read(
+    columns: columns_lib.Columns,
+  ) -> Iterator[tuple[Any, pa.RecordBatch]]:
     del columns
     for batch in whole:
       for start in range(0, batch.num_rows, _ROWS):
         yield (0, size), batch.slice(start, _ROWS)
 
   return file.schema, read
-
-
-def _pick_columns(
-  schema: pa.Schema, options: options_lib.Options, path: str
-) -> _Columns:
-  """Finds the columns of a file; raises ValueError where one is missing."""
-
-  def pick(wanted, usual, field, required=True):
-    return options_lib.pick_column(
-      schema.names, wanted, usual, field=field, where=path, required=required
-    )
-
-  image = pick(options.image, options_lib.IMAGE_NAMES, "image")
-  label = pick(options.label, options_lib.LABEL_NAMES, "label")
-  own = pick(options.id, options_lib.ID_NAMES, "id", False)
-  kind = schema.field(image).type
-  is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-  stored = kind.field("bytes").type if is_struct else kind
-  if not (pa.types.is_binary(stored) or pa.types.is_large_binary(stored)):
-    raise ValueError(
-      f"column {image!r} of {path} is {kind}; expected encoded images, as bytes"
-      " or a struct of bytes and path"
-    )
-  kind = schema.field(label).type
-  if pa.types.is_dictionary(kind):
-    kind = kind.value_type
-  if not (
-    pa.types.is_integer(kind)
-    or pa.types.is_string(kind)
-    or pa.types.is_large_string(kind)
-  ):
-    raise ValueError(
-      f"column {label!r} of {path} is {kind}; expected one class for each"
-      " sample, as an integer or a text"
-    )
-  return _Columns(
-    image,
-    label,
-    own,
-    _read_names(schema, label, path),
-    f"{image}.bytes" if is_struct else image,
-  )
-
-
-def _read_names(
-  schema: pa.Schema, label: str, path: str
-) -> tuple[str, ...] | None:
-  """Reads the classes' names where Hugging Face's `datasets` puts them."""
-  about = (schema.metadata or {}).get(b"huggingface")
-  if about is None:
-    return None
-  with _files.named(path, "file of `datasets`"):
-    found = limits_lib.parse_json(about, most=limits_lib.DEFAULT.config_bytes)
-    for key in ("info", "features", label, "names"):
-      found = found.get(key) if isinstance(found, dict) else None
-    if found is None:
-      return None
-    if not (
-      isinstance(found, list)
-      and found
-      and all(isinstance(name, str) for name in found)
-      and len(set(found)) == len(found)
-    ):
-      raise ValueError("its names of classes are no list of different texts")
-  return tuple(found)
-
-
-def _read_labels(values: pa.Array, name: str, row: int) -> np.ndarray:
-  """Returns a batch's labels, as integers or texts."""
-  if values.null_count:
-    first = row + values.is_null().to_pylist().index(True)
-    raise ValueError(
-      f"column {name!r} has no label in row {first}; expected one in each"
-    )
-  if pa.types.is_dictionary(values.type):
-    values = values.cast(values.type.value_type)
-  if pa.types.is_integer(values.type):
-    return values.to_numpy(zero_copy_only=False).astype(np.int64)
-  return np.array(values.to_pylist(), np.str_)

@@ -93,6 +93,7 @@ def combine(
   others: Sequence[str],
   name: str,
   where: str | os.PathLike,
+  peek: Callable[[str], tuple[str, ...] | None] = lambda _: None,
 ) -> PartsSource:
   """Makes a source of whole splits.
 
@@ -102,6 +103,7 @@ def combine(
     others: Splits that have to have the same classes.
     name: The set's name, for messages.
     where: The folder or file that it is in.
+    peek: Names the classes of a split where that takes less than to find it.
 
   Returns:
     The source.
@@ -110,11 +112,25 @@ def combine(
     ValueError: If a split lacks a class that another has, or ids repeat.
   """
   taken = splits.parse(split)
-  every = [
-    each.name for text in (split, *others) for each in splits.parse(text)
-  ]
-  whole = {each: find(each) for each in dict.fromkeys(every)}
-  class_names = _name_classes(whole, f"{name} ({os.fspath(where)})")
+  whole = {own: find(own) for own in dict.fromkeys(x.name for x in taken)}
+  for own, part in whole.items():
+    if not len(part.labels):
+      raise ValueError(
+        f"split {own!r} of {name} ({os.fspath(where)}) has no sample; expected"
+        " at least one"
+      )
+  classes = {
+    own: _Classes(part.class_names, part.labels) for own, part in whole.items()
+  }
+  for own in (x.name for text in others for x in splits.parse(text)):
+    if own not in classes:
+      names = peek(own)
+      labels = np.empty(0, np.int64)
+      if names is None:
+        other = find(own)
+        names, labels = other.class_names, other.labels
+      classes[own] = _Classes(names, labels)
+  class_names = _name_classes(classes, f"{name} ({os.fspath(where)})")
   numbers = {text: number for number, text in enumerate(class_names)}
   parts, rows = [], []
   for each in taken:
@@ -145,7 +161,14 @@ def combine(
   )
 
 
-def _name_classes(whole: dict[str, Part], where: str) -> tuple[str, ...]:
+class _Classes(NamedTuple):
+  """What one split says about its classes."""
+
+  class_names: tuple[str, ...] | None
+  labels: np.ndarray
+
+
+def _name_classes(whole: dict[str, _Classes], where: str) -> tuple[str, ...]:
   """Finds the names of classes; raises unless all splits have the same."""
   names = {
     split: part.class_names

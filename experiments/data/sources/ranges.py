@@ -51,9 +51,9 @@ class Ranges:
     self.__dict__.update(state)
     self._lock = threading.Lock()
 
-  def __del__(self):
+  def __del__(self, close=os.close):  # Modules may be gone by then.
     for descriptor in getattr(self, "_opened", {}).values():
-      os.close(descriptor)
+      close(descriptor)
 
   def read(self, rows: np.ndarray) -> list[bytes]:
     """Reads samples; OSError if a file isn't what it was."""

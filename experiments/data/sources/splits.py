@@ -55,7 +55,9 @@ def parse(text: str) -> list[Slice]:
   for part in text.split("+"):
     match = _SPLIT.fullmatch(part.strip())
     edges = (match[2] or "", match[3] or "") if match else ("",)
-    if not match or not all(not x or _EDGE.fullmatch(x) for x in edges):
+    units = {edge[-1:] == "%" for edge in edges if edge}  # TFDS has one, too.
+    known = all(not edge or _EDGE.fullmatch(edge) for edge in edges)
+    if not match or not known or len(units) > 1:
       raise ValueError(
         f"split {text!r} can't be read; expected a name, a slice such as"
         " 'train[:10%]' or a sum such as 'train+test'"

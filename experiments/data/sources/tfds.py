@@ -146,7 +146,7 @@ def _read_shard(path: str, _, *, has_id: bool) -> index.Arrays:
   return {
     "label": np.array(labels, np.int64),
     "id": np.array(ids, np.str_) if has_id else np.zeros(len(labels), "U1"),
-    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "digest": base.join_digests(digests),
   }
 
 

@@ -106,13 +106,15 @@ def _read_shard(path: str, _, *, field: str) -> index.Arrays:
         digests.append(base.content_digest(content))
     except tar.DamagedError as error:
       raise ValueError(str(error)) from error
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
   table = np.array(places, np.int64).reshape(-1, 2)
   return {
     "key": np.array(keys, np.str_),
     "label": np.array(labels, np.str_),
     "offset": table[:, 0],
     "size": table[:, 1],
-    "digest": np.array(digests, "<u8").reshape(-1, 2),
+    "digest": base.join_digests(digests),
   }
 
 
@@ -169,7 +171,12 @@ def _read_label(file, key: str, member: tar.Member, field: str) -> str:
   else:
     most = limits_lib.DEFAULT.json_bytes
     content = _read(file, member, most)
-    about = limits_lib.parse_json(content, most=most)
+    try:
+      about = limits_lib.parse_json(content, most=most)
+    except ValueError as error:
+      raise ValueError(
+        f"the json of sample {key!r} can't be read ({error})"
+      ) from error
     fields = [field] if field else options_lib.LABEL_NAMES
     about = about if isinstance(about, dict) else {}
     name = next((name for name in fields if name in about), None)

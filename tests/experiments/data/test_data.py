@@ -214,7 +214,8 @@ class TestSources:
     not (CIFAR10 / "cifar10").exists(),
     reason="no prepared CIFAR-10 beside the repository",
   )
-  def test_cifar10(self):
+  def test_cifar10(self, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = sources.load("cifar10", "test[:200]", data_dir=CIFAR10)
     assert data.images.shape == (200, 32, 32, 3)
     assert data.class_names[:2] == ("airplane", "automobile")
