@@ -181,6 +181,12 @@ def _add_running(config: config_dict.ConfigDict) -> None:
   config.faults.nonfinite_stop = 10
 
   config.log_every = 50  # steps between writes of metrics and scores
+  # "package.module:function" that gets (step, {name: number}), too.
+  config.metrics_sink = config_dict.placeholder(str)
+  # Steps in a compiled call, which ends at evaluations and checkpoints in any
+  # case; 0: by the rule of experiments/training/calls.py. Its value belongs to
+  # the run: another one may round otherwise.
+  config.steps_per_call = 0
   # The first step and the one after the last that are traced for a profiler;
   # empty: none.
   config.profile_steps = ()

@@ -27,4 +27,4 @@ def main(config, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, processes=cli.SHARED, prepare=initial.sized, many_runs=True)
+  cli.run(main, processes=cli.SHARED, prepare=initial.sized)

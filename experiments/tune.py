@@ -18,4 +18,4 @@ from experiments.runtime import cli
 from experiments.studies.tuning import main
 
 if __name__ == "__main__":
-  cli.run(main, prepare=initial.sized, many_runs=True)
+  cli.run(main, prepare=initial.sized)

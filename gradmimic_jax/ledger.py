@@ -9,6 +9,7 @@ ledger, each its own files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
@@ -32,8 +33,8 @@ _BATCH_ROWS = 1 << 24
 class _Rows(NamedTuple):
   """The rows of one append."""
 
-  step: int
-  epoch: int
+  steps: np.ndarray  # int64 [n], ascending
+  epochs: np.ndarray  # int32 [n]
   ids: pa.Array  # [n]
   values: dict[str, np.ndarray | None]  # field -> float32 [n]
 
@@ -215,58 +216,83 @@ class ScoreLedger:
     ids: Any,
     scores: Any,
     *,
-    step: int,
-    epoch: int,
+    step: Any,
+    epoch: Any,
     weights: Any = None,
     losses: Any = None,
+    mask: Any = None,
   ) -> None:
-    """Keeps one step's rows in memory until the next flush.
+    """Keeps the rows of one step, or of several, until the next flush.
 
     The arrays are copied: the caller may reuse or donate its own.
 
     Args:
-      ids: the samples' ids [n], integers >= 0 or strings, none twice. The
-        first append fixes which of the two this ledger holds.
-      scores: raw scores [n]; anything `np.asarray` takes.
-      step: the step the rows were made at, >= 0.
-      epoch: the pass over the data that the step belongs to, >= 0.
-      weights: the samples' weights in the update [n].
-      losses: the samples' losses [n].
+      ids: the samples' ids [n], or [K, n] of K steps: integers >= 0 or strings,
+        none twice in a step. The first append fixes which of the two this
+        ledger holds.
+      scores: raw scores, shaped like ids; anything `np.asarray` takes.
+      step: the step the rows were made at, >= 0; of K steps the first one, and
+        the others follow, or all of them [K], ascending.
+      epoch: the pass over the data that the step belongs to, >= 0; of K steps
+        one for all, or each one's [K].
+      weights: the samples' weights in the update, shaped like ids.
+      losses: the samples' losses, shaped like ids.
+      mask: bool, shaped like ids: False for padding, which isn't kept whatever
+        its id is. None: there is none.
 
     Raises:
       TypeError: ids that are neither integers nor strings, or not of this
         ledger's kind; scores that aren't real numbers; a step or an epoch that
-        isn't an integer.
-      ValueError: arrays that aren't [n] with one n; ids that repeat or are
-        negative; a negative step or epoch.
+        isn't an integer; a mask that isn't bool.
+      ValueError: arrays that aren't shaped like ids; ids that repeat in a step
+        or are negative; a negative step or epoch, or steps that don't ascend.
+
+    Example:
+      >>> import tempfile
+      >>> ledger = ScoreLedger(tempfile.mkdtemp())
+      >>> ledger.append(
+      ...   [[4, 2], [7, -1]],
+      ...   [[0.5, 1.0], [2.0, 0.0]],
+      ...   step=10,
+      ...   epoch=0,
+      ...   mask=[[True, True], [True, False]],
+      ... )
+      >>> ledger.table().select(["id", "step", "score"]).to_pylist()[-1]
+      {'id': 7, 'step': 11, 'score': 2.0}
     """
-    step = _count("step", step, 2**63 - 1)
-    epoch = _count("epoch", epoch, 2**31 - 1)
     raw_ids = np.asarray(ids)
     if isinstance(ids, (list, tuple)) and raw_ids.dtype.kind == "U":
       # NumPy would turn 5 among strings into "5".
       raw_ids = np.array(ids, object)
-    if raw_ids.ndim != 1:
+    if raw_ids.ndim not in (1, 2):
       raise ValueError(
-        f"ids has shape {raw_ids.shape}; expected [n], one id a sample."
+        f"ids has shape {raw_ids.shape}; expected [n], one id a sample, or"
+        " [K, n] of K steps."
       )
+    steps, epochs = _spread(step, epoch, raw_ids.shape)
     values = {
-      "score": _floats("scores", scores, len(raw_ids)),
-      "weight": _floats("weights", weights, len(raw_ids)),
-      "loss": _floats("losses", losses, len(raw_ids)),
+      "score": _floats("scores", scores, raw_ids.shape),
+      "weight": _floats("weights", weights, raw_ids.shape),
+      "loss": _floats("losses", losses, raw_ids.shape),
     }
     if values["score"] is None:
-      raise TypeError("scores is None; expected numbers of shape [n].")
+      raise TypeError("scores is None; expected numbers of the shape of ids.")
+    kept = _checked_mask(mask, raw_ids.shape)
+    raw_ids, steps, epochs = (x[kept] for x in (raw_ids, steps, epochs))
     if not len(raw_ids):
       return
-    kind, checked_ids = _checked_ids(raw_ids)
+    kind, checked_ids = _checked_ids(raw_ids, steps)
     if self._id_kind not in (None, kind):
       raise TypeError(
         f"ids are of kind {kind}, but the ledger at {self.path} holds"
         f" {self._id_kind} ids. Use one kind of id for a ledger."
       )
     self._id_kind = kind
-    self._buffer.append(_Rows(step, epoch, checked_ids, values))
+    values = {
+      name: None if value is None else value[kept]
+      for name, value in values.items()
+    }
+    self._buffer.append(_Rows(steps, epochs, checked_ids, values))
 
   def flush(self) -> Path | None:
     """Writes the rows in memory as one file.
@@ -289,15 +315,16 @@ class ScoreLedger:
         " ids. Use one kind of id for a ledger."
       )
     table = self._buffered_table()
-    steps = [rows.step for rows in self._buffer]
+    first = min(int(rows.steps[0]) for rows in self._buffer)
+    last = max(int(rows.steps[-1]) for rows in self._buffer)
     about = {
       "format": row_files.FORMAT,
       "version": row_files.VERSION,
       "ledger_id": self._manifest["ledger_id"],
       "fingerprint": row_files.digest(self.fingerprints),
-      "first_step": min(steps),
-      "last_step": max(steps),
-      "epochs": sorted({rows.epoch for rows in self._buffer}),
+      "first_step": first,
+      "last_step": last,
+      "epochs": np.unique(table["epoch"].to_numpy()).tolist(),
     }
     about["check"] = row_files.checksum([about, len(table)])
     metadata = {row_files.FORMAT: json.dumps(about)}
@@ -310,8 +337,8 @@ class ScoreLedger:
     )
     content = sink.getvalue()
     path = self.path / row_files.rows_name(
-      min(steps),
-      max(steps),
+      first,
+      last,
       1 + row_files.last_sequence(self.path),
       self.writer,
       content,
@@ -428,26 +455,30 @@ class ScoreLedger:
 
   def _buffered_table(self) -> pa.Table:
     """Makes a table of the rows in memory, by step, one for an (id, step)."""
-    buffer = sorted(self._buffer, key=lambda rows: rows.step)  # stable
-    sizes = [len(rows.ids) for rows in buffer]
+    buffer = sorted(self._buffer, key=lambda rows: rows.steps[0])  # stable
     columns = [
       pa.chunked_array([rows.ids for rows in buffer]),
-      np.repeat(np.array([rows.step for rows in buffer], np.int64), sizes),
-      np.repeat(np.array([rows.epoch for rows in buffer], np.int32), sizes),
+      np.concatenate([rows.steps for rows in buffer]),
+      np.concatenate([rows.epochs for rows in buffer]),
     ]
     for field in row_files.FIELDS:
       chunks = [rows.values[field] for rows in buffer]
       columns.append(
         pa.chunked_array(
           [
-            pa.nulls(size, pa.float32()) if chunk is None else pa.array(chunk)
-            for chunk, size in zip(chunks, sizes, strict=True)
+            pa.nulls(len(rows.ids), pa.float32())
+            if chunk is None
+            else pa.array(chunk)
+            for chunk, rows in zip(chunks, buffer, strict=True)
           ]
         )
       )
     assert self._id_kind is not None
     table = pa.table(columns, schema=row_files.schema(self._id_kind))
-    if len({rows.step for rows in buffer}) < len(buffer):
+    if any(
+      one.steps[-1] >= other.steps[0]
+      for one, other in itertools.pairwise(buffer)
+    ):
       table = row_files.latest_rows(table)
     return table
 
@@ -600,15 +631,56 @@ def _count(name: str, value: Any, limit: int) -> int:
   return count
 
 
-def _floats(name: str, values: Any, n: int) -> np.ndarray | None:
-  """Copies values to float32 [n]; None stays None."""
+def _spread(
+  step: Any, epoch: Any, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives every row of `[n]` or `[K, n]` its step and its epoch."""
+  count = shape[0] if len(shape) == 2 else 1
+  steps = _counts("step", step, 2**63 - 1, count)
+  epochs = _counts("epoch", epoch, 2**31 - 1, count)
+  if steps.ndim == 0:
+    steps = steps + np.arange(count)
+  if (steps[1:] <= steps[:-1]).any():
+    raise ValueError(f"step is {steps.tolist()}; expected ascending steps.")
+  epochs = np.broadcast_to(epochs, count).astype(np.int32)
+  if len(shape) == 1:
+    return np.repeat(steps, shape[0]), np.repeat(epochs, shape[0])
+  wide = steps[:, None], epochs[:, None]
+  return np.repeat(wide[0], shape[1], axis=1), np.repeat(
+    wide[1], shape[1], axis=1
+  )
+
+
+def _counts(name: str, value: Any, limit: int, count: int) -> np.ndarray:
+  """Checks a number for all of K steps, or one for each: int64 [] or [K]."""
+  if np.ndim(value) == 0:
+    return np.asarray(_count(name, value, limit), np.int64)
+  array = np.asarray(value)
+  if array.dtype.kind not in "iu":
+    raise TypeError(f"{name} has dtype {array.dtype}; expected integers.")
+  if array.shape != (count,):
+    raise ValueError(
+      f"{name} has shape {array.shape}, and ids are of {count} step(s);"
+      f" expected one number, or [{count}]."
+    )
+  for extreme in (array.min(initial=0), array.max(initial=0)):
+    _count(name, extreme, limit)
+  return array.astype(np.int64)
+
+
+def _floats(
+  name: str, values: Any, shape: tuple[int, ...]
+) -> np.ndarray | None:
+  """Copies values to float32 of that shape; None stays None."""
   if values is None:
     return None
   array = np.asarray(values)
-  if array.shape != (n,):
+  if array.shape != shape:
+    expected = f"there are {shape[0]} ids; expected [{shape[0]}]"
+    if len(shape) == 2:
+      expected = f"ids have shape {shape}; expected that"
     raise ValueError(
-      f"{name} has shape {array.shape}, but there are {n} ids; expected"
-      f" [{n}], one value an id."
+      f"{name} has shape {array.shape}, but {expected}, one value an id."
     )
   if not np.can_cast(array.dtype, np.float32, "same_kind"):
     raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers.")
@@ -616,8 +688,19 @@ def _floats(name: str, values: Any, n: int) -> np.ndarray | None:
     return array.astype(np.float32, copy=True)
 
 
-def _checked_ids(ids: np.ndarray) -> tuple[str, pa.Array]:
-  """Finds the kind of the ids and copies them; none negative, none twice."""
+def _checked_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+  if mask is None:
+    return np.ones(shape, bool)
+  array = np.asarray(mask)
+  if array.dtype != bool:
+    raise TypeError(f"mask has dtype {array.dtype}; expected bool.")
+  if array.shape != shape:
+    raise ValueError(f"mask has shape {array.shape}; expected {shape}.")
+  return array
+
+
+def _checked_ids(ids: np.ndarray, steps: np.ndarray) -> tuple[str, pa.Array]:
+  """Finds the kind of ids [n] and copies them; none negative, none twice."""
   if ids.dtype.kind in "iu":
     if ids.min() < 0:
       raise ValueError(
@@ -639,13 +722,19 @@ def _checked_ids(ids: np.ndarray) -> tuple[str, pa.Array]:
     raise TypeError(
       f"ids has dtype {ids.dtype}; expected integers >= 0 or strings."
     )
-  if pc.count_distinct(checked).as_py() < len(checked):
-    counts = pc.value_counts(checked)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+  codes = checked
+  if kind == "string":
+    codes = pc.dictionary_encode(checked).indices
+  codes = codes.to_numpy(zero_copy_only=False)
+  order = np.lexsort((codes, steps))
+  codes, ordered = codes[order], steps[order]
+  twice = (codes[1:] == codes[:-1]) & (ordered[1:] == ordered[:-1])
+  if twice.any():
+    row = order[np.argmax(twice)]
+    count = np.sum((codes == codes[np.argmax(twice)]) & (ordered == steps[row]))
     raise ValueError(
-      f"ids repeat within one step: {repeated[0]['values'].as_py()!r} came"
-      f" {repeated[0]['counts'].as_py()} times. Append each sample of a step"
-      " once; leave padding out."
+      f"ids repeat within one step: {checked[row].as_py()!r} came {count}"
+      " times. Append each sample of a step once; leave padding out."
     )
   return kind, checked
 

@@ -139,6 +139,42 @@ def test_one_scoring_step_in_many_appends(tmp_path):
   np.testing.assert_allclose(values[:, 0], np.arange(100) / 10, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [int, str])
+def test_several_steps_at_once_are_those_one_by_one(tmp_path, kind):
+  rng = np.random.default_rng(3)
+  ids = np.argsort(rng.random((5, 9)), axis=1).astype(kind)
+  scores, weights = rng.normal(size=(2, 5, 9))
+  mask = rng.random((5, 9)) < 0.7
+  epochs = [0, 0, 1, 1, 2]
+  with ScoreLedger(tmp_path / "one") as ledger:
+    for k in range(5):
+      real = mask[k]
+      ledger.append(
+        ids[k][real],
+        scores[k][real],
+        weights=weights[k][real],
+        step=3 + k,
+        epoch=epochs[k],
+      )
+  expected = ScoreLedger(tmp_path / "one").table()
+  for name, steps in (("first", 3), ("all", np.arange(3, 8))):
+    with ScoreLedger(tmp_path / name) as ledger:
+      ledger.append(
+        ids, scores, weights=weights, step=steps, epoch=epochs, mask=mask
+      )
+    assert ScoreLedger(tmp_path / name).table().equals(expected)
+
+
+def test_an_id_may_come_once_in_each_of_several_steps(tmp_path):
+  ledger = ScoreLedger(tmp_path)
+  with pytest.raises(ValueError, match="one step: 4 came 2 times"):
+    ledger.append([[4, 5], [4, 4]], np.zeros((2, 2)), step=0, epoch=0)
+  with pytest.raises(ValueError, match=r"step is \[2, 2\]; expected ascending"):
+    ledger.append([[4], [5]], [[1.0], [2.0]], step=[2, 2], epoch=0)
+  ledger.append([[4, 5], [4, 5]], np.zeros((2, 2)), step=[2, 9], epoch=0)
+  assert ledger.table()["step"].to_pylist() == [2, 2, 9, 9]
+
+
 def test_string_ids(tmp_path):
   uids = np.array(["b" * 32, "a" * 32, "é"])
   with ScoreLedger(tmp_path) as ledger:
@@ -569,7 +605,17 @@ def test_the_first_append_fixes_the_kind_of_id(tmp_path):
   ("change", "error", "message"),
   [
     ({"ids": [1, 2]}, ValueError, r"scores has shape \(3,\), but there are 2"),
-    ({"ids": [[1, 2, 3]]}, ValueError, r"ids has shape \(1, 3\)"),
+    ({"ids": [[[1, 2, 3]]]}, ValueError, r"ids has shape \(1, 1, 3\)"),
+    (
+      {"ids": [[1, 2, 3]]},
+      ValueError,
+      r"scores has shape \(3,\), but ids have",
+    ),
+    ({"mask": [True]}, ValueError, r"mask has shape \(1,\); expected \(3,\)"),
+    ({"mask": [1, 0, 1]}, TypeError, "mask has dtype int64; expected bool"),
+    ({"step": [1, 2]}, ValueError, r"step has shape \(2,\), and ids are of 1"),
+    ({"step": [1.0]}, TypeError, "step has dtype float64"),
+    ({"epoch": [-1]}, ValueError, "epoch is -1"),
     ({"ids": 1}, ValueError, r"ids has shape \(\)"),
     ({"ids": [1, -1, 2]}, ValueError, r"ids holds -1.*Leave padding out"),
     ({"ids": [1, 5, 5]}, ValueError, "ids repeat within one step: 5 came 2"),

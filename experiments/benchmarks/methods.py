@@ -10,14 +10,13 @@ once, before training, and don't count.
 import contextlib
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import config_dict
 
 from configs import base
 from experiments import tasks
 from experiments.benchmarks import timing
-from experiments.runtime import prefetch, tables, workdir as workdir_lib
+from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import comparison, plan
 from experiments.training import trainer
 
@@ -96,9 +95,7 @@ class _Step:
     copy.update_from_flattened_dict(overrides)
     run = trainer.Run(copy.lock(), folder)
     with contextlib.closing(run.task):
-      taken = run.take(0, prefetch.Read(next(run.batches), None, 0))
-    batch = jax.device_put(taken.batch)
-    given = taken.reference, batch, run.task.resident
+      _, *given = run.example(next(run.batches))
     compiled = run.train_step.lower(run.state, *given).compile()
     self.memory = timing.temporaries(compiled)
     self.step = timing.TrainStep(compiled, run.state, *given)

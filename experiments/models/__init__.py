@@ -11,6 +11,7 @@ from experiments.models.convnet import ConvNet
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
+from experiments.runtime import programs
 
 # For each name the module, and its options from `config.model`.
 MODELS: dict[
@@ -61,11 +62,17 @@ def create(
     ValueError: there is no model of that name or size.
   """
   graph, state = _split(config, input_shape, num_classes, seed)
+  return _make_apply(graph), nnx.to_pure_dict(state)
+
+
+@programs.once
+def _make_apply(graph):
+  """Makes one function for one architecture: it is compiled once."""
 
   def apply(params, images):
     return nnx.merge(graph, params)(images)
 
-  return apply, nnx.to_pure_dict(state)
+  return apply
 
 
 def create_features(

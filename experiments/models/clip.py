@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from experiments.models import patches, transformer
+from experiments.runtime import programs
 
 # The sizes that have names: letter by the towers' widths and depths, then the
 # patch size. "tiny" is for CPUs, and for captions of few words.
@@ -299,11 +300,17 @@ def create(
     input_shape=tuple(input_shape), rngs=nnx.Rngs(seed), **options(config)
   )
   graph, state = nnx.split(model)
+  return _make_apply(graph), nnx.to_pure_dict(state)
+
+
+@programs.once
+def _make_apply(graph):
+  """Makes one function for one architecture: it is compiled once."""
 
   def apply(params, images=None, tokens=None):
     return nnx.merge(graph, params)(images, tokens)
 
-  return apply, nnx.to_pure_dict(state)
+  return apply
 
 
 def options(config: config_dict.ConfigDict) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from experiments.models import transformer
+from experiments.runtime import programs
 
 
 class Decoder(nnx.Module):
@@ -158,8 +159,14 @@ def create(
     **dict(config.decoder),
   )
   graph, state = nnx.split(model)
+  return _make_apply(graph), nnx.to_pure_dict(state)
+
+
+@programs.once
+def _make_apply(graph):
+  """Makes one function for one architecture: it is compiled once."""
 
   def apply(params, tokens):
     return nnx.merge(graph, params)(tokens)
 
-  return apply, nnx.to_pure_dict(state)
+  return apply

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.runtime import distributed, locks, preemption
+from experiments.runtime import distributed, locks, preemption, programs
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -21,6 +20,12 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of this run; made if missing, continued if not."
 )
 # Where a run runs is no part of what it is: no fields of a config.
+_PROGRAMS = flags.DEFINE_string(
+  "compilation_cache",
+  None,
+  "Folder of compiled programs, or 'off'; if missing, .gradmimic_programs"
+  " beside the workdir. JAX_COMPILATION_CACHE_DIR goes first.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Meet the other processes of this TPU pod, Slurm job..."
 )
@@ -53,7 +58,6 @@ def run(
   processes: str = ALONE,
   exclusive: bool = False,
   prepare: Callable[[Any], Any] = lambda config: config,
-  many_runs: bool = False,
 ) -> None:
   """Runs `job(config, workdir)` with the command line's config and workdir.
 
@@ -67,12 +71,8 @@ def run(
       share theirs, nor for those that lock the folders of their runs.
     prepare: fills in what of the config is read from elsewhere, before anything
       else is done with it.
-    many_runs: whether it makes many runs, of which several compile the same
-      programs; each is compiled once then.
   """
   preemption.listen()
-  if many_runs:
-    job = _compiling_once(job)
   if exclusive:
     job = _locking(job)
   flags.mark_flags_as_required(["config", "workdir"])
@@ -128,21 +128,12 @@ def _locking(job):
   return locked
 
 
-def _compiling_once(job):
-  """Keeps compiled programs while the job lasts, where nobody else does."""
-
-  def sharing(config, workdir):
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-      return job(config, workdir)
-    with tempfile.TemporaryDirectory(prefix="gradmimic_programs_") as folder:
-      jax.config.update("jax_compilation_cache_dir", folder)
-      return job(config, workdir)
-
-  return sharing
-
-
 def _call(job, prepare):
-  return job(prepare(_CONFIG.value), _WORKDIR.value)
+  workdir: Any = _WORKDIR.value
+  if _PROGRAMS.value != "off":
+    beside = pathlib.Path(workdir).absolute().parent / programs.FOLDER
+    programs.keep_on_disk(_PROGRAMS.value or beside)
+  return job(prepare(_CONFIG.value), workdir)
 
 
 def _run_together(job, prepare, processes, debug):

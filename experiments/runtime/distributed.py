@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from experiments.runtime import sharding
@@ -170,14 +171,25 @@ class Devices:
     shardings = self.shardings(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
-  def put(self, batch: Any) -> Any:
-    """Puts this process's rows of a batch on the devices."""
-    if self.rows is None:
+  def put(self, batch: Any, *, stacked: bool = False) -> Any:
+    """Puts this process's rows of a batch on the devices.
+
+    Args:
+      batch: arrays `[B, ...]`.
+      stacked: whether there are several: `[K, B, ...]`.
+
+    Returns:
+      The arrays, of all processes' rows.
+    """
+    if self.mesh is None:
       return jax.device_put(batch)
+    rows = self.rows
+    if stacked:
+      rows = NamedSharding(self.mesh, PartitionSpec(None, *sharding.ROWS))
     if jax.process_count() == 1:
-      return jax.device_put(batch, self.rows)
+      return jax.device_put(batch, rows)
     return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(self.rows, x), batch
+      lambda x: jax.make_array_from_process_local_data(rows, x), batch
     )
 
   def put_own(self, batch: Any) -> Any:
@@ -214,8 +226,8 @@ def own_rows(tree: Any) -> Any:
   """Fetches numbers, and of arrays with a row a sample this process's rows.
 
   Args:
-    tree: of scalars and of arrays `[B, ...]` whose rows are divided as
-      `Devices.rows` has it, B the rows of all processes.
+    tree: of scalars and of arrays whose rows are divided as `Devices.rows` has
+      it: `[B, ...]` or `[K, B, ...]`, B the rows of all processes.
 
   Returns:
     The tree as NumPy arrays.
@@ -228,10 +240,26 @@ def own_rows(tree: Any) -> Any:
 def _own_rows(array):
   if array.is_fully_replicated:
     return np.asarray(array)
-  parts = {
-    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
-  }
-  return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+  shards = array.addressable_shards
+  starts = [[part.start or 0 for part in shard.index] for shard in shards]
+  # The axis that is divided.
+  sizes = shards[0].data.shape
+  axis = next(i for i, n in enumerate(array.shape) if sizes[i] < n)
+  parts = {at[axis]: x.data for at, x in zip(starts, shards, strict=True)}
+  return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)], axis)
+
+
+def stack(trees: list[Any]) -> Any:
+  """Stacks the arrays of like trees, where they are: host or devices."""
+  return jax.tree.map(
+    lambda *xs: _stack(*xs) if isinstance(xs[0], jax.Array) else np.stack(xs),
+    *trees,
+  )
+
+
+@jax.jit
+def _stack(*arrays):
+  return jnp.stack(arrays)
 
 
 def from_first(tree: Any) -> Any:

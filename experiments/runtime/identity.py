@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Fields of any config for the way in which a job is carried out,
-RUNNING = ("mesh.*", "faults.*", "log_every", "profile_steps")
+RUNNING = ("mesh.*", "faults.*", "log_every", "profile_steps", "metrics_sink")
 # and fields that point elsewhere, or don't change the results. If they point to
 # contents that count, a run's fingerprint has those.
 _ELSEWHERE = (
@@ -36,6 +36,7 @@ _RUN = (
   "eval_batch_size",
   "loss",
   "num_*",
+  "steps_per_call",
   "eval_every_*",
   "data.*",
   "noise.*",

@@ -1,5 +1,6 @@
 """Metrics of a run: JSON lines, TensorBoard, a progress bar."""
 
+import importlib
 import itertools
 import json
 import os
@@ -7,13 +8,12 @@ import pathlib
 import sys
 import time
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 import tqdm
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 
 from gradmimic_jax import _files
 
@@ -23,13 +23,73 @@ TIMINGS = ("steps_per_second", "data_wait")
 _CHECK = "check"
 _RUN = "fingerprint"  # of the run, in the first line
 _MAX_BYTES = 1 << 32
+_GROUPS = ("train", "test", "held_out", "zero_shot")  # beginnings of names
+_BINS = 64
+
+
+class Sink(Protocol):
+  """Takes a run's metrics elsewhere, as `train_and_evaluate` is given it.
+
+  It is called in the first process, in the thread that trains, once a group of
+  steps; an error of its ends the run. A run that goes on after an interruption
+  tells it of some steps again.
+  """
+
+  def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Takes metrics by their names in `metrics.jsonl`, of a step.
+
+    Args:
+      step: the last one of a group, whose measurements are averaged, or that of
+        an evaluation.
+      scalars: the metrics.
+    """
+
+
+def find_sink(name: str | None) -> Sink | None:
+  """Finds the function that `config.metrics_sink` names.
+
+  Args:
+    name: "package.module:function", or None.
+
+  Returns:
+    The function; None for None.
+
+  Raises:
+    ValueError: it can't be imported, or isn't a function.
+  """
+  if name is None:
+    return None
+  module, _, attribute = name.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f"config.metrics_sink is {name!r}, which can't be imported ({error});"
+      " expected 'package.module:function'."
+    ) from error
+  if not callable(found):
+    raise ValueError(
+      f"config.metrics_sink is {name!r}, a {type(found).__name__}; expected a"
+      " function (step, {name: number})."
+    )
+  return found
 
 
 class MetricsWriter:
-  """Writes scalars by step to `metrics.jsonl` and TensorBoard event files."""
+  """Writes scalars by step to `metrics.jsonl`, and in groups elsewhere.
+
+  `metrics.jsonl` has a line for every step, evaluation and measurement of
+  speed. TensorBoard, and a `Sink`, get the means of a group of steps.
+  """
 
   def __init__(
-    self, workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
+    self,
+    workdir: pathlib.Path,
+    *,
+    first_step: int,
+    fingerprint: str = "",
+    about: str = "",
+    sink: Sink | None = None,
   ):
     """Opens the files.
 
@@ -38,6 +98,8 @@ class MetricsWriter:
       first_step: step at which the run starts or goes on. Lines from there on
         are an interrupted run's; they are dropped and will be written again.
       fingerprint: the run's; "" takes any run's lines.
+      about: a text for TensorBoard, such as the config.
+      sink: gets the metrics, too.
     """
     path = workdir / METRICS_FILE
     rows = read_metrics(path, timings=True, fingerprint=fingerprint)
@@ -47,19 +109,62 @@ class MetricsWriter:
     _files.write_bytes(path, "".join(kept).encode())
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
     self._events = _Events(workdir / "tensorboard", first_step=first_step)
+    self._sink = sink
+    self._means: dict[str, list[np.ndarray]] = {}  # since the last summary
+    if about:
+      lines = "".join(f"    {line}\n" for line in about.splitlines())
+      self._events.add_text("config", lines, first_step)  # code, in Markdown
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line, `{"step": step, **scalars}`."""
     self._file.write(_line({"step": step, **scalars}))
-    for name, value in scalars.items():
-      self._events.add_scalar(name, value, step)
+    self._show(step, scalars)
+
+  def write_steps(self, first: int, columns: Mapping[str, Any]) -> None:
+    """Writes a line for each of several steps.
+
+    Args:
+      first: the first step; the others follow.
+      columns: arrays [n] by name, a number a step.
+    """
+    lists = {k: np.asarray(v, float).tolist() for k, v in columns.items()}
+    names, rows = list(lists), zip(*lists.values(), strict=True)
+    self._file.writelines(
+      _line({"step": step, **dict(zip(names, row, strict=True))})
+      for step, row in enumerate(rows, first)
+    )
+    for name, column in columns.items():
+      self._means.setdefault(name, []).append(np.asarray(column, float))
+
+  def summarize(self, step: int, scores: Sequence[np.ndarray] = ()) -> None:
+    """Sends TensorBoard and the sink the means of the steps since last time.
+
+    Args:
+      step: the last of these steps.
+      scores: of samples, arrays [n] of which TensorBoard gets a histogram.
+    """
+    means = {
+      name: _mean(np.concatenate(parts)) for name, parts in self._means.items()
+    }
+    self._means.clear()
+    self._show(step, means)
+    if scores:
+      self._events.add_histogram("train/score", np.concatenate(scores), step)
+
+  def _show(self, step, scalars):
+    self._events.add_scalars(scalars, step)
+    if self._sink is not None:
+      self._sink(step, scalars)
 
   def flush(self) -> None:
-    """Puts all lines so far on disk."""
+    """Shows all lines so far to readers of the files."""
     self._file.flush()
-    # A checkpoint counts on these lines, whatever happens to the machine.
-    os.fsync(self._file.fileno())
     self._events.flush()
+
+  def sync(self) -> None:
+    """Puts all lines so far on disk, for a checkpoint that counts on them."""
+    self.flush()
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Flushes and closes the files, also one that can't be flushed."""
@@ -69,9 +174,16 @@ class MetricsWriter:
       self._events.close()
 
 
+def _mean(values):
+  with np.errstate(invalid="ignore"):  # of infinities of both signs
+    return float(np.mean(values))
+
+
 def _line(row):
   """Formats a line of the file; its last field is a checksum of the others."""
-  return json.dumps({**row, _CHECK: _row_checksum(row)}) + "\n"
+  text = json.dumps(row)
+  check = f"{zlib.crc32(text.encode()):08x}"
+  return f'{text[:-1]}, "{_CHECK}": "{check}"}}\n'
 
 
 def _row_checksum(row):
@@ -86,6 +198,11 @@ class _Events:
   """
 
   def __init__(self, folder, *, first_step):
+    # Slow to import, and the jobs that train nothing don't need it.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    self._event, self._summary = event_pb2.Event, summary
     folder.mkdir(parents=True, exist_ok=True)
     self._file = event_file_writer.EventsWriter(str(folder / "events"))
     # TensorBoard hides what earlier files have from this step on.
@@ -94,12 +211,44 @@ class _Events:
     self.flush = self._file.flush
     self.close = self._file.close
 
-  def add_scalar(self, name, value, step):
-    self._write(step, summary=summary.scalar(name, value))
+  def add_scalars(self, scalars, step):
+    """Writes all of them as one event."""
+    found = None
+    for name, value in scalars.items():
+      one = self._summary.scalar(group(name), value)
+      found = one if found is None else found
+      if found is not one:
+        found.MergeFrom(one)
+    if found is not None:
+      self._write(step, summary=found)
+
+  def add_histogram(self, name, values, step):
+    finite = values[np.isfinite(values)]
+    if finite.size:
+      self._write(step, summary=self._summary.histogram(name, finite, _BINS))
+
+  def add_text(self, name, text, step):
+    self._write(step, summary=self._summary.text(name, text))
 
   def _write(self, step, **what):
-    event = event_pb2.Event(step=step, wall_time=time.time(), **what)
-    self._file.write_event(event)
+    self._file.write_event(
+      self._event(step=step, wall_time=time.time(), **what)
+    )
+
+
+def group(name: str) -> str:
+  """Names a metric as TensorBoard groups it.
+
+  Example:
+    >>> group("train_loss"), group("held_out_accuracy"), group("data_wait")
+    ('train/loss', 'held_out/accuracy', 'speed/data_wait')
+  """
+  if name in TIMINGS:
+    return f"speed/{name}"
+  for prefix in _GROUPS:
+    if name.startswith(f"{prefix}_"):
+      return f"{prefix}/{name.removeprefix(prefix + '_')}"
+  return f"evaluation/{name}"
 
 
 class Silence:
@@ -108,20 +257,27 @@ class Silence:
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Does nothing."""
 
+  def write_steps(self, first: int, columns: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def summarize(self, step: int, scores: Sequence[np.ndarray] = ()) -> None:
+    """Does nothing."""
+
   def flush(self) -> None:
+    """Does nothing."""
+
+  def sync(self) -> None:
     """Does nothing."""
 
   def close(self) -> None:
     """Does nothing."""
 
 
-def metrics(
-  workdir: pathlib.Path, *, first_step: int, fingerprint: str = ""
-) -> MetricsWriter | Silence:
+def metrics(workdir: pathlib.Path, **options: Any) -> MetricsWriter | Silence:
   """Opens the run's `MetricsWriter`; only the first process writes."""
   if jax.process_index():
     return Silence()
-  return MetricsWriter(workdir, first_step=first_step, fingerprint=fingerprint)
+  return MetricsWriter(workdir, **options)
 
 
 def read_metrics(

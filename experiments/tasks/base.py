@@ -57,6 +57,12 @@ class Reference(NamedTuple):
   # `for_batch(batch) -> the step's reference`, for a batch as it was read;
   # of several processes each gives its own rows.
   for_batch: Callable[[Any], Any]
+  constant: bool = False  # True: the same for every batch
+
+  @property
+  def differs(self) -> bool:
+    """True if batches have references of their own."""
+    return self.params is None and not self.constant
 
 
 class Rows(NamedTuple):
@@ -127,7 +133,8 @@ class Task(abc.ABC):
     fingerprints: of all that a run depends on beside config and reference.
     data_fingerprints: the data that a filter of the run's scores belongs to.
     last: closes the optimizer's chain; None: nothing does.
-    resident: a tree of arrays that stay on the devices, for `expand`.
+    resident: a tree of arrays that stay on the devices and go into every step;
+      None: there are none.
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
@@ -277,22 +284,32 @@ class Task(abc.ABC):
     """The number of training samples; None if it is unknown."""
     return None
 
-  @abc.abstractmethod
-  def take(self, batch: dict[str, np.ndarray]) -> Rows:
-    """Takes a training batch apart."""
-
   def expand(self, batch: Any, resident: Any) -> Any:
-    """Makes the model's input of `Rows.seen`, inside the jitted step.
+    """Makes a batch what the losses take; compiled with the steps.
+
+    A task whose batches are uploaded in another form assigns it to itself as a
+    function from a factory that `programs.once` keeps: a method would belong
+    to one task, and its programs to one run.
 
     Args:
-      batch: a batch, on the devices.
-      resident: as the attribute.
+      batch: as it was uploaded, with its `mask`.
+      resident: the task's.
 
     Returns:
-      The batch, as losses see it; one that was expanded stays as it is.
+      The batch.
     """
     del resident
     return batch
+
+  @property
+  def expansion(self) -> Callable[[Any, Any], Any] | None:
+    """The task's `expand`; None where batches are uploaded as they are."""
+    own = getattr(self.expand, "__func__", None) is not Task.expand
+    return self.expand if own else None
+
+  @abc.abstractmethod
+  def take(self, batch: dict[str, np.ndarray]) -> Rows:
+    """Takes a training batch apart."""
 
   @abc.abstractmethod
   def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:

@@ -1,32 +1,32 @@
 """Mean loss and accuracy over held-out batches."""
 
-import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Batches on the devices at a time: one is computed, the next one is put there.
-_AHEAD = 2
+from experiments.runtime import prefetch, programs
 
 
+@programs.once
 def make_eval_step(
   losses_fn: Callable[..., Any],
-  expand: Callable[[Any, Any], Any] = lambda batch, resident: batch,
+  expand: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
   """Makes a jitted step that sums up a batch's losses and hits.
 
   Args:
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.
-    expand: as `Task.expand`.
+    expand: as `Task.expand`; None: batches come as losses_fn takes them.
 
   Returns:
     `eval_step(params, batch, resident) -> {"loss", "hits", "count"}`.
   """
 
   def eval_step(params, batch, resident):
-    batch = expand(batch, resident)
+    if expand is not None:
+      batch = expand(batch, resident)
     losses, hits = losses_fn(params, batch)
     mask = batch["mask"]
     return {
@@ -55,13 +55,9 @@ def evaluate(
   Returns:
     `loss` and `accuracy`.
   """
-  sums: list[Any] = []
-  waiting: collections.deque[Any] = collections.deque()
-  for batch in batches:
-    waiting.append(eval_step(params, batch, resident))
-    if len(waiting) == _AHEAD:
-      sums.append(jax.device_get(waiting.popleft()))
-  sums += jax.device_get(list(waiting))
+  sums = [
+    *prefetch.bounded(eval_step(params, batch, resident) for batch in batches)
+  ]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
   return {
     "loss": total["loss"] / total["count"],

@@ -25,7 +25,7 @@ from experiments.runtime import (
   watchdog,
   workdir as workdir_lib,
 )
-from experiments.training import step_log
+from experiments.training import calls, step_log
 
 PROFILE_FOLDER = "profile"
 
@@ -84,13 +84,14 @@ def schedule(config: config_dict.ConfigDict, task: tasks.Task) -> Schedule:
 
 
 class Taken(NamedTuple):
-  """A batch as a step takes it, and the ledger's fields of its rows."""
+  """The batches of a call, and the ledger's fields of their n <= K steps."""
 
-  ids: np.ndarray  # [B]
-  real: np.ndarray  # bool [B], False for padding
-  epoch: int  # the pass over the data that it belongs to
-  reference: Any  # the reference of the step's method
-  batch: Any  # the model's input
+  ids: np.ndarray  # [n, B]
+  real: np.ndarray  # bool [n, B], False for padding
+  epochs: np.ndarray  # [n], the passes over the data that they belong to
+  reference: Any  # the reference of the steps' method
+  batch: Any  # the model's input, [K, B, ...]
+  live: np.ndarray  # bool [K], n times True
 
 
 def run(
@@ -100,17 +101,22 @@ def run(
   *,
   schedule: Schedule,
   fingerprint: str,
-  train_step: Callable[..., Any],
+  plan: Callable[[Any], calls.Call],
+  pack: Callable[[int], Callable[[list[Any]], Any]],
   take: Callable[[int, prefetch.Read], Taken],
+  resident: Any = None,
   evaluate: Callable[[Any], dict[str, float]],
   ledger: gm.ScoreLedger | None = None,
+  about: str = "",
+  sink: writers.Sink | None = None,
 ) -> dict[str, float]:
   """Goes on from the newest checkpoint, or the beginning, to the end.
 
   Killed at any point and started again, it ends with the same parameters, bit
   for bit, and the same ledger. It goes on from the newest whole checkpoint
-  whose steps' metrics and scores are on record. Batches are read in a thread;
-  while a step runs, the next one's batch is put on the devices and earlier
+  whose steps' metrics and scores are on record. Steps are taken several in a
+  call, which ends where there is something else to do. Batches are read in a
+  thread; while a call runs, the next one's are put on the devices and earlier
   ones' outputs are written.
 
   Args:
@@ -119,11 +125,16 @@ def run(
     batches: a grain iterator over batches; its place is in the checkpoints.
     schedule: the length, and the steps of evaluation, saving and logging.
     fingerprint: of all that the run depends on.
-    train_step: `(state, reference, batch) -> (state, StepOutput)`.
-    take: `(step, prefetch.Read) -> Taken`, called while the step before runs:
-      puts the batch on the devices.
+    plan: gives the Call, by the first batch.
+    pack: `pack(length)(batches)` makes a call's batches what `take` takes; it
+      runs in the reading thread.
+    take: `(step, prefetch.Read) -> Taken`, called while the call before runs:
+      puts the batches on the devices.
+    resident: goes into every call.
     evaluate: `params -> {name: number}`, to be written as they are named.
     ledger: for the scores; None where the method has none.
+    about: the config as a text, for TensorBoard.
+    sink: gets the metrics, too.
 
   Returns:
     The last evaluation.
@@ -163,7 +174,13 @@ def run(
       _forget_lost(ledger, step)
     distributed.meet()
     metrics = closing(
-      writers.metrics(folder, first_step=step, fingerprint=fingerprint)
+      writers.metrics(
+        folder,
+        first_step=step,
+        fingerprint=fingerprint,
+        about=about,
+        sink=sink,
+      )
     )
     bar = closing(writers.progress(total, step, folder.name))
     trace = closing(_Trace(folder, *schedule.profile_steps))
@@ -175,41 +192,57 @@ def run(
       nonfinite_stop=schedule.nonfinite_stop,
     )
     position = batches.get_state()
-    reader = closing(prefetch.Reader(batches, count=total - step))
-    upcoming = None
+    reader = closing(prefetch.Reader(batches)) if step < total else None
+    call = upcoming = None
     while True:
       finished = step == total
       leaving = asked.reached()
       saving = leaving or finished or (step and step % schedule.save_every == 0)
       evaluating = finished or step % schedule.eval_every == 0
       if evaluating or saving:
-        # Rows reach the disk before the checkpoint that counts on them.
-        log.flush(reader.waited)
+        log.drain(reader.waited if reader else 0.0)
       if evaluating and not leaving:
         watchdog.sign()
         evaluation = evaluate(state.params)
         metrics.write(step, evaluation)
-        metrics.flush()
       if saving:
         watchdog.sign()
+        # Rows reach the disk before the checkpoint that counts on them.
+        log.save()
         checkpoints.save(step, state, prefetch.Position(position))
       if leaving:
         checkpoints.wait()
         asked.leave(step, folder)
       if finished:
         return evaluation
+      assert reader is not None
+      if call is None:
+        call = plan(reader.first())
+        cuts = calls.cut(step, call.length, spacing(schedule))
+        reader.start(cuts, pack(call.length))
       if evaluating or saving:
         log.restart(reader.waited)
       read, taken = upcoming or _next(step, reader, log, take)
       trace.before(step)
-      state, output = train_step(state, taken.reference, taken.batch)
+      state, output = call.function(
+        state, taken.reference, taken.batch, resident, taken.live
+      )
       log.add(step, taken, output, reader.waited)
       position = read.position
-      step += 1
+      step += len(taken.ids)
       trace.after(step, output)
       upcoming = _next(step, reader, log, take) if step < total else None
       watchdog.sign()
-      bar.update()
+      bar.update(len(taken.ids))
+
+
+def spacing(schedule: Schedule) -> calls.Spacing:
+  """Finds where calls have to end: at evaluations, checkpoints and profiles."""
+  return calls.Spacing(
+    (schedule.eval_every, schedule.save_every),
+    schedule.profile_steps,
+    schedule.total_steps,
+  )
 
 
 def _recorded(folder, ledger, fingerprint):

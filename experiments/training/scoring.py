@@ -16,6 +16,7 @@ from experiments.runtime import (
   distributed,
   locks,
   metrics as writers,
+  prefetch,
   workdir as workdir_lib,
 )
 from experiments.training import (
@@ -193,7 +194,7 @@ class _Scoring:
       method,
       task.config.mimic,
       task.outputs,
-      expand=task.expand,
+      expand=task.expansion,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)
@@ -261,14 +262,10 @@ class _Scoring:
         epoch = len(starts) - 1
         params = self._load_params(self.checkpoints[epoch])
         at = max(done, starts[epoch])
-        for batch in self.task.passes(at - starts[epoch]):
-          rows = self.task.take(batch)
-          output = self.score_step(
-            params,
-            self.reference and self.reference.for_batch(batch),
-            self.devices.put(rows.seen),
-            self.task.resident,
-          )
+        passes = self.task.passes(at - starts[epoch])
+        for rows, output in prefetch.bounded(
+          self._score(params, batch) for batch in passes
+        ):
           pending.append((at, epoch, rows, output))
           at += 1
           if len(pending) >= self.config.flush_every:
@@ -278,6 +275,16 @@ class _Scoring:
         flush(at)
         bar.update(at - bar.n)
     return self.task.samples or len(ledger.matrix()[0])
+
+  def _score(self, params, batch):
+    rows = self.task.take(batch)
+    output = self.score_step(
+      params,
+      self.reference and self.reference.for_batch(batch),
+      self.devices.put(rows.seen),
+      self.task.resident,
+    )
+    return rows._replace(seen={}), output
 
   def _done(self, ledger, progress, own):
     """Counts batches that are scored and on record; also the passes' starts.

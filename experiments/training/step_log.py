@@ -14,8 +14,10 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 
-# Steps that may be under way: one runs, and the next one waits for it.
+# Calls that may be under way: one runs, and the next one waits for it.
 _AHEAD = 2
+# Rows of the ledger in memory; they are written at checkpoints in any case.
+_ROWS = 1 << 20
 NONFINITE_FILE = "nonfinite.json"
 
 
@@ -26,8 +28,8 @@ class NonFiniteError(ValueError):
 class StepLog:
   """Keeps step outputs on the device until a group of them is written.
 
-  Fetching them step by step would make every step wait for the one before.
-  Their copies to the host start as soon as a step is done; done steps are
+  Fetching them call by call would make every call wait for the one before.
+  Their copies to the host start as soon as a call is done; done calls are
   written while others run.
   """
 
@@ -46,54 +48,63 @@ class StepLog:
       folder: the run's.
       metrics: for the steps' measurements, and their speed.
       ledger: for scores; None where the method has none.
-      every: steps in a group.
+      every: steps in a group, at least; calls are written whole.
       nonfinite_stop: skipped steps in a row that end the run; 0: none.
     """
     self._folder, self._metrics, self._ledger = folder, metrics, ledger
     self._every, self._nonfinite_stop = every, nonfinite_stop
-    self._pending: list[tuple[int, tuple[Any, ...], Any]] = []
+    self._pending: list[tuple[int, Any, Any]] = []  # step, Taken, StepOutput
     self._skipped: list[tuple[int, list[Any]]] = []  # in a row: steps and ids
-    self._since: float | None = None  # when the first step was compiled
+    self._since: float | None = None  # when the first call was compiled
     self._steps, self._waited = 0, 0.0
+    self._rows = 0  # of the ledger, in memory
 
   def add(self, step: int, taken: Any, output: Any, waited: float) -> None:
-    """Takes a step that was started; writes a group that is complete.
+    """Takes a call that was started; writes a group that is complete.
 
-    Waits until no more than two steps are under way: more of them would keep
+    Waits until no more than two calls are under way: more of them would keep
     their batches on the devices.
 
     Args:
-      step: the step's number.
-      taken: the `loop.Taken`.
-      output: the `steps.StepOutput`.
+      step: the number of the call's first step.
+      taken: the `loop.Taken`; what of it is on the devices is let go.
+      output: the call's `steps.StepOutput`.
       waited: total seconds spent waiting for data.
     """
     for leaf in jax.tree.leaves(output):
       leaf.copy_to_host_async()
-    self._pending.append((step, (taken.ids, taken.real, taken.epoch), output))
-    self._steps += 1
+    taken = taken._replace(batch=None, reference=None)
+    self._pending.append((step, taken, output))
+    self._steps += len(taken.ids)
     if self._since is None:
       self.restart(waited)  # compiling is not measured
     if len(self._pending) > _AHEAD:
       jax.block_until_ready(self._pending[-_AHEAD - 1][-1].metrics)
-    if len(self._pending) >= self._every + _AHEAD:
-      self._write(len(self._pending) - _AHEAD)
-      self._write_speed(step, waited)
+    done = self._pending[:-_AHEAD]
+    if sum(len(taken.ids) for _, taken, _ in done) >= self._every:
+      self._write(len(done))
+      self._write_speed(step + len(taken.ids) - 1, waited)
 
   def until_idle(self) -> None:
     """Waits for all steps that were added."""
     if self._pending:
       jax.block_until_ready(self._pending[-1][-1].metrics)
 
-  def flush(self, waited: float) -> None:
-    """Puts all steps so far on disk."""
+  def drain(self, waited: float) -> None:
+    """Writes all steps so far."""
     self.until_idle()
     if self._pending:
-      self._write_speed(self._pending[-1][0], waited)
+      step, taken, _ = self._pending[-1]
+      self._write_speed(step + len(taken.ids) - 1, waited)
     self._write(len(self._pending))
     self._metrics.flush()
+
+  def save(self) -> None:
+    """Puts all that was written on disk."""
+    self._metrics.sync()
     if self._ledger is not None:
       self._ledger.flush()
+    self._rows = 0
 
   def restart(self, waited: float) -> None:
     """Measures speed from now on, without the time before."""
@@ -110,34 +121,50 @@ class StepLog:
       self.restart(waited)
 
   def _write(self, count):
-    """Writes the first steps that are pending."""
+    """Writes the first calls that are pending."""
     group, self._pending = self._pending[:count], self._pending[count:]
     fetched = distributed.own_rows([output for *_, output in group])
-    for (step, rows, _), output in zip(group, fetched, strict=True):
-      found = {f"train_{k}": float(v) for k, v in output.metrics.items()}
-      self._metrics.write(step, found)
-      ids, real, epoch = rows
+    scores = []
+    for (step, taken, _), output in zip(group, fetched, strict=True):
+      live = len(taken.ids)
+      found = {f"train_{k}": v[:live] for k, v in output.metrics.items()}
+      self._metrics.write_steps(step, found)
       if self._ledger is not None:
+        samples = {k: v[:live] for k, v in output.samples.items()}
         self._ledger.append(
-          ids[real],
-          output.samples["score"][real],
-          weights=output.samples["weight"][real],
-          losses=output.samples["loss"][real],
+          taken.ids,
+          samples["score"],
+          weights=samples["weight"],
+          losses=samples["loss"],
           step=step,
-          epoch=epoch,
+          epoch=taken.epochs,
+          mask=taken.real,
         )
-      self._count(step, ids[real], found.get("train_skipped", 0))
+        self._rows += taken.ids.size
+        scores.append(samples["score"][taken.real])
+      self._count(step, taken, found.get("train_skipped", np.zeros(live)))
+    if group:
+      step = group[-1][0] + len(group[-1][1].ids) - 1
+      self._metrics.summarize(step, scores)
+    if self._rows >= _ROWS and self._ledger is not None:
+      self._ledger.flush()
+      self._rows = 0
 
-  def _count(self, step, ids, skipped):
+  def _count(self, first, taken, skipped):
     """Stops the run if nothing but skipped steps is to be expected."""
-    if not skipped:
+    if not skipped.any():
       self._skipped.clear()
       return
-    if not self._nonfinite_stop:
-      return
-    self._skipped.append((step, np.asarray(ids).tolist()))
-    if len(self._skipped) < self._nonfinite_stop:
-      return
+    for row, is_skipped in enumerate(skipped):
+      if not is_skipped:
+        self._skipped.clear()
+      elif self._nonfinite_stop:
+        ids = taken.ids[row][taken.real[row]]
+        self._skipped.append((first + row, ids.tolist()))
+        if len(self._skipped) == self._nonfinite_stop:
+          self._stop()
+
+  def _stop(self):
     file = self._folder / NONFINITE_FILE
     if jax.process_count() > 1:  # each has its own samples
       file = file.with_stem(f"{file.stem}_{jax.process_index()}")
@@ -145,7 +172,7 @@ class StepLog:
       file, [{"step": at, "ids": ids} for at, ids in self._skipped]
     )
     first, last = self._skipped[0][0], self._skipped[-1][0]
-    self._metrics.flush()
+    self._metrics.sync()
     raise NonFiniteError(
       f"steps {first} to {last} had no finite gradient, and were skipped: the"
       f" run has diverged, or its data are broken. The ids of their samples are"

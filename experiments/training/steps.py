@@ -14,6 +14,9 @@ from experiments.runtime import sharding
 from experiments.tasks.base import Aux, Outputs
 from gradmimic_jax.scores import Score
 
+# Directions whose reference is another batch.
+_BATCHES = ("clean_gradient", "noisy_gradient", "test_gradient")
+
 
 class TrainState(NamedTuple):
   """The state that a run carries from step to step."""
@@ -55,12 +58,6 @@ def make_shardings(state: TrainState, mesh: jax.sharding.Mesh | None) -> Any:
   return sharding.make_param_shardings(state, mesh), StepOutput(whole, rows)
 
 
-def keep(batch: Any, resident: Any) -> Any:
-  """Keeps a batch as it is; see `Task.expand`."""
-  del resident
-  return batch
-
-
 def make_train_step(
   losses_fn: Callable[..., Any],
   tx: optax.GradientTransformation,
@@ -68,7 +65,7 @@ def make_train_step(
   config: Any,
   outputs: Outputs | None = None,
   *,
-  expand: Callable[[Any, Any], Any] = keep,
+  expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
@@ -81,20 +78,22 @@ def make_train_step(
       `check_independence`.
     outputs: the task's, for methods that go by outputs; they then replace
       losses_fn.
-    expand: as `Task.expand`.
+    expand: `(batch, resident) -> batch`, the task's, which comes before any
+      loss; None: batches come as losses_fn takes them.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
   Returns:
     `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
-    The state is donated. `reference` is the input of the method's direction: a
-    parameter tree, the outputs `[B, C]` or norms `[B]` for this batch, or
-    another batch; steps without a direction ignore it. Samples whose loss (or
-    score, or divergence, by the method) is not finite get no weight and are
-    counted in `metrics["nonfinite"]`; entries of the gradient that they reach
-    are 0. Where no sample is left, or the gradient is not finite all the same,
-    parameters and optimizer stay as they are: `metrics["skipped"]` is 1, and
-    `step` counts on.
+    The state is donated. `resident` is what `expand` takes from beside the
+    batch. `reference` is the input of the method's direction: a parameter
+    tree, the outputs `[B, C]` or norms `[B]` for this batch, or another batch;
+    steps without a direction ignore it. Samples whose loss (or score, or
+    divergence, by the method) is not finite get no weight and are counted in
+    `metrics["nonfinite"]`; entries of the gradient that they reach are 0. Where
+    no sample is left, or the gradient is not finite all the same, parameters
+    and optimizer stay as they are: `metrics["skipped"]` is 1, and `step` counts
+    on.
 
   Raises:
     ValueError: microbatches of losses that depend on batch mates.
@@ -106,29 +105,37 @@ def make_train_step(
     gradient = _attached_gradient(losses_fn, method, outputs)
   else:
     gradient = _mimic_gradient(losses_fn, method, config, outputs)
-  step = make_step(gradient, tx)
-
-  def train_step(state, reference, batch, resident=None):
-    return step(state, reference, expand(batch, resident))
-
-  return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+  is_batch = method is not None and method.direction in _BATCHES
+  return jax.jit(
+    make_step(gradient, tx, expand=expand, reference_is_batch=is_batch),
+    donate_argnums=0,
+    out_shardings=out_shardings,
+  )
 
 
 def make_step(
   gradient: Callable[[TrainState, Any, Any], tuple[Any, StepOutput]],
   tx: optax.GradientTransformation,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepOutput]]:
+  *,
+  expand: Callable[[Any, Any], Any] | None = None,
+  reference_is_batch: bool = False,
+) -> Callable[..., tuple[TrainState, StepOutput]]:
   """Makes a step as `make_train_step` does, by any gradient, and not jitted.
 
   Args:
     gradient: `(state, reference, batch) -> (gradient, StepOutput)`.
     tx: the optimizer, over averaged gradients.
+    expand: as in `make_train_step`.
+    reference_is_batch: whether the reference is a batch, to be expanded too.
 
   Returns:
-    `train_step(state, reference, batch) -> (state, StepOutput)`.
+    `train_step(state, reference, batch, resident=None) -> (state, StepOutput)`.
   """
 
-  def train_step(state, reference, batch):
+  def train_step(state, reference, batch, resident=None):
+    batch = _expanded(expand, batch, resident)
+    if reference_is_batch:
+      reference = _expanded(expand, reference, resident)
     grads, output = gradient(state, reference, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -145,13 +152,17 @@ def make_step(
   return train_step
 
 
+def _expanded(expand, batch, resident):
+  return batch if expand is None else expand(batch, resident)
+
+
 def make_score_step(
   losses_fn: Callable[..., Any],
   method: Method | None,
   config: Any,
   outputs: Outputs | None = None,
   *,
-  expand: Callable[[Any, Any], Any] = keep,
+  expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
 ) -> Callable[..., dict[str, jax.Array]]:
   """Makes a jitted step that scores a batch and changes nothing.
@@ -162,13 +173,13 @@ def make_score_step(
     config: `config.mimic`: `layers`, `engine`, `microbatch_size`,
       `check_independence`.
     outputs: as in `make_train_step`.
-    expand: as `Task.expand`.
+    expand: as in `make_train_step`.
     out_shardings: of all scores and losses; None leaves it to the compiler.
 
   Returns:
     `score_step(params, reference, batch, resident=None) -> {"score", "loss"}`,
-    each `[B]`; NaN where a sample is not finite. `reference` is as in
-    `make_train_step`.
+    each `[B]`; NaN where a sample is not finite. `reference` and `resident` are
+    as in `make_train_step`.
 
   Raises:
     ValueError: a method without scores of single samples, or microbatches of
@@ -185,7 +196,9 @@ def make_score_step(
   )
 
   def score_step(params, reference, batch, resident=None):
-    batch = expand(batch, resident)
+    batch = _expanded(expand, batch, resident)
+    if method.direction in _BATCHES:
+      reference = _expanded(expand, reference, resident)
     found = scores_fn(params, reference, batch, mask=batch["mask"])
     return {"score": found.scores, "loss": found.losses}
 
@@ -210,7 +223,7 @@ def make_direction(
   if name == "outputs":
     assert outputs is not None
     return outputs.direction
-  if name in ("clean_gradient", "noisy_gradient", "test_gradient"):
+  if name in _BATCHES:
     return gm.toward_clean_gradient(
       lambda params, batch: losses_fn(params, batch)[0]
     )

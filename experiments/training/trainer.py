@@ -5,8 +5,11 @@ import functools
 import json
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
@@ -14,10 +17,13 @@ from experiments import methods, tasks
 from experiments.runtime import (
   distributed,
   locks,
+  metrics as writers,
   prefetch,
+  programs,
   workdir as workdir_lib,
 )
 from experiments.training import (
+  calls,
   loop,
   optimizer,
   reference as reference_lib,
@@ -28,10 +34,14 @@ from experiments.training import (
 RESULT_FILE = workdir_lib.RESULT_FILE
 LEDGER_FOLDER = "ledger"
 JOB = "run"
+_PATHS = ("reference", "outputs")  # of `config.mimic`
 
 
 def train_and_evaluate(
-  config: config_dict.ConfigDict, workdir: Any
+  config: config_dict.ConfigDict,
+  workdir: Any,
+  *,
+  sink: writers.Sink | None = None,
 ) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
@@ -43,6 +53,8 @@ def train_and_evaluate(
       what the task saves of its data, checkpoints, `metrics.jsonl` with
       TensorBoard events beside it, the ledger of a method with scores, and at
       the end `result.json`.
+    sink: `(step, {name: number}) -> None`, gets the metrics as well, in groups
+      of steps; None: what `config.metrics_sink` names.
 
   Returns:
     The content of `result.json`: the last evaluation, counts, and the seconds
@@ -57,6 +69,7 @@ def train_and_evaluate(
   fields = tasks.get(config).configs
   folder = workdir_lib.check(workdir, config, fields, job=JOB)
   started = time.monotonic()
+  sink = sink or writers.find_sink(config.metrics_sink)
   result_file = folder / RESULT_FILE
   with contextlib.ExitStack() as stack:
     finished = distributed.agree(result_file.exists())
@@ -73,11 +86,21 @@ def train_and_evaluate(
       reference_check.save(folder, checked)
       run.task.save(folder)
     distributed.meet()
-    result = run.to_the_end()
+    result = run.to_the_end(sink)
     result["seconds"] = round(time.monotonic() - started, 2)
     if distributed.is_first():
       workdir_lib.write_json(result_file, result, sealed=True)
     return result
+
+
+class Packed(NamedTuple):
+  """The batches of a call, stacked; those of the steps it lacks are copies."""
+
+  ids: np.ndarray  # [K, B]
+  real: np.ndarray  # bool [K, B]
+  seen: dict[str, np.ndarray]  # [K, B, ...]
+  live: np.ndarray  # bool [K]
+  batches: list[Any]  # as they were read, where their references differ
 
 
 class Run:
@@ -114,19 +137,19 @@ class Run:
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
     self.fingerprint = workdir_lib.fingerprint(self.fingerprints)
-    tx = optimizer.create(
+    tx = _create_optimizer(
       self.config.optimizer, total_steps=self.total_steps, last=task.last
     )
     self.state = self.devices.compute(
       functools.partial(steps.init_state, tx=tx), task.params
     )
-    self.train_step = steps.make_train_step(
+    self.train_step, self.make_call = calls.make(
       task.losses_fn,
       tx,
       self.method,
-      self.config.mimic,
+      _without_paths(self.config.mimic),
       task.outputs,
-      expand=task.expand,
+      task.expansion,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
@@ -138,11 +161,17 @@ class Run:
       self.task.check_losses_fn(),
       self.state.params,
       self.reference,
-      self.task.check_batch,
+      self._draw,
       instead=self.task.instead,
     )
 
-  def to_the_end(self) -> dict[str, Any]:
+  def _draw(self):
+    batch, expand = self.task.check_batch(), self.task.expansion
+    if expand is None:
+      return batch
+    return jax.jit(expand)(batch, self.task.resident)
+
+  def to_the_end(self, sink: writers.Sink | None = None) -> dict[str, Any]:
     """Restores, runs the steps that are left, and sums up."""
     with contextlib.closing(self.task):
       evaluation = loop.run(
@@ -151,10 +180,14 @@ class Run:
         self.batches,
         schedule=self.schedule,
         fingerprint=self.fingerprint,
-        train_step=lambda *given: self.train_step(*given, self.task.resident),
+        plan=self.plan,
+        pack=self.pack,
         take=self.take,
+        resident=self.task.resident,
         evaluate=self.task.evaluate,
         ledger=self.ledger(),
+        about=json.dumps(workdir_lib.as_dict(self.config), indent=2),
+        sink=sink,
       )
     return {
       "fingerprint": self.fingerprint,
@@ -169,18 +202,71 @@ class Run:
       "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
 
+  def example(self, batch: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """Makes what one step takes of a batch: state, reference and so on."""
+    return (
+      self.state,
+      self.reference and self.reference.for_batch(batch),
+      self.devices.put(self.task.take(batch).seen),
+      self.task.resident,
+    )
+
+  def plan(self, batch: dict[str, np.ndarray]) -> calls.Call:
+    """Chooses how many steps go into a call, by the first batch."""
+    length = calls.choose_length(
+      self.config.steps_per_call,
+      loop.spacing(self.schedule),
+      step=self.train_step,
+      given=lambda: self.example(batch),
+      devices=self.devices.count,
+    )
+    return self.make_call(length, self._differs)
+
+  @property
+  def _differs(self):
+    return self.reference is not None and self.reference.differs
+
+  def pack(self, length: int) -> Callable[[list[Any]], Packed]:
+    """Makes the function that stacks batches for a call of that length."""
+
+    def stack(batches):
+      rows = [self.task.take(batch) for batch in batches]
+      live = np.arange(length) < len(rows)
+      # Steps that aren't live change nothing, whatever they see.
+      rows += rows[-1:] * (length - len(rows))
+      seen = jax.tree.map(lambda *xs: np.stack(xs), *(row.seen for row in rows))
+      return Packed(
+        np.stack([row.ids for row in rows]),
+        np.stack([row.real for row in rows]),
+        seen,
+        live,
+        batches if self._differs else [],
+      )
+
+    return stack
+
   def take(self, step: int, read: prefetch.Read) -> loop.Taken:
-    """Makes a batch as the train step takes it."""
-    rows = self.task.take(read.batch)
-    epoch = read.epoch
+    """Makes a call's batches as it takes them."""
+    packed, count = read.packed, len(read.epochs)
     if self.task.steps_per_epoch is not None:
-      epoch = step // self.task.steps_per_epoch
+      epochs = np.arange(step, step + count) // self.task.steps_per_epoch
+    else:
+      epochs = np.array([epoch or 0 for epoch in read.epochs])
+    reference = self.reference
+    if reference is not None:
+      if self._differs:
+        found = [reference.for_batch(batch) for batch in packed.batches]
+        found += found[-1:] * (len(packed.live) - count)
+        reference = distributed.stack(found)
+      else:
+        reference = reference.for_batch(None)
     return loop.Taken(
-      ids=rows.ids,
-      real=rows.real,
-      epoch=epoch or 0,
-      reference=self.reference and self.reference.for_batch(read.batch),
-      batch=self.devices.put(rows.seen),
+      ids=packed.ids[:count],
+      real=packed.real[:count],
+      epochs=epochs,
+      reference=reference,
+      batch=self.devices.put(packed.seen, stacked=True),
+      live=packed.live,
     )
 
   def ledger(self) -> gm.ScoreLedger | None:
@@ -217,7 +303,20 @@ def create_method(config: config_dict.ConfigDict) -> methods.Method | None:
       f"config.method is {config.method!r}; expected one of"
       f" {', '.join(able)} (losses that depend on batch mates leave no others)."
     )
-  return methods.create(config.method, config.mimic)
+  return _create_method(config.method, _without_paths(config.mimic))
+
+
+def _without_paths(mimic):
+  """Returns `config.mimic` without what tells the runs of a study apart."""
+  mimic = mimic.copy_and_resolve_references()
+  with mimic.unlocked():
+    for field in _PATHS:
+      mimic[field] = None
+  return mimic
+
+
+_create_method = programs.once(methods.create)
+_create_optimizer = programs.once(optimizer.create)
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:

@@ -23,7 +23,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from unittest import mock
 
 if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,10 +45,9 @@ from experiments.runtime import checkpoint, metrics as writers
 from experiments.selection import files as select_job
 from experiments.training import (
   scoring as score_job,
-  steps,
   trainer,
 )
-from tests.experiments import processes
+from tests.experiments import processes, tiny
 
 CLASSIFICATION, CONTRASTIVE = "classification", "contrastive"
 METHODS = ("sgd", "grad_mimic", "rho", "output_agreement")
@@ -158,20 +156,12 @@ def train(task, root, folder, fields):
 
 def interrupted(count):
   """A context in which training stops before step `count`."""
-  make = steps.make_train_step
 
-  def make_interrupted(*args, **options):
-    step, done = make(*args, **options), []
+  def stop(step, to_do):
+    if step <= count < step + to_do:
+      raise KeyboardInterrupt
 
-    def stopping(*args):
-      if len(done) == count:
-        raise KeyboardInterrupt
-      done.append(None)
-      return step(*args)
-
-    return stopping
-
-  return mock.patch.object(steps, "make_train_step", make_interrupted)
+  return tiny.around_calls(stop)
 
 
 def train_in_two_processes(root, folder, fields):

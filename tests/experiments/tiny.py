@@ -12,7 +12,7 @@ import numpy as np
 
 from configs import digits, language, shapes
 from experiments.runtime import checkpoint
-from experiments.training import steps
+from experiments.training import calls
 
 TASKS = ("classification", "contrastive", "language")
 _ALL = {
@@ -104,27 +104,57 @@ def _text():
 
 
 @contextlib.contextmanager
+def around_calls(
+  before: Callable[[int, int], None] = lambda step, count: None,
+  after: Callable[[int, int], None] = lambda step, count: None,
+) -> Iterator[list]:
+  """Calls functions around a run's calls, with their steps done and to do.
+
+  Steps are counted from the run's start or restart. Gives a list, which gets
+  the results of `calls.make`.
+  """
+  make, made = calls.make, []
+
+  def make_eventful(*args, **options):
+    step, make_call = make(*args, **options)
+    made.append((step, make_call))
+    done = 0
+
+    def eventful_call(*given):
+      call = make_call(*given)
+
+      def eventful(*args):
+        nonlocal done
+        count = int(np.sum(args[-1]))
+        before(done, count)
+        result = call.function(*args)
+        after(done, count)
+        done += count
+        return result
+
+      return call._replace(function=eventful)
+
+    return step, eventful_call
+
+  with mock.patch.object(calls, "make", make_eventful):
+    yield made
+
+
+@contextlib.contextmanager
 def before_step(count: int, happens: Callable[[], None]) -> Iterator[list]:
   """A run calls `happens` before its step `count`, which it has to reach.
 
-  Gives a list, which gets the step that it makes.
+  Several steps go into a call: it happens before the call of that one.
+  Gives a list, as `around_calls`.
   """
-  make_step, reached, made = steps.make_train_step, [], []
+  reached = []
 
-  def make_eventful(*args, **options):
-    step, done = make_step(*args, **options), []
-    made.append(step)
+  def before(step, to_do):
+    if step <= count < step + to_do:
+      reached.append(None)
+      happens()
 
-    def eventful(*args):
-      if len(done) == count:
-        reached.append(None)
-        happens()
-      done.append(None)
-      return step(*args)
-
-    return eventful
-
-  with mock.patch.object(steps, "make_train_step", make_eventful):
+  with around_calls(before) as made:
     yield made
   assert reached, f"the run has ended before step {count}."
 

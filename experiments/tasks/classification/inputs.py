@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.runtime import programs
+
 # The fields of a batch that a step is given.
 SEEN = ("image", "row", "flipped", "label", "mask")
 Expand = Callable[[Any, Any], dict[str, jax.Array]]
@@ -26,6 +28,7 @@ def check_scaling(
     raise ValueError(f"std must be positive, got {list(std)}")
 
 
+@programs.once
 def make_expand(mean: Sequence[float], std: Sequence[float]) -> Expand:
   """Makes the function that gathers, mirrors and normalises images.
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 
 import gradmimic_jax as gm
+from experiments.runtime import programs
 from experiments.tasks.base import Outputs
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 
+@programs.once
 def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Makes the cross-entropy per sample, with hits as aux.
 
@@ -30,6 +32,7 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
   return losses_fn
 
 
+@programs.once
 def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   """Makes `outputs_fn(params, batch) -> logits [B, C]`, from `image`."""
 
@@ -39,6 +42,7 @@ def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   return outputs_fn
 
 
+@programs.once
 def make_outputs(outputs_fn: Callable[..., jax.Array]) -> Outputs:
   """Makes the Outputs of classification from `(params, batch) -> logits`."""
   return Outputs(

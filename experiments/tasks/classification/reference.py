@@ -4,13 +4,13 @@ Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs with the same reference.
 """
 
-import collections
 import contextlib
 import hashlib
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import config_dict
@@ -21,6 +21,7 @@ from experiments.runtime import (
   cache,
   checkpoint,
   distributed,
+  prefetch,
   workdir as workdir_lib,
 )
 from experiments.tasks.base import Reference, finished_run
@@ -109,10 +110,8 @@ def _one_batch(images, labels, rows, data, devices):
     data.mean,
     data.std,
   )
-  expand = jax.jit(inputs.make_expand(data.mean, data.std))
-  # Placed first: what is computed of it then lies where it lies.
-  batch = expand(devices.place_shared(batch), None)
-  return Reference(fingerprint, None, lambda _: batch)
+  batch = jax.tree.map(jnp.asarray, devices.place_shared(batch))
+  return Reference(fingerprint, None, lambda _: batch, constant=True)
 
 
 def _independent_batches(config, data, devices):
@@ -124,7 +123,6 @@ def _independent_batches(config, data, devices):
   labels, images = data.labels.labels, data.train
   rows = np.arange(len(labels)) if data.indices is None else data.indices
   size = min(config.batch_size, len(rows))
-  expand = jax.jit(inputs.make_expand(data.mean, data.std))
   # Where devices share its rows, each process reads its own.
   own, place = slice(None), devices.place_shared
   if size % devices.count == 0:
@@ -146,7 +144,7 @@ def _independent_batches(config, data, devices):
     batch["label"] = labels[drawn[own]].astype(np.int32)
     if mirrored is not None:
       batch["flipped"] = mirrored[own]
-    return expand(place(batch), images.resident)
+    return place(batch)
 
   fingerprint = workdir_lib.fingerprint(
     "independent batches",
@@ -296,7 +294,7 @@ def _load_run_outputs(where, config, images, devices, *, compute=True):
         f"{where} keeps no outputs for these images ({file.name})."
       )
     # The reference sees images scaled as they were when it was trained.
-    expand = inputs.make_expand(shown["mean"], shown["std"])
+    expand = inputs.make_expand(tuple(shown["mean"]), tuple(shown["std"]))
     outputs = _outputs(apply, expand, params, images, config, flip, devices)
     if devices.process[0] == 0:
       cache.write(file, outputs)
@@ -341,15 +339,18 @@ def _outputs(apply, expand, params, images, config, flip, devices):
     batch_size=devices.divided(config.eval_batch_size),
     **reading(config, devices),
   )
-  parts: list[Any] = []
-  waiting: collections.deque[Any] = collections.deque()
   with contextlib.closing(batches):
-    for batch in batches:
-      shown = {key: batch[key] for key in ("image", "row") if key in batch}
-      waiting.append(compute(devices.put_own(shown)))
-      if len(waiting) > 1:  # one is computed while the next one is read
-        parts.append(jax.device_get(waiting.popleft()))
-  parts += jax.device_get(list(waiting))
+    parts = [
+      *prefetch.bounded(
+        compute(
+          devices.put_own(
+            {key: batch[key] for key in ("image", "row") if key in batch}
+          )
+        )
+        for batch in batches
+      )
+    ]
+  parts = jax.device_get(parts)
   views = [np.concatenate(view) for view in zip(*parts, strict=True)]
   outputs = np.stack(views)[:, : len(images.source)].astype(np.float32)
   return outputs if flip else outputs[0]

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -99,7 +98,7 @@ class Classification(Task):
     self.batches = stream.train_batches(
       data.train, data.labels.labels, **shuffled, **self._reading
     )
-    self._expand = inputs.make_expand(data.mean, data.std)
+    self._expand = inputs.make_expand(tuple(data.mean), tuple(data.std))
     self._listing: pathlib.Path | None = None
     apply, self.params = initial.for_data(
       config.model, data, seed=config.seed, place=devices.place
@@ -212,6 +211,11 @@ class Classification(Task):
     return self._expand(batch, resident)
 
   @property
+  def expansion(self) -> inputs.Expand:
+    """See `Task`. Runs of one scaling share it, and so their programs."""
+    return self._expand
+
+  @property
   def resident(self) -> Any:
     """See `Task`."""
     return self.data.train.resident
@@ -253,7 +257,7 @@ class Classification(Task):
       samples=self.config.mimic.check_samples,
       seed=self.config.seed,
     )
-    return jax.jit(self._expand)(self.devices.place_rows(batch), None)
+    return self.devices.place_rows(batch)
 
   def load_reference(self, direction: str) -> Reference:
     """See `Task`."""

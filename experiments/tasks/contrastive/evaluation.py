@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.clip import Features
-from experiments.runtime import distributed
+from experiments.runtime import distributed, prefetch, programs
 from experiments.tasks.contrastive import (
   data as clip_data,
   losses as contrastive,
@@ -26,6 +26,7 @@ _RECALLS = (
 _ACCURACIES = ("zero_shot_accuracy@1", "zero_shot_accuracy@5")
 
 
+@programs.once
 def scaled(apply: Apply, mean: Any, std: Any) -> Apply:
   """Makes a model take images as they are stored.
 
@@ -67,11 +68,13 @@ class Extractor:
     return found.reshape(*tokens.shape[:-1], -1)
 
   def _extract(self, rows, extract):
-    parts = []
-    for start in range(0, len(rows), self._size):
-      # Filled up with real rows: one shape, one program.
-      at = np.arange(start, start + self._size) % len(rows)
-      parts.append(extract(self._devices.place_rows(rows[at])))
+    def placed():
+      for start in range(0, len(rows), self._size):
+        # Filled up with real rows: one shape, one program.
+        at = np.arange(start, start + self._size) % len(rows)
+        yield self._devices.place_rows(rows[at])
+
+    parts = [*prefetch.bounded(map(extract, placed()))]
     # Fetched at once: fetching one by one would make each wait.
     return np.concatenate(jax.device_get(parts))[: len(rows)]
 

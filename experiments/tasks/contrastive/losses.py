@@ -18,6 +18,7 @@ import optax
 
 import gradmimic_jax as gm
 from experiments.models.clip import Features
+from experiments.runtime import programs
 from experiments.tasks.base import Outputs
 from gradmimic_jax import Direction
 from gradmimic_jax.scores import Score
@@ -41,6 +42,7 @@ class _Pairs(NamedTuple):
   broken: jax.Array  # bool [B]: real pairs whose features are not
 
 
+@programs.once
 def make_losses_fn(
   apply: Apply,
   kind: str = "clip",
@@ -146,6 +148,7 @@ def losses_and_hits(
   return jnp.where(pairs.broken, jnp.nan, losses), hits & pairs.counted
 
 
+@programs.once
 def make_outputs(
   apply: Apply,
   kind: str = "clip",

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import optax
 
 import gradmimic_jax as gm
+from experiments.runtime import programs
 from experiments.tasks.base import Outputs
 from gradmimic_jax.scores import Score
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 
+@programs.once
 def make_losses_fn(
   apply: Apply, *, padding: int
 ) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
@@ -73,6 +75,7 @@ def losses_and_hits(
   return _mean(losses, real), _mean(hits, real)
 
 
+@programs.once
 def make_outputs(apply: Apply, *, padding: int) -> Outputs:
   """Makes the Outputs of language modelling, of logits `[B, T, V]`.
 

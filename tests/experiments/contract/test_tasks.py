@@ -17,7 +17,13 @@ import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
 from experiments.runtime import checkpoint, distributed, locks, metrics
-from experiments.training import reference_check, scoring, steps, trainer
+from experiments.training import (
+  calls,
+  reference_check,
+  scoring,
+  steps,
+  trainer,
+)
 
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
@@ -72,10 +78,15 @@ class Runs:
   def _reference(self, task):
     """The folder of a run of one step, which no program is compiled for."""
     folder = self.folder / task / "reference"
-    fields = {"noise.rate": 0.0, "num_steps": 1, "checkpoint.every_steps": 1}
+    fields = {
+      "noise.rate": 0.0,
+      "num_steps": 1,
+      "steps_per_call": 1,
+      "checkpoint.every_steps": 1,
+    }
     config = self.config(task, method="sgd", **fields)
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "make_train_step", lambda *_, **options: nudge)
+      patch.setattr(calls, "make", lambda *_, **options: (None, nudged))
       trainer.train_and_evaluate(config, folder)
     return str(folder)
 
@@ -105,13 +116,18 @@ class Runs:
     return self._whole[key]
 
 
-def nudge(state, reference, batch):
+def nudged(*_):
+  """Calls of one step that is no program."""
+  return calls.Call(1, nudge)
+
+
+def nudge(state, *_):
   """A step some way off, the same each time."""
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
   )
-  metrics = {name: jnp.zeros([]) for name in ("loss", "nonfinite", "skipped")}
+  metrics = {name: jnp.zeros([1]) for name in ("loss", "nonfinite", "skipped")}
   return state._replace(params=params), steps.StepOutput(metrics, {})
 
 
@@ -135,17 +151,23 @@ def assert_same_run(like, one, other):
 
 @every_task
 def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
-  config, folder, result, (step,) = runs.whole(task)
+  config, folder, result, ((_, make_call),) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
 
   def again(state, *args):
     # Of new arrays, as before: those of a checkpoint are on a certain device,
     # which is another program. The slow test compiles it.
-    return step(
+    return call.function(
       jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state), *args
     )
 
-  monkeypatch.setattr(steps, "make_train_step", lambda *_, **options: again)
+  call = make_call(2, False)
+  monkeypatch.setattr(
+    calls,
+    "make",
+    lambda *_, **options: (None, lambda *_: call._replace(function=again)),
+  )
+  monkeypatch.setattr(calls, "choose_length", lambda *_, **options: 2)
   found = trainer.train_and_evaluate(config, tmp_path / "run")
   assert {**found, "seconds": 0} == {**result, "seconds": 0}
   assert_same_run(runs.made(task).params, folder, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Runs that are killed, asked to leave, stopped, out of room, or broken."""
 
+import contextlib
 import functools
 import json
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import processes
 import pytest
+import tiny
 from etils import epath
 
 import gradmimic_jax as gm
@@ -26,7 +28,7 @@ from experiments.runtime import (
   preemption,
   watchdog,
 )
-from experiments.training import step_log, steps, trainer as train
+from experiments.training import step_log, trainer as train
 
 SAMPLES = 1437
 EPOCHS = 32
@@ -427,7 +429,9 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def config(make_config):
   """Of three epochs, with scores, that stops after three skipped steps."""
-  return make_config(method="random", **{"faults.nonfinite_stop": 3})
+  return make_config(
+    method="random", steps_per_call=3, **{"faults.nonfinite_stop": 3}
+  )
 
 
 @pytest.fixture
@@ -463,27 +467,18 @@ def test_a_half_checkpoint_gives_way_to_the_one_before(
 
 
 @pytest.fixture
-def meanwhile(monkeypatch):
+def meanwhile():
   """`meanwhile(step, happens)`: calls that when the step has been started."""
+  with contextlib.ExitStack() as stack:
 
-  def meanwhile(at, happens):
-    make = steps.make_train_step
-
-    def make_eventful(*args, **options):
-      train_step = make(*args, **options)
-
-      def eventful(state, *args):
-        now = int(state.step)
-        result = train_step(state, *args)
-        if now == at:
+    def meanwhile(at, happens):
+      def after(step, count):
+        if step <= at < step + count:
           happens()
-        return result
 
-      return eventful
+      stack.enter_context(tiny.around_calls(after=after))
 
-    monkeypatch.setattr(steps, "make_train_step", make_eventful)
-
-  return meanwhile
+    yield meanwhile
 
 
 @pytest.fixture
@@ -757,9 +752,10 @@ def poison(monkeypatch):
   def poison(*broken):
     def taking(self, step, read):
       taken = take(self, step, read)
-      if step not in broken:
-        return taken
-      image = taken.batch["image"] * np.nan
+      image = np.array(taken.batch["image"])
+      for row in range(len(taken.ids)):
+        if step + row in broken:
+          image[row] = np.nan
       return taken._replace(batch={**taken.batch, "image": image})
 
     monkeypatch.setattr(train.Run, "take", taking)

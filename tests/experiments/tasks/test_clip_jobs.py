@@ -9,6 +9,7 @@ import numpy as np
 import pairs_case
 import processes
 import pytest
+import tiny
 from pairs_case import make, on_shapes, on_shards
 
 import gradmimic_jax as gm
@@ -21,7 +22,7 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 from experiments.selection import filters as clip_filters
-from experiments.training import optimizer, steps, trainer as clip_train
+from experiments.training import optimizer, trainer as clip_train
 
 
 @pytest.fixture(scope="module")
@@ -77,28 +78,11 @@ class TestShards:
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
 
   @pytest.mark.slow
-  def test_an_interrupted_run_goes_on_bit_for_bit(
-    self, scored, tmp_path, monkeypatch
-  ):
+  def test_an_interrupted_run_goes_on_bit_for_bit(self, scored, tmp_path):
     """With the place in the shards restored."""
     config, whole, result = scored
-    make_step = steps.make_train_step
-
-    def make_interrupted(*args, **options):
-      step, done = make_step(*args, **options), []
-
-      def stopping(*args):
-        if len(done) == 3:
-          raise KeyboardInterrupt
-        done.append(None)
-        return step(*args)
-
-      return stopping
-
-    with monkeypatch.context() as patch:
-      patch.setattr(steps, "make_train_step", make_interrupted)
-      with pytest.raises(KeyboardInterrupt):
-        clip_train.train_and_evaluate(config, tmp_path / "run")
+    with tiny.interrupted(3):
+      clip_train.train_and_evaluate(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [2]
     again = clip_train.train_and_evaluate(config, tmp_path / "run")
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
