@@ -20,7 +20,7 @@ from experiments.reporting import page
 from experiments.runtime import distributed
 from experiments.selection import files
 from experiments.tasks.classification import data as data_lib
-from experiments.training import steps, trainer
+from experiments.training import trainer
 
 _CLASSES = 10
 _TEST = 100  # files
@@ -93,20 +93,20 @@ def first_step(settings: dict[str, Any]) -> dict[str, float]:
   config = make_config(
     settings, **{"num_epochs": 0, "num_steps": 1, "eval_every_epochs": 1}
   )
-  make = steps.make_train_step
+  plan = trainer.Run.plan
 
-  def make_watched(*given, **options):
-    step = make(*given, **options)
+  def plan_watched(run, batch):
+    call = plan(run, batch)
 
     def watched(*given):
-      output = jax.block_until_ready(step(*given))
+      output = jax.block_until_ready(call.function(*given))
       found.setdefault("seconds", time.process_time() - started)
       found.setdefault("peak_gb", selection_benchmark._peak_bytes() / 1e9)
       return output
 
-    return watched
+    return call._replace(function=watched)
 
-  with mock.patch.object(steps, "make_train_step", make_watched):
+  with mock.patch.object(trainer.Run, "plan", plan_watched):
     trainer.train_and_evaluate(config, _fresh(settings, "first_step"))
   return found
 
