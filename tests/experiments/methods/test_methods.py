@@ -14,6 +14,7 @@ from experiments.runtime import distributed
 from experiments.studies.probing import heads
 from experiments.tasks.classification import (
   data as data_lib,
+  inputs,
   losses as classification,
   reference,
 )
@@ -365,21 +366,28 @@ class TestIndependentBatches:
     method = methods.create("agra", config.mimic)
     return data, reference.load(config, method.direction, None, data)
 
+  def seen(self, given, data, taken):
+    """The batch that comes with a batch, as a step sees it."""
+    expand = jax.jit(inputs.make_expand(data.mean, data.std))
+    return jax.device_get(expand(given.for_batch(taken), data.train.resident))
+
   def test_they_depend_on_the_batch_and_the_seed_alone(self, make_config):
     index = np.arange(40, dtype=np.int32)
     data, one = self.make(make_config)
     _, same = self.make(make_config)
-    batch = one.for_batch({"index": index})
+    batch = self.seen(one, data, {"index": index})
     assert one.fingerprint == same.fingerprint
     jax.tree.map(
-      np.testing.assert_array_equal, batch, same.for_batch({"index": index})
+      np.testing.assert_array_equal,
+      batch,
+      self.seen(same, data, {"index": index}),
     )
     _, other = self.make(make_config, seed=5)
     assert one.fingerprint != other.fingerprint
     padded = np.where(index < 39, index, -1)
     for found in (
-      other.for_batch({"index": index}),
-      one.for_batch({"index": padded}),
+      self.seen(other, data, {"index": index}),
+      self.seen(one, data, {"index": padded}),
     ):
       assert found["image"].shape == (40, 8, 8, 1)
       assert (found["image"] != batch["image"]).any()
@@ -391,9 +399,10 @@ class TestIndependentBatches:
 
   def test_they_are_mirrored_as_the_batch_is(self, make_config):
     index = np.arange(40, dtype=np.int32)
-    _, given = self.make(make_config)
-    batch = given.for_batch({"index": index, "flipped": np.zeros(40, bool)})
-    plain = given.for_batch({"index": index})["image"]
+    data, given = self.make(make_config)
+    taken = {"index": index}
+    plain = self.seen(given, data, taken)["image"]
+    batch = self.seen(given, data, taken | {"flipped": np.zeros(40, bool)})
     turned = (batch["image"] == plain[:, :, ::-1]).all(axis=(1, 2, 3))
     upright = (batch["image"] == plain).all(axis=(1, 2, 3))
     assert (turned | upright).all()
@@ -404,7 +413,8 @@ class TestIndependentBatches:
     data, given = self.make(
       make_config, **{"data.filter": str(tmp_path / "kept.npy")}
     )
-    rows = rows_of(given.for_batch({"index": np.arange(40)})["image"], data)
+    batch = self.seen(given, data, {"index": np.arange(40)})
+    rows = rows_of(batch["image"], data)
     np.testing.assert_array_equal(np.sort(rows), np.arange(100, 130))
 
 
@@ -424,7 +434,7 @@ def test_samples_of_the_test_split_are_there_by_name_only(make_config):
   method = methods.create(config.method, config.mimic)
   batch = reference.load(config, method.direction, None, data).for_batch({})
   np.testing.assert_array_equal(np.bincount(batch["label"]), [2] * 10)
-  shown = see(data.test, data.mean, data.std)
+  shown, _ = data.test.reader.read(range(len(data.test.source)))
   for image, label in zip(batch["image"], batch["label"], strict=True):
     equal = (shown == np.asarray(image)).all(axis=(1, 2, 3))
     assert label in data.test.source.labels[equal]
