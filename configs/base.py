@@ -13,12 +13,7 @@ _UNITS = ("epochs", "samples", "steps")
 def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   """The fields of every task, with their defaults; unlocked.
 
-  Args:
-    task: a name in `experiments.tasks`.
-    **durations: as `add_durations` takes them.
-
-  Returns:
-    The config.
+  Durations are as `add_durations` takes them.
   """
   config = config_dict.ConfigDict()
 
@@ -192,20 +187,25 @@ def _add_running(config: config_dict.ConfigDict) -> None:
   config.profile_steps = ()
 
 
-def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:
+def parse_arg(
+  arg: str, **defaults: bool | int | float | str | tuple[str, ...]
+) -> dict:
   """Reads `key=value,key=value`, each value by the type of its default.
 
   Args:
     arg: what follows the colon in `--config=configs/<name>.py:<arg>`.
-    **defaults: the keys there are and their defaults.
+    **defaults: the keys there are and their defaults; of a tuple, the only
+      values there are, it is the first.
 
   Returns:
     The defaults, updated.
 
   Raises:
-    ValueError: a key that is not there, or a value that can't be read.
+    ValueError: a key that is not there, or a value that can't be read or isn't
+      among those there are.
   """
-  values = dict(defaults)
+  choices = {k: v for k, v in defaults.items() if isinstance(v, tuple)}
+  values = defaults | {key: known[0] for key, known in choices.items()}
   for item in filter(None, (arg or "").split(",")):
     key, _, text = item.partition("=")
     if key not in defaults:
@@ -213,7 +213,7 @@ def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:
       raise ValueError(
         f"unknown config argument {key!r}; this config takes: {known}."
       )
-    kind = type(defaults[key])
+    kind = type(values[key])
     try:
       values[key] = (
         {"true": True, "false": False}[text.lower()]
@@ -224,4 +224,9 @@ def parse_arg(arg: str, **defaults: bool | int | float | str) -> dict:
       raise ValueError(
         f"config argument {key}={text!r} can't be read as {kind.__name__}."
       ) from None
+    if values[key] not in choices.get(key, (values[key],)):
+      raise ValueError(
+        f"config argument {key}={text!r}; expected one of"
+        f" {', '.join(choices[key])}."
+      )
   return values

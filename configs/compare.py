@@ -6,14 +6,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """No folders yet: name those that there are.
-
-  Args:
-    arg: takes none.
-
-  Returns:
-    The config, locked.
-  """
+  """No folders yet: name those that there are. Takes no argument."""
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
   config.title = "Label noise"

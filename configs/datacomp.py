@@ -29,31 +29,22 @@ _SCALES = {"small": 12_800_000, "medium": 128_000_000}
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """One run's config, locked.
+  """One run's config.
 
-  Args:
-    arg: `scale` ("small", "medium"), `method`, `layers`, `direction`
-      ("weights", "outputs"), `temperature`.
-
-  Returns:
-    The config.
+  Arguments are `scale` ("small", "medium"), `method`, `layers`, `direction`
+  ("weights", "outputs") and `temperature`.
 
   Raises:
     ValueError: an unknown argument or scale.
   """
   values = base.parse_arg(
     arg,
-    scale="small",
+    scale=tuple(_SCALES),
     method="grad_mimic",
     layers="image_last_mlp",
     direction="weights",
     temperature=0.05,
   )
-  if values["scale"] not in _SCALES:
-    raise ValueError(
-      f"config argument scale={values['scale']!r}; expected one of"
-      f" {', '.join(_SCALES)}."
-    )
   config = contrastive.get_config().unlock()
   config.update_from_flattened_dict(
     {

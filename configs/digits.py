@@ -14,11 +14,7 @@ from configs import base, classification
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """An MLP with two hidden layers of 256, or a small convnet; noisy labels.
 
-  Args:
-    arg: `rate` of label noise, number of `seeds`, `model` name.
-
-  Returns:
-    The config, locked.
+  Arguments are `rate` of label noise, number of `seeds`, `model` name.
   """
   values = base.parse_arg(arg, rate=0.5, seeds=3, model="mlp")
   config = classification.get_config().unlock()

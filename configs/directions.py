@@ -29,8 +29,8 @@ _METHODS = (
   "output_agreement",
 )
 _REFERENCES = {
-  "own": {"train_split": "train[:12000]"},
   "foreign": {"train_split": "train[:12000]", "seed_offset": 1000},
+  "own": {"train_split": "train[:12000]"},
   "poor": {"train_split": "train[:2000]", "seed_offset": 1000},
   "mlp": {
     "train_split": "train[:12000]",
@@ -46,24 +46,14 @@ _NOISES: dict[str, dict[str, object]] = {
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A study's config.
-
-  Args:
-    arg: `reference` and `noise`, as above; number of `seeds`.
-
-  Returns:
-    The config, locked.
+  """A study's config; `reference` and `noise` as above, and number of `seeds`.
 
   Raises:
     ValueError: an unknown argument, reference or noise.
   """
-  values = base.parse_arg(arg, reference="foreign", noise="symmetric", seeds=3)
-  for name, known in (("reference", _REFERENCES), ("noise", _NOISES)):
-    if values[name] not in known:
-      raise ValueError(
-        f"config argument {name}={values[name]!r}; expected one of"
-        f" {', '.join(known)}."
-      )
+  values = base.parse_arg(
+    arg, reference=tuple(_REFERENCES), noise=tuple(_NOISES), seeds=3
+  )
   config = classification.get_config().unlock()
   config.update_from_flattened_dict(
     {

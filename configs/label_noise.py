@@ -39,40 +39,29 @@ _SETS = {
   "oxford_flowers102": ("train", "test", 10),
   "oxford_iiit_pet": ("train", "test", 5),
 }
-_METHODS = (
-  "sgd",
-  "grad_mimic",
-  "influence",
-  "agra",
-  "grand",
-  "rho",
+# The paper's.
+METHODS = (
+  "sgd", "grad_mimic", "influence", "agra", "grand", "rho",
   "grad_match_separable",
-)
-_PROTOCOLS = ("probe", "finetune")
+)  # fmt: skip
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A study's config.
+  """A study's config; with `protocol=probe` it has a section `probe`.
 
-  Args:
-    arg: `dataset` and `protocol`, as above; number of `seeds`; noise `rate`,
-      for `protocol=finetune` only.
-
-  Returns:
-    The config, locked; with `protocol=probe` it has a section `probe`.
+  Arguments are `dataset` and `protocol`, as above; number of `seeds`; noise
+  `rate`, for `protocol=finetune` only.
 
   Raises:
     ValueError: an unknown argument, data set or protocol.
   """
   values = base.parse_arg(
-    arg, dataset="cifar10", protocol="probe", seeds=3, rate=0.4
+    arg,
+    dataset=tuple(_SETS),
+    protocol=("probe", "finetune"),
+    seeds=3,
+    rate=0.4,
   )
-  for name, known in (("dataset", _SETS), ("protocol", _PROTOCOLS)):
-    if values[name] not in known:
-      raise ValueError(
-        f"config argument {name}={values[name]!r}; expected one of"
-        f" {', '.join(known)}."
-      )
   train_split, test_split, epochs = _SETS[values["dataset"]]
   config = classification.get_config().unlock()
   config.update_from_flattened_dict(
@@ -94,7 +83,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       "mimic.weighting": "softmax",
       "mimic.temperature": 0.03,  # the lowest that was published, and the best
       "study.seeds": tuple(range(values["seeds"])),
-      "study.methods": _METHODS,
+      "study.methods": METHODS,
       "study.retrain": False,
       "study.binarizers": ("weight", "threshold", "gmm", "kmeans", "auto"),
       "study.tune.learning_rates": (3e-5, 1e-4, 3e-4),

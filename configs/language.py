@@ -17,11 +17,7 @@ from configs import base
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """A study of sgd, grad_mimic and rho on noisy text.
 
-  Args:
-    arg: `rate` of noise, number of `seeds`, `path` of a file of text.
-
-  Returns:
-    The config, locked.
+  Arguments are `rate` of noise, number of `seeds`, `path` of a file of text.
   """
   values = base.parse_arg(arg, rate=0.3, seeds=3, path="")
   config = base.get_config(

@@ -10,15 +10,7 @@ from configs import base, select
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """The run, and how much of it to show; locked.
-
-  Args:
-    arg: `run`: the workdir of `train`, of one method of a `study`, or of
-      `score`.
-
-  Returns:
-    The config, locked.
-  """
+  """How much to show of a `run` of `train`, `score` or a study."""
   config = config_dict.ConfigDict()
   config.run = base.parse_arg(arg, run="")["run"]
   config.select = select.get_config().select

@@ -10,14 +10,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """Whose checkpoints, toward which reference, on which data; locked.
-
-  Args:
-    arg: `learner`: the workdir of the run whose checkpoints score.
-
-  Returns:
-    The config, locked.
-  """
+  """Whose checkpoints, of the run `learner`, and which data they score."""
   config = config_dict.ConfigDict()
   config.learner = base.parse_arg(arg, learner="")["learner"]
   # Of which steps; empty takes all checkpoints that the run has kept. Each is

@@ -29,14 +29,9 @@ _FILTERS = (
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """Whose ledger, and how to select; locked.
+  """How to select from the ledger of a `run`, of `train`, `score` or a study.
 
-  Args:
-    arg: `run`: the workdir of `train`, of one method of a `study`, or of
-      `score`; `filters`: whether to make the published ones.
-
-  Returns:
-    The config, locked.
+  With `filters=true` the published filters are made.
   """
   config = config_dict.ConfigDict()
   values = base.parse_arg(arg, run="", filters=False)

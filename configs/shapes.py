@@ -42,14 +42,10 @@ _FILTERS = (
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """A study's config; one run of it is what `experiments.train` takes.
 
-  Args:
-    arg: `layers`, `direction` ("weights", "outputs"), effective sample sizes
-      `ess` and `temperature`s, each one or several with + between; number of
-      `seeds`; `reference`, as above; `filters`: whether to retrain on what
-      filters keep; `others`: further methods, such as output_agreement+rho.
-
-  Returns:
-    The config, locked.
+  Arguments are `layers`, `direction` ("weights", "outputs"), effective sample
+  sizes `ess` and `temperature`s, each one or several with + between; number of
+  `seeds`; `reference`, as above; `filters`: whether to retrain on what filters
+  keep; `others`: further methods, such as output_agreement+rho.
 
   Raises:
     ValueError: an unknown argument or reference, or no weighting at all.
@@ -61,15 +57,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     ess="0.7",
     temperature="",
     seeds=1,
-    reference="own",
+    reference=tuple(_REFERENCES),
     filters=False,
     others="",
   )
-  if values["reference"] not in _REFERENCES:
-    raise ValueError(
-      f"config argument reference={values['reference']!r}; expected one of"
-      f" {', '.join(_REFERENCES)}."
-    )
   weightings = tuple(
     f"{name}{value}"
     for name in ("ess", "temperature")

@@ -16,60 +16,30 @@ random1 and aggre>`.
 
 from ml_collections import config_dict
 
-from configs import base
+from configs import base, label_noise
 
 _ALL = (
-  "sgd",
-  "grad_mimic",
-  "grad_mimic_outputs",
-  "output_agreement",
-  "influence",
-  "influence_test_leak",
-  "agra",
-  "agra_skip",
-  "grand",
-  "rho",
-  "rho_topk",
-  "rho_as_published",
-  "grad_match_separable",
-  "grad_match_least_squares",
-  "grad_match_omp",
-  "random",
-  "distillation",
-)
-_PAPERS = (
-  "sgd",
-  "grad_mimic",
-  "influence",
-  "agra",
-  "grand",
-  "rho",
-  "grad_match_separable",
-)
+  "sgd", "grad_mimic", "grad_mimic_outputs", "output_agreement", "influence",
+  "influence_test_leak", "agra", "agra_skip", "grand", "rho", "rho_topk",
+  "rho_as_published", "grad_match_separable", "grad_match_least_squares",
+  "grad_match_omp", "random", "distillation",
+)  # fmt: skip
 _HUMAN = ("worst", "random1", "aggre")
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A sweep's cells, as command lines.
+  """A sweep's `cells`, lines such as `name: job --config=...`.
 
-  Args:
-    arg: `study`, "digits" or "cifar10"; number of `seeds`; `data_dir`; a table
-      of human `labels`.
-
-  Returns:
-    The config, locked: `cells`, lines such as `name: job --config=...`, where
-    `{other}` is the folder of another cell, and `run`.
+  There `{other}` is the folder of another cell. Arguments are `study`, "digits"
+  or "cifar10"; number of `seeds`; `data_dir`; a table of human `labels`.
 
   Raises:
     ValueError: an unknown argument or study.
   """
-  values = base.parse_arg(arg, study="digits", seeds=0, data_dir="", labels="")
   studies = {"digits": _digits, "cifar10": _cifar10}
-  if values["study"] not in studies:
-    raise ValueError(
-      f"config argument study={values['study']!r}; expected one of"
-      f" {', '.join(studies)}."
-    )
+  values = base.parse_arg(
+    arg, study=tuple(studies), seeds=0, data_dir="", labels=""
+  )
   config = config_dict.ConfigDict()
   config.cells = studies[values["study"]](values)
   config.run = True  # False: print the commands
@@ -77,26 +47,27 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 
 def _cifar10(values):
-  data = {"name": "cifar10"}
+  everywhere = {"data.name": "cifar10"}
   if values["data_dir"]:
-    data["data_dir"] = values["data_dir"]
-  model = {"name": "resnet", "widths": (16, 32, 64), "patch_size": 2}
+    everywhere["data.data_dir"] = values["data_dir"]
+  model = {
+    "model.name": "resnet",
+    "model.widths": (16, 32, 64),
+    "model.patch_size": 2,
+  }
   seeds = values["seeds"] or 3
   noises: dict[str, dict[str, object]] = {
-    "symmetric": {"noise.kind": "symmetric"},
-    **{
-      column: {
-        "noise.kind": "file",
-        "noise.path": values["labels"],
-        "noise.column": column,
-      }
-      for column in (_HUMAN if values["labels"] else ())
-    },
+    "symmetric": {"noise.kind": "symmetric"}
   }
-  everywhere = _fields("data", data)
+  for column in _HUMAN if values["labels"] else ():
+    noises[column] = {
+      "noise.kind": "file",
+      "noise.path": values["labels"],
+      "noise.column": column,
+    }
   backbone = {
     **everywhere,
-    **_fields("model", model),
+    **model,
     "seed": 100,
     "data.train_split": "train[:25000]",
     "data.flip": True,
@@ -141,7 +112,7 @@ def _cifar10(values):
   # Fine-tuning, on a fifth of the second half.
   network = {
     **everywhere,
-    **_fields("model", model),
+    **model,
     "batch_size": 64,
     "num_epochs": 4,
     "data.train_split": "train[25000:30000]",
@@ -154,7 +125,7 @@ def _cifar10(values):
     "mimic.weighting": "ess_softmax",
     "mimic.fraction": 0.3,
     "checkpoint.every_epochs": 4,
-    "study.methods": _PAPERS,
+    "study.methods": label_noise.METHODS,
     "study.seeds": tuple(range(seeds)),
     "study.references": "{sweep}/references",
   }
@@ -234,20 +205,19 @@ def _probe_ablations(probe, fields, seeds):
 def _finetune_ablations(full, fields):
   """Ablations of the method when all weights move, at noise .4."""
   ours = {"study.methods": ("grad_mimic",)}
+  # As published, and otherwise; at one rate and fraction.
   untuned = {k: v for k, v in fields.items() if k != "study.tuned"}
-  untuned["mimic.fraction"] = 0.7
+  untuned |= {"mimic.fraction": 0.7, **ours}
+  leak = {
+    "study.methods": ("grad_mimic", "rho"),
+    "study.reference.test_leak": True,
+  }
+  every = {"mimic.layers": "."}
   variants = {
-    # As published, and otherwise; at one rate and fraction.
-    "head_only": untuned | ours | {"mimic.layers": "head/kernel"},
-    "all_layers": untuned | ours | {"mimic.layers": "."},
-    "all_layers_cosine": untuned
-    | ours
-    | {"mimic.layers": ".", "mimic.score": "cosine"},
-    "reference_of_test_split": fields
-    | {
-      "study.methods": ("grad_mimic", "rho"),
-      "study.reference.test_leak": True,
-    },
+    "head_only": untuned | {"mimic.layers": "head/kernel"},
+    "all_layers": untuned | every,
+    "all_layers_cosine": untuned | every | {"mimic.score": "cosine"},
+    "reference_of_test_split": fields | leak,
   }
   return [
     _line(f"finetune_ablation_{name}", "study", full, variant)
@@ -312,7 +282,11 @@ def _digits(values):
       "finetune_symmetric_0.4",
       "study",
       full,
-      {**network, "study.keep_fractions": (0.8, 0.5), "study.methods": _PAPERS},
+      {
+        **network,
+        "study.keep_fractions": (0.8, 0.5),
+        "study.methods": label_noise.METHODS,
+      },
     ),
     _line(
       "costs",
@@ -358,12 +332,6 @@ def _results(title, cells):
   )
 
 
-def _fields(section, values):
-  return {f"{section}.{field}": value for field, value in values.items()}
-
-
 def _line(name, job, config, fields):
-  flags = [f"--config={config}"]
-  for field, value in fields.items():
-    flags.append(f'"--config.{field}={value}"')
-  return f"{name}: {job} {' '.join(flags)}"
+  flags = [f'"--config.{field}={value}"' for field, value in fields.items()]
+  return " ".join([f"{name}: {job} --config={config}", *flags])

@@ -30,22 +30,12 @@ _DATA = {
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A training run's fields, and which runs to compare, locked.
-
-  Args:
-    arg: `data`: `"digits"` or `"cifar10"`.
-
-  Returns:
-    The config, locked.
+  """A training run's fields, and which runs to compare; `data` as above.
 
   Raises:
     ValueError: an unknown argument or data.
   """
-  data = base.parse_arg(arg, data="digits")["data"]
-  if data not in _DATA:
-    raise ValueError(
-      f"config argument data={data!r}; expected one of {', '.join(_DATA)}."
-    )
+  data = base.parse_arg(arg, data=tuple(_DATA))["data"]
   config = classification.get_config().unlock()
   config.benchmark = "check_reference"
   config.check_reference = config_dict.ConfigDict()

@@ -14,26 +14,13 @@ from configs import base, classification
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """Every field of a benchmark, locked.
-
-  Args:
-    arg: `sizes`: `"cpu"`, or `"accelerator"` for larger models too.
-
-  Returns:
-    The config, locked.
+  """Every field; `sizes` is "cpu", or "accelerator" for larger models too.
 
   Raises:
     ValueError: an unknown argument or sizes.
   """
-  sizes = base.parse_arg(arg, sizes="cpu")["sizes"]
-  models = {
-    "cpu": ("vit_small", "mlp", "probe"),
-    "accelerator": ("vit_small", "mlp", "probe", "vit_b16"),
-  }
-  if sizes not in models:
-    raise ValueError(
-      f"config argument sizes={sizes!r}; expected one of {', '.join(models)}."
-    )
+  sizes = base.parse_arg(arg, sizes=("cpu", "accelerator"))["sizes"]
+  models = ("vit_small", "mlp", "probe")
   config = config_dict.ConfigDict()
   config.benchmark = "engines"
   config.device = ""  # "cpu", "gpu", "tpu"; "" is JAX's default
@@ -41,7 +28,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # (which may be less than float32: it shows in the errors).
   config.matmul_precision = config_dict.placeholder(str)
   config.seed = 0  # of parameters and batches
-  config.models = models[sizes]  # which of the sections below
+  # Which of the sections below.
+  config.models = models if sizes == "cpu" else (*models, "vit_b16")
   config.layers = ("head", "last_mlp", "all")
   # "streaming" is the per-sample engine in microbatches; "optax" the optax
   # transformation, fed by vmap(value_and_grad); "outputs" the forward engine

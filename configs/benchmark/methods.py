@@ -25,13 +25,7 @@ _STUDIES = {
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """A study's config.
-
-  Args:
-    arg: `study`, first; then what the study's own config takes.
-
-  Returns:
-    The config, locked.
+  """The config of a `study`, which comes first, with the arguments for it.
 
   Raises:
     ValueError: an unknown argument or study.

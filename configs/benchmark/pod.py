@@ -35,14 +35,7 @@ _CASES = (
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """Every field of the job, locked.
-
-  Args:
-    arg: none.
-
-  Returns:
-    The config, locked.
-  """
+  """Every field of the job; takes no argument."""
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
   config.benchmark = "pod"

@@ -14,14 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """The numbers of samples, and the selection; locked.
-
-  Args:
-    arg: none.
-
-  Returns:
-    The config, locked.
-  """
+  """The numbers of samples, and the selection; takes no argument."""
   base.parse_arg(arg)
   config = config_dict.ConfigDict()
   config.benchmark = "selection"

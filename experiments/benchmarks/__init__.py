@@ -25,13 +25,7 @@ _BY_FIRST = ("engines",)
 
 
 def load(config: config_dict.ConfigDict) -> types.ModuleType:
-  """The benchmark that `config.benchmark` names.
-
-  Args:
-    config: of `configs/benchmark/`.
-
-  Returns:
-    Its module.
+  """The module of the benchmark that `config.benchmark` names.
 
   Raises:
     ValueError: there is no such benchmark, or the config names none.
@@ -47,10 +41,6 @@ def load(config: config_dict.ConfigDict) -> types.ModuleType:
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Measures, then prints the table and where the rest is.
-
-  Args:
-    config: of `configs/benchmark/`.
-    workdir: of the benchmark.
 
   Raises:
     ValueError: no such benchmark, one that several processes can't do, or what

@@ -32,13 +32,8 @@ RESULT_FILE = "check_reference.json"
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains what is not there yet, checks every pair, counts the errors.
 
-  Args:
-    config: as `configs/benchmark/check_reference.py` describes it.
-    workdir: gets a folder for each run, `check_reference.json` and a figure.
-
-  Returns:
-    What is in `check_reference.json`: `checks`, a list of dicts, and `errors`,
-    those of a wrong verdict.
+  The workdir gets a folder for each run, a figure, and `check_reference.json`,
+  whose content is returned: `checks` and those of a wrong verdict, `errors`.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.

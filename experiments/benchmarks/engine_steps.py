@@ -65,13 +65,7 @@ class Setup:
   def __init__(
     self, section: Any, batch_size: int, config: config_dict.ConfigDict
   ):
-    """Draws parameters and a batch.
-
-    Args:
-      section: the model's fields.
-      batch_size: of the batch.
-      config: as `configs/benchmark/engines.py` describes it.
-    """
+    """Draws parameters and a batch."""
     self.config, self.section = config, section
     self.outputs_fn, self.losses_fn, self.params = _model(section, config.seed)
     self.batch = _batch(section, batch_size, config.seed)
@@ -91,12 +85,9 @@ class Setup:
   ) -> None:
     """Measures cases of this model and batch size.
 
-    Args:
-      cases: what to measure.
-      keep: called with each case and its entry, as soon as it is there. A ratio
-        or error is None where it has no meaning or the case did not fit into
-        memory.
-      compare: whether to compare with float64.
+    `keep` is called with each case and its entry, as soon as it is there. A
+    ratio or error is None where it has no meaning or the case did not fit into
+    memory; errors against float64 are found if `compare` is true.
     """
     # XLA leaves cores idle when it compiles one program. All is compiled before
     # anything is timed. "auto" is another engine by the same name.
@@ -223,11 +214,9 @@ class Setup:
     outputs = case.engine == "outputs"
     reference = self.reference_outputs if outputs else self.reference
     args = (self.params, reference, self.batch)
+    lowered = jax.jit(step).lower(*args)
     return _Candidate(
-      step.engine,
-      jax.jit(step).lower(*args),
-      args,
-      lambda output: (output[0][1].scores, output[1]),
+      step.engine, lowered, args, lambda out: (out[0][1].scores, out[1])
     )
 
   def _transformation(self, case):
@@ -248,12 +237,8 @@ class Setup:
       return jnp.mean(losses), grads, state
 
     args = (self.params, tx.init(self.params), self.batch)
-    return _Candidate(
-      "optax",
-      jax.jit(step).lower(*args),
-      args,
-      lambda output: (None, output[1]),
-    )
+    lowered = jax.jit(step).lower(*args)
+    return _Candidate("optax", lowered, args, lambda out: (None, out[1]))
 
   def _exact(self, case):
     """True scores and gradient of a case; all cases' are found at once."""

@@ -33,15 +33,10 @@ PARTS = {
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures all cases; goes on where an interrupted run stopped.
 
-  Args:
-    config: as `configs/benchmark/engines.py` describes it.
-    workdir: the benchmark's folder. Gets `engines.json`, which grows by an
-      entry a case, and figures.
-
-  Returns:
-    What is in `engines.json`: the machine, and for each case of the table and
-    point of the sweep its ratios and errors. A ratio is None where it has no
-    meaning or the case did not fit into memory.
+  The workdir gets figures and `engines.json`, which grows by an entry a case
+  and is returned: the machine, and for each case of the table and point of the
+  sweep its ratios and errors. A ratio is None where it has no meaning or the
+  case did not fit into memory.
 
   Raises:
     ValueError: an unknown field, name or device, or a workdir of another config
@@ -71,9 +66,11 @@ def _measure(part, cases, config, results, file):
 
   left = []
   for case in cases:
-    twin = _twin(case, cases_of(part, config), done)
     if case.key in done:
       continue
+    # The sizes of a sweep meet in its base.
+    twins = (x.key for x in cases_of(part, config) if x[1:] == case[1:])
+    twin = next((key for key in twins if key in done), None)
     if twin is None:
       left.append(case)
     else:
@@ -90,23 +87,10 @@ def _measure(part, cases, config, results, file):
     setup.measure(left, keep, compare=compare)
 
 
-def _twin(case, others, done):
-  """The key of an earlier case of the same model and sizes, if there is one.
-
-  The sizes of a sweep meet in its base.
-  """
-  return next(
-    (x.key for x in others if x.key in done and x[1:] == case[1:]), None
-  )
-
-
 def cases_of(part: str, config: config_dict.ConfigDict) -> list[Case]:
   """The cases of a part, those of one model and batch size side by side."""
-  return {
-    "cases": table_cases,
-    "sweep": sweep_cases,
-    "tokens": token_cases,
-  }[part](config)
+  made = {"cases": table_cases, "sweep": sweep_cases, "tokens": token_cases}
+  return made[part](config)
 
 
 def table_cases(config: config_dict.ConfigDict) -> list[Case]:
@@ -123,36 +107,34 @@ def table_cases(config: config_dict.ConfigDict) -> list[Case]:
 
 def sweep_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The points of the sweep, those of one size side by side."""
-  base = config.sweep.model
-  cases = []
-  for axis in SWEPT:
-    for value in config.sweep[axis]:
-      section = base.copy_and_resolve_references().unlock()
-      size = value if axis == "batch_size" else base.batch_sizes[0]
-      if axis != "batch_size":
-        section.vit[axis] = value
-      if axis == "width":
-        section.vit.mlp_width = base.vit.mlp_width * value // base.vit.width
-      for line in config.sweep.lines:
-        engine, layers = line.split("/")
-        key = f"{axis}/{value}/{layers}/{engine}"
-        cases.append(Case(key, section, size, layers, engine))
+  base, cases = config.sweep.model, []
+  for axis, value in ((x, v) for x in SWEPT for v in config.sweep[x]):
+    section = base.copy_and_resolve_references().unlock()
+    size = value if axis == "batch_size" else base.batch_sizes[0]
+    if axis != "batch_size":
+      section.vit[axis] = value
+    if axis == "width":
+      section.vit.mlp_width = base.vit.mlp_width * value // base.vit.width
+    cases += _lines(axis, value, section, size, config.sweep.lines)
   return cases
 
 
 def token_cases(config: config_dict.ConfigDict) -> list[Case]:
   """The numbers of tokens at which FLOPs are counted."""
-  base = config.tokens.model
-  cases = []
+  base, cases = config.tokens.model, []
   for side in config.tokens.image_sizes:
     section = base.copy_and_resolve_references().unlock()
     section.input_shape = (side, side, base.input_shape[-1])
-    tokens = (side // base.vit.patch_size) ** 2
-    for line in config.tokens.lines:
-      engine, layers = line.split("/")
-      key = f"tokens/{tokens}/{layers}/{engine}"
-      cases.append(Case(key, section, base.batch_sizes[0], layers, engine))
+    tokens, size = (side // base.vit.patch_size) ** 2, base.batch_sizes[0]
+    cases += _lines("tokens", tokens, section, size, config.tokens.lines)
   return cases
+
+
+def _lines(axis, value, section, size, lines):
+  """The cases of a point: engines and layers, such as "auto/all"."""
+  for engine, layers in (line.split("/") for line in lines):
+    key = f"{axis}/{value}/{layers}/{engine}"
+    yield Case(key, section, size, layers, engine)
 
 
 @contextlib.contextmanager

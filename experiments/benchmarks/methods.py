@@ -95,10 +95,8 @@ class _Step:
     copy.update_from_flattened_dict(overrides)
     run = trainer.Run(copy.lock(), folder)
     with contextlib.closing(run.task):
-      _, *given = run.example(next(run.batches))
-    compiled = run.train_step.lower(run.state, *given).compile()
-    self.memory = timing.temporaries(compiled)
-    self.step = timing.TrainStep(compiled, run.state, *given)
+      self.step = timing.first_step(run, run.state)
+    self.memory = timing.temporaries(self.step.compile())
     timing.seconds(self.step, 1)  # warm
 
 

@@ -30,15 +30,10 @@ _ONE = "from experiments.benchmarks import selection; selection.answer()"
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures every size; goes on where an interrupted run stopped.
 
-  Args:
-    config: as `configs/benchmark/selection.py` describes it.
-    workdir: gets `selection.json`, which grows by an entry a size, and
-      figures.
-
-  Returns:
-    What is in `selection.json`: the machine, and for each size the seconds of
-    every stage, their sum, peak memory and the ledger's size in GB (10^9
-    bytes), and the F1 of what is dropped.
+  The workdir gets figures and `selection.json`, which grows by an entry a size
+  and is returned: the machine, and for each size the seconds of every stage,
+  their sum, peak memory and the ledger's size in GB (10^9 bytes), and the F1 of
+  what is dropped.
 
   Raises:
     ValueError: an unknown field, a size below 1, or another config's workdir.
@@ -88,19 +83,10 @@ def measure_one(
   seed: int,
   select: dict[str, Any],
 ) -> dict[str, float]:
-  """One size, in this process; its files are removed again.
+  """Measures one size in this process; its files are removed again.
 
-  Args:
-    folder: to write to.
-    samples: N.
-    steps: T.
-    batch_size: rows an append.
-    noise_rate: share of samples that score low.
-    seed: of the scores and uids.
-    select: options of `gm.select`.
-
-  Returns:
-    As `measure` has them.
+  `noise_rate` of the samples score low, and `select` has options of
+  `gm.select`.
   """
   rng = np.random.default_rng(seed)
   noisy = rng.random(samples, np.float32) < noise_rate

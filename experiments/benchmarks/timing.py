@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from experiments.training import trainer
+
 
 class Watch:
   """Seconds from one mark to the next."""
@@ -27,15 +29,14 @@ class TrainStep:
   The step takes its state's memory, so each state goes into the next call.
   """
 
-  def __init__(self, step: Callable[..., Any], state: Any, *given: Any):
-    """Keeps what the step is called with.
-
-    Args:
-      step: `(state, *given) -> (state, output)`.
-      state: a state of its own, which is used up.
-      *given: on the devices.
-    """
+  def __init__(self, step: Any, state: Any, *given: Any):
+    """Keeps `(state, *given) -> (state, output)` and what it is given."""
     self._step, self._state, self._given = step, state, given
+
+  def compile(self) -> Any:
+    """Compiles a jitted step for what it is called with; the program."""
+    self._step = self._step.lower(self._state, *self._given).compile()
+    return self._step
 
   def __call__(self) -> Any:
     """Takes a step; its output."""
@@ -43,18 +44,22 @@ class TrainStep:
     return output
 
 
+def first_step(run: trainer.Run, state: Any) -> TrainStep:
+  """A step of a run on its first batch, which the run still has before it."""
+  start = run.batches.get_state()
+  batch = next(run.batches)
+  run.batches.set_state(start)
+  _, *given = run.example(batch)
+  return TrainStep(run.train_step, state, *given)
+
+
 def seconds(
   step: Callable[[], Any], calls: int, *, ahead: int | None = None
 ) -> float:
-  """Seconds a call, of several in a row.
+  """Mean seconds a call, of several in a row.
 
-  Args:
-    step: gives arrays, which may still be computed when it returns.
-    calls: how many.
-    ahead: how many may be under way when the next one starts; None: all.
-
-  Returns:
-    The mean.
+  The step gives arrays, which may still be computed when it returns; `ahead` of
+  them may be under way when the next one starts (None: all).
   """
   watch = Watch()
   # An output that nobody waits for is let go.
@@ -75,14 +80,10 @@ def rounds(
   at_least_seconds: float = 0.0,
   ahead: int | None = None,
 ) -> list[dict[str, float]]:
-  """Times steps in turn, so that what else the machine does hits all of them.
+  """Times warm steps in turn, so that other work of the machine hits all.
 
-  Args:
-    steps: by name; warm.
-    calls: of each, in a row, in a round.
-    least: number of rounds, and more until `at_least_seconds` are over.
-    at_least_seconds: of all rounds together.
-    ahead: as `seconds` takes it.
+  A round calls each so often in a row. There are at least so many rounds, and
+  more until `at_least_seconds` are over.
 
   Returns:
     For each round the seconds of one call of each step.

@@ -81,53 +81,12 @@ def _grad_mimic(config: Any, direction: str | None = None) -> Method:
   return Method(direction, config.score, weighting(config))
 
 
-def _influence(config: Any, direction: str) -> Method:
-  return Method(direction, "projection", weighting(config))
+def _weighted(direction: str | None, score: str) -> Callable[[Any], Method]:
+  return lambda config: Method(direction, score, weighting(config))
 
 
-def _agra(config: Any, otherwise: str) -> Method:
-  del config
-  return Method("noisy_gradient", "cosine", gm.positive(otherwise=otherwise))
-
-
-def _rho(config: Any) -> Method:
-  return Method("outputs", "excess_loss", weighting(config))
-
-
-def _rho_topk(config: Any) -> Method:
-  del config
-  return Method("outputs", "excess_loss", gm.top_fraction(0.1))
-
-
-def _rho_as_published(config: Any) -> Method:
-  weighting = gm.softmax(config.temperature)
-  return Method("outputs", "excess_loss", weighting, detached=False)
-
-
-def _grand(config: Any) -> Method:
-  return Method(None, "gradient_norm", weighting(config))
-
-
-def _grand_offline(config: Any) -> Method:
-  return Method("offline_norms", "given", weighting(config))
-
-
-def _output_agreement(config: Any) -> Method:
-  return Method("outputs", "output_agreement", weighting(config))
-
-
-def _grad_match(config: Any, score: Callable[[Any], Score]) -> Method:
-  return Method(None, score(config), gm.proportional())
-
-
-def _random(config: Any) -> Method:
-  chosen = gm.top_fraction(config.fraction)
-  return Method(None, gm.random_score(), chosen, by_chance=True)
-
-
-def _distillation(config: Any) -> Method:
-  del config
-  return Method("outputs", None, None)
+def _matching(score: Callable[[Any], Score]) -> Callable[[Any], Method]:
+  return lambda config: Method(None, score(config), gm.proportional())
 
 
 # None is a plain step: no direction, no scores, the batch mean.
@@ -136,43 +95,40 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   "grad_mimic": _grad_mimic,
   "grad_mimic_weights": functools.partial(_grad_mimic, direction="weights"),
   "grad_mimic_outputs": functools.partial(_grad_mimic, direction="outputs"),
-  "influence": functools.partial(_influence, direction="clean_gradient"),
-  "influence_test_leak": functools.partial(
-    _influence, direction="test_gradient"
+  "influence": _weighted("clean_gradient", "projection"),
+  "influence_test_leak": _weighted("test_gradient", "projection"),
+  "agra": lambda config: Method(
+    "noisy_gradient", "cosine", gm.positive(otherwise="uniform")
   ),
-  "agra": functools.partial(_agra, otherwise="uniform"),
-  "agra_skip": functools.partial(_agra, otherwise="skip"),
-  "output_agreement": _output_agreement,
-  "rho": _rho,
-  "rho_topk": _rho_topk,
-  "rho_as_published": _rho_as_published,
-  "grand": _grand,
-  "grand_offline": _grand_offline,
-  "grad_match_separable": functools.partial(
-    _grad_match, score=lambda config: gm.matching.separable()
+  "agra_skip": lambda config: Method(
+    "noisy_gradient", "cosine", gm.positive(otherwise="skip")
   ),
-  "grad_match_least_squares": functools.partial(
-    _grad_match,
-    score=lambda config: gm.matching.least_squares(ridge=config.ridge),
+  "output_agreement": _weighted("outputs", "output_agreement"),
+  "rho": _weighted("outputs", "excess_loss"),
+  "rho_topk": lambda config: Method(
+    "outputs", "excess_loss", gm.top_fraction(0.1)
   ),
-  "grad_match_omp": functools.partial(
-    _grad_match,
-    score=lambda config: gm.matching.omp(config.fraction, ridge=config.ridge),
+  "rho_as_published": lambda config: Method(
+    "outputs", "excess_loss", gm.softmax(config.temperature), detached=False
   ),
-  "random": _random,
-  "distillation": _distillation,
+  "grand": _weighted(None, "gradient_norm"),
+  "grand_offline": _weighted("offline_norms", "given"),
+  "grad_match_separable": _matching(lambda config: gm.matching.separable()),
+  "grad_match_least_squares": _matching(
+    lambda config: gm.matching.least_squares(ridge=config.ridge)
+  ),
+  "grad_match_omp": _matching(
+    lambda config: gm.matching.omp(config.fraction, ridge=config.ridge)
+  ),
+  "random": lambda config: Method(
+    None, gm.random_score(), gm.top_fraction(config.fraction), by_chance=True
+  ),
+  "distillation": lambda config: Method("outputs", None, None),
 }
 
 
 def create(name: str, config: Any) -> Method | None:
-  """The method of that name.
-
-  Args:
-    name: `config.method`.
-    config: `config.mimic`.
-
-  Returns:
-    The method, or None for a plain step.
+  """The method of that name, by `config.mimic`; None for a plain step.
 
   Raises:
     ValueError: there is no method, direction, score or weighting of that name.

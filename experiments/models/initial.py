@@ -63,7 +63,7 @@ def create(
     )
   else:
     loaded = pretrained.load(
-      source, params, input_shape=input_shape, vit=config.vit.to_dict()
+      source, params, input_shape=input_shape, options=config.vit.to_dict()
     )
   return apply, {**loaded, "head": params["head"]}
 

@@ -1,7 +1,8 @@
 """Figures of a run: learning curves, score histograms, contact sheets.
 
-Each function draws one PNG file and returns its path. matplotlib is imported
-when a figure is drawn: most jobs draw none.
+Each function draws one PNG file at `path`, with the words in `title`, `xlabel`
+and `ylabel`, and returns its path. matplotlib is imported when a figure is
+drawn: most jobs draw none.
 """
 
 import contextlib
@@ -17,14 +18,8 @@ from gradmimic_jax import _files
 
 # Okabe and Ito's colours, which people with colour-blindness tell apart.
 _COLORS = (
-  "#0072B2",
-  "#D55E00",
-  "#009E73",
-  "#CC79A7",
-  "#E69F00",
-  "#56B4E9",
-  "#000000",
-)
+  "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 _FEW = 7  # curves that a legend fits beside, and whose runs can be told apart
 _CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
@@ -52,16 +47,8 @@ def learning_curves(
 
   More than seven lines come without the runs, and with the legend beside them.
 
-  Args:
-    curves: for each name a list of runs, each `(x [K], y [K])`, all at the same
-      x.
-    path: of the PNG file.
-    title: above the axes.
-    xlabel: what x is.
-    ylabel: what y is.
-
-  Returns:
-    The path.
+  `curves` has for each name a list of runs, each `(x [K], y [K])`, all at the
+  same x.
 
   Raises:
     ValueError: there are no curves, or runs of one name differ in x.
@@ -119,28 +106,11 @@ def score_histograms(
 ) -> pathlib.Path:
   """Draws the scores of clean against mislabelled samples, epoch by epoch.
 
-  Args:
-    scores: `[N, T]`, NaN where a sample was not scored.
-    is_mislabelled: bool `[N]`.
-    path: of the PNG file.
-    title: above the panels.
-    most: how many epochs to show at most, spread evenly over all T.
-
-  Returns:
-    The path.
+  `scores` are `[N, T]`, NaN where a sample was not scored, and `is_mislabelled`
+  bool `[N]`. At most `most` epochs are shown, spread evenly over all T.
 
   Raises:
     ValueError: shapes that don't fit.
-
-  Example:
-    >>> import tempfile, os
-    >>> import numpy as np
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = score_histograms(
-    ...     np.array([[1.0], [-1.0]]), np.array([False, True]),
-    ...     os.path.join(folder, "a.png"), title="Digits")
-    ...   path.exists()
-    True
   """
   scores = np.asarray(scores, float)
   wrong = np.asarray(is_mislabelled, bool)
@@ -196,29 +166,11 @@ def contact_sheet(
 ) -> pathlib.Path:
   """Draws images in a grid, each with a caption.
 
-  Args:
-    images: uint8 `[K, H, W, C]`, C 1 or 3.
-    captions: K texts.
-    path: of the PNG file.
-    title: above the grid.
-    colored: which captions to print in orange.
-    columns: images in a row.
-
-  Returns:
-    The path.
+  Images are uint8 `[K, H, W, C]`, C 1 or 3; `colored`, bool `[K]`, says which
+  captions are orange.
 
   Raises:
     ValueError: no images, or as many captions as images are not there.
-
-  Example:
-    >>> import tempfile, os
-    >>> import numpy as np
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = contact_sheet(
-    ...     np.zeros((1, 8, 8, 1), np.uint8), ["3"],
-    ...     os.path.join(folder, "a.png"), title="Digits")
-    ...   path.exists()
-    True
   """
   images = np.asarray(images)
   if images.ndim != 4 or not len(images) or len(images) != len(captions):
@@ -263,26 +215,10 @@ def ratio_bars(
 ) -> pathlib.Path:
   """Draws groups of bars, one bar a series, and a line at 1.
 
-  Args:
-    ratios: for each group, the ratio of each series; a series may be missing.
-    path: of the PNG file.
-    title: above the axes.
-    ylabel: what the ratios are of.
-
-  Returns:
-    The path.
+  `ratios` has for each group the ratio of each series; a series may be missing.
 
   Raises:
     ValueError: there are no ratios.
-
-  Example:
-    >>> import tempfile, os
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = ratio_bars(
-    ...     {"head": {"forward": 1.0}}, os.path.join(folder, "a.png"),
-    ...     title="MLP", ylabel="time / plain step")
-    ...   path.exists()
-    True
   """
   names = list(
     dict.fromkeys(name for group in ratios.values() for name in group)
@@ -321,26 +257,11 @@ def ratio_curves(
 ) -> pathlib.Path:
   """Draws ratios against sizes: a row of panels a ratio, a column a size.
 
-  Args:
-    curves: `curves[ratio][size][name]` is a line `(x [K], y [K])`; every ratio
-      has the same sizes.
-    path: of the PNG file.
-    title: above the panels.
-
-  Returns:
-    The path.
+  `curves[ratio][size][name]` is a line `(x [K], y [K])`; every ratio has the
+  same sizes.
 
   Raises:
     ValueError: there are no curves.
-
-  Example:
-    >>> import tempfile, os
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = ratio_curves(
-    ...     {"time": {"depth": {"forward": ([2, 4], [1.1, 1.1])}}},
-    ...     os.path.join(folder, "a.png"), title="ViT")
-    ...   path.exists()
-    True
   """
   sizes = list(dict.fromkeys(size for row in curves.values() for size in row))
   if not sizes:
@@ -392,29 +313,10 @@ def scatter(
 ) -> pathlib.Path:
   """Draws points in groups, with dashed lines at decision thresholds.
 
-  Args:
-    groups: for each name its points, `(x [K], y [K])`.
-    path: of the PNG file.
-    title: above the axes.
-    xlabel: what x is.
-    ylabel: what y is.
-    vertical: x of a dashed line, or None.
-    horizontal: y of a dashed line, or None.
-
-  Returns:
-    The path.
+  `groups` has for each name its points, `(x [K], y [K])`.
 
   Raises:
     ValueError: there are no groups.
-
-  Example:
-    >>> import tempfile, os
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = scatter(
-    ...     {"own": ([0.9, 0.8], [0.0, 0.1])}, os.path.join(folder, "a.png"),
-    ...     title="Basins", xlabel="cosine", ylabel="barrier", vertical=0.3)
-    ...   path.exists()
-    True
   """
   if not groups:
     raise ValueError("no groups came; expected at least one name.")

@@ -36,14 +36,7 @@ _FACTS = {
 
 
 def report_run(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
-  """Writes the page of a run.
-
-  Args:
-    config: as `configs/report.py` describes it.
-    workdir: gets `report.html` and `report.json`.
-
-  Returns:
-    The page's path.
+  """Writes `report.html` about a run, and `report.json`; returns its path.
 
   Raises:
     ValueError: an unknown field or name, a workdir of another config, or a
@@ -65,7 +58,7 @@ def report_run(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
     filters.check_manifest(file)
     selection = gm.export.read_parquet(file, fingerprints=fingerprints)
   else:
-    selection = files.from_ledger(config.select, ledger)
+    selection = files.select(config.select, ledger)
   folder = workdir_lib.claim(workdir, config, report_config, job=_JOB)
   return write(
     folder / REPORT_FILE,
@@ -86,18 +79,10 @@ def write(
   results: Mapping[str, Mapping[str, Any]] | None = None,
   **options: Any,
 ) -> pathlib.Path:
-  """Writes a page about a selection of a run's ledger.
+  """Writes a page about a selection of a run's ledger; returns its path.
 
-  Args:
-    path: of the page.
-    run: the run's folder, of `train` or `score`.
-    selection: from its ledger.
-    title: None for what the task calls its data.
-    results: as `gm.report` takes them.
-    **options: for `gm.report`.
-
-  Returns:
-    The page's path.
+  The run is one of `train` or `score`; without a title the task calls its data
+  something. Results and other options are as `gm.report` takes them.
   """
   config = runs.load_config(run)
   prints = runs.load_fingerprints(run)

@@ -1,6 +1,7 @@
 """From a ledger to a selection or to filters, as files with a manifest."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -10,7 +11,7 @@ from configs import select as select_config
 from experiments.data import filters as filters_lib
 from experiments.data.pairs import datacomp
 from experiments.runtime import workdir as workdir_lib
-from experiments.selection import filters, runs
+from experiments.selection import cuts, runs
 
 SELECTION_FILE = "selection.parquet"
 KEPT_FILE = "kept.npy"
@@ -49,53 +50,42 @@ def select_run(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     )
   ledger = runs.load_ledger(run)
   if config.filters:
-    pool = filters.pool_of(run, config.metadata, config.clip_column)
-    made = filters.make(config.filters, pool, seed=config.seed)
+    pool = cuts.pool_of(run, config.metadata, config.clip_column)
+    made = cuts.make(config.filters, pool, seed=config.seed)
   else:
-    selection = from_ledger(config.select, ledger)
+    selection = select(config.select, ledger)
   prints = runs.load_fingerprints(run)
   folder = workdir_lib.claim(workdir, config, select_config, job=_JOB)
   if config.filters:
-    return filters.write(folder, made, pool, prints)
+    return cuts.write(folder, made, pool, prints)
   return write(folder, selection, prints)
 
 
-def from_ledger(section: Any, ledger: gm.ScoreLedger) -> gm.Selection:
-  """The selection that `config.select` asks for.
+def select(
+  section: Mapping[str, Any], scores: Any, binarize: str | None = None
+) -> gm.Selection:
+  """Selects from scores `[N, T]` or a ledger as `config.select` asks for.
 
-  Args:
-    section: `binarize`, `aggregate`, `threshold` and `fraction`.
-    ledger: to select from.
-
-  Returns:
-    The Selection.
+  `binarize` stands in place of the section's.
 
   Raises:
     ValueError: what `gm.select` raises.
   """
-  options = {}
-  if section.binarize == "threshold":
-    options["threshold"] = section.threshold
-  if section.binarize == "top_fraction":
-    options["fraction"] = section.fraction
-  return gm.select(
-    ledger, binarize=section.binarize, aggregate=section.aggregate, **options
-  )
+  name = binarize or section["binarize"]
+  options = {
+    "threshold": {"threshold": section["threshold"]},
+    "top_fraction": {"fraction": section["fraction"]},
+    # Of every method's score: no step either way. A ledger's is known.
+    "auto": {} if isinstance(scores, gm.ScoreLedger) else {"mark": 0.0},
+  }.get(name, {})
+  aggregate = section["aggregate"]
+  return gm.select(scores, binarize=name, aggregate=aggregate, **options)
 
 
 def write(
   folder: pathlib.Path, selection: gm.Selection, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
-  """Writes a selection in all formats, and what it is.
-
-  Args:
-    folder: to write to.
-    selection: what `gm.select` gave.
-    fingerprints: what it belongs to.
-
-  Returns:
-    What is in `manifest.json`.
-  """
+  """Writes a selection in all formats; returns its `manifest.json`."""
   datacomp.write_ids(
     folder / KEPT_FILE, selection.kept_ids, fingerprints=fingerprints
   )
@@ -136,7 +126,7 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
     for name, about in manifest["filters"].items():
       path = pathlib.Path(workdir) / about["file"]
       print(f"  {name:<30} keeps {about['kept']:>12,}  {path}")
-    print(f"  {pathlib.Path(workdir) / filters.OVERLAP_FILE}")
+    print(f"  {pathlib.Path(workdir) / cuts.OVERLAP_FILE}")
     return
   print(f"keeps {manifest['kept']:,} of {manifest['samples']:,} samples;")
   print(manifest["remove"])

@@ -12,12 +12,6 @@ from experiments.training import scoring, trainer
 def load_ledger(run: pathlib.Path) -> gm.ScoreLedger:
   """Opens the ledger in a run's folder.
 
-  Args:
-    run: its folder.
-
-  Returns:
-    The ledger.
-
   Raises:
     FileNotFoundError: there is none.
   """
@@ -36,14 +30,10 @@ def is_scored(run: pathlib.Path) -> bool:
 
 
 def load_config(run: pathlib.Path) -> Any:
-  """Reads the config whose data a ledger is of.
+  """Reads the config whose data the ledger of `train` or `score` is of.
 
-  Args:
-    run: the folder of `train` or of `score`.
-
-  Returns:
-    A config with every field of its task; of `score` it is the learner's, as it
-    was scored.
+  It has every field of its task; of `score` it is the learner's, as it was
+  scored.
 
   Raises:
     FileNotFoundError: it is no run's folder.
@@ -63,11 +53,7 @@ def load_config(run: pathlib.Path) -> Any:
 def load_fingerprints(run: pathlib.Path) -> dict[str, str]:
   """Reads what a filter of a run's ledger belongs to.
 
-  Args:
-    run: its folder.
-
-  Returns:
-    The ledger's own fingerprints, and those of data set and labels.
+  That is the ledger's own fingerprints, and those of data set and labels.
 
   Raises:
     ValueError: the files in the folder are damaged, or not of one run.

@@ -10,59 +10,40 @@ from ml_collections import config_dict
 
 from configs import compare as results_config
 from experiments.reporting import figures
-from experiments.runtime import tables, workdir as workdir_lib
-from experiments.studies import published, records, tuning
+from experiments.runtime import workdir as workdir_lib
+from experiments.runtime.tables import csv_text, markdown, number
+from experiments.studies import published, records, tables, tuning
 
 COSTS_FILE = "methods.json"  # of the benchmark of methods
 PAGE_FILE = "tables.md"
 _PROBING, _FINETUNING = "Linear probing", "Fine-tuning"
-_REFERENCE = "reference"
 
 
 def load_costs(file: pathlib.Path) -> dict[str, Any]:
-  """Reads costs of steps, at the first of the batch sizes measured.
-
-  Args:
-    file: the `methods.json` of `experiments.benchmark`.
-
-  Returns:
-    `machine`, `batch_size`, and by name `methods`.
+  """Reads `methods.json`: machine, batch size and methods of its first batch.
 
   Raises:
     ValueError: the file is damaged, or has no batches.
   """
   found = workdir_lib.read_json(file, {"machine": dict, "batches": dict})
-  for size, entries in found["batches"].items():
-    return {
-      "machine": found["machine"],
-      "batch_size": int(size),
-      "methods": entries,
-    }
-  raise ValueError(f"{file} has no batches; give its command again.")
+  if not found["batches"]:
+    raise ValueError(f"{file} has no batches; give its command again.")
+  size, entries = next(iter(found["batches"].items()))
+  machine = found["machine"]
+  return {"machine": machine, "batch_size": int(size), "methods": entries}
 
 
 def write(config: config_dict.ConfigDict, workdir: Any) -> pathlib.Path:
-  """Writes all tables and figures.
-
-  Args:
-    config: as `configs/compare.py` describes it.
-    workdir: gets `tables.md`, each also as CSV, and figures.
-
-  Returns:
-    The path of the page.
+  """Writes `tables.md`, each table also as CSV, and figures; returns the page.
 
   Raises:
     FileNotFoundError: a folder that is not there or not finished.
     ValueError: an unknown field, or a file that can't be read.
   """
   workdir_lib.check_fields(config, results_config)
+  given = {_PROBING: config.probe, _FINETUNING: config.finetune}
   groups = {
-    title: _load(folders)
-    for title, folders in (
-      (_PROBING, config.probe),
-      (_FINETUNING, config.finetune),
-    )
-    if folders
+    title: _load(folders) for title, folders in given.items() if folders
   }
   if not groups:
     raise ValueError(
@@ -147,54 +128,20 @@ def _rows(summaries):
   rows = []
   for summary in summaries:
     accuracy = summary.get("headline", {}).get("accuracy", "test_accuracy")
-    rates = dict.fromkeys(
-      row["noise_rate"]
-      for row in summary["rows"]
-      if row["method"] != _REFERENCE
-    )
-    for row in summary["rows"]:
-      # A reference has clean labels: it stands beside every noise.
-      shown = rates if row["method"] == _REFERENCE else [row["noise_rate"]]
-      for rate in shown:
-        own = {
-          f"test_accuracy{end}": row[f"{accuracy}{end}"]
-          for end in ("", "_error")
-        }
-        noise = f"{summary['noise']} {rate:.2f}"
-        rows.append({"noise": noise, **row, **own})
+    for rate, row in tables.beside_references(summary["rows"], "noise_rate"):
+      noise = {"noise": f"{summary['noise']} {rate:.2f}"}
+      own = {f"test_accuracy{x}": row[f"{accuracy}{x}"] for x in ("", "_error")}
+      rows.append({**noise, **row, **own})
   return rows
 
 
 def _write_csv(path, rows):
-  workdir_lib.write_bytes(path, tables.csv_text(rows).encode())
-
-
-def _label(row):
-  value = row.get("value")
-  return row["method"] if value is None else f"{row['method']} {value:g}"
+  workdir_lib.write_bytes(path, csv_text(rows).encode())
 
 
 def _is_whole(row):
   """True for a run on all of the data."""
   return not (row.get("keep") or row.get("chosen_by") or row.get("filter"))
-
-
-def _pivot(names, rows, key, column, columns, more=lambda found: ()):
-  """A table of accuracies: a line for each key, a cell for each column."""
-  lines: dict[Any, dict[Any, Any]] = {}
-  for row in rows:
-    lines.setdefault(key(row), {})[column(row)] = row
-  return tables.markdown(
-    names,
-    [
-      [
-        *line,
-        *(tables.accuracy(found.get(value)) for value in columns),
-        *more(found),
-      ]
-      for line, found in lines.items()
-    ],
-  )
 
 
 def _noises(rows):
@@ -218,20 +165,20 @@ def _accuracies(rows, costs, theirs):
     method = next(iter(found.values()))["method"]
     if costs:
       entry = costs["methods"].get(method, {})
-      yield from (tables.number(entry.get(k), 2) for k in ("time", "memory"))
+      yield from (number(entry.get(k), 2) for k in ("time", "memory"))
     if beside:
       values = [theirs(method, rate) for rate in published.RATES]
-      shown = " / ".join(tables.number(value, 4) for value in values)
+      shown = " / ".join(number(value, 4) for value in values)
       yield shown if any(values) else "-"
 
   return [
     "Test accuracy:",
     "",
-    *_pivot(
+    *tables.pivot(
       names,
       whole,
-      lambda row: (_label(row),),
-      lambda row: row["noise"],
+      lambda row: (tables.label(row),),
+      "noise",
       _noises(whole),
       more,
     ),
@@ -248,76 +195,69 @@ def _subsets(rows):
     "",
     "Test accuracy of plain training on a share of the data:",
     "",
-    *_pivot(
+    *tables.pivot(
       ["noise", "chosen by", *(f"{100 * keep:g} %" for keep in keeps)],
       parts,
       lambda row: (row["noise"], row["chosen_by"] or "random"),
-      lambda row: row["keep"],
+      "keep",
       keeps,
     ),
   ]
 
 
-def _binarizers(rows):
-  return [
-    key.removeprefix("f1_")
-    for key in dict.fromkeys(key for row in rows for key in row)
-    if key.startswith("f1_")
-  ]
-
-
-def _of_method(rows, method):
-  return [
-    row
-    for row in rows
-    if row["method"] == method and row.get("auroc") is not None
-  ]
+def _found(rows, method):
+  """The method's rows with scores, and the names of binarisers."""
+  keys = dict.fromkeys(key for row in rows for key in row)
+  names = [key.removeprefix("f1_") for key in keys if key.startswith("f1_")]
+  own = [row for row in rows if row["method"] == method]
+  return [row for row in own if row.get("auroc") is not None], names
 
 
 def _detections(rows, method, dataset):
-  scored, names = _of_method(rows, method), _binarizers(rows)
+  scored, names = _found(rows, method)
   if not scored or not names:
     return []
-  lines = []
-  for row in scored:
-    cells = []
-    for name in names:
-      theirs = None
-      if row["noise"].startswith("symmetric"):
-        theirs = published.find(
-          "f1", dataset, name, round(row["noise_rate"], 2)
-        )
-      text = tables.number(row[f"f1_{name}"])
-      cells.append(text if theirs is None else f"{text} ({theirs:.2f})")
-    lines.append([row["noise"], tables.number(row["auroc"]), *cells])
+
+  def cell(row, name):
+    theirs = None
+    if row["noise"].startswith("symmetric"):
+      rate = round(row["noise_rate"], 2)
+      theirs = published.find("f1", dataset, name, rate)
+    text = number(row[f"f1_{name}"])
+    return text if theirs is None else f"{text} ({theirs:.2f})"
+
   return [
     "",
     f"Mislabelled samples found by the scores of {method}: AUROC of the mean"
     " score, F1 by binariser (published, where there is one):",
     "",
-    *tables.markdown(["noise", "AUROC", *names], lines),
+    *markdown(
+      ["noise", "AUROC", *names],
+      [
+        [row["noise"], number(row["auroc"]), *(cell(row, x) for x in names)]
+        for row in scored
+      ],
+    ),
   ]
 
 
 def _quality(rows, method, path, title):
-  scored, names = _of_method(rows, method), _binarizers(rows)
+  scored, names = _found(rows, method)
   if len(scored) < 2 or not names:
     return []
   noise = [1 - row["clean_fraction"] for row in scored]
   kept = {name: [row[f"kept_{name}"] for row in scored] for name in names}
+
+  def estimate(row, name):
+    return f"{number(row[f'estimate_{name}'])} ({number(row[f'kept_{name}'])})"
+
   lines = [
-    [
-      row["noise"],
-      tables.number(row["clean_fraction"]),
-      *(
-        f"{tables.number(row[f'estimate_{name}'])}"
-        f" ({tables.number(row[f'kept_{name}'])})"
-        for name in names
-      ),
-    ]
+    [row["noise"], number(row["clean_fraction"])]
+    + [estimate(row, name) for name in names]
     for row in scored
   ]
-  correlations = [tables.number(_pearson(noise, kept[name])) for name in names]
+  correlations = [number(_pearson(noise, kept[name])) for name in names]
+  lines.append(["r with the noise", "", *correlations])
   order = np.argsort(noise)
   shares = kept | {"truth": [1 - rate for rate in noise]}
   figures.learning_curves(
@@ -336,10 +276,7 @@ def _quality(rows, method, path, title):
     " Pearson's r of the share kept with the noise rate"
     f" (published: {published.load().get('quality_correlation')}):",
     "",
-    *tables.markdown(
-      ["noise", "truth", *names],
-      [*lines, ["r with the noise", "", *correlations]],
-    ),
+    *markdown(["noise", "truth", *names], lines),
     "",
     f"![share kept against noise]({path.name})",
   ]
@@ -375,13 +312,13 @@ def _ablations(ablations, folder):
 
   def aurocs(found):
     values = (found.get(noise, {}).get("auroc") for noise in noises)
-    yield " / ".join(map(tables.number, values))
+    yield " / ".join(map(number, values))
 
-  return _pivot(
+  return tables.pivot(
     ["setting", "method", *noises, "AUROC"],
     rows,
-    lambda row: (row["setting"], _label(row)),
-    lambda row: row["noise"],
+    lambda row: (row["setting"], tables.label(row)),
+    "noise",
     noises,
     aurocs,
   )
@@ -391,21 +328,13 @@ def _tuned(config, folder):
   lines = []
   for path in map(pathlib.Path, config.tuning):
     settings = workdir_lib.read_json(_there(path / tuning.TUNED_FILE), {})
-    shutil.copy(
-      _there(path / tuning.TABLE_FILE),
-      folder / f"{path.name}_{tuning.TABLE_FILE}",
-    )
+    tried = _there(path / tuning.TABLE_FILE)
+    shutil.copy(tried, folder / f"{path.name}_{tuning.TABLE_FILE}")
     for method, entry in settings.items():
-      lines.append(
-        [
-          path.name,
-          method,
-          ", ".join(f"{k} {v}" for k, v in entry["set"].items()),
-          tables.number(entry["accuracy"], 4),
-          str(entry["settings"]),
-        ]
-      )
-  return tables.markdown(
+      best = ", ".join(f"{k} {v}" for k, v in entry["set"].items())
+      cells = best, number(entry["accuracy"], 4), str(entry["settings"])
+      lines.append([path.name, method, *cells])
+  return markdown(
     ["tuning", "method", "best", "held-out accuracy", "settings tried"], lines
   )
 

@@ -1,6 +1,8 @@
 """Detection of wrong samples by scores: of all, by kind and by binariser."""
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
+from experiments.selection import files
 
 # "weight" is the published threshold, on the weights; the others are the
 # library's, on the raw scores.
@@ -54,20 +57,11 @@ def measure(
     gm.metrics.detection(mean, np.ones(len(mean), bool), wrong).auroc
   )
   for name in config.study.binarizers:
-    options = {}
     if name == "weight":
-      options["threshold"] = 1 / config.batch_size
-    elif name in ("threshold", "top_fraction"):
-      field = {"top_fraction": "fraction"}.get(name, name)
-      options[field] = config.select[field]
-    if name == "auto":
-      options["mark"] = 0.0  # of every method's score: no step either way
-    selection = gm.select(
-      weights if name == "weight" else scores,
-      binarize="threshold" if name == "weight" else name,
-      aggregate=config.select.aggregate,
-      **options,
-    )
+      section = {**config.select, "threshold": 1 / config.batch_size}
+      selection = files.select(section, weights, "threshold")
+    else:
+      selection = files.select(config.select, scores, name)
     found = gm.metrics.detection(mean, selection.keep, wrong)
     probability = selection.keep_probability
     about[name] = {
@@ -83,14 +77,8 @@ def auroc_by_kind(
 ) -> dict[str, float | None]:
   """AUROC of all wrong samples, and of each kind, against those that are right.
 
-  Args:
-    scores: [N], finite; high is good.
-    kinds: text [N], as `Truth.kinds`.
-    names: of the kinds that are told apart.
-
-  Returns:
-    `auroc` and, for each of the names, `auroc_<name>`; None where it isn't
-    defined.
+  Scores [N] are finite, high is good; kinds [N] are as `Truth.kinds`. Of each
+  of the names there is an `auroc_<name>`; None where it isn't defined.
   """
 
   def auroc(wrong):
@@ -106,30 +94,22 @@ def auroc_by_kind(
 def mean(
   config: config_dict.ConfigDict, found: list[dict[str, Any]]
 ) -> dict[str, float | None]:
-  """Means over runs, as the flat fields of a table's row.
+  """Means of what `measure` found over runs, as fields of a table's row.
 
-  Args:
-    config: `study.binarizers`.
-    found: what `measure` gave for each run.
-
-  Returns:
-    `auroc`, `clean_fraction` and, for each binariser, `f1_<name>`,
-    `kept_<name>` and `estimate_<name>`; None where a run has none.
+  They are `auroc`, `clean_fraction` and, for each binariser, `f1_<name>`,
+  `kept_<name>` and `estimate_<name>`; None where a run has none.
   """
-  fields: dict[str, Any] = {
-    name: lambda entry, name=name: entry[name]
-    for name in ("auroc", "clean_fraction")
-  }
+  paths: list[tuple[str, ...]] = [("auroc",), ("clean_fraction",)]
   for name in config.study.binarizers:
-    for key in ("f1", "kept", "estimate"):
-      fields[f"{key}_{name}"] = lambda entry, name=name, key=key: entry[name][
-        key
-      ]
-  if not found or not all(found):
-    return dict.fromkeys(fields)
+    paths += [(name, key) for key in ("f1", "kept", "estimate")]
+  known = bool(found) and all(found)
   return {
-    field: _mean([get(entry) for entry in found])
-    for field, get in fields.items()
+    "_".join(reversed(path)): _mean(
+      [functools.reduce(operator.getitem, path, entry) for entry in found]
+    )
+    if known
+    else None
+    for path in paths
   }
 
 

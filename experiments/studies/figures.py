@@ -17,12 +17,7 @@ _SHEET = 48  # images on the sheet of the lowest-scored samples
 def draw(records: Records, summary: dict[str, Any]) -> list[pathlib.Path]:
   """Draws a study's figures; scores and samples are of the first seed.
 
-  Args:
-    records: of the finished runs.
-    summary: what is known so far, `rows` and `headline` among it.
-
-  Returns:
-    The paths of the PNG files.
+  Of the summary `rows` and `headline` must be there. Returns the paths.
   """
   parts = {run.name for run in records.runs if run.is_on_a_part}
   names = [row["method"] for row in _sorted(summary)]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 
 from experiments import methods, tasks
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import detection, settings as tuned_settings
 
 REFERENCE = "reference"
@@ -39,13 +39,7 @@ class Run(NamedTuple):
 
 
 def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
-  """All runs of a study, each after those that it needs.
-
-  Args:
-    config: the study's.
-
-  Returns:
-    The runs.
+  """Plans all runs of a study, each after those that it needs.
 
   Raises:
     ValueError: no seeds or methods, a name that is not there, weights of
@@ -87,16 +81,13 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
       title = f"keep_{keep:g}_{scorer or 'random'}"
       runs.append(Run(seed, title, plain, needs, scorer, keep))
     for text in study.filters:
-      title = "kept_" + filters.file_of(text).removesuffix(".npy")
+      title = "kept_" + cuts.file_of(text).removesuffix(".npy")
       runs.append(Run(seed, title, plain, (*first, by), filter=text))
   return runs
 
 
 def plan_settings(config: config_dict.ConfigDict) -> dict[str, dict[str, Any]]:
-  """The study's methods, each at the layers and weightings that it looks at.
-
-  Args:
-    config: the study's.
+  """Plans the methods, each at the layers and weightings that it looks at.
 
   Returns:
     For each run's name its overrides, `{name: {"dotted.field": value}}`.
@@ -128,13 +119,7 @@ def plan_settings(config: config_dict.ConfigDict) -> dict[str, dict[str, Any]]:
 
 
 def read_weighting(name: str) -> dict[str, Any]:
-  """The fields that a name in `config.study.weightings` sets.
-
-  Args:
-    name: such as "ess0.5".
-
-  Returns:
-    `{"mimic.weighting": ..., "mimic.fraction": ...}` or the like.
+  """Reads a name in `config.study.weightings`, such as "ess0.5", as fields.
 
   Raises:
     ValueError: a name that doesn't read.
@@ -163,15 +148,7 @@ def needs_reference(config: config_dict.ConfigDict) -> bool:
 def derived(
   config: config_dict.ConfigDict, **overrides: Any
 ) -> config_dict.ConfigDict:
-  """A copy of the config with other fields; data and noise follow the seed.
-
-  Args:
-    config: a study's.
-    **overrides: `{"dotted.field": value}`, `seed` among them.
-
-  Returns:
-    The config, locked.
-  """
+  """A locked copy with other fields; data and noise follow its `seed`."""
   follows = tasks.get(config).seed_overrides(overrides["seed"])
   copy = config.copy_and_resolve_references().unlock()
   copy.update_from_flattened_dict({**follows, **overrides})
@@ -208,7 +185,7 @@ def _check(config):
         " and below 1."
       )
   detection.check(config)
-  filters.check(study.filters)
+  cuts.check(study.filters)
   for text in study.filters:
     if "basic" in text or ("clip_" in text and task.reference_score is None):
       raise ValueError(

@@ -17,13 +17,10 @@ def load() -> dict[str, Any]:
 
 
 def find(table: str, dataset: str, name: str, rate: float) -> float | None:
-  """A published number in [0, 1], or None.
+  """Finds a published number in [0, 1]; None if there is none at that rate.
 
-  Args:
-    table: "heads" or "finetuned", for test accuracy, or "f1".
-    dataset: by its TFDS name.
-    name: of a method, or of a binariser.
-    rate: of noise.
+  Tables are "heads" and "finetuned", of test accuracy by method, and "f1", by
+  binariser; data sets have their TFDS names.
   """
   values = load().get(table, {}).get(dataset, {}).get(name)
   if values is None or rate not in RATES:

@@ -12,7 +12,7 @@ import gradmimic_jax as gm
 from experiments import tasks
 from experiments.data.pairs import datacomp
 from experiments.runtime import metrics, workdir as workdir_lib
-from experiments.selection import files, filters, runs as runs_lib
+from experiments.selection import cuts, files, runs as runs_lib
 from experiments.studies import plan
 from experiments.tasks.base import Samples, Truth
 from experiments.training import reference_check, trainer
@@ -96,7 +96,7 @@ class Records:
   def filter_file(self, run: plan.Run) -> pathlib.Path | None:
     """Returns the file of the samples that a run trains on; None for all."""
     if run.filter:
-      return self.path(run.seed, FILTERS) / filters.file_of(run.filter)
+      return self.path(run.seed, FILTERS) / cuts.file_of(run.filter)
     if run.keep is not None:
       return self.beside(run, ".npy")
     if run.chosen_by:
@@ -147,7 +147,7 @@ class Records:
 
   def load_overlaps(self) -> list[dict[str, Any]]:
     """Reads the overlaps of the first seed's filters."""
-    file = self.path(self.seeds[0], FILTERS) / filters.MANIFEST_FILE
+    file = self.path(self.seeds[0], FILTERS) / cuts.MANIFEST_FILE
     if not file.exists():
       return []
     return workdir_lib.read_json(file, {"overlaps": list})["overlaps"]

@@ -1,11 +1,7 @@
 """Makes the runs of a study, shared by all processes that are at it.
 
-For each seed: a reference trained on true data, from the learner's own
-initialisation unless `config.study.reference` has it otherwise; every method on
-the same noisy data, at each of the layers and weightings; and plain runs on
-what selections and filters keep. A run that is finished is not repeated, and
-any number of jobs may be given the same command: they share the runs. The
-processes of one job share every run.
+A run that is finished is not repeated, and any number of jobs may be given the
+same command: they share the runs. The processes of one job share every run.
 """
 
 import contextlib
@@ -26,7 +22,7 @@ from experiments.runtime import (
   locks,
   workdir as workdir_lib,
 )
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import plan, records as records_lib, summary, tables
 from experiments.training import trainer
 
@@ -36,15 +32,9 @@ _JOB = "study"
 def run_study(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
-  Args:
-    config: any task's; `config.study` names the seeds, the methods and how the
-      reference differs from the learner.
-    workdir: the study's folder. Gets a folder for each seed with a folder for
-      each run in it, `summary.json`, tables, figures and the page of a method
-      with scores.
-
-  Returns:
-    What is in `summary.json`.
+  The workdir gets a folder for each seed with a folder for each run in it,
+  tables, figures, the page of a method with scores, and `summary.json`, whose
+  content is returned.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -70,13 +60,8 @@ def run_all(
 ) -> dict[str, list[dict[str, Any]]]:
   """Makes the runs, with all other jobs that are at it.
 
-  Args:
-    config: the study's.
-    folder: to make the runs' folders in.
-    runs: each after those that it needs.
-
-  Returns:
-    `{name: results}`, those of a name in the order of the runs.
+  Each of the runs comes after those that it needs. Returns `{name: results}`,
+  those of a name in the order of the runs.
   """
   for run in runs:
     (folder / f"seed{run.seed}").mkdir(exist_ok=True)
@@ -180,20 +165,20 @@ def _make_filters(records, run, file):
     if file.exists():
       return
     file.parent.mkdir(exist_ok=True)
-    mimic = filters.mean_scores(records.path(run.seed, run.needs[-1]))
+    mimic = cuts.mean_scores(records.path(run.seed, run.needs[-1]))
     truth, clip = records.load_truth(run.seed), None
     if records.task.reference_score is not None:
       ids, values = records.score_by_reference(run.seed)
-      clip = filters.Scores(datacomp.as_ids(ids), values)
+      clip = cuts.Scores(datacomp.as_ids(ids), values)
     ids = mimic.ids if truth is None else datacomp.as_ids(truth.ids)
-    pool = filters.Pool(ids, mimic, clip)
+    pool = cuts.Pool(ids, mimic, clip)
     expressions = [
       other.filter
       for other in records.runs
       if other.filter and other.seed == run.seed
     ]
-    made = filters.make(expressions, pool, seed=run.seed)
-    filters.write(file.parent, made, pool)
+    made = cuts.make(expressions, pool, seed=run.seed)
+    cuts.write(file.parent, made, pool)
 
 
 def _choose(records, run):

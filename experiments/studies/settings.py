@@ -10,10 +10,7 @@ from gradmimic_jax import _files
 
 
 def read(path: str | None) -> dict[str, dict[str, Any]]:
-  """The settings in a file that `experiments.tune` wrote.
-
-  Args:
-    path: `config.study.tuned`; None: there are none.
+  """The settings in a file that `experiments.tune` wrote; {} for None.
 
   Returns:
     For each method that was tuned its config's fields, `{"dotted.field":
@@ -47,15 +44,7 @@ def read(path: str | None) -> dict[str, dict[str, Any]]:
 
 
 def fields_read(name: str, config: config_dict.ConfigDict) -> set[str]:
-  """The fields of `config.mimic` that a method looks at.
-
-  Args:
-    name: the method's.
-    config: `config.mimic`.
-
-  Returns:
-    Their names.
-  """
+  """The names of the fields of `config.mimic` that a method looks at."""
   seen = set()
 
   class Recorder:

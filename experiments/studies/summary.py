@@ -8,7 +8,7 @@ import numpy as np
 import gradmimic_jax as gm
 from experiments.reporting import page
 from experiments.runtime import tables as tables_lib, workdir as workdir_lib
-from experiments.selection import files, filters, runs
+from experiments.selection import cuts, files, runs
 from experiments.studies import detection, figures, plan, tables
 from experiments.studies.plan import BASELINE, REFERENCE
 from experiments.studies.records import (
@@ -20,14 +20,7 @@ from experiments.studies.records import (
 
 
 def write(records: Records) -> dict[str, Any]:
-  """Measures what a study found out, and writes it.
-
-  Args:
-    records: of the finished runs.
-
-  Returns:
-    What is in `summary.json`.
-  """
+  """Measures what a study found out, writes it, and returns `summary.json`."""
   config, task, results = records.config, records.task, records.results
   found = _detect(records)
   rows = [make_row(records, name, found.get(name, [])) for name in results]
@@ -69,13 +62,7 @@ def write(records: Records) -> dict[str, Any]:
 
 
 def write_tables(folder: Any, summary: dict[str, Any], text: str) -> None:
-  """Writes a summary, its rows as CSV, and its tables as Markdown.
-
-  Args:
-    folder: to write to.
-    summary: with `rows`.
-    text: the tables.
-  """
+  """Writes a summary, its rows as CSV, and its tables as Markdown."""
   rows = tables_lib.csv_text(summary["rows"])
   workdir_lib.write_bytes(folder / TABLE_FILE, rows.encode())
   workdir_lib.write_bytes(folder / MARKDOWN_FILE, text.encode())
@@ -83,19 +70,10 @@ def write_tables(folder: Any, summary: dict[str, Any], text: str) -> None:
 
 
 def select(records: Records, seed: int, name: str) -> gm.Selection:
-  """Selects from a run's ledger by `config.select`, as `experiments.select`.
-
-  Args:
-    records: of a study; the run has finished.
-    seed: the run's.
-    name: the run's.
-
-  Returns:
-    The selection, which is written to the run's folder.
-  """
+  """Selects from a finished run's ledger, and writes that to its folder."""
   folder = records.path(seed, name)
   ledger = records.load_ledger(seed, name)
-  selection = files.from_ledger(records.config.select, ledger)
+  selection = files.select(records.config.select, ledger)
   files.write(folder, selection, runs.load_fingerprints(folder))
   return selection
 
@@ -105,15 +83,10 @@ def make_row(
 ) -> dict[str, Any]:
   """A run's means over the seeds, beside the baseline's of the same seeds.
 
-  Args:
-    records: of the finished runs.
-    name: the run's.
-    found: what its scores detect, for each seed.
-
-  Returns:
-    The row. `saved_loss` (`saved_accuracy`) is the share of the baseline's
-    steps that are left when its final loss (accuracy) is first reached, over
-    the seeds that reach it, `reached_loss` of them; absent without a baseline.
+  `saved_loss` (`saved_accuracy`) is the share of the baseline's steps that are
+  left when its final loss (accuracy) is first reached, over the seeds that
+  reach it, `reached_loss` of them; absent without a baseline. `found` is what
+  the run's scores detect, for each seed.
   """
   task, members = records.task, records.results[name]
   run = next(run for run in records.runs if run.name == name)
@@ -182,13 +155,8 @@ def steps_to(
 ) -> float | None:
   """Finds where a falling curve is at a value, or below, for the first time.
 
-  Args:
-    steps: at which it was measured [K], ascending.
-    values: what was measured [K]; NaN reaches nothing.
-    target: the value.
-
-  Returns:
-    The step, on the line from the measurement before; None if it never is.
+  It was measured at K ascending steps; NaN reaches nothing. The step is on the
+  line from the measurement before; None if it never is.
 
   Example:
     >>> steps_to([0, 10, 20], [3.0, 2.0, 1.0], 1.5)
@@ -236,7 +204,7 @@ def _detect(records):
       wrong = truth.kinds_of(ids) != ""
       entry = detection.measure(records.config, scores, weights, wrong)
       if entry:
-        entry |= of_scores(*filters.mean_scores(records.path(seed, name)))
+        entry |= of_scores(*cuts.mean_scores(records.path(seed, name)))
         seen = np.isin(ids, selection.ids)
         chosen = gm.metrics.f1(~selection.keep, wrong[seen])
         entry["f1"] = detection.plain(chosen)

@@ -1,10 +1,11 @@
 """A study's tables, as text and Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from experiments.runtime import tables
 from experiments.runtime.tables import mean_and_error, number, with_error
-from experiments.studies.plan import BASELINE
+from experiments.studies.plan import BASELINE, REFERENCE
 
 
 def text(summary: dict[str, Any]) -> str:
@@ -154,6 +155,50 @@ def _headline(summary):
     f" {_number(best, 'auroc')}."
   )
   yield ""
+
+
+def label(row: dict[str, Any]) -> str:
+  """Names a row: its method, and the value of its weighting if it has one."""
+  value = row.get("value")
+  return row["method"] if value is None else f"{row['method']} {value:g}"
+
+
+def beside_references(
+  rows: Sequence[dict[str, Any]], field: str
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+  """Yields rows and their values of a field, such as a rate of noise.
+
+  A reference has clean labels: it stands beside every value of the others.
+  """
+  others = [row[field] for row in rows if row["method"] != REFERENCE]
+  for row in rows:
+    is_reference = row["method"] == REFERENCE
+    for value in dict.fromkeys(others) if is_reference else [row[field]]:
+      yield value, row
+
+
+def pivot(
+  names: Sequence[str],
+  rows: Iterable[dict[str, Any]],
+  key: Callable[[dict[str, Any]], tuple[str, ...]],
+  column: str,
+  columns: Sequence[Any],
+  more: Callable[[dict[Any, Any]], Iterable[str]] = lambda found: (),
+) -> Iterator[str]:
+  """Yields a table of accuracies: a line for each key, a cell for each column.
+
+  `more` makes the last cells of a line, of its rows by column.
+  """
+  lines: dict[Any, dict[Any, Any]] = {}
+  for row in rows:
+    lines.setdefault(key(row), {})[row[column]] = row
+  yield from tables.markdown(
+    names,
+    [
+      [*line, *(tables.accuracy(found.get(x)) for x in columns), *more(found)]
+      for line, found in lines.items()
+    ],
+  )
 
 
 def aligned(

@@ -1,12 +1,4 @@
-"""Tunes every method of a study with the same budget, on held-out samples.
-
-Each method is run with every learning rate of `config.study.tune`; where it has
-a weighting whose strength is set (a temperature or a fraction) with every value
-of that too, and where it looks at gradients with every choice of layers. What
-does best on `config.data.test_split`, which must not be the split that results
-are reported on, is written to `tuned.json`: give it to a study as
-`config.study.tuned`.
-"""
+"""Tries every method's settings on held-out samples, and writes the best."""
 
 import itertools
 import pathlib
@@ -27,15 +19,10 @@ TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
 def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Tries all settings of all methods; goes on where it was stopped.
 
-  Args:
-    config: a study's (or a grid of heads', if it has a section `probe`);
-      `study.tune` has the settings.
-    workdir: gets the runs' folders, `tuning.csv` with all that was tried, and
-      `tuned.json`.
-
-  Returns:
-    What is in `tuned.json`: for each method its best setting (`set`), its mean
-    accuracy over seeds and noise rates, and how many settings it had.
+  The workdir gets the runs' folders, `tuning.csv` with all that was tried, and
+  `tuned.json`, whose content is returned: for each method its best setting
+  (`set`), its mean accuracy over seeds and noise rates, and how many settings
+  it had. A config with a section `probe` is tuned as grids of heads.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.

@@ -6,6 +6,7 @@ as devices are added. Nothing runs. An interrupted job goes on where it stopped.
 """
 
 import contextlib
+import itertools
 from typing import Any
 
 import jax
@@ -13,26 +14,22 @@ from ml_collections import config_dict
 
 from configs.benchmark import pod as pod_config
 from experiments.benchmarks import timing
-from experiments.benchmarks.pod import step as pod_step, tables as pod_tables
+from experiments.benchmarks.pod import step as pod_step
 from experiments.benchmarks.pod.collectives import KINDS
-from experiments.benchmarks.pod.step import Case
-from experiments.runtime import workdir as workdir_lib
+from experiments.benchmarks.pod.step import PLAIN, Case
+from experiments.runtime import tables, workdir as workdir_lib
 
 RESULT_FILE = "pod.json"
 TABLE_FILE = "pod.md"
+_MIB = 2**20
 
 
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Compiles all cases.
 
-  Args:
-    config: as `configs/benchmark/pod.py` describes it.
-    workdir: gets `pod.json`, which grows by an entry a compiled step, and
-      `pod.md`, its tables.
-
-  Returns:
-    What is in `pod.json`: the machine; `compiled`, by target and case, bytes of
-    arguments and temporaries and of each kind of collective.
+  The workdir gets `pod.md`, tables, and `pod.json`, which grows by an entry a
+  compiled step and is returned: the machine; `compiled`, by target and case,
+  bytes of arguments and temporaries and of each kind of collective.
 
   Raises:
     ValueError: an unknown field, case or target, or another config's workdir.
@@ -64,7 +61,51 @@ def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
 
 def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """The tables, as `pod.md` has them."""
-  return "\n".join(pod_tables.page(config, results))
+  compiled = results["compiled"].get(config.target, {})
+  return "\n".join(
+    [
+      f"## More devices, the same share of each ({config.target})\n",
+      *_scaling_table(config, compiled),
+      f"\n## Memory and collectives of each device ({config.target})\n",
+      *_case_table(config, compiled),
+    ]
+  )
+
+
+def _scaling_table(config, compiled):
+  """Bytes that a step sends more than the plain step, by devices."""
+  rows: list[list[str]] = []
+  for case in scaling_cases(config):
+    entry, plain = (
+      compiled[x.key]
+      for x in (case, case._replace(step=PLAIN, weighting="softmax"))
+    )
+    cells = [case.model, str(case.devices), case.step]
+    if case.step != PLAIN:
+      cells[-1] += f", {case.weighting}"
+    for kind in ("all-reduce", "all-gather"):
+      sent = entry[kind]["bytes"]
+      cells += [f"{sent:,}", f"{sent - plain[kind]['bytes']:,}"]
+    loops = [entry[kind]["in_loops"] for kind in ("all-reduce", "all-gather")]
+    rows.append([*cells, f"{sum(loops):,}", f"{4 * case.batch_size:,}"])
+  header = [
+    "model", "devices", "step", "all-reduce", "more than plain", "all-gather",
+    "more than plain", "of both in loops", "B scores",
+  ]  # fmt: skip
+  return tables.markdown(header, rows)
+
+
+def _case_table(config, compiled):
+  """Tabulates what each case holds and sends, in MiB."""
+  kinds = ("all-reduce", "all-gather", "reduce-scatter")
+  rows = []
+  for key in config.cases:
+    entry = compiled[key]
+    held = [f"{entry[x] / _MIB:,.1f}" for x in ("arguments", "temporaries")]
+    sent = [f"{entry[kind]['bytes'] / _MIB:,.2f}" for kind in kinds]
+    rows.append([key, *held, *sent])
+  names = (f"{x}, MiB" for x in ("arguments", "temporaries", *kinds))
+  return tables.markdown(["case", *names], rows)
 
 
 def _be_many(devices):
@@ -76,36 +117,35 @@ def _be_many(devices):
 
 
 def scaling_cases(config: config_dict.ConfigDict) -> list[Case]:
-  """The same step on more and more devices, the share of each the same."""
-  scaling = config.scaling
-  return [
-    case_of(
-      f"{model}/{count * scaling.rows}/{count}/1/{step}/{weighting}", config
-    )
-    for model in scaling.models
-    for count in scaling.devices
-    for step, weighting in pod_tables.scaled_steps(config, model)
-  ]
+  """The same step on more and more devices, the share of each the same.
+
+  The plain step comes first; of the others a contrastive model takes the
+  forward one only.
+  """
+  cases, scaling = [], config.scaling
+  for model, count in itertools.product(scaling.models, scaling.devices):
+    start = f"{model}/{count * scaling.rows}/{count}/1"
+    cases.append(case_of(f"{start}/{PLAIN}/all/softmax", config))
+    coupled = config[model].name == "clip"
+    cases += [
+      case_of(f"{start}/{step}/all/{weighting}", config)
+      for step in scaling.steps
+      if step == "forward" or not coupled
+      for weighting in scaling.weightings
+    ]
+  return cases
 
 
 def case_of(key: str, config: config_dict.ConfigDict) -> Case:
   """Reads `model/batch/devices/fsdp/step/layers/weighting`.
-
-  Args:
-    key: as it stands in the config, or as `Case.key` gives it.
-    config: as `configs/benchmark/pod.py` describes it.
-
-  Returns:
-    The case.
 
   Raises:
     ValueError: an unknown model, a number that can't be read, or a batch that
       the devices can't share.
   """
   parts = key.split("/")
-  if len(parts) != len(Case._fields) or not pod_tables.is_model(
-    config, parts[0]
-  ):
+  is_model = "image_size" in (config.get(parts[0]) or ())
+  if len(parts) != len(Case._fields) or not is_model:
     raise ValueError(
       f"the case {key!r} can't be read; expected"
       " model/batch/devices/fsdp/step/layers/weighting with a model of"

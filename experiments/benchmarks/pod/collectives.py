@@ -59,15 +59,11 @@ class _Instruction(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """The collectives of a compiled program, in the order of its text.
+  """The collectives in `compiled.as_text()`, in the order of the text.
 
-  Args:
-    text: `compiled.as_text()`.
-
-  Returns:
-    One entry an instruction. A pair of start and done is one; what each device
-    does alone is none; what a loop runs counts as often as the loop, and what a
-    condition may run counts as if it did.
+  A pair of start and done is one; what each device does alone is none; what a
+  loop runs counts as often as the loop, and what a condition may run counts as
+  if it did.
 
   Raises:
     ValueError: no program, or something in a collective that can't be read: its

@@ -22,6 +22,7 @@ from configs import (
   contrastive as contrastive_config,
 )
 from experiments import methods, models
+from experiments.benchmarks import engine_steps
 from experiments.benchmarks.pod.collectives import Collective, collectives
 from experiments.models import clip
 from experiments.runtime import sharding
@@ -89,15 +90,9 @@ class Shapes(NamedTuple):
 
 
 def devices(target: str, count: int) -> list[Any]:
-  """Devices to compile for.
+  """Devices to compile for: of a kind of TPU in `SLICES`, or of this `"host"`.
 
-  Args:
-    target: `"host"`, which must have been given as many virtual devices before
-      JAX started, or a kind of TPU, one of `SLICES`.
-    count: how many.
-
-  Returns:
-    The devices.
+  A host must have been given as many virtual devices before JAX started.
 
   Raises:
     ValueError: an unknown target, or there are not as many.
@@ -132,15 +127,7 @@ def devices(target: str, count: int) -> list[Any]:
 
 
 def compile_step(case: Case, section: Any, found: list[Any]) -> Compiled:
-  """Compiles a case.
-
-  Args:
-    case: what.
-    section: the model, a section of `configs/benchmark/pod.py`.
-    found: as many devices as the case has.
-
-  Returns:
-    What the compiler says.
+  """Compiles a case of the model in a section, for as many devices as it has.
 
   Raises:
     ValueError: an unknown step or layers, or a text that can't be read.
@@ -188,9 +175,8 @@ def train_step(case: Case, section: Any, mesh: Mesh) -> tuple[Any, Shapes]:
       )
   rows = NamedSharding(mesh, sharding.ROWS)
   apply, params = model(section)
-  make = _contrastive if section.name == "clip" else _classification
   config = _job_config(case, section, params)
-  losses_fn, tx, batch, outputs = make(case, section, config, apply, rows)
+  losses_fn, tx, batch, outputs = _make_job(case, section, config, apply, rows)
   method = methods.create(config.method, config.mimic)
   state = jax.eval_shape(functools.partial(steps.init_state, tx=tx), params)
   step = steps.make_train_step(
@@ -231,14 +217,11 @@ def model(section: Any) -> tuple[Any, Any]:
 
 def layers_pattern(case: Case, section: Any, params: Any) -> str | None:
   """The case's mimic layers, as a pattern of leaf paths; None for all."""
-  if case.layers == "all":
-    return None
   if section.name != "clip":
-    last = f"^blocks/{section.vit.depth - 1}/mlp/"
-    return {"head": "^head/", "last_mlp": last}[case.layers]
-  if case.layers == "head":
-    return "^(image|text)/projection/"
-  return clip.mimic_layers("both_last_mlp", params)
+    return engine_steps.patterns(section)[case.layers]
+  last = clip.mimic_layers("both_last_mlp", params)
+  known = {"head": "^(image|text)/projection/", "last_mlp": last, "all": None}
+  return known[case.layers]
 
 
 def _job_config(case, section, params):
@@ -256,43 +239,29 @@ def _job_config(case, section, params):
   return config
 
 
-def _classification(case, section, config, apply, rows):
-  """As a classification run has it."""
-  del rows
-  n, size = case.batch_size, section.image_size
+def _make_job(case, section, config, apply, rows):
+  """Losses, optimizer, batch and outputs, as a run of the task has them."""
+  n, size, last = case.batch_size, section.image_size, None
+  if section.name == "clip":
+    apply = clip_features.scaled(apply, config.data.mean, config.data.std)
+    losses_fn = contrastive.make_losses_fn(apply, config.loss, sharding=rows)
+    outputs = contrastive.make_outputs(apply, config.loss, sharding=rows)
+    last = contrastive.keep_logit_scale()
+    tokens = clip.options(section)["context_length"]
+    given = {"text": jax.ShapeDtypeStruct((n, tokens), jnp.int32)}
+    pixels: Any = jnp.uint8
+  else:
+    losses_fn = classification.make_losses_fn(apply)
+    outputs = classification.make_outputs(classification.make_outputs_fn(apply))
+    given = {"label": jax.ShapeDtypeStruct((n,), jnp.int32)}
+    pixels = jnp.float32
+  tx = optimizer.create(config.optimizer, total_steps=_TOTAL_STEPS, last=last)
   batch = {
-    "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32),
-    "label": jax.ShapeDtypeStruct((n,), jnp.int32),
+    "image": jax.ShapeDtypeStruct((n, size, size, 3), pixels),
+    **given,
     "mask": jax.ShapeDtypeStruct((n,), bool),
   }
-  return (
-    classification.make_losses_fn(apply),
-    optimizer.create(config.optimizer, total_steps=_TOTAL_STEPS),
-    batch,
-    classification.make_outputs(classification.make_outputs_fn(apply)),
-  )
-
-
-def _contrastive(case, section, config, apply, rows):
-  """As a contrastive run has it."""
-  apply = clip_features.scaled(apply, config.data.mean, config.data.std)
-  n, size = case.batch_size, section.image_size
-  tokens = clip.options(section)["context_length"]
-  batch = {
-    "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8),
-    "text": jax.ShapeDtypeStruct((n, tokens), jnp.int32),
-    "mask": jax.ShapeDtypeStruct((n,), bool),
-  }
-  return (
-    contrastive.make_losses_fn(apply, config.loss, sharding=rows),
-    optimizer.create(
-      config.optimizer,
-      total_steps=_TOTAL_STEPS,
-      last=contrastive.keep_logit_scale(),
-    ),
-    batch,
-    contrastive.make_outputs(apply, config.loss, sharding=rows),
-  )
+  return losses_fn, tx, batch, outputs
 
 
 def _placed(tree, shardings):

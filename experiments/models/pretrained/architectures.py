@@ -17,15 +17,9 @@ from experiments.runtime import hub
 
 # By the size in the name of an architecture, in timm's words.
 _TIMM_HEADS = {
-  "tiny": 3,
-  "small": 6,
-  "medium": 8,
-  "base": 12,
-  "large": 16,
-  "huge": 16,
-  "giant": 16,
-  "gigantic": 16,
-}
+  "tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16,
+  "giant": 16, "gigantic": 16,
+}  # fmt: skip
 _TIMM_FAMILIES = ("vit", "deit", "deit3", "flexivit")
 # Fields that transformers leaves out of a config.json, with their values.
 _HUGGINGFACE_VIT = {
@@ -149,8 +143,8 @@ def read_clip(config: Mapping[str, Any]) -> Told:
 
 def _read_openclip(model):
   image, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-  widths = {"image": image.get("width"), "text": text.get("width")}
   parts = {"image": image, "text": text}
+  widths = {name: part.get("width") for name, part in parts.items()}
   epsilons = [(x.get("norm_kwargs") or {}).get("eps") for x in parts.values()]
   return Told(
     _there(
@@ -190,19 +184,14 @@ def check(
   section: str,
   beside: str = hub.CONFIG,
 ) -> None:
-  """Refuses a model that contradicts the files beside its weights.
+  """Refuses a model that contradicts a file beside its weights.
 
-  Args:
-    told: the statements beside the weights.
-    arrays: the fields that the weights' shapes show.
-    model: the fields that the model has.
-    fixed: the fields that all models of this project have.
-    file: the weights.
-    section: of the config that has the fields, such as "config.model.vit".
-    beside: the name of the file with the statements.
+  The file's statements are compared with fields that the weights' shapes show
+  (`arrays`), that the model has, and that all models of this project have
+  (`fixed`).
 
   Raises:
-    ValueError: with every field that differs.
+    ValueError: with every field of the config's section that differs.
   """
   said = [*told.fields.items(), *told.again]
   if others := [
@@ -253,10 +242,13 @@ def check(
 
 
 def say_unknown(
-  told: Told, model: Mapping[str, Any], names: tuple[str, ...], file: Any
+  said: Mapping[str, Any],
+  model: Mapping[str, Any],
+  names: tuple[str, ...],
+  file: Any,
 ) -> None:
   """Logs the fields that neither shapes nor a file tell."""
-  unknown = [name for name in names if name not in told.fields]
+  unknown = [name for name in names if name not in said]
   if unknown:
     logging.warning(
       "There is no %s beside %s that tells %s, which can't be seen in the"
@@ -274,15 +266,8 @@ def grid(
 ) -> tuple[int, int] | None:
   """Finds rows and columns of the patches that weights have positions of.
 
-  Args:
-    told: the statements beside the weights.
-    patch_size: in pixels, as the weights' shapes show it.
-    tokens: the number of positions of patches.
-    file: the weights, for errors and the log.
-
-  Returns:
-    Those of the image size that is told; None if none is, or if it may be that
-    of another model.
+  They are those of the image size that is told; None if none is, or if it may
+  be that of another model.
 
   Raises:
     ValueError: the image size that the model was made for makes another number.
@@ -311,11 +296,8 @@ def infer_vit(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
   blocks = {name.split("/")[1] for name in shapes if name.startswith("blocks/")}
   fields: dict[str, Any] = {}
   if "patch_embed/kernel" in shapes:
-    pixels, width = shapes["patch_embed/kernel"]
-    fields["width"] = width
-    side = math.isqrt(pixels // channels)
-    if side * side * channels == pixels:
-      fields["patch_size"] = side
+    fields["width"] = shapes["patch_embed/kernel"][1]
+  fields |= _infer_patches(shapes, "patch_embed/kernel", channels)
   fields["depth"] = len(blocks)
   if "blocks/0/mlp/fc1/bias" in shapes:
     fields["mlp_width"] = shapes["blocks/0/mlp/fc1/bias"][0]
@@ -340,12 +322,15 @@ def infer_clip(arrays: Mapping[str, Any], channels: int) -> dict[str, Any]:
   ):
     if path in shapes:
       fields[name] = shapes[path][axis]
-  if "image/patch_embed/kernel" in shapes:
-    pixels = shapes["image/patch_embed/kernel"][0]
-    side = math.isqrt(pixels // channels)
-    if side * side * channels == pixels:
-      fields["patch_size"] = side
-  return fields
+  return fields | _infer_patches(shapes, "image/patch_embed/kernel", channels)
+
+
+def _infer_patches(shapes, path, channels):
+  """The side of square patches, from `[side * side * channels, D]`."""
+  pixels = shapes.get(path, (0,))[0]
+  side = math.isqrt(pixels // channels)
+  is_square = pixels and side * side * channels == pixels
+  return {"patch_size": side} if is_square else {}
 
 
 def _joined(lines):

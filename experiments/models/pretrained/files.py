@@ -160,12 +160,7 @@ def check_shapes(
 ) -> None:
   """Raises ValueError unless the file's arrays have the model's shapes.
 
-  Args:
-    arrays: by path.
-    expected: the model's leaves by path.
-    file: the arrays' file.
-    advice: what to do about other shapes.
-    but_tokens: paths whose last axis but one may differ.
+  Those at `but_tokens` may differ in their last axis but one.
   """
   wrong = []
   for name, leaf in expected.items():

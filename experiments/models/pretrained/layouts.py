@@ -116,7 +116,7 @@ LAYOUTS = {
 
 
 def find_layout(
-  stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout] = LAYOUTS
+  stored: Mapping[str, np.ndarray], layouts: Mapping[str, Layout]
 ) -> str | None:
   """Finds the library that named these weights, or None."""
   for name, layout in layouts.items():
@@ -132,10 +132,6 @@ def rename(
 
   torch's linear layers hold `[outputs, inputs]`, ours `[inputs, outputs]`; its
   convolutions `[outputs, C, P, P]`, our patch embedding `[P * P * C, outputs]`.
-
-  Args:
-    stored: the weights of a file.
-    layout: the layout of their names.
 
   Returns:
     The weights by our path, and those names that have no place here.

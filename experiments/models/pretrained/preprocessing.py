@@ -54,8 +54,11 @@ def _height_and_width(size):
   return int(size), int(size)
 
 
-def from_timm(fields: Mapping[str, Any]) -> Preprocessing:
-  """Reads the `pretrained_cfg` in timm's `config.json`."""
+def from_timm(config: Mapping[str, Any]) -> Preprocessing | None:
+  """Reads the `pretrained_cfg` in timm's `config.json`; None without one."""
+  fields = config.get("pretrained_cfg")
+  if fields is None:
+    return None
   return _checked(
     mean=tuple(fields["mean"]),
     std=tuple(fields["std"]),

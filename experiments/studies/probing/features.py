@@ -4,7 +4,6 @@ With random flips there are two rows an image, as it is and mirrored, so that a
 head on stored features sees exactly what it would see on top of the backbone.
 """
 
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,11 +14,9 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import sources, statistics, store, stream
+from experiments.data import filters, sources, statistics, store, stream
 from experiments.models import initial
-from experiments.models.pretrained import (
-  vit as pretrained,
-)
+from experiments.models.pretrained import vit as pretrained
 from experiments.runtime import (
   checkpoint,
   claims,
@@ -65,16 +62,8 @@ def load(
   """Features of the training and the test split, from disk where they are.
 
   Images are not decoded if their features are there. Of several processes that
-  ask for the same features, one computes them and the others wait.
-
-  Args:
-    config: as `configs/label_noise.py` describes it.
-    cache: the folder that keeps features; made if it is missing. May be shared
-      by any number of studies.
-
-  Returns:
-    Of `config.data.train_split` and `config.data.test_split`. The test images
-    are never mirrored.
+  ask for the same features, one computes them and the others wait; any number
+  of studies may share the cache. Test images are never mirrored.
 
   Raises:
     ValueError: a backbone that doesn't fit the images, or an unknown option.
@@ -124,20 +113,14 @@ def _cached(file, compute) -> Features:
   return found
 
 
-def _about_file(file):
-  return file.with_suffix(".json")
-
-
 def _read(file) -> Features | None:
   """The features, or None unless they are there, whole and as described."""
-  if not (file.exists() and _about_file(file).exists()):
+  described = file.with_suffix(".json")
+  if not (file.exists() and described.exists()):
     return None
   try:
-    about = workdir_lib.read_json(_about_file(file), {})
-    total = about.pop("fingerprint")
-    if workdir_lib.fingerprint(about) != total or (
-      _sum_of(file) != about["sha256"]
-    ):
+    about = workdir_lib.read_json(described, {"sha256": str})
+    if filters.file_sha256(file) != about["sha256"]:
       raise ValueError("its content is not what was written")
     return Features(
       values=np.load(file, mmap_mode="r", allow_pickle=False),
@@ -147,13 +130,13 @@ def _read(file) -> Features | None:
       class_names=tuple(about["class_names"]),
       fingerprint=file.stem,
     )
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     logging.warning("%s is damaged (%s); it is computed again.", file, error)
     return None
 
 
 def _compute(file, config, split, flip, backbone):
-  """Writes a split's features and their description, all or nothing."""
+  """Writes a split's features and their description."""
   images = _images(config, split)
   if backbone.shape not in (None, images.shape):
     raise ValueError(
@@ -165,33 +148,24 @@ def _compute(file, config, split, flip, backbone):
   if backbone.mean is None:
     scaling = _scaling_of(config, config.data.train_split)
   apply, params = backbone.make()
-  apply = jax.jit(apply)
-  values = None
+  apply, source = jax.jit(apply), images.source
+  views = [
+    # The last batch is padded.
+    np.concatenate(
+      [*_in_batches(apply, params, images, config, scaling, mirrored)]
+    )[: len(source)]
+    for mirrored in range(1 + flip)
+  ]
+  values = np.stack(views)
+  if not np.isfinite(values).all():
+    raise ValueError(
+      f"features of {config.data.name} by {config.model.pretrained} are not"
+      " finite; expected a backbone that suits the images' scaling."
+    )
   with _files.replacing(file) as content:
-    count = len(images.source)
-    for view in range(1 + flip):
-      start = 0
-      for part in _in_batches(apply, params, images, config, scaling, view):
-        if values is None:
-          values = _mapped(content, (1 + flip, count, part.shape[1]))
-        rows = part[: count - start]  # the last batch is padded
-        values[view, start : start + len(rows)] = rows
-        start += len(rows)
-    if values is None:
-      raise ValueError(
-        f"{config.data.name} has no images in {split!r}; expected at least one."
-      )
-    if not all(np.isfinite(view).all() for view in values):
-      raise ValueError(
-        f"features of {config.data.name} by {config.model.pretrained} are not"
-        " finite; expected a backbone that suits the images' scaling."
-      )
-    values.flush()
-    content.seek(0)
-    digest = hashlib.file_digest(content, "sha256").hexdigest()
-  source = images.source
+    np.save(content, values, allow_pickle=False)
   about = {
-    "sha256": digest,
+    "sha256": filters.file_sha256(file),
     "labels": source.labels.tolist(),
     "ids": source.ids.tolist(),
     "num_classes": source.num_classes,
@@ -199,22 +173,7 @@ def _compute(file, config, split, flip, backbone):
     "backbone": backbone.fingerprint,
     "images": source.fingerprint,
   }
-  about["fingerprint"] = workdir_lib.fingerprint(about)
-  workdir_lib.write_json(_about_file(file), about)
-
-
-def _mapped(file, shape):
-  """An `.npy` file's array, in the file that is open."""
-  np.lib.format.write_array_header_1_0(
-    file,
-    {
-      "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
-      "fortran_order": False,
-      "shape": shape,
-    },
-  )
-  file.flush()
-  return np.memmap(file, np.float32, "r+", offset=file.tell(), shape=shape)
+  workdir_lib.write_json(file.with_suffix(".json"), about, sealed=True)
 
 
 def _in_batches(apply, params, images, config, scaling, mirrored):
@@ -307,7 +266,9 @@ def _of_run(folder) -> Backbone:
 
   stored = folder / checkpoint.FOLDER
   files = sorted(path for path in stored.rglob("*") if path.is_file())
-  named = [(str(path.relative_to(stored)), _sum_of(path)) for path in files]
+  named = [
+    (str(path.relative_to(stored)), filters.file_sha256(path)) for path in files
+  ]
   return Backbone(
     make,
     shape,
@@ -334,7 +295,7 @@ def _published(config, source) -> Backbone:
     apply, like = models.create_features(
       model, input_shape=shape, num_classes=1, seed=0
     )
-    return apply, pretrained.load(source, like, input_shape=shape, vit=vit)
+    return apply, pretrained.load(source, like, input_shape=shape, options=vit)
 
   scaling: tuple[Any, Any] = _PUBLISHED
   if config.probe.scaling == "model":
@@ -343,10 +304,5 @@ def _published(config, source) -> Backbone:
     make,
     shape,
     *scaling,
-    workdir_lib.fingerprint(_sum_of(hub.find(source)), vit),
+    workdir_lib.fingerprint(filters.file_sha256(hub.find(source)), vit),
   )
-
-
-def _sum_of(file):
-  with open(file, "rb") as content:
-    return hashlib.file_digest(content, "sha256").hexdigest()

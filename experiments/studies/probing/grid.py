@@ -6,12 +6,9 @@ number of processes may be given the same command: they share the cells.
 """
 
 import hashlib
-import io
 import itertools
-import operator
 import pathlib
 import time
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +21,15 @@ from configs import label_noise
 from experiments import methods
 from experiments.data import noise
 from experiments.runtime import claims, workdir as workdir_lib
-from experiments.studies import detection, plan, settings as tuning
+from experiments.studies import detection, plan, settings
 from experiments.studies.probing import (
   features as features_lib,
   heads,
-  summary as probe_report,
+  summary as grid_summary,
 )
 from experiments.tasks.classification import data as data_lib
 from experiments.training import optimizer
+from gradmimic_jax import _files
 
 CELLS, SAMPLES = "cells", "samples"
 REFERENCE = "reference"
@@ -59,14 +57,9 @@ class _Data(NamedTuple):
 def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains the whole grid; goes on where an interrupted one stopped.
 
-  Args:
-    config: as `configs/label_noise.py` with `protocol=probe` describes it.
-    workdir: the grid's folder. Gets a JSON file for each cell, an `.npz` file
-      for each run (its head, labels, and the scores, weights and losses of all
-      samples in each epoch), `summary.json`, tables and figures.
-
-  Returns:
-    What is in `summary.json`.
+  The workdir gets a JSON file for each cell, an `.npz` file for each run (its
+  head, labels, and the scores, weights and losses of all samples in each
+  epoch), tables, figures and `summary.json`, whose content is returned.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -77,14 +70,16 @@ def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   cache = pathlib.Path(config.probe.features or folder / "features")
   if config.probe.features is None:
     _claim(folder, config)  # its own folder of features is in it
-  data = _load(config, cache)
+  train, test = features_lib.load(config, cache)
+  images = jnp.asarray(train.values.reshape(-1, train.values.shape[-1]))
+  data = _Data(train, test, images, jnp.asarray(test.values[0]))
   grid = _Grid(config, folder, data)
   _claim(folder, config)
   for name in (CELLS, SAMPLES):
     (folder / name).mkdir(exist_ok=True)
   results = grid.to_the_end()
   with claims.hold(folder / "report.claim"):
-    return probe_report.write(config, folder, results)
+    return grid_summary.write(config, folder, results)
 
 
 def check(config: config_dict.ConfigDict) -> None:
@@ -126,7 +121,7 @@ def check(config: config_dict.ConfigDict) -> None:
         " use protocol=finetune for it, or take 'grand'."
       )
   detection.check(config)
-  for name, fields in tuning.read(config.study.tuned).items():
+  for name, fields in settings.read(config.study.tuned).items():
     field = f"mimic.{heads.value_field(config.mimic)}"
     if config.probe.weighting_values and field in fields:
       raise ValueError(
@@ -139,38 +134,22 @@ def _claim(folder, config):
   workdir_lib.claim(folder, config, label_noise, job="grid")
 
 
-def _load(config, cache):
-  train, test = features_lib.load(config, cache)
-  width = train.values.shape[-1]
-  return _Data(
-    train,
-    test,
-    jnp.asarray(train.values.reshape(-1, width)),
-    jnp.asarray(test.values[0]),
-  )
-
-
 def cells_of(config: config_dict.ConfigDict) -> list[Cell]:
-  """The grid's cells, the reference's first."""
+  """Makes the grid's cells, the reference's first."""
   rates = tuple(config.probe.rates)
   most = config.probe.runs_per_cell
   made = []
   for name in (REFERENCE, *config.study.methods):
-    points: list[tuple[float, float | None]]
+    values: list[float | None] = [None]
+    if name != REFERENCE and heads.reads_value(name, config.mimic):
+      values = sorted(config.probe.weighting_values) or values
+    # One value's rates stand together.
+    groups = [[(rate, value) for rate in rates] for value in values]
     if name == REFERENCE:
-      points = [(0.0, None)]
-    elif config.probe.weighting_values and heads.reads_value(
-      name, config.mimic
-    ):
-      points = list(itertools.product(rates, config.probe.weighting_values))
-      points.sort(key=operator.itemgetter(1))  # one value's rates together
-    else:
-      points = [(rate, None) for rate in rates]
-    together = [points]
-    if name in _ONE_VALUE:
-      groups = itertools.groupby(points, lambda point: point[1])
-      together = [list(group) for _, group in groups]
-    for group in together:
+      groups = [[(0.0, None)]]
+    elif name not in _ONE_VALUE:
+      groups = [list(itertools.chain(*groups))]
+    for group in groups:
       for some in _chunks(group, most):
         for seeds in _chunks(config.study.seeds, max(1, most // len(some))):
           made.append(Cell(name, tuple(seeds), tuple(some)))
@@ -192,26 +171,22 @@ class _Grid:
     self.config, self.folder, self.data = config, folder, data
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
-    self.tuned = tuning.read(config.study.tuned)
-    needs = {
-      name: method is not None and method.direction in ("weights", "outputs")
-      for name, method in (
-        (name, methods.create(name, config.mimic))
-        for name in config.study.methods
+    self.tuned = settings.read(config.study.tuned)
+    self.needs_reference = {REFERENCE: False}
+    for name in config.study.methods:
+      method = methods.create(name, config.mimic)
+      self.needs_reference[name] = method is not None and (
+        method.direction in ("weights", "outputs")
       )
-    }
-    self.needs_reference = {REFERENCE: False, **needs}
     self.cells = [
       cell
       for cell in cells_of(config)
-      if cell.method != REFERENCE or any(needs.values())
+      if cell.method != REFERENCE or any(self.needs_reference.values())
     ]
     # Before hours go into the others: the noise of every run can be drawn.
     for cell in self.cells:
-      for seed, (rate, _) in itertools.product(cell.seeds, cell.points):
-        if cell.method == REFERENCE:
-          continue
-        self._labels(seed, rate)
+      if cell.method != REFERENCE:
+        self._draw_labels(cell)
     self.base = workdir_lib.fingerprint(
       workdir_lib.config_fingerprint(config, "grid"),
       data.train.fingerprint,
@@ -242,7 +217,7 @@ class _Grid:
           flush=True,
         )
         result = self._train(cell)
-        probe_report.detections(self.config, self.folder / SAMPLES, result)
+        grid_summary.detections(self.config, self.folder / SAMPLES, result)
         workdir_lib.write_json(self._file(cell), result)
       return result
     finally:
@@ -296,31 +271,46 @@ class _Grid:
       },
     )
 
-  def _reference_labels(self, seed) -> noise.NoisyLabels:
-    """As `Task.reference_overrides` has them."""
-    train = self.data.train
-    return noise.apply_noise(
-      train.labels,
-      kind="symmetric",
-      rate=self.config.study.reference.noise_rate,
-      num_classes=train.num_classes,
-      seed=seed,
-    )
+  def _draw_labels(self, cell) -> list[list[noise.NoisyLabels]]:
+    """The labels of a cell's runs, by seed and point."""
+    if cell.method != REFERENCE:
+      return [
+        [self._labels(seed, rate) for rate, _ in cell.points]
+        for seed in cell.seeds
+      ]
+    train, wanted = self.data.train, self.config.study.reference
+    return [
+      [
+        noise.apply_noise(  # as `Task.reference_overrides` has it
+          train.labels,
+          kind="symmetric",
+          rate=wanted.noise_rate,
+          num_classes=train.num_classes,
+          seed=seed + wanted.seed_offset,
+        )
+      ]
+      for seed in cell.seeds
+    ]
 
   def _labels_digest(self, cell):
     """Changes where a table or a matrix on disk does."""
     if self.config.noise.kind not in ("file", "confusion"):
       return ""
     digest = hashlib.sha256()
-    for seed, (rate, _) in itertools.product(cell.seeds, cell.points):
-      digest.update(self._labels(seed, rate).labels.tobytes())
+    for labels in itertools.chain.from_iterable(self._draw_labels(cell)):
+      digest.update(labels.labels.tobytes())
     return digest.hexdigest()
 
   def _train(self, cell) -> dict[str, Any]:
     started = time.monotonic()
     is_reference = cell.method == REFERENCE
     name = "sgd" if is_reference else cell.method
-    fields = {} if is_reference else self.tuned.get(name, {})
+    fields = {} if is_reference else dict(self.tuned.get(name, {}))
+    values, given_values = [value for _, value in cell.points], None
+    if name in _ONE_VALUE and values[0] is not None:
+      fields[f"mimic.{heads.value_field(self.config.mimic)}"] = values[0]
+    elif values[0] is not None:
+      given_values = jnp.tile(jnp.asarray(values), (len(cell.seeds), 1))
     wanted = self.config.study.reference
     seeds, epochs = list(cell.seeds), self.config.num_epochs
     if is_reference:
@@ -329,33 +319,13 @@ class _Grid:
     configs = [plan.derived(self.config, seed=s, **fields) for s in seeds]
     shared, train = configs[0], self.data.train  # but for seeds, all are alike
     method = methods.create(name, shared.mimic)
-    noisy = [
-      [
-        self._reference_labels(seed)
-        if is_reference
-        else self._labels(seed, rate)
-        for rate, _ in cell.points
-      ]
-      for seed in (seeds if is_reference else cell.seeds)
-    ]
+    noisy = self._draw_labels(cell)
     indices = [self._indices(method, config) for config in configs]
-    head = heads.create(
-      self.data.images.shape[1], train.num_classes, list(seeds)
-    )
+    head = heads.create(self.data.images.shape[1], train.num_classes, seeds)
     rows = self.num_samples if indices[0] is None else len(indices[0])
     total = epochs * -(-rows // self.config.batch_size)
     tx = optimizer.create(shared.optimizer, total_steps=total)
     states = heads.init_states(head, tx, len(cell.points))
-    values = [value for _, value in cell.points]
-    mimic, given_values = shared.mimic, None
-    if name in _ONE_VALUE and values[0] is not None:
-      mimic = plan.derived(
-        shared,
-        seed=seeds[0],
-        **{f"mimic.{heads.value_field(mimic)}": values[0]},
-      ).mimic
-    elif values[0] is not None:
-      given_values = jnp.tile(jnp.asarray(values)[None], (len(seeds), 1))
     given = heads.Given(
       jnp.asarray(np.stack([[n.labels for n in row] for row in noisy])),
       given_values,
@@ -365,20 +335,20 @@ class _Grid:
       self._schedule(config, method, some, epochs)
       for config, some in zip(configs, indices, strict=True)
     ]
-    program = jax.jit(heads.make_epoch(head, tx, name, mimic), donate_argnums=0)
+    epoch_fn = heads.make_epoch(head, tx, name, shared.mimic)
+    program = jax.jit(epoch_fn, donate_argnums=0)
     evaluate = jax.jit(heads.make_evaluate(head))
     test_labels = jnp.asarray(self.data.test.labels)
     curves: dict[str, list[np.ndarray]] = {}
     samples: dict[str, np.ndarray] = {}
     seconds, compiled = [], None
     for epoch in range(epochs + 1):
-      for key, value in evaluate(
-        states.params, self.data.test_images, test_labels
-      ).items():
+      found = evaluate(states.params, self.data.test_images, test_labels)
+      for key, value in found.items():
         curves.setdefault(f"test_{key}", []).append(np.asarray(value))
       if epoch == epochs:
         break
-      parts = [next(schedule) for schedule in schedules]
+      parts = [schedule[epoch] for schedule in schedules]
       batches = jax.tree.map(lambda *xs: np.stack(xs), *parts)
       arguments = states, given, self.data.images, batches
       if compiled is None:
@@ -472,39 +442,24 @@ class _Grid:
         )
       for run in result["runs"]:
         file = self.folder / SAMPLES / run["samples"]
-        with probe_report.samples(file) as arrays:
+        with grid_summary.samples(file) as arrays:
           found[run["seed"]] = {
             name: arrays[name] for name in ("bias", "kernel")
           }
     return [found[seed] for seed in seeds]
 
-  def _schedule(self, config, method, indices, epochs) -> Iterator[Any]:
-    """The run's batches; those of the last few methods are kept."""
+  def _schedule(self, config, method, indices, epochs) -> list[heads.Batches]:
+    """The batches of each epoch of a run, made once for all methods."""
     other = method is not None and method.direction == "noisy_gradient"
     key = config.seed, other, indices is None, epochs
-
-    def make():
+    if key not in self.batches:
       copy = config.copy_and_resolve_references().unlock()
       copy.num_epochs = epochs
-      return heads.batches(
+      made = heads.batches(
         copy, method, num_samples=self.num_samples, indices=indices
       )
-
-    return _kept(self.batches, key, make)
-
-
-def _kept(store: dict, key: Any, make: Callable[[], Iterator]) -> Iterator:
-  """Keeps what an iterator gives, made once."""
-  if key not in store:
-    store[key] = ([], make())
-  items, iterator = store[key]
-  for i in itertools.count():
-    if i == len(items):
-      item = next(iterator, None)
-      if item is None:
-        return
-      items.append(item)
-    yield items[i]
+      self.batches[key] = list(made)
+    return self.batches[key]
 
 
 def _collect(samples, by_step, batches, epoch, epochs, num_samples):
@@ -523,9 +478,8 @@ def _collect(samples, by_step, batches, epoch, epochs, num_samples):
 
 def _write_arrays(path, **arrays):
   """Not compressed: that takes longer than the run itself."""
-  content = io.BytesIO()
-  np.savez(content, **arrays)
-  workdir_lib.write_bytes(path, content.getvalue())
+  with _files.replacing(path) as content:
+    np.savez(content, **arrays)
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
@@ -536,6 +490,6 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
       " --coordinator"
     )
   summary = run_grid(config, workdir)
-  print("\n" + probe_report.markdown(summary))
+  print("\n" + grid_summary.markdown(summary))
   for path in summary["files"]:
     print(f"  {path}")

@@ -78,14 +78,8 @@ def batches(
 ) -> Iterator[Batches]:
   """Yields the general loop's batches, an epoch at a time, as positions.
 
-  Args:
-    config: the run's: `seed`, `batch_size`, `num_epochs`, `data.flip`.
-    method: the run's, or None.
-    num_samples: N.
-    indices: positions of the samples to train on; None: all.
-
-  Yields:
-    The Batches of each epoch. Mirrored features are those N rows on.
+  Only samples at `indices` are trained on, if they are given. The features of
+  mirrored images are those `num_samples` rows on.
   """
   rows = np.arange(num_samples) if indices is None else indices
   flip = bool(config.data.flip)
@@ -126,14 +120,10 @@ def make_epoch(
   name: str,
   config: config_dict.ConfigDict,
 ) -> Callable[..., Any]:
-  """One epoch of one method, for S seeds x K runs at once.
+  """One epoch of the method of that name, for S seeds x K runs at once.
 
-  Args:
-    head: what is trained.
-    tx: the optimizer.
-    name: of the method.
-    config: `config.mimic`; its temperature (or, with weights that have none,
-      its fraction) gives way to the values that are given.
+  The temperature in `config.mimic` (or, with weights that have none, its
+  fraction) gives way to the values that are given.
 
   Returns:
     `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,

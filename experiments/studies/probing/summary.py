@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 from experiments.reporting import figures
 from experiments.runtime import tables, workdir as workdir_lib
-from experiments.studies import detection
+from experiments.studies import detection, tables as study_tables
 from experiments.studies.records import MARKDOWN_FILE, SUMMARY_FILE, TABLE_FILE
 from experiments.studies.summary import write_tables
 from gradmimic_jax import _files
@@ -21,14 +21,8 @@ def detections(
 ) -> list[dict[str, Any]]:
   """Measures how a cell's scores find mislabelled samples, run by run.
 
-  Args:
-    config: the grid's; `select` and `study.binarizers` are looked at.
-    folder: of the runs' `.npz` files.
-    result: a cell's.
-
-  Returns:
-    For each run its AUROC and, for each binariser, F1 and the kept fraction;
-    nothing where there are no scores. Kept beside the runs' files.
+  What `detection.measure` found is kept beside the runs' `.npz` files in the
+  folder; it is {} where there are no scores.
   """
   wanted = workdir_lib.fingerprint(
     config.select.to_dict(), list(config.study.binarizers)
@@ -45,12 +39,6 @@ def detections(
 @contextlib.contextmanager
 def samples(file: pathlib.Path) -> Iterator[Any]:
   """The arrays that a run left, each read where it is asked for.
-
-  Args:
-    file: the run's.
-
-  Yields:
-    The arrays by name.
 
   Raises:
     OSError: there is no such file.
@@ -77,16 +65,7 @@ def write(
   folder: pathlib.Path,
   results: list[dict[str, Any]],
 ) -> dict[str, Any]:
-  """Writes `summary.json`, the tables and the figures.
-
-  Args:
-    config: the grid's.
-    folder: the grid's.
-    results: of all cells.
-
-  Returns:
-    What is in `summary.json`.
-  """
+  """Writes `summary.json`, which is returned, the tables and the figures."""
   rows = _rows(config, folder, results)
   summary = {
     "dataset": config.data.name,
@@ -136,9 +115,16 @@ def _rows(config, folder, results):
 
 def markdown(summary: dict[str, Any]) -> str:
   """The tables of accuracy and of detection, as Markdown."""
-  rows = summary["rows"]
-  rates = list(dict.fromkeys(r["rate"] for r in rows if not _is_clean(r)))
-  about = summary["machine"]
+  rows, about = summary["rows"], summary["machine"]
+  of_rates = [
+    {**row, "rate": rate}
+    for rate, row in study_tables.beside_references(rows, "rate")
+  ]
+  rates = list(dict.fromkeys(row["rate"] for row in of_rates))
+
+  def time(found):
+    yield tables.number(next(iter(found.values()))["time_over_sgd"], 2)
+
   lines = [
     f"# {summary['dataset']}, {summary['noise']} noise: linear probing",
     "",
@@ -149,16 +135,13 @@ def markdown(summary: dict[str, Any]) -> str:
     "Test accuracy by noise rate, mean ± standard error over the seeds, and the"
     " time of a step relative to sgd's:",
     "",
-    *tables.markdown(
+    *study_tables.pivot(
       ["method", *(f"{rate:g}" for rate in rates), "time"],
-      [
-        [
-          _label(*key),
-          *(tables.accuracy(found.get(rate, found.get(0.0))) for rate in rates),
-          tables.number(next(iter(found.values()))["time_over_sgd"], 2),
-        ]
-        for key, found in _by_method(rows).items()
-      ],
+      of_rates,
+      lambda row: (study_tables.label(row),),
+      "rate",
+      rates,
+      time,
     ),
   ]
   scored = [row for row in rows if row["auroc"] is not None]
@@ -173,7 +156,7 @@ def markdown(summary: dict[str, Any]) -> str:
         ["method", "rate", "clean", "AUROC", *names],
         [
           [
-            _label(row["method"], row["value"]),
+            study_tables.label(row),
             f"{row['rate']:g}",
             tables.number(row["clean_fraction"]),
             tables.number(row["auroc"]),
@@ -186,25 +169,9 @@ def markdown(summary: dict[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _by_method(rows):
-  """`{(method, value): {rate: row}}`."""
-  found: dict[Any, Any] = {}
-  for row in rows:
-    found.setdefault((row["method"], row["value"]), {})[row["rate"]] = row
-  return found
-
-
 def _found(row, name):
   kept = tables.number(row[f"kept_{name}"])
   return f"{tables.number(row[f'f1_{name}'])} ({kept})"
-
-
-def _is_clean(row):
-  return row["method"] == "reference"
-
-
-def _label(method, value):
-  return method if value is None else f"{method} {value:g}"
 
 
 def _draw(config, folder, results):
@@ -212,7 +179,7 @@ def _draw(config, folder, results):
   curves: dict[Any, dict[str, list[Any]]] = {}
   for result in results:
     for run in result["runs"]:
-      name = _label(result["method"], run["value"])
+      name = study_tables.label({**run, "method": result["method"]})
       rates = config.probe.rates if name == "reference" else [run["rate"]]
       for rate in rates:
         curves.setdefault(rate, {}).setdefault(name, []).append(run["curves"])
@@ -248,11 +215,12 @@ def _draw_scores(config, folder, results):
         scores = arrays["score"]
         wrong = arrays["labels"] != arrays["clean_labels"]
       seen = ~np.isnan(scores).all(axis=1)
+      name = study_tables.label({**run, "method": result["method"]})
       drawn[run["rate"]] = figures.score_histograms(
         scores[seen],
         wrong[seen],
         folder / f"scores_{run['rate']:g}.png",
         title=f"{config.data.name}, {config.noise.kind} noise {run['rate']:g}:"
-        f" scores of {_label(result['method'], run['value'])}, seed {first}",
+        f" scores of {name}, seed {first}",
       )
   return list(drawn.values())

@@ -106,7 +106,9 @@ def test_logits_and_features_are_those_of_the_public_model(golden, write, made):
   apply, like = shapes(config)
   features_of, same = shapes(config, how=models.create_features)
   assert same == like
-  params = pretrained.load(write(made), like, input_shape=IMAGE, vit=config.vit)
+  params = pretrained.load(
+    write(made), like, input_shape=IMAGE, options=config.vit
+  )
   assert jax.tree.structure(params) == jax.tree.structure(like)
   images = expected["images"]
   logits = apply(params, images)
@@ -238,7 +240,7 @@ def test_what_shapes_do_not_show_is_read_beside_the_file(
   beside = file.with_name("config.json")
   beside.write_text(json.dumps({"num_attention_heads": 3} | fields))
   with pytest.raises(ValueError, match=message):
-    pretrained.load(file, like, input_shape=IMAGE, vit=ConfigDict(tiny()))
+    pretrained.load(file, like, input_shape=IMAGE, options=ConfigDict(tiny()))
 
 
 def beside(file, **fields):
@@ -255,7 +257,7 @@ def load(source, input_shape=IMAGE, **fields):
   vit = tiny("timm", **fields)
   shown = {x: vit[x] for x in vit.keys() - {"heads", "norm_epsilon"}}
   like = like_of(input_shape, tuple(sorted(shown.items())))
-  return pretrained.load(source, like, input_shape=input_shape, vit=vit)
+  return pretrained.load(source, like, input_shape=input_shape, options=vit)
 
 
 # As transformers writes it for the golden model.

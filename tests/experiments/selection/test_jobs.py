@@ -29,7 +29,7 @@ from experiments.data import filters, noise
 from experiments.data.pairs import shard_samples
 from experiments.reporting import page as report
 from experiments.runtime import checkpoint, distributed, tables, workdir
-from experiments.selection import files as select, filters as cuts, runs
+from experiments.selection import cuts, files as select, runs
 from experiments.tasks.classification import data as data_lib
 from experiments.tasks.contrastive import data as pairs_lib
 from experiments.training import scoring as score, trainer as train

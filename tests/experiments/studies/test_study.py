@@ -14,7 +14,7 @@ import gradmimic_jax as gm
 from configs import digits
 from experiments import tasks
 from experiments.data.pairs import datacomp
-from experiments.selection import filters
+from experiments.selection import cuts
 from experiments.studies import plan, records, runner, summary, tables
 from experiments.tasks import base
 from experiments.training import trainer
@@ -136,7 +136,7 @@ class TestStudy:
   def test_mean_scores_are_the_ledgers(self, study):
     found, _, folder = study
     run = folder / "seed0" / scored_name(found)
-    means = filters.mean_scores(run)
+    means = cuts.mean_scores(run)
     by_id = {}
     for row in gm.ScoreLedger(run / "ledger").table().to_pylist():
       by_id.setdefault(row["id"], []).append(row["score"])

@@ -21,7 +21,7 @@ from experiments.runtime import (
   metrics as writers,
   workdir as workdir_lib,
 )
-from experiments.selection import filters as clip_filters
+from experiments.selection import cuts
 from experiments.training import optimizer, trainer as clip_train
 
 
@@ -228,9 +228,7 @@ def test_processes_share_a_batch(tmp_path, method, fsdp):
   assert together["fingerprint"] == alone["fingerprint"]
   for name in ("held_out_loss", "zero_shot_accuracy@1"):
     assert together[name] == pytest.approx(alone[name], rel=1e-3)
-  found = [
-    clip_filters.mean_scores(tmp_path / name) for name in ("alone", "run")
-  ]
+  found = [cuts.mean_scores(tmp_path / name) for name in ("alone", "run")]
   np.testing.assert_array_equal(found[0].ids, found[1].ids)
   np.testing.assert_allclose(
     found[0].values, found[1].values, rtol=1e-2, atol=1e-4

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
-from ml_collections import config_dict
 
 import gradmimic_jax as gm
-from experiments import tasks
 from experiments.data import filters
 from experiments.data.pairs import datacomp
 from experiments.runtime import tables, workdir as workdir_lib
@@ -47,14 +45,8 @@ class Pool(NamedTuple):
 def pool_of(run: pathlib.Path, metadata: str | None, clip_column: str) -> Pool:
   """Reads what filters of a run's ledger choose from.
 
-  Args:
-    run: the workdir of `train` or `score`.
-    metadata: DataComp's: a Parquet file or a folder of them; None: the pool is
-      what the run has scored.
-    clip_column: of the metadata, the one with CLIP scores.
-
-  Returns:
-    The Pool.
+  Without DataComp's metadata (a Parquet file or a folder of them, whose
+  `clip_column` has CLIP scores) that is what the run has scored.
 
   Raises:
     ValueError: metadata that are damaged or lack a column.
@@ -73,14 +65,10 @@ def pool_of(run: pathlib.Path, metadata: str | None, clip_column: str) -> Pool:
 def mean_scores(run: pathlib.Path) -> Scores:
   """The mean of every sample's scores over a run, those of all its processes.
 
-  Args:
-    run: the workdir of `train` or `score`.
-
-  Returns:
-    The Scores, ids ascending; samples whose scores are all NaN are left out.
+  Ids are ascending; samples whose scores are all NaN are left out.
 
   Raises:
-    FileNotFoundError: there is no ledger in that folder.
+    FileNotFoundError: there is no ledger in the run's folder.
   """
   rows = runs.load_ledger(run).table().select(["id", "score"])
   rows = rows.filter(pc.is_finite(rows["score"]))
@@ -88,28 +76,10 @@ def mean_scores(run: pathlib.Path) -> Scores:
   return Scores(datacomp.as_ids(means["id"]), means["score_mean"].to_numpy())
 
 
-def load_pool(
-  config: config_dict.ConfigDict, scored: pathlib.Path | None
-) -> Pool:
-  """All samples of a run, with its mimic scores and the reference's own.
-
-  Args:
-    config: a run's, with its reference.
-    scored: the folder of the run whose mimic scores count; None: no run's.
-
-  Returns:
-    The Pool; its CLIP scores are what the reference alone says of a sample.
-  """
-  ids, values = tasks.get(config).score_by_reference(config)
-  ids = datacomp.as_ids(ids)
-  mimic = None if scored is None else mean_scores(scored)
-  return Pool(ids, mimic, Scores(ids, values))
-
-
 def make(
   expressions: Sequence[str], pool: Pool, *, seed: int
 ) -> dict[str, gm.filters.Filter]:
-  """The filters that expressions stand for.
+  """Filters of expressions such as "clip_top30 - mimic_bottom15".
 
   | name           | keeps                                            |
   |----------------|--------------------------------------------------|
@@ -118,14 +88,6 @@ def make(
   | clip_top30     | the highest 30 % by CLIP score                   |
   | basic          | DataComp's basic filtering                       |
   | random30       | 30 % by chance, as many as a top30 without ties  |
-
-  Args:
-    expressions: such as "clip_top30 - mimic_bottom15".
-    pool: to choose from.
-    seed: of chance.
-
-  Returns:
-    A filter for each expression.
 
   Raises:
     ValueError: an expression that doesn't read, or scores that are not there.
@@ -139,14 +101,7 @@ def make(
 
 
 def check(expressions: Sequence[str]) -> None:
-  """Raises ValueError for expressions that can't be made and written.
-
-  Args:
-    expressions: such as "clip_top30 - mimic_bottom15".
-
-  Raises:
-    ValueError: a name that means nothing, or two whose file is the same.
-  """
+  """Raises ValueError for names without a meaning, or two with one file."""
   files: dict[str, str] = {}
   for text in expressions:
     other = files.setdefault(file_of(text), text)
@@ -201,12 +156,6 @@ def write(
   fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Writes a file of ids for each filter, and their overlaps.
-
-  Args:
-    folder: to write to.
-    made: filters by name.
-    pool: they were chosen from.
-    fingerprints: what they belong to.
 
   Returns:
     The manifest: sizes, files and overlaps.
