@@ -119,6 +119,10 @@ def find_files(pattern: str, split: str, suffixes: Sequence[str]) -> list[str]:
   taken = [
     name for name in found if has_split(os.path.relpath(name, root), split)
   ]
+  # As the Hub has them; "train_more-00000-of-00001" is another split then.
+  numbered = re.compile(rf"(.*/)?{re.escape(split)}-\d+-of-\d+[^/]*")
+  exact = [x for x in taken if numbered.fullmatch(os.path.relpath(x, root))]
+  taken = exact or taken
   if not taken:
     names = [os.path.relpath(name, root) for name in found]
     raise ValueError(

@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pyarrow import parquet
 
+import gradmimic_jax as gm
 from configs import classification
-from experiments.data import sources
+from experiments.data import filters, noise, sources
 from experiments.data.sources import (
   arrays as arrays_lib,
   base,
@@ -534,6 +535,39 @@ class TestIndex:
     assert sources.open(data, "train").fingerprint == source.fingerprint
     assert not list(kept.glob("*"))
 
+  def test_is_made_once_by_all_who_open_the_set(self, tmp_path, monkeypatch):
+    data = write_shards(tmp_path)
+    seen = []
+    digest = base.content_digest
+    monkeypatch.setattr(
+      base, "content_digest", lambda x: seen.append(x) or digest(x)
+    )
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      found = list(pool.map(lambda _: sources.open(data, "train"), range(4)))
+    assert sorted(seen) == sorted(SAMPLES["train"][0] + SAMPLES["test"][0])
+    assert len({source.fingerprint for source in found}) == 1
+
+  def test_a_ledger_of_the_set_before_it_changed_is_refused(self, tmp_path):
+    """Both sets are named, by their fingerprints."""
+    config = classification.get_config().copy_and_resolve_references().unlock()
+    (tmp_path / "set").mkdir()
+    config.data = write_table(tmp_path / "set")
+    before = sources.open(config.data, "train")
+    labels = noise.NoisyLabels(
+      before.labels, before.labels, np.zeros(21, bool), 0.0
+    )
+    prints = filters.fingerprints(config, before, labels)
+    with gm.ScoreLedger(tmp_path / "ledger", fingerprints=prints) as ledger:
+      ledger.append(before.ids, np.zeros(21), step=0, epoch=0)
+    path = tmp_path / "set" / "train_00000.png"
+    path.write_bytes(SAMPLES["test"][0][0])
+    after = sources.open(config.data, "train")
+    prints = filters.fingerprints(config, after, labels)
+    with pytest.raises(ValueError, match="made with other inputs") as error:
+      gm.ScoreLedger(tmp_path / "ledger", fingerprints=prints)
+    assert before.fingerprint[:16] in str(error.value)
+    assert after.fingerprint[:16] in str(error.value)
+
   def test_a_copy_that_is_gone_is_made_again(self, tmp_path):
     data = write_parquet(tmp_path)  # compressed
     sources.open(data, "train")
@@ -773,6 +807,9 @@ class TestBadParquet:
       sources.open(data, "train[:x]")
     with pytest.raises(ValueError, match="can't be read"):
       sources.open(data, "train[10%:20]")
+    path = tmp_path / "train_more-00000-of-00001.parquet"
+    parquet.write_table(make_table("test"), path)
+    assert len(sources.open(data, "train")) == NUMS["train"]
     with pytest.raises(TypeError, match="split must be a str, got 3"):
       sources.open(data, 3)
     parquet.write_table(
