@@ -288,12 +288,13 @@ class Batches:
           ) from error
         raise
     self._step += 1
-    bad = batch.pop("bad", None)
-    if bad:
+    images = self._images
+    if images.resident is not None:  # which is when all bad ones are known
+      bad = images.bad.found
+    else:
       # Here, not where batches are made ahead: in the order of the steps.
-      self._images.bad.add(bad)
-    elif bad is None:
-      bad = self._images.bad.found
+      bad = batch.pop("bad")
+      images.bad.add(bad)
     if bad:
       lost = np.isin(batch["index"], list(bad))
       batch["index"] = np.where(lost, np.int32(-1), batch["index"])
