@@ -341,32 +341,6 @@ class Images:
     return self._shard
 
 
-def load_arrays(
-  source: sources.Source, transform: decoding.Transform | None = None
-) -> np.ndarray:
-  """Decodes all samples of a small set.
-
-  Args:
-    source: Of the samples.
-    transform: What is done to each; None leaves images as they are.
-
-  Returns:
-    uint8 [N, H, W, C] or float32 [N, D], read-only, and kept for the rest of
-    the process.
-
-  Raises:
-    BadImagesError: If any image is bad.
-    ValueError: If images differ in size.
-  """
-  transform = transform or decoding.Transform(source.channels)
-  images = Images(source, transform, residence="memory")
-  for _ in images.read_own(range(len(source))):
-    pass
-  array = images._decoded.samples.view()
-  array.setflags(write=False)
-  return array
-
-
 def in_threads(
   function: Callable[[Any], Any], items: Sequence[Any], threads: int
 ) -> Iterable[Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import label_noise
 from experiments import models
-from experiments.data import decoding, sources, store
+from experiments.data import decoding, sources
 from experiments.models.pretrained import vit as pretrained
 from experiments.runtime import checkpoint
 from experiments.studies.probing import features
@@ -280,7 +280,8 @@ def test_published_weights(make_probe, photos, tmp_path, request):
   )
   params = pretrained.load(file, like, input_shape=(16, 16, 3))
   source = sources.open(config.data, "train")
-  images = store.load_arrays(source, decoding.Transform(3, 16))
+  shown = decoding.Reader(source, decoding.Transform(3, 16), (16, 16, 3))
+  images, _ = shown.read(range(len(source)))
   for view, values in zip(
     (images, images[:, :, ::-1]), train_split.values, strict=True
   ):
