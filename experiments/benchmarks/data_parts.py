@@ -125,7 +125,7 @@ def epoch(settings: dict[str, Any]) -> dict[str, float]:
 
 def scored(settings: dict[str, Any]) -> dict[str, Any]:
   """Trains with scores, for select and report."""
-  config = make_config(settings, method="grand")
+  config = make_config(settings, method="random")
   return trainer.train_and_evaluate(config, _fresh(settings, "scored"))
 
 
