@@ -39,7 +39,7 @@ _WANTED = (
     ">= .9",
   ),
   ("decoded_share", "share of the set that one of two decodes", "<= .52"),
-  ("memory_images", "images/s of batches in memory", ">= 40000"),
+  ("memory_images", "images a CPU s of batches in memory", ">= 40000"),
 )
 
 
