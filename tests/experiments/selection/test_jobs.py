@@ -126,7 +126,8 @@ def test_scores_are_those_of_single_gradients(scored):
   @jax.jit
   @jax.jacrev
   def gradients(params):
-    return task.losses_fn(params, rows.seen)[0][real]
+    seen = task.expand(rows.seen, task.resident)
+    return task.losses_fn(params, seen)[0][real]
 
   def flat(tree, *lead):
     leaves = jax.tree.leaves(tree)
