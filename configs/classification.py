@@ -38,10 +38,34 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.test_split = "test"
   # Pixels that both sides of every image are resized to; 0: as they are.
   config.data.image_size = 0
+  # "keep_ratio" resizes the shorter side and cuts out the middle; "squeeze"
+  # resizes both sides, whatever the image's proportions.
+  config.data.resize = "keep_ratio"
+  # Of training images: "center", as in evaluation, or "random_resized": another
+  # part at each sight, of a share of the area between these bounds.
+  config.data.crop = "center"
+  config.data.crop_scale = (0.08, 1.0)
   config.data.flip = False  # random horizontal flips
+  # Where decoded images live: on the "device"s, in "memory" once they were read
+  # first, or nowhere ("stream": decoded each time); "auto" goes by their size.
+  config.data.residence = "auto"
+  # Threads that make batches ahead: -1 as many as cores, 0 the thread that
+  # reads. Or processes, for what holds Python's lock while it decodes.
+  config.data.workers = -1
+  config.data.worker_processes = False
+  # Of pixels scaled to [0, 1], one number or one a channel. Empty: as the
+  # model's weights have it, or else measured on so many training images (on all
+  # of a set that is no larger than CIFAR-10).
+  config.data.mean = ()
+  config.data.std = ()
+  config.data.statistics_samples = 256
   # Which samples to train on: a .npy file of ids, or a selection as .parquet
   # or .csv. Ids are positions in the split or the set's own. None: all.
   config.data.filter = config_dict.placeholder(str)
+
+  # The share of a set's images that may be damaged, or beyond the limits: they
+  # are left out, and listed in the run's folder. More are an error.
+  config.faults.bad_images = 0.01
 
   config.noise = config_dict.ConfigDict()
   # "symmetric", "pair", "asymmetric", "confusion" or "file".

@@ -6,6 +6,7 @@ python -m experiments.benchmark --config=configs/benchmark/<what>.py \
 engines          a mimic step by engine, mimic layers, batch and model
 methods          a training step of every method of a study
 loop             the training loop beside its steps
+data             images from their files to the devices
 selection        from scores to a filter, on millions of samples
 check_reference  how often `gm.check_reference` is right
 pod              memory and communication of a step on many devices

@@ -15,6 +15,7 @@ _MODULES = {
   "engines": "engines",
   "methods": "methods",
   "loop": "loop",
+  "data": "data",
   "selection": "selection",
   "check_reference": "check_reference",
   "pod": "pod.cases",

@@ -15,12 +15,13 @@ from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from configs.benchmark import check_reference as check_reference_config
-from experiments.data import pipeline
+from experiments.data import stream
 from experiments.models import initial
 from experiments.reporting import figures
 from experiments.runtime import checkpoint, workdir as workdir_lib
 from experiments.tasks.classification import (
   data as data_lib,
+  inputs,
   losses as classification,
 )
 from experiments.training import reference_check, trainer as train
@@ -86,8 +87,10 @@ def checks_of_seed(
     data = data_lib.load_data(run_config)
     apply, start = initial.for_data(config.model, data, seed=seed)
     losses_fn = classification.make_losses_fn(apply)
-    steps = pipeline.steps_per_epoch(len(data.train.labels), config.batch_size)
-    batch = data_lib.draw_batch(data, samples=wanted.samples, seed=seed)
+    steps = stream.steps_per_epoch(len(data.train.source), config.batch_size)
+    batch = inputs.make_expand(data.mean, data.std)(
+      data_lib.draw_batch(data, samples=wanted.samples, seed=seed), None
+    )
     for epoch in epochs:
       learner = start
       if epoch:

@@ -29,10 +29,15 @@ _SHORTEST = 0.1  # seconds that a method's part of a round should take
 def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Measures a step of every run of a study, at each batch size.
 
-  The workdir gets what methods keep in a run's folder, and `methods.json`,
-  whose content is returned: `batches`, for each batch size and run `time` and
-  `memory` relative to the plain step's (`memory` None where the compiler
-  doesn't tell), and `milliseconds`.
+  Args:
+    config: any task's, with `benchmark`. `study` names the methods and, in
+      `cost_batch_sizes`, the batches.
+    workdir: gets `methods.json`, and what methods keep in a run's folder.
+
+  Returns:
+    What is in `methods.json`: `batches`, for each batch size and run `time` and
+    `memory` relative to the plain step's (`memory` None where the compiler
+    doesn't tell), and `milliseconds`.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.

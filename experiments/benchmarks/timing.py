@@ -47,8 +47,9 @@ class TrainStep:
 def first_step(run: trainer.Run, state: Any) -> TrainStep:
   """A step of a run on its first batch, which the run still has before it."""
   start = run.batches.get_state()
-  _, *given = run.example(next(run.batches))
+  batch = next(run.batches)
   run.batches.set_state(start)
+  _, *given = run.example(batch)
   return TrainStep(run.train_step, state, *given)
 
 

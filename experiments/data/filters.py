@@ -20,20 +20,21 @@ _SUFFIXES = (".npy", ".parquet", ".csv")
 
 def fingerprints(
   config: config_dict.ConfigDict,
-  train_set: sources.Dataset,
+  train_set: sources.Source,
   labels: noise.NoisyLabels,
 ) -> dict[str, str]:
   """Describes the inputs that a filter belongs to, in words and hashes.
 
   Args:
-    config: of the run whose data it is: `data.name` and `noise.kind`.
+    config: of the run whose data it is.
     train_set: the data set of the ids.
     labels: the labels that a learner is given; the wrong ones depend on them.
 
   Returns:
     `dataset` and `labels`.
   """
-  name = f"{config.data.name} {config.data.train_split}"
+  # Without its folder or version: its content is in the fingerprint.
+  name = f"{train_set.name.split('/')[0]} {config.data.train_split}"
   kind = f"{config.noise.kind} noise {labels.rate:.3g}"
   return {
     "dataset": f"{name} {train_set.fingerprint[:16]}",
@@ -117,7 +118,7 @@ def _digest(labels):
 def read(
   path: str,
   config: config_dict.ConfigDict,
-  train_set: sources.Dataset,
+  train_set: sources.Source,
   labels: noise.NoisyLabels,
 ) -> np.ndarray:
   """Reads the positions that a filter keeps; counts ids that are missing.

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from experiments.data import pipeline, streams
+from experiments.data import stream, streams
 
 
 class Rows(grain.IterDataset):
@@ -93,7 +93,7 @@ class Rows(grain.IterDataset):
         f"indices must differ; an epoch takes each {self.noun} once"
       )
     self.batch_rows = everywhere = batch_size * process_count
-    self.steps_per_epoch = pipeline.steps_per_epoch(len(rows), everywhere)
+    self.steps_per_epoch = stream.steps_per_epoch(len(rows), everywhere)
     if drop_last:
       self.steps_per_epoch = len(rows) // everywhere
     if not self.steps_per_epoch:

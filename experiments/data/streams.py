@@ -14,3 +14,4 @@ SHAPES = 7  # the pictures of shapes, by split
 CAPTIONS = 8  # the captions that are wrong, and the noise in them
 TEXTS = 9  # the texts that are wrong, and the noise in them
 HELD_OUT = 10  # the sequences that are taken, by split
+CROP = 11  # the parts of images that a batch shows, by step

@@ -155,8 +155,8 @@ def for_data(
   """Creates the model for the images and classes of classification's data."""
   return create(
     config,
-    input_shape=data.train.images.shape[1:],
-    num_classes=data.train.num_classes,
+    input_shape=data.train.shape,
+    num_classes=data.train.source.num_classes,
     seed=seed,
     place=place,
   )

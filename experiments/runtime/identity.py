@@ -21,6 +21,9 @@ _ELSEWHERE = (
   "data.shards",
   "data.held_out_shards",
   "data.num_threads",
+  "data.residence",
+  "data.worker_processes",
+  "data.workers",
   "data.max_broken_share",
   "model.pretrained",
   "noise.matrix",
@@ -66,6 +69,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
   "methods": _RUN,
   "loop": _RUN,
   "check_reference": _RUN,
+  "data": ("*",),
   "selection_cost": ("*", "!samples"),
   "pod": ("*", "!target", "!cases", "!scaling.*"),
 }

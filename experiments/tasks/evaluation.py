@@ -1,6 +1,6 @@
 """Mean loss and accuracy over held-out batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,13 +12,22 @@ from experiments.runtime import prefetch, programs
 @programs.once
 def make_eval_step(
   losses_fn: Callable[..., Any],
+  expand: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-  """Makes a jitted `eval_step(params, batch) -> {"loss", "hits", "count"}`.
+  """Makes a jitted step that sums up a batch's losses and hits.
 
-  Keyword arguments go to losses_fn.
+  Args:
+    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    expand: as `Task.expand`; None: batches come as losses_fn takes them.
+
+  Returns:
+    `eval_step(params, batch, resident) -> {"loss", "hits", "count"}`. Keyword
+    arguments go to losses_fn.
   """
 
-  def eval_step(params, batch, **variables):
+  def eval_step(params, batch, resident, **variables):
+    if expand is not None:
+      batch = expand(batch, resident)
     losses, hits = losses_fn(params, batch, **variables)
     mask = batch["mask"]
     return {
@@ -33,13 +42,25 @@ def make_eval_step(
 def evaluate(
   eval_step: Callable[..., dict[str, jax.Array]],
   params: Any,
-  batches: Any,
+  batches: Iterable[Any],
+  resident: Any = None,
   **variables: Any,
 ) -> dict[str, float]:
-  """Computes mean loss and accuracy over all batches."""
+  """Computes mean loss and accuracy over all batches.
+
+  Args:
+    eval_step: as `make_eval_step` gives it.
+    params: the model's.
+    batches: on the devices when they are asked for; at most two exist at once.
+    resident: for `expand`.
+    **variables: keyword arguments of the losses.
+
+  Returns:
+    `loss` and `accuracy`.
+  """
   sums = [
     *prefetch.bounded(
-      eval_step(params, batch, **variables) for batch in batches
+      eval_step(params, batch, resident, **variables) for batch in batches
     )
   ]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)

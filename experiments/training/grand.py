@@ -3,7 +3,6 @@
 import functools
 import math
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import models
-from experiments.data import pipeline
+from experiments.data import stream
 from experiments.models import initial
 from experiments.runtime import (
   cache,
@@ -20,7 +19,7 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 from experiments.tasks.base import Reference
-from experiments.tasks.classification import losses as classification
+from experiments.tasks.classification import inputs, losses as classification
 from experiments.tasks.classification.data import Data
 from experiments.training import optimizer, steps
 
@@ -91,9 +90,8 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
   """
   runs, epochs = _counts(config)
   labels = data.labels.labels
-  scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
   rows = np.arange(len(labels)) if data.indices is None else data.indices
-  total_steps = epochs * pipeline.steps_per_epoch(len(rows), config.batch_size)
+  total_steps = epochs * stream.steps_per_epoch(len(rows), config.batch_size)
   tx = optimizer.create(config.optimizer, total_steps=max(total_steps, 1))
   made = []
   for run in range(runs):
@@ -115,32 +113,36 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
       score="gradient_norm",
     )
   )
+  expand = jax.jit(inputs.make_expand(data.mean, data.std))
+
+  def seen(batch):
+    shown = {key: batch[key] for key in inputs.SEEN if key in batch}
+    return expand(shown, data.train.resident)
+
   total = np.zeros(len(rows))
   for seed, params, statistics in made:
     model_state = steps.make_model_state(outputs, statistics, seed)
     state = steps.init_state(params, tx, model_state)
     if epochs:
-      for batch in pipeline.train_batches(
-        data.train.images,
+      for batch in stream.train_batches(
+        data.train,
         labels,
         batch_size=config.batch_size,
         seed=seed,
         num_epochs=epochs,
         indices=data.indices,
-        flip=config.data.flip,
-        **scaling,
+        augmentation=data.augmentation,
       ):
-        state, _ = train_step(state, None, _shown(batch))
+        state, _ = train_step(state, None, seen(batch))
     params, variables = steps.evaluated(state)
     found = [
-      norms_fn(params, None, _shown(batch), **variables).scores
-      for batch in pipeline.eval_batches(
-        data.train.images,
+      norms_fn(params, None, seen(batch), **variables).scores
+      for batch in stream.eval_batches(
+        data.train,
         labels,
         # Each sample has a gradient of its own: no more at once than in a step.
         batch_size=min(config.batch_size, config.eval_batch_size),
         indices=rows,
-        **scaling,
       )
     ]
     total += np.concatenate(jax.device_get(found))[: len(rows)]
@@ -176,13 +178,14 @@ def fingerprint(config: config_dict.ConfigDict, data: Data) -> str:
     started,
     fields["optimizer"],
     min(config.batch_size, config.eval_batch_size),
-    pipeline.fingerprint(
-      data.train.fingerprint,
+    stream.fingerprint(
+      data.train.source.fingerprint,
       data.labels.labels,
       batch_size=config.batch_size,
       seed=config.seed,
       indices=data.indices,
-      flip=config.data.flip,
+      augmentation=data.augmentation,
+      transform=data.train.reader.transform,
       mean=data.mean,
       std=data.std,
     ),
@@ -198,7 +201,3 @@ def _counts(config):
       " at least 1 and 0."
     )
   return runs, epochs
-
-
-def _shown(batch):
-  return {key: batch[key] for key in ("image", "label", "mask")}

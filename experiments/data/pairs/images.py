@@ -13,14 +13,16 @@ bits a channel:
   float                  0 is black and 1 is white; other values are refused
   signed, 32-bit grey    refused: nothing says what white is
 
-Profiles, gamma and the camera's orientation are left aside, as CLIP's own
-preprocessing does; but Pillow itself turns TIFF files upright.
+Profiles and gamma are left aside, as CLIP's own preprocessing does, and so is
+the camera's orientation, unless `load` is asked to turn images upright; but
+Pillow itself turns TIFF files upright.
 """
 
 import io
+import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -43,6 +45,17 @@ _SUB_FOLDERS = (34665, 34853, 40965)  # Of the camera: Pillow reads them too.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _JUNK = 1 << 16  # Bytes; Pillow passes over them one by one.
 _PACKED = 64  # Compressed texts and profiles of a PNG file.
+# The camera's orientation, by EXIF's numbers, and how to turn it upright.
+_ORIENTATION = 274
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 _TOO_LARGE, _NOT_READABLE = "image too large", "image not readable"
 
 
@@ -98,7 +111,7 @@ def decode(
     BadImageError: If the file is something else, damaged, or too large.
   """
   decoded = load(encoded, "RGB", formats=formats, limits=limits)
-  square = _middle_square(decoded, size, INTERPOLATIONS[interpolation])
+  square = middle_square(decoded, size, INTERPOLATIONS[interpolation])
   return np.asarray(square)
 
 
@@ -108,6 +121,8 @@ def load(
   *,
   formats: tuple[str, ...] = FORMATS,
   limits: limits_lib.Limits = limits_lib.DEFAULT,
+  upright: bool = False,
+  least: Callable[[tuple[int, int]], tuple[float, float]] | None = None,
 ) -> Image.Image:
   """Decodes a whole image within `limits`, to 8 bits a channel.
 
@@ -116,6 +131,10 @@ def load(
     mode: Pillow's: "L", "RGB" or "RGBA".
     formats: Those that are read.
     limits: As in `decode`.
+    upright: Whether to turn it as the camera's orientation says.
+    least: From an image's (width, height) to those that are needed. A JPEG file
+      is decoded at the least half, quarter or eighth of its size that is not
+      below them, which takes a fraction of the time; None decodes all of it.
 
   Returns:
     The image, of that mode.
@@ -144,13 +163,28 @@ def load(
   with image:
     _check_size(*image.size, limits)
     try:
+      if least is not None and image.format == "JPEG":
+        turned = upright and _orientation(image) >= 5  # Lies on its side.
+        width, height = least(image.size[::-1] if turned else image.size)
+        wanted = (height, width) if turned else (width, height)
+        image.draft(None, (math.ceil(wanted[0]), math.ceil(wanted[1])))
       image.load()
       _check_size(*image.size, limits)
-      return _to_eight_bits(image).convert(mode)
+      turn = _UPRIGHT.get(_orientation(image)) if upright else None
+      decoded = _to_eight_bits(image).convert(mode)
+      return decoded if turn is None else decoded.transpose(turn)
     except (BadImageError, MemoryError):
       raise
     except Exception as error:
       raise BadImageError(_NOT_READABLE, _text(error)) from error
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns EXIF's number of the orientation; 1, upright, if it has none."""
+  try:
+    return int(image.getexif().get(_ORIENTATION, 1))
+  except Exception:  # Of a damaged block: the pixels are there all the same.
+    return 1
 
 
 def _check_size(width: int, height: int, limits: limits_lib.Limits) -> None:
@@ -356,9 +390,10 @@ def _check_tiff(encoded: bytes, limits: limits_lib.Limits) -> None:
     raise _too_many("numbers in tags", values, limits.image_metadata)
 
 
-def _middle_square(
+def middle_square(
   image: Image.Image, size: int, interpolation: Image.Resampling
 ) -> Image.Image:
+  """Resizes the shorter side and cuts out the middle, as `decode` does."""
   width, height = image.size
   short = min(width, height)
   resized = size * width // short, size * height // short

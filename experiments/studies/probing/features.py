@@ -14,10 +14,17 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import filters, pipeline, sources
+from experiments.data import filters, sources, statistics, store, stream
 from experiments.models import initial
 from experiments.models.pretrained import vit as pretrained
-from experiments.runtime import checkpoint, claims, hub, workdir as workdir_lib
+from experiments.runtime import (
+  checkpoint,
+  claims,
+  distributed,
+  hub,
+  workdir as workdir_lib,
+)
+from experiments.tasks.classification import data as data_lib, inputs
 from gradmimic_jax import _files
 
 # Changes with the way in which features are computed.
@@ -63,9 +70,8 @@ def load(
     FileNotFoundError: a data set or a backbone that is not there.
   """
   backbone = _backbone(config)
-  name, where = config.data.name, config.data.data_dir
   stored = {
-    split: sources.stored_fingerprint(name, split, data_dir=where)
+    split: sources.open(config.data, split).fingerprint
     for split in (config.data.train_split, config.data.test_split)
   }
   cache.mkdir(parents=True, exist_ok=True)
@@ -78,6 +84,7 @@ def load(
       stored[config.data.train_split] if backbone.mean is None else "",
       stored[split],
       config.data.image_size,
+      config.data.resize,
       flip,
     )
     return _cached(
@@ -130,34 +137,26 @@ def _read(file) -> Features | None:
 
 def _compute(file, config, split, flip, backbone):
   """Writes a split's features and their description."""
-  data = sources.of_config(config.data, split)
-  if backbone.shape not in (None, data.images.shape[1:]):
+  images = _images(config, split)
+  if backbone.shape not in (None, images.shape):
     raise ValueError(
       f"the backbone {config.model.pretrained} is for images"
       f" {backbone.shape} and those of {config.data.name} are"
-      f" {data.images.shape[1:]}; set config.data.image_size, or take another"
-      " backbone."
+      f" {images.shape}; set config.data.image_size, or take another backbone."
     )
-  if not len(data.images):
-    raise ValueError(
-      f"{config.data.name} has no images in {split!r}; expected at least one."
-    )
-  scaling = {"mean": backbone.mean, "std": backbone.std}
+  scaling = (backbone.mean, backbone.std)
   if backbone.mean is None:
-    shown = sources.of_config(config.data, config.data.train_split)
-    scaling = _scaling_of(shown.images)
+    scaling = _scaling_of(config, config.data.train_split)
   apply, params = backbone.make()
-  apply = jax.jit(apply)
-  views = [data.images, data.images[:, :, ::-1]] if flip else [data.images]
-  values = np.stack(
-    [
-      # The last batch is padded.
-      np.concatenate(list(_in_batches(apply, params, images, config, scaling)))[
-        : len(images)
-      ]
-      for images in views
-    ]
-  )
+  apply, source = jax.jit(apply), images.source
+  views = [
+    # The last batch is padded.
+    np.concatenate(
+      [*_in_batches(apply, params, images, config, scaling, mirrored)]
+    )[: len(source)]
+    for mirrored in range(1 + flip)
+  ]
+  values = np.stack(views)
   if not np.isfinite(values).all():
     raise ValueError(
       f"features of {config.data.name} by {config.model.pretrained} are not"
@@ -167,39 +166,46 @@ def _compute(file, config, split, flip, backbone):
     np.save(content, values, allow_pickle=False)
   about = {
     "sha256": filters.file_sha256(file),
-    "labels": data.labels.tolist(),
-    "ids": data.ids.tolist(),
-    "num_classes": data.num_classes,
-    "class_names": list(data.class_names),
+    "labels": source.labels.tolist(),
+    "ids": source.ids.tolist(),
+    "num_classes": source.num_classes,
+    "class_names": list(source.class_names),
     "backbone": backbone.fingerprint,
-    "images": data.fingerprint,
+    "images": source.fingerprint,
   }
   workdir_lib.write_json(file.with_suffix(".json"), about, sealed=True)
 
 
-def _in_batches(apply, params, images, config, scaling):
+def _in_batches(apply, params, images, config, scaling, mirrored):
   """Features of padded batches, each fetched while the next is computed."""
+  expand = jax.jit(inputs.make_expand(*scaling))
   ahead = None
-  for batch in pipeline.eval_batches(
+  for batch in stream.eval_batches(
     images,
-    np.zeros(len(images), np.int32),
+    np.zeros(len(images.source), np.int32),
     batch_size=config.eval_batch_size,
-    **scaling,
+    workers=images.threads,
   ):
-    part = apply(params, batch["image"])
+    shown = {"flipped": np.full(config.eval_batch_size, bool(mirrored))}
+    shown |= {key: batch[key] for key in ("image", "row") if key in batch}
+    part = apply(params, expand(shown, images.resident)["image"])
     if ahead is not None:
       yield np.asarray(ahead, np.float32)
     ahead = part
   yield np.asarray(ahead, np.float32)
 
 
-def _scaling_of(images):
+def _images(config, split) -> store.Images:
+  return data_lib.open_images(config, sources.open(config.data, split))
+
+
+def _scaling_of(config, split):
   """Mean and standard deviation per channel, as the general loop has them."""
-  pixels = images.reshape(-1, images.shape[-1])
-  return {
-    "mean": (pixels.mean(axis=0) / 255).tolist(),
-    "std": np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist(),
-  }
+  return statistics.measure(
+    _images(config, split),
+    samples=config.data.statistics_samples,
+    devices=distributed.Devices.alone(),
+  )
 
 
 def _backbone(config) -> Backbone:

@@ -19,14 +19,13 @@ from ml_collections import config_dict
 
 import gradmimic_jax as gm
 from experiments import methods, models
-from experiments.data import noise, pipeline, sources
+from experiments.data import stream
 from experiments.methods import Method
 from experiments.studies import settings
 from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
 )
-from experiments.tasks.classification.data import Data
 from experiments.training import gradients, steps
 from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 
@@ -82,46 +81,36 @@ def batches(
   Only samples at `indices` are trained on, if they are given. The features of
   mirrored images are those `num_samples` rows on.
   """
-  # The pipeline itself says what is where: samples are labelled with their own
-  # position, and have an image of two pixels that tells if it was mirrored.
-  images = np.broadcast_to(
-    np.array([0, 255], np.uint8).reshape(1, 1, 2, 1), (num_samples, 1, 2, 1)
-  )
-  labels = np.arange(num_samples, dtype=np.int32)
-  others = None
-  if method is not None and method.direction == "noisy_gradient":
-    split = sources.Dataset(images, labels, labels, num_samples, (), "")
-    kept = noise.NoisyLabels(labels, labels, np.zeros(num_samples, bool), 0.0)
-    data = Data(split, split, kept, indices, None, [0.0], [1.0])
-    others = reference_lib.load(config, method.direction, None, data)
-  iterator = pipeline.train_batches(
-    images,
-    labels,
+  rows = np.arange(num_samples) if indices is None else indices
+  flip = bool(config.data.flip)
+  paired = method is not None and method.direction == "noisy_gradient"
+  plan = stream.Plan(
+    num_samples,
     batch_size=config.batch_size,
     seed=config.seed,
-    num_epochs=config.num_epochs,
     indices=indices,
-    flip=config.data.flip,
+    augmentation=stream.Augmentation(flip),
   )
-  rows = num_samples if indices is None else len(indices)
-  count = pipeline.steps_per_epoch(rows, config.batch_size)
-  for _ in range(config.num_epochs):
+  size = min(config.batch_size, len(rows))
+  for epoch in range(config.num_epochs):
     parts = []
-    for _ in range(count):
-      batch = next(iterator)
+    for step in range(plan.steps_per_epoch):
+      planned = plan.batch(epoch * plan.steps_per_epoch + step)
       other = (None, None)
-      if others is not None:
-        beside = others.for_batch(batch)
-        other = _positions(beside, num_samples)
-      sample, row = _positions(batch, num_samples)
-      parts.append(Batches(sample, row, batch["mask"], *other))
+      if paired:
+        index = np.where(planned.mask, planned.rows, -1)
+        drawn = reference_lib.draw_other(config.seed, rows, size, index, flip)
+        other = _positions(*drawn, num_samples)
+      sample, row = _positions(planned.rows, planned.flipped, num_samples)
+      parts.append(Batches(sample, row, planned.mask, *other))
     yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
-def _positions(batch, num_samples):
+def _positions(samples, mirrored, num_samples):
   """Finds the positions of the samples, and of their features."""
-  mirrored = batch["image"][:, 0, 0, 0] > 0
-  index = np.asarray(batch["label"], np.int32)
+  index = samples.astype(np.int32)
+  if mirrored is None:
+    return index, index
   return index, index + np.int32(num_samples) * mirrored
 
 

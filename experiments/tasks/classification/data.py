@@ -7,9 +7,19 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.data import filters, noise, pipeline, sources, streams
+from experiments.data import (
+  decoding,
+  filters,
+  noise,
+  sources,
+  statistics,
+  store,
+  stream,
+  streams,
+)
 from experiments.models import initial
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import distributed, workdir as workdir_lib
+from experiments.tasks.classification import inputs
 
 INPUT_FILE = workdir_lib.INPUT_FILE
 LABELS_FILE = "labels.npz"
@@ -18,26 +28,36 @@ NOISE_OPTIONS = ("mapping", "matrix", "path", "column", "id_column")
 
 
 class Data(NamedTuple):
-  """Training and test data of a run."""
+  """Training and test data of a run; images are decoded when they are read."""
 
-  train: sources.Dataset
-  test: sources.Dataset
+  train: store.Images
+  test: store.Images
   labels: noise.NoisyLabels
   indices: np.ndarray | None  # positions to train on; None is all of them
   clean: np.ndarray | None  # positions of the clean samples, if there are any
   mean: list[float]  # per channel, of pixels scaled to [0, 1]
   std: list[float]
+  augmentation: stream.Augmentation
 
 
 def load_data(
-  config: config_dict.ConfigDict, *, needs_clean: bool = False
+  config: config_dict.ConfigDict,
+  *,
+  needs_clean: bool = False,
+  devices: distributed.Devices | None = None,
+  scaling: tuple[list[float], list[float]] | None = None,
 ) -> Data:
-  """Loads train and test sets, noise and normalisation by the config.
+  """Opens train and test sets; adds noise and normalisation by the config.
+
+  All processes call this at once. No image is decoded but those that are looked
+  at for their mean and deviation.
 
   Args:
     config: as `configs/classification.py` describes it.
     needs_clean: whether to set samples with true labels aside, as many of each
       class as `config.mimic.clean_per_class` says; they are not trained on.
+    devices: the run's; None: `Devices.alone()`.
+    scaling: mean and deviation; None: as the config has it.
 
   Returns:
     The Data.
@@ -47,16 +67,18 @@ def load_data(
       with other channels.
     FileNotFoundError: a data set, filter or table that is not there.
   """
-  train = sources.of_config(config.data, config.data.train_split)
-  test = sources.of_config(config.data, config.data.test_split)
+  devices = devices or distributed.Devices.alone()
+  train_set = sources.open(config.data, config.data.train_split)
+  test_set = sources.open(config.data, config.data.test_split)
+  _check_sets(config, train_set, test_set)
   labels = noise.apply_noise(
-    train.labels,
+    train_set.labels,
     kind=config.noise.kind,
     rate=_noise_rate(config.noise),
-    num_classes=train.num_classes,
+    num_classes=train_set.num_classes,
     seed=config.noise.seed,
-    class_names=train.class_names,
-    ids=train.ids,
+    class_names=train_set.class_names,
+    ids=train_set.ids,
     partial=config.noise.partial,
     **{name: config.noise[name] for name in NOISE_OPTIONS},
   )
@@ -69,33 +91,165 @@ def load_data(
     )
   indices = None
   if config.data.filter is not None:
-    indices = filters.read(config.data.filter, config, train, labels)
+    indices = filters.read(config.data.filter, config, train_set, labels)
   clean = None
   if needs_clean:
     clean = clean_positions(
       labels.clean_labels,
       per_class=config.mimic.clean_per_class,
-      num_classes=train.num_classes,
+      num_classes=train_set.num_classes,
       seed=config.seed,
     )
     if indices is None:
       indices = np.arange(len(labels.labels))
     indices = indices[~np.isin(indices, clean)]
+  augmentation = _augmentation(config.data)
+  train = open_images(
+    config,
+    train_set,
+    devices=devices,
+    random_crop=augmentation.crop_scale is not None,
+  )
+  test = open_images(config, test_set, devices=devices)
+  if train.shape != test.shape:
+    raise ValueError(
+      f"samples of {train_set} have shape {train.shape}, those of {test_set}"
+      f" {test.shape}; expected one shape: set config.data.image_size, such as"
+      " 224, to resize them"
+    )
+  mean, std = scaling or _scaling(config, train, devices)
+  inputs.check_scaling(mean, std, train_set.channels)
+  return Data(train, test, labels, indices, clean, mean, std, augmentation)
+
+
+def open_images(
+  config: config_dict.ConfigDict,
+  source: sources.Source,
+  *,
+  devices: distributed.Devices | None = None,
+  random_crop: bool = False,
+) -> store.Images:
+  """Opens the images of a source as the config's model sees them.
+
+  Args:
+    config: as `configs/classification.py` describes it.
+    source: as `sources.open` gives it.
+    devices: the run's; None: `Devices.alone()`.
+    random_crop: whether random crops of them are asked for.
+
+  Returns:
+    The Images.
+
+  Raises:
+    ValueError: a field that makes no sense.
+  """
+  threads = config.data.workers
+  return store.Images(
+    source,
+    decoding.transform_of(config.data, source.channels),
+    residence=config.data.residence,
+    random_crop=random_crop,
+    devices=devices,
+    threads=None if threads < 0 else threads,
+    bad_share=config.faults.bad_images,
+  )
+
+
+def reading(
+  config: config_dict.ConfigDict,
+  devices: distributed.Devices,
+) -> dict[str, Any]:
+  """Returns the options of `stream.Batches` that say who reads them."""
+  workers = config.data.workers
+  return {
+    "process": devices.process,
+    "workers": min(store.cores(), 16) if workers < 0 else workers,
+    "worker_processes": config.data.worker_processes,
+  }
+
+
+def _augmentation(data):
+  crops = ("center", "random_resized")
+  if data.crop not in crops:
+    raise ValueError(
+      f"config.data.crop is {data.crop!r}; expected one of {', '.join(crops)}."
+    )
+  scale = None
+  if data.crop == "random_resized":
+    scale = tuple(data.crop_scale)
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+      raise ValueError(
+        f"config.data.crop_scale is {scale}; expected the least and the largest"
+        " share of an image's area, such as (0.08, 1.0)."
+      )
+    if not data.image_size:
+      raise ValueError(
+        "config.data.crop is 'random_resized' and config.data.image_size 0;"
+        " expected the size of the crops, such as 224."
+      )
+  return stream.Augmentation(bool(data.flip), scale)
+
+
+def _check_sets(config, train, test):
+  """Refuses two splits that no model fits, and models without images."""
+  for name, ours, theirs in (
+    ("classes", train.class_names, test.class_names),
+    ("channels", train.channels, test.channels),
+  ):
+    if ours != theirs:
+      raise ValueError(
+        f"{train} has the {name} {_short(ours)} and {test} {_short(theirs)};"
+        " expected the same in both."
+      )
+  if train.channels is not None:
+    return
+  if config.model.name in (
+    "convnet",
+    "resnet",
+    "vit",
+    "efficientnet_lite0",
+  ):
+    raise ValueError(
+      f"{train} has features, and config.model.name is {config.model.name!r};"
+      " expected a model for vectors, such as 'mlp' (a linear one with"
+      " config.model.widths=())."
+    )
+  if config.data.flip or config.data.crop != "center":
+    raise ValueError(
+      f"{train} has features, which can't be mirrored or cropped; expected"
+      " config.data.flip=False and config.data.crop='center'."
+    )
+
+
+def _short(value):
+  return str(value) if len(str(value)) <= 80 else f"{str(value)[:80]}..."
+
+
+def _scaling(config, images, devices):
+  """Finds mean and deviation: the config's, the weights' or the images'."""
+  channels = images.source.channels
+  if channels is None:
+    return [0.0], [1.0]
+  given = tuple(config.data.mean), tuple(config.data.std)
+  if any(given):
+    if not all(given):
+      raise ValueError(
+        f"config.data.mean is {given[0]} and config.data.std {given[1]};"
+        " expected both, or neither."
+      )
+    return [float(x) for x in given[0]], [float(x) for x in given[1]]
   if config.model.pretrained is not None:
     mean, std = initial.scaling(config.model.pretrained, config.model.name)
-    if len(mean) not in (1, train.images.shape[-1]):
+    if len(mean) not in (1, channels):
       raise ValueError(
         f"config.model.pretrained is {config.model.pretrained!r}, which was"
         f" trained on images of {len(mean)} channels; those of"
-        f" {config.data.name} have {train.images.shape[-1]}. Take weights for"
-        " such images."
+        f" {config.data.name} have {channels}. Take weights for such images."
       )
-  else:
-    pixels = train.images.reshape(-1, train.images.shape[-1])
-    # Standard deviations of a constant channel would divide by zero.
-    mean = (pixels.mean(axis=0) / 255).tolist()
-    std = np.maximum(pixels.std(axis=0) / 255, 1e-3).tolist()
-  return Data(train, test, labels, indices, clean, mean, std)
+    return mean, std
+  return statistics.measure(
+    images, samples=config.data.statistics_samples, devices=devices
+  )
 
 
 def _noise_rate(config):
@@ -152,8 +306,8 @@ def clean_positions(
 def describe_input(data: Any) -> dict[str, Any]:
   """Describes the input of a run's model."""
   return {
-    "shape": list(data.train.images.shape[1:]),
-    "num_classes": data.train.num_classes,
+    "shape": list(data.train.shape),
+    "num_classes": data.train.source.num_classes,
     "mean": data.mean,
     "std": data.std,
   }
@@ -173,7 +327,7 @@ def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
     seed: of the draw.
 
   Returns:
-    A batch as the pipeline makes it.
+    As `gather`; `inputs.make_expand` makes the model's input of it.
 
   Raises:
     ValueError: no samples were asked for.
@@ -186,13 +340,15 @@ def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
   if rows is None:
     rows = np.arange(len(data.labels.labels))
   rng = np.random.default_rng((seed, streams.CHECK))
-  chosen = rng.permutation(rows)[:samples]
-  (batch,) = pipeline.eval_batches(
-    data.train.images,
-    data.labels.labels,
-    batch_size=len(chosen),
-    indices=chosen,
-    mean=data.mean,
-    std=data.std,
-  )
-  return batch
+  return gather(data.train, data.labels.labels, rng.permutation(rows)[:samples])
+
+
+def gather(
+  images: store.Images, labels: np.ndarray, positions: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Reads samples, those that can be used: `image`, as decoded, and `label`."""
+  found, bad = images.read(positions)
+  images.bad.add(bad)
+  good = ~np.isin(positions, list(bad))
+  label = labels[positions].astype(np.int32)
+  return {"image": found[good], "label": label[good]}

@@ -4,6 +4,8 @@ Outputs are computed once for every sample, kept beside the reference's
 checkpoints, and shared by all runs with the same reference.
 """
 
+import contextlib
+import functools
 import hashlib
 import pathlib
 from typing import Any
@@ -15,7 +17,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import pipeline, streams
+from experiments.data import sources, store, stream, streams
 from experiments.runtime import (
   cache,
   checkpoint,
@@ -24,10 +26,14 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 from experiments.tasks.base import Reference, finished_run
+from experiments.tasks.classification import inputs
 from experiments.tasks.classification.data import (
   INPUT_FILE,
   Data,
   clean_positions,
+  gather,
+  open_images,
+  reading,
 )
 from gradmimic_jax import _files
 
@@ -68,43 +74,43 @@ def load(
     )
   if direction == "clean_gradient":
     labels = data.labels.clean_labels
-    return _one_batch(data.train.images, labels, data.clean, data, devices)
+    return _one_batch(data.train, labels, data.clean, data, devices)
   if direction == "test_gradient":
+    labels = data.test.source.labels
     rows = clean_positions(
-      data.test.labels,
+      labels,
       per_class=config.mimic.clean_per_class,
-      num_classes=data.test.num_classes,
+      num_classes=data.test.source.num_classes,
       seed=config.seed,
       split="test",
     )
-    return _one_batch(data.test.images, data.test.labels, rows, data, devices)
+    return _one_batch(data.test, labels, rows, data, devices)
   if direction == "noisy_gradient":
     return _independent_batches(config, data, devices)
+  if data.augmentation.crop_scale is not None:
+    raise ValueError(
+      "config.data.crop is 'random_resized', and a reference's outputs are"
+      " computed once for each image as it is; expected 'center', or a method"
+      " that needs no outputs."
+    )
   if config.mimic.outputs is not None:
-    digest, outputs = _logged_outputs(config.mimic.outputs, data)
+    digest, outputs = _logged_outputs(config.mimic.outputs, data.train.source)
   else:
     digest, outputs = _load_run_outputs(
-      finished_run(config), config, data, devices
+      finished_run(config), config, data.train, devices
     )
   return _from_outputs(digest, outputs, devices)
 
 
-def _gather(images, labels, rows, data):
-  """Gathers images and labels of rows, scaled as the learner sees them."""
-  (batch,) = pipeline.eval_batches(
-    images,
-    labels,
-    batch_size=len(rows),
-    indices=rows,
-    mean=data.mean,
-    std=data.std,
-  )
-  return {key: batch[key] for key in ("image", "label")}
-
-
 def _one_batch(images, labels, rows, data, devices):
-  batch = _gather(images, labels, rows, data)
-  fingerprint = checkpoint.fingerprint(batch)
+  batch = gather(images, labels, rows)
+  fingerprint = workdir_lib.fingerprint(
+    "one batch",
+    _digest(batch["image"]),
+    _digest(batch["label"]),
+    data.mean,
+    data.std,
+  )
   batch = jax.tree.map(jnp.asarray, devices.place_shared(batch))
   return Reference(fingerprint, None, lambda _: batch, constant=True)
 
@@ -115,32 +121,63 @@ def _independent_batches(config, data, devices):
   The other batch depends on the seed and on the batch: there is no state to
   save, and a run that goes on after an interruption sees the same ones.
   """
-  labels = data.labels.labels
+  labels, images = data.labels.labels, data.train
   rows = np.arange(len(labels)) if data.indices is None else data.indices
   size = min(config.batch_size, len(rows))
-  place = devices.place_shared
+  # Where devices share its rows, each process reads its own.
+  own, place = slice(None), devices.place_shared
+  if size % devices.count == 0:
+    number, count = devices.process
+    part = size // count
+    own, place = slice(number * part, (number + 1) * part), devices.put_own
 
   def for_batch(taken):
     index = taken.get("batch_index", taken["index"])
-    digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
-    entropy = int.from_bytes(digest, "little")
-    rng = np.random.default_rng((config.seed, streams.INDEPENDENT, entropy))
-    drawn = rng.choice(rows, size, replace=False)
-    batch = _gather(data.train.images, labels, drawn, data)
-    if "flipped" in taken:  # mirrored at random, as the batch is
-      mirrored = rng.random(size) < 0.5
-      batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
+    drawn, mirrored = draw_other(
+      config.seed, rows, size, index, "flipped" in taken
+    )
+    batch = {}
+    if images.resident is not None:
+      batch["row"] = drawn[own].astype(np.int32)
+    else:  # an image that can't be used is black, as it is on the devices
+      batch["image"], bad = images.read(drawn[own])
+      images.bad.add(bad)
+    batch["label"] = labels[drawn[own]].astype(np.int32)
+    if mirrored is not None:
+      batch["flipped"] = mirrored[own]
     return place(batch)
 
   fingerprint = workdir_lib.fingerprint(
     "independent batches",
-    data.train.fingerprint,
+    data.train.source.fingerprint,
     _digest(labels),
     _digest(rows),
     config.seed,
     size,
   )
   return Reference(fingerprint, None, for_batch)
+
+
+def draw_other(
+  seed: int, rows: np.ndarray, size: int, index: np.ndarray, flip: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Draws the batch that comes with a batch, by the seed and that batch alone.
+
+  Args:
+    seed: the run's.
+    rows: positions [M] of all samples that are trained on.
+    size: samples to draw.
+    index: positions of the batch's own samples, as planned.
+    flip: whether images are mirrored at random, as the batch's are.
+
+  Returns:
+    Positions `[size]`, and which of them are mirrored; None without flips.
+  """
+  digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
+  entropy = int.from_bytes(digest, "little")
+  rng = np.random.default_rng((seed, streams.INDEPENDENT, entropy))
+  drawn = rng.choice(rows, size, replace=False)
+  return drawn, rng.random(size) < 0.5 if flip else None
 
 
 def _from_outputs(fingerprint, outputs, devices):
@@ -159,7 +196,7 @@ def _from_outputs(fingerprint, outputs, devices):
   return Reference(fingerprint, None, for_batch)
 
 
-def _logged_outputs(path, data):
+def _logged_outputs(path, source):
   """Reads a user's file of outputs; also its fingerprint."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
@@ -173,7 +210,7 @@ def _logged_outputs(path, data):
       f"config.mimic.outputs {path!r} can't be read ({error}); expected a .npy"
       " file of the reference's logits [N, C]."
     ) from error
-  shape = (len(data.train.labels), data.train.num_classes)
+  shape = (len(source), source.num_classes)
   found = getattr(outputs, "shape", "(several arrays)")  # of an .npz file
   if found not in (shape, (2, *shape)):
     raise ValueError(
@@ -191,32 +228,45 @@ def _logged_outputs(path, data):
 
 
 def suggest_labels(
-  config: config_dict.ConfigDict, data: Data
+  config: config_dict.ConfigDict, source: sources.Source
 ) -> np.ndarray | None:
   """Suggests the class that the reference takes each sample for.
 
   Args:
     config: of the run.
-    data: of the run.
+    source: the run's training images. Unless they are few, they are not decoded
+      for this: outputs are taken where a run has kept them.
 
   Returns:
     Classes [N]; None where the run's reference is none that has outputs, or it
     is not there any more.
   """
-  if config.mimic.outputs is None and config.mimic.reference is None:
+  wanted = config.mimic
+  if wanted.outputs is None and wanted.reference is None:
     return None
   try:
-    reference = load(config, "outputs", None, data)
+    if wanted.outputs is not None:
+      _, outputs = _logged_outputs(wanted.outputs, source)
+    else:
+      images = open_images(config, source)
+      _, outputs = _load_run_outputs(
+        finished_run(config),
+        config,
+        images,
+        distributed.Devices.alone(),
+        compute=images.bytes <= store.CPU_BYTES,
+      )
   except (FileNotFoundError, ValueError, TypeError) as error:
     logging.warning("the report suggests no labels: %s", error)
     return None
-  outputs = reference.for_batch({"index": np.arange(len(data.train.labels))})
+  if outputs.ndim == 3:
+    outputs = outputs[0]
   return np.argmax(outputs, axis=-1).astype(np.int32)
 
 
-def _load_run_outputs(where, config, data, devices):
+def _load_run_outputs(where, config, images, devices, *, compute=True):
   """Loads or computes a finished run's outputs; also their fingerprint."""
-  shown = _read_input(where, data)
+  shown = _read_input(where, images)
   section = workdir_lib.read_model(where)
   if "pretrained" in section:
     section["pretrained"] = None  # a path; the parameters are what counts
@@ -235,31 +285,38 @@ def _load_run_outputs(where, config, data, devices):
   section |= models.fingerprints(config_dict.ConfigDict(section))
   flip = bool(config.data.flip)
   fingerprint = workdir_lib.fingerprint(
-    checkpoint.fingerprint(params), section, shown, data.train.fingerprint, flip
+    checkpoint.fingerprint(params),
+    section,
+    shown,
+    images.source.fingerprint,
+    vars(images.reader.transform),
+    flip,
   )
-  shape = (len(data.train.images), shown["num_classes"])
+  shape = (len(images.source), shown["num_classes"])
   file = where / f"outputs_{fingerprint}.npy"
   outputs = cache.read(file, (2, *shape) if flip else shape)
   if not devices.agree(outputs is not None):  # all processes compute, or none
-    outputs_fn = jax.jit(
-      lambda known, images: apply(known[0], images, **known[1]),
-      out_shardings=devices.whole,
-    )
-    known = params, variables
-    images = data.train.images
+    if not compute:
+      raise FileNotFoundError(
+        f"{where} keeps no outputs for these images ({file.name})."
+      )
     # The reference sees images scaled as they were when it was trained.
-    scaling = {"mean": shown["mean"], "std": shown["std"]}
-    outputs = _outputs(outputs_fn, known, images, config, scaling, devices)
-    if flip:
-      mirrored = images[:, :, ::-1]
-      mirrored = _outputs(outputs_fn, known, mirrored, config, scaling, devices)
-      outputs = np.stack([outputs, mirrored])
+    expand = inputs.make_expand(tuple(shown["mean"]), tuple(shown["std"]))
+    outputs = _outputs(
+      functools.partial(apply, **variables),
+      expand,
+      params,
+      images,
+      config,
+      flip,
+      devices,
+    )
     if devices.process[0] == 0:
       cache.write(file, outputs)
   return fingerprint, outputs
 
 
-def _read_input(where, data):
+def _read_input(where, images):
   file = where / INPUT_FILE
   if not file.exists():
     raise FileNotFoundError(
@@ -268,8 +325,8 @@ def _read_input(where, data):
     )
   shown = workdir_lib.read_input(where, checked=False)
   ours = {
-    "shape": list(data.train.images.shape[1:]),
-    "num_classes": data.train.num_classes,
+    "shape": list(images.shape),
+    "num_classes": images.source.num_classes,
   }
   theirs = {key: shown[key] for key in ours}
   if theirs != ours:
@@ -281,20 +338,37 @@ def _read_input(where, data):
   return workdir_lib.read_input(where)
 
 
-def _outputs(apply, params, images, config, scaling, devices):
-  batches = pipeline.eval_batches(
+def _outputs(apply, expand, params, images, config, flip, devices):
+  """Computes outputs [N, C], or [2, N, C] with those of mirrored images."""
+  apply = jax.jit(apply, out_shardings=devices.whole)
+  expand = jax.jit(expand)
+
+  def compute(batch):
+    seen = expand(batch, images.resident)["image"]
+    views = [seen, seen[:, :, ::-1]] if flip else [seen]
+    return [apply(params, view) for view in views]
+
+  batches = stream.eval_batches(
     images,
-    np.zeros(len(images), np.int32),
+    np.zeros(len(images.source), np.int32),
     batch_size=devices.divided(config.eval_batch_size),
-    process=devices.process,
-    **scaling,
+    **reading(config, devices),
   )
-  put = devices.put_own
-  # Fetched at once: fetching batch by batch would make each wait.
-  parts = [
-    *prefetch.bounded(apply(params, put(batch["image"])) for batch in batches)
-  ]
-  return np.concatenate(jax.device_get(parts))[: len(images)].astype(np.float32)
+  with contextlib.closing(batches):
+    parts = [
+      *prefetch.bounded(
+        compute(
+          devices.put_own(
+            {key: batch[key] for key in ("image", "row") if key in batch}
+          )
+        )
+        for batch in batches
+      )
+    ]
+  parts = jax.device_get(parts)
+  views = [np.concatenate(view) for view in zip(*parts, strict=True)]
+  outputs = np.stack(views)[:, : len(images.source)].astype(np.float32)
+  return outputs if flip else outputs[0]
 
 
 def _digest(outputs):

@@ -1,5 +1,6 @@
 """Images with class labels, some of which may be wrong."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,9 +10,14 @@ from ml_collections import config_dict
 
 from configs import classification as classification_config
 from experiments import models
-from experiments.data import filters, noise, pipeline, sources
+from experiments.data import decoding, filters, noise, sources, stream
+from experiments.data.pairs import images as images_lib
 from experiments.models import initial
-from experiments.runtime import checkpoint, distributed, workdir as workdir_lib
+from experiments.runtime import (
+  checkpoint,
+  distributed,
+  workdir as workdir_lib,
+)
 from experiments.tasks import evaluation
 from experiments.tasks.base import (
   Headline,
@@ -23,9 +29,29 @@ from experiments.tasks.base import (
 )
 from experiments.tasks.classification import (
   data as data_lib,
+  inputs,
   losses,
   reference as reference_lib,
 )
+
+BAD_IMAGES_FILE = "bad_images.json"  # reasons by id, of each split
+
+
+class _Shown:
+  """Images of a page: each is decoded when it is shown, black if it is bad."""
+
+  def __init__(self, source: sources.Source, transform: decoding.Transform):
+    self._source, self._transform = source, transform
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    (stored,) = self._source.read([position])
+    try:
+      return self._transform.decode(stored)
+    except images_lib.BadImageError:
+      return np.zeros((1, 1), np.uint8)
 
 
 class Classification(Task):
@@ -57,52 +83,47 @@ class Classification(Task):
     self.config, self.devices = config, devices
     if data is None:
       data = data_lib.load_data(
-        config, needs_clean=direction == "clean_gradient"
+        config, needs_clean=direction == "clean_gradient", devices=devices
       )
     self.data = data
-    self._scaling: dict[str, Any] = {"mean": data.mean, "std": data.std}
     shuffled = {
       "batch_size": config.batch_size,
       "seed": config.seed,
       "indices": data.indices,
-      "flip": config.data.flip,
-      **self._scaling,
+      "augmentation": data.augmentation,
     }
-    self.steps_per_epoch = pipeline.steps_per_epoch(
+    self.steps_per_epoch = stream.steps_per_epoch(
       self._samples, config.batch_size
     )
-    self.batches = pipeline.train_batches(
-      data.train.images,
-      data.labels.labels,
-      process=devices.process,
-      **shuffled,
+    self._reading = data_lib.reading(config, devices)
+    self.batches = stream.train_batches(
+      data.train, data.labels.labels, **shuffled, **self._reading
     )
-    self._test_batches = pipeline.eval_batches(
-      data.test.images,
-      data.test.labels,
-      batch_size=devices.divided(config.eval_batch_size),
-      process=devices.process,
-      **self._scaling,
-    )
-    self._test_start = self._test_batches.get_state()
+    self._expand = inputs.make_expand(tuple(data.mean), tuple(data.std))
+    self._listing: pathlib.Path | None = None
     apply, self.params = initial.for_data(
       config.model, data, seed=config.seed, place=devices.place
     )
     self.fingerprints = {
-      "data": pipeline.fingerprint(
-        data.train.fingerprint, data.labels.labels, **shuffled
+      "data": stream.fingerprint(
+        data.train.source.fingerprint,
+        data.labels.labels,
+        transform=data.train.reader.transform,
+        mean=data.mean,
+        std=data.std,
+        **shuffled,
       )
     }
     self.fingerprints |= models.fingerprints(config.model)
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
     self.data_fingerprints = filters.fingerprints(
-      config, data.train, data.labels
+      config, data.train.source, data.labels
     )
     self._apply, self.statistics = apply, apply.statistics
     self.losses_fn = losses.make_losses_fn(apply)
     self.outputs = losses.make_outputs(losses.make_outputs_fn(apply), apply)
-    self._eval_step = evaluation.make_eval_step(self.losses_fn)
+    self._eval_step = evaluation.make_eval_step(self.losses_fn, self._expand)
 
   @classmethod
   def create_for_scoring(
@@ -114,10 +135,16 @@ class Classification(Task):
     direction: str | None = None,
   ) -> Task:
     """See `Task`. Images are scaled as the learner saw them."""
-    data = data_lib.load_data(config, needs_clean=direction == "clean_gradient")
+    scaling = None
     if (folder / data_lib.INPUT_FILE).exists():
-      scaling = workdir_lib.read_input(folder)
-      data = data._replace(mean=scaling["mean"], std=scaling["std"])
+      shown = workdir_lib.read_input(folder)
+      scaling = shown["mean"], shown["std"]
+    data = data_lib.load_data(
+      config,
+      needs_clean=direction == "clean_gradient",
+      devices=devices,
+      scaling=scaling,
+    )
     return cls(config, devices, direction=direction, data=data)
 
   @classmethod
@@ -129,7 +156,7 @@ class Classification(Task):
   ) -> dict[str, str]:
     """See `Task`."""
     labels = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
-    train = sources.of_config(config.data, config.data.train_split)
+    train = sources.open(config.data, config.data.train_split)
     return filters.fingerprints(config, train, labels)
 
   @classmethod
@@ -139,10 +166,9 @@ class Classification(Task):
     folder: pathlib.Path,
     ledger: Mapping[str, str],
   ) -> Samples:
-    """See `Task`. Images are shown as they are, whatever the model sees."""
-    config = config.copy_and_resolve_references().unlock()
-    config.model.pretrained = None
-    data = data_lib.load_data(config)
+    """See `Task`. No image is decoded but those that are asked for."""
+    source = sources.open(config.data, config.data.train_split)
+    transform = decoding.transform_of(config.data, source.channels)
     truth = filters.own_labels(folder / data_lib.LABELS_FILE, ledger)
     title = f"{config.data.name} {config.data.train_split}"
     if truth.rate:
@@ -158,50 +184,74 @@ class Classification(Task):
       "labels": truth.labels,
       # Where no noise was added, nobody knows which labels are true.
       "true_labels": truth.clean_labels if truth.rate else None,
-      "suggested": reference_lib.suggest_labels(config, data),
-      "class_names": data.train.class_names,
-      "captions": data.train.ids,
-      "images": data.train.images,
+      "suggested": reference_lib.suggest_labels(config, source),
+      "class_names": source.class_names,
+      "captions": source.ids,
+      "images": None if source.channels is None else _Shown(source, transform),
     }
     return Samples(title, facts, dataset)
 
   @property
   def samples(self) -> int:
     """See `Task`."""
-    return len(self.data.train.labels)
+    return len(self.data.train.source)
 
   @property
   def _samples(self):
     rows = self.data.indices
-    return len(self.data.train.labels if rows is None else rows)
+    return len(self.data.train.source.labels if rows is None else rows)
 
   def take(self, batch: dict[str, np.ndarray]) -> Rows:
     """See `Task`."""
     return Rows(
       batch["index"],
       batch["index"] >= 0,
-      {key: batch[key] for key in ("image", "label", "mask")},
+      {key: batch[key] for key in inputs.SEEN if key in batch},
     )
+
+  def expand(self, batch: Any, resident: Any) -> Any:
+    """See `Task`."""
+    return self._expand(batch, resident)
+
+  @property
+  def expansion(self) -> inputs.Expand:
+    """See `Task`. Runs of one scaling share it, and so their programs."""
+    return self._expand
+
+  @property
+  def resident(self) -> Any:
+    """See `Task`."""
+    return self.data.train.resident
 
   def passes(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """See `Task`."""
-    labels = self.data.labels.labels
-    return pipeline.eval_batches(
-      self.data.train.images,
-      labels,
+    batches = stream.eval_batches(
+      self.data.train,
+      self.data.labels.labels,
       batch_size=self.config.batch_size,
-      indices=np.arange(first * self.config.batch_size, len(labels)),
-      process=self.devices.process,
-      **self._scaling,
+      **self._reading,
     )
+    batches.set_state({"step": first})
+    return batches
 
   def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
     """See `Task`."""
-    self._test_batches.set_state(self._test_start)
-    batches = (
-      self.devices.put(self.take(batch).seen) for batch in self._test_batches
+    test = self.data.test
+    batches = stream.eval_batches(
+      test,
+      test.source.labels,
+      batch_size=self.devices.divided(self.config.eval_batch_size),
+      **self._reading | {"worker_processes": False},
     )
-    found = evaluation.evaluate(self._eval_step, params, batches, **variables)
+    with contextlib.closing(batches):
+      found = evaluation.evaluate(
+        self._eval_step,
+        params,
+        (self.devices.put(self.take(batch).seen) for batch in batches),
+        test.resident,
+        **variables,
+      )
+    self._list_bad()
     return {f"test_{name}": value for name, value in found.items()}
 
   def check_losses_fn(self) -> Callable[..., Any]:
@@ -210,13 +260,12 @@ class Classification(Task):
 
   def check_batch(self) -> Any:
     """See `Task`."""
-    return self.devices.place_rows(
-      data_lib.draw_batch(
-        self.data,
-        samples=self.config.mimic.check_samples,
-        seed=self.config.seed,
-      )
+    batch = data_lib.draw_batch(
+      self.data,
+      samples=self.config.mimic.check_samples,
+      seed=self.config.seed,
     )
+    return self.devices.place_rows(batch)
 
   def load_reference(self, direction: str) -> Reference:
     """See `Task`."""
@@ -224,9 +273,23 @@ class Classification(Task):
       self.config, direction, self.params, self.data, self.devices
     )
 
+  def _list_bad(self):
+    """Tells all processes which images can't be used; lists them in a file."""
+    for images in (self.data.train, self.data.test):
+      images.bad.share(self.devices)
+    found = {
+      str(images.source): images.bad.listed()
+      for images in (self.data.train, self.data.test)
+      if images.bad.found
+    }
+    if found and self._listing is not None:
+      workdir_lib.write_json(self._listing, found)
+
   def facts(self) -> dict[str, Any]:
     """See `Task`."""
+    bad = len(self.data.train.bad.found)
     return {
+      **({"bad_images": bad} if bad else {}),
       "train_samples": self._samples,
       "noise_rate": self.data.labels.rate,
     }
@@ -241,8 +304,15 @@ class Classification(Task):
     """See `Task`."""
     data_lib.write_input(folder, self.data)
     noise.save(
-      folder / data_lib.LABELS_FILE, self.data.labels, self.data.train.ids
+      folder / data_lib.LABELS_FILE,
+      self.data.labels,
+      self.data.train.source.ids,
     )
+    self._listing = folder / BAD_IMAGES_FILE
+
+  def close(self) -> None:
+    """See `Task`."""
+    self.batches.close()
 
   @classmethod
   def noise_kinds(cls, config: config_dict.ConfigDict) -> tuple[str, ...]:

@@ -10,15 +10,16 @@ import pytest
 
 import gradmimic_jax as gm
 from experiments import methods, models
-from experiments.data import pipeline
 from experiments.runtime import distributed
 from experiments.studies.probing import heads
 from experiments.tasks.classification import (
   data as data_lib,
+  inputs,
   losses as classification,
   reference,
 )
 from experiments.training import grand, steps, trainer as train
+from tests.experiments.data.source_case import see
 
 
 def outputs_fn(params, batch):
@@ -364,21 +365,28 @@ class TestIndependentBatches:
     method = methods.create("agra", config.mimic)
     return data, reference.load(config, method.direction, None, data)
 
+  def seen(self, given, data, taken):
+    """The batch that comes with a batch, as a step sees it."""
+    expand = jax.jit(inputs.make_expand(data.mean, data.std))
+    return jax.device_get(expand(given.for_batch(taken), data.train.resident))
+
   def test_they_depend_on_the_batch_and_the_seed_alone(self, make_config):
     index = np.arange(40, dtype=np.int32)
     data, one = self.make(make_config)
     _, same = self.make(make_config)
-    batch = one.for_batch({"index": index})
+    batch = self.seen(one, data, {"index": index})
     assert one.fingerprint == same.fingerprint
     jax.tree.map(
-      np.testing.assert_array_equal, batch, same.for_batch({"index": index})
+      np.testing.assert_array_equal,
+      batch,
+      self.seen(same, data, {"index": index}),
     )
     _, other = self.make(make_config, seed=5)
     assert one.fingerprint != other.fingerprint
     padded = np.where(index < 39, index, -1)
     for found in (
-      other.for_batch({"index": index}),
-      one.for_batch({"index": padded}),
+      self.seen(other, data, {"index": index}),
+      self.seen(one, data, {"index": padded}),
     ):
       assert found["image"].shape == (40, 8, 8, 1)
       assert (found["image"] != batch["image"]).any()
@@ -390,9 +398,10 @@ class TestIndependentBatches:
 
   def test_they_are_mirrored_as_the_batch_is(self, make_config):
     index = np.arange(40, dtype=np.int32)
-    _, given = self.make(make_config)
-    batch = given.for_batch({"index": index, "flipped": np.zeros(40, bool)})
-    plain = given.for_batch({"index": index})["image"]
+    data, given = self.make(make_config)
+    taken = {"index": index}
+    plain = self.seen(given, data, taken)["image"]
+    batch = self.seen(given, data, taken | {"flipped": np.zeros(40, bool)})
     turned = (batch["image"] == plain[:, :, ::-1]).all(axis=(1, 2, 3))
     upright = (batch["image"] == plain).all(axis=(1, 2, 3))
     assert (turned | upright).all()
@@ -403,20 +412,15 @@ class TestIndependentBatches:
     data, given = self.make(
       make_config, **{"data.filter": str(tmp_path / "kept.npy")}
     )
-    rows = rows_of(given.for_batch({"index": np.arange(40)})["image"], data)
+    batch = self.seen(given, data, {"index": np.arange(40)})
+    rows = rows_of(batch["image"], data)
     np.testing.assert_array_equal(np.sort(rows), np.arange(100, 130))
 
 
 def rows_of(images, data):
   """Which train images these are."""
-  (everything,) = pipeline.eval_batches(
-    data.train.images,
-    data.train.labels,
-    batch_size=len(data.train.labels),
-    mean=data.mean,
-    std=data.std,
-  )
-  equal = everything["image"][None] == images[:, None]
+  everything = see(data.train, data.mean, data.std)
+  equal = everything[None] == np.asarray(images)[:, None]
   return equal.all(axis=(2, 3, 4)).argmax(axis=1)
 
 
@@ -429,16 +433,10 @@ def test_samples_of_the_test_split_are_there_by_name_only(make_config):
   method = methods.create(config.method, config.mimic)
   batch = reference.load(config, method.direction, None, data).for_batch({})
   np.testing.assert_array_equal(np.bincount(batch["label"]), [2] * 10)
-  (shown,) = pipeline.eval_batches(
-    data.test.images,
-    data.test.labels,
-    batch_size=len(data.test.labels),
-    mean=data.mean,
-    std=data.std,
-  )
+  shown, _ = data.test.reader.read(range(len(data.test.source)))
   for image, label in zip(batch["image"], batch["label"], strict=True):
-    equal = (shown["image"] == np.asarray(image)).all(axis=(1, 2, 3))
-    assert label in shown["label"][equal]
+    equal = (shown == np.asarray(image)).all(axis=(1, 2, 3))
+    assert label in data.test.source.labels[equal]
   with pytest.raises(ValueError, match=r"direction is 'test_gradient'"):
     methods.create(
       "grad_mimic", make_config(**{"mimic.direction": "test_gradient"}).mimic
@@ -463,23 +461,15 @@ class TestOfflineNorms:
   def test_they_are_means_over_initialisations(self, make_config):
     config, data = self.make(make_config)
     norms = grand.offline_norms(config, data)
-    (shown,) = pipeline.eval_batches(
-      data.train.images,
-      data.labels.labels,
-      batch_size=30,
-      mean=data.mean,
-      std=data.std,
-    )
+    shown = see(data.train, data.mean, data.std)
     right = []
     for seed in (1000, 1001):
       apply, params = models.create(
         config.model, input_shape=(8, 8, 1), num_classes=10, seed=seed
       )
       assert len(jax.tree.leaves(params)) == 2
-      errors = gm.linear_head.errors(
-        apply(params, shown["image"]), shown["label"]
-      )
-      features = shown["image"].reshape(30, -1)
+      errors = gm.linear_head.errors(apply(params, shown), data.labels.labels)
+      features = shown.reshape(30, -1)
       right.append(gm.linear_head.gradient_norms(features, errors))
     assert np.abs(right[0] - right[1]).max() > 0.1
     np.testing.assert_allclose(norms, np.mean(right, axis=0), rtol=1e-4)

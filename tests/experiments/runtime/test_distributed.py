@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec
 import gradmimic_jax as gm
 from configs import digits
 from experiments import models
-from experiments.data import pipeline
 from experiments.data.pairs import in_memory as image_text
 from experiments.runtime import checkpoint, distributed, sharding
 from experiments.training import steps
@@ -93,41 +92,6 @@ class TestBatches:
   LABELS = np.arange(44)
 
   @pytest.mark.parametrize("count", [2, 4])
-  @pytest.mark.parametrize(
-    "make",
-    [
-      functools.partial(
-        pipeline.train_batches, seed=3, num_epochs=2, flip=True
-      ),
-      functools.partial(pipeline.eval_batches, indices=np.arange(5, 26)),
-    ],
-  )
-  def test_of_images(self, make, count):
-    batches = [
-      make(
-        self.IMAGES,
-        self.LABELS,
-        batch_size=8,
-        mean=0.5,
-        std=0.25,
-        process=process,
-      )
-      for process in ((0, 1), *((i, count) for i in range(count)))
-    ]
-    seen = 0
-    for whole, *parts in zip(*batches, strict=True):
-      for part in parts:
-        np.testing.assert_array_equal(part.pop("batch_index"), whole["index"])
-      for key, rows in whole.items():
-        np.testing.assert_array_equal(
-          rows, np.concatenate([part[key] for part in parts])
-        )
-      seen += int(whole["mask"].sum())
-    assert seen in (88, 21)
-    # Nothing of a state depends on who has it.
-    assert len({json.dumps(one.get_state()) for one in batches}) == 1
-
-  @pytest.mark.parametrize("count", [2, 4])
   def test_of_pairs(self, count):
     def make(process_index, process_count):
       return image_text.Pairs(
@@ -150,13 +114,6 @@ class TestBatches:
         )
     assert len({one.fingerprint for one in sets}) == 1
     iterators[0].set_state(iterators[-1].get_state())
-
-  def test_a_process_that_is_not_one_of_them_is_refused(self):
-    for process in ((2, 2), (-1, 2), (0, 3)):
-      with pytest.raises(ValueError, match=r"process is .* for batches of 8"):
-        pipeline.eval_batches(
-          self.IMAGES, self.LABELS, batch_size=8, process=process
-        )
 
 
 class TestFingerprints:

@@ -752,11 +752,18 @@ def poison(monkeypatch):
   def poison(*broken):
     def taking(self, step, read):
       taken = take(self, step, read)
-      image = np.array(taken.batch["image"])
-      for row in range(len(taken.ids)):
-        if step + row in broken:
-          image[row] = np.nan
-      return taken._replace(batch={**taken.batch, "image": image})
+      hit = [at for at in range(len(taken.ids)) if step + at in broken]
+      if not hit:
+        return taken
+      batch = dict(taken.batch)
+      shape = batch["mask"].shape
+      seen = self.task.expand(
+        {"row": batch.pop("row").reshape(-1)}, self.task.resident
+      )
+      image = np.array(seen["image"])
+      batch["image"] = image.reshape(*shape, *image.shape[1:])
+      batch["image"][hit] = np.nan
+      return taken._replace(batch=batch)
 
     monkeypatch.setattr(train.Run, "take", taking)
 

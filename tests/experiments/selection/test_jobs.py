@@ -128,7 +128,8 @@ def test_scores_are_those_of_single_gradients(scored):
   @jax.jit
   @jax.jacrev
   def gradients(params):
-    return task.losses_fn(params, rows.seen)[0][real]
+    seen = task.expand(rows.seen, task.resident)
+    return task.losses_fn(params, seen)[0][real]
 
   def flat(tree, *lead):
     leaves = jax.tree.leaves(tree)
@@ -459,6 +460,7 @@ class TestFilters:
       labels=np.zeros(9, np.int32),
       fingerprint="f" * 32,
     )
+    data.name = "digits"
     labels = mock.Mock(labels=np.zeros(9, np.int32), rate=0.0)
     rows = "id,keep,keep_probability,quality,vote_0\n2,TRUE,1,1,1\n"
 
@@ -483,7 +485,7 @@ class TestFilters:
   def test_other_data_are_refused_by_name(self, make_config, tmp_path):
     config = make_config()
     data = data_lib.load_data(config)
-    prints = filters.fingerprints(config, data.train, data.labels)
+    prints = filters.fingerprints(config, data.train.source, data.labels)
     gm.export.write_npy(tmp_path / "a.npy", [1, 2], fingerprints=prints)
     assert self.indices(make_config, tmp_path / "a.npy").tolist() == [1, 2]
     # Other wrong labels, and other samples.

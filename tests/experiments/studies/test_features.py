@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import label_noise
 from experiments import models
-from experiments.data import sources
+from experiments.data import decoding, sources
 from experiments.models.pretrained import vit as pretrained
 from experiments.runtime import checkpoint
 from experiments.studies.probing import features
@@ -279,7 +279,9 @@ def test_published_weights(make_probe, photos, tmp_path, request):
     config.model, input_shape=(16, 16, 3), num_classes=5, seed=0
   )
   params = pretrained.load(file, like, input_shape=(16, 16, 3))
-  images = sources.load("photos", "train", data_dir=folder, size=16).images
+  source = sources.open(config.data, "train")
+  shown = decoding.Reader(source, decoding.Transform(3, 16), (16, 16, 3))
+  images, _ = shown.read(range(len(source)))
   for view, values in zip(
     (images, images[:, :, ::-1]), train_split.values, strict=True
   ):

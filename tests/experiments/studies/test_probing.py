@@ -15,7 +15,7 @@ import pytest
 import gradmimic_jax as gm
 from configs import label_noise
 from experiments import methods, models, study as study_command, tasks
-from experiments.data import pipeline, sources
+from experiments.data import decoding, sources, store, stream
 from experiments.runtime import checkpoint, claims
 from experiments.studies import plan
 from experiments.studies.probing import features, grid as probe, heads
@@ -145,19 +145,24 @@ def test_equals_numpy_in_double_precision(grid):
   head = [np.array(params["head"][x], float) for x in ("kernel", "bias")]
   moments = [[np.zeros_like(x), np.zeros_like(x)] for x in head]
   scores = np.full((len(data.labels), config.num_epochs), np.nan)
-  batches = pipeline.train_batches(
-    data.images,
+  source = sources.open(config.data, "train")
+  batches = stream.train_batches(
+    store.Images(source, decoding.Transform(1), residence="memory"),
     arrays["labels"],
     batch_size=config.batch_size,
     seed=seed,
     num_epochs=config.num_epochs,
-    flip=True,
-    mean=pixels.mean(),
-    std=pixels.std(),
+    augmentation=stream.Augmentation(flip=True),
   )
   for step, batch in enumerate(batches):
     mask = batch["mask"]
-    inputs = batch["image"][mask].reshape(mask.sum(), -1).astype(float)
+    image = np.where(
+      batch["flipped"][:, None, None, None],
+      batch["image"][:, :, ::-1],
+      batch["image"],
+    )
+    inputs = (image[mask] / 255 - pixels.mean()) / pixels.std()
+    inputs = inputs.reshape(mask.sum(), -1)
     logits = inputs @ head[0] + head[1]
     errors = np.exp(logits - logits.max(axis=1, keepdims=True))
     errors /= errors.sum(axis=1, keepdims=True)

@@ -11,7 +11,7 @@ import pytest
 
 import gradmimic_jax as gm
 from experiments import methods, models, tasks
-from experiments.data import noise, pipeline
+from experiments.data import noise
 from experiments.runtime import cache, checkpoint
 from experiments.studies import plan, runner as study
 from experiments.tasks.classification import (
@@ -20,6 +20,7 @@ from experiments.tasks.classification import (
   reference,
 )
 from experiments.training import steps, trainer as train
+from tests.experiments.data.source_case import see
 
 LOADED = methods.Method("outputs", None, None)
 
@@ -75,29 +76,28 @@ def cached(teacher):
   return sorted(teacher.glob("outputs_*.npy"))
 
 
-def expected_outputs(teacher, config, images):
+def expected_outputs(teacher, config, *, mirrored=False):
   """The teacher's logits, put together from what its own job was made of."""
   own = json.loads((teacher / "config.json").read_text())
   split = config.copy_and_resolve_references().unlock()
   split.data.train_split = own["data"]["train_split"]
   split.model.widths = tuple(own["model"]["widths"])
-  pixels = data_lib.load_data(split.lock()).train.images
+  seen = data_lib.load_data(split.lock()).train
+  pixels, _ = seen.reader.read(range(len(seen.source)))
+  images = data_lib.load_data(config).train
+  shown = see(images, [pixels.mean() / 255], [pixels.std() / 255])
+  if mirrored:
+    shown = shown[:, :, ::-1]
   apply, like = models.create(
-    split.model, input_shape=images.shape[1:], num_classes=10, seed=0
+    split.model, input_shape=images.shape, num_classes=10, seed=0
   )
   params = checkpoint.load_params(teacher, like)
-  return jnp.concatenate(
-    [
-      jax.jit(apply)(params, batch["image"])[batch["mask"]]
-      for batch in pipeline.eval_batches(
-        images,
-        np.zeros(len(images), int),
-        batch_size=config.eval_batch_size,
-        mean=(pixels.mean(axis=(0, 1, 2)) / 255).tolist(),
-        std=(pixels.std(axis=(0, 1, 2)) / 255).tolist(),
-      )
-    ]
-  )
+  size = config.eval_batch_size
+  padding = np.zeros((-len(shown) % size, *images.shape), np.float32)
+  parts = np.concatenate([shown, padding]).reshape(-1, size, *images.shape)
+  return np.concatenate([jax.jit(apply)(params, part) for part in parts])[
+    : len(shown)
+  ]
 
 
 class TestOutputs:
@@ -105,10 +105,8 @@ class TestOutputs:
     self, make_config, teacher
   ):
     config = make_config(**{"data.flip": True, "mimic.reference": str(teacher)})
-    data = data_lib.load_data(config)
-    mirrored = np.ascontiguousarray(data.train.images[:, :, ::-1])
-    upright = expected_outputs(teacher, config, data.train.images)
-    turned = expected_outputs(teacher, config, mirrored)
+    upright = expected_outputs(teacher, config)
+    turned = expected_outputs(teacher, config, mirrored=True)
     index = np.array([3, 1436, 0, -1], np.int32)
     flipped = np.array([True, False, True, True])
     rows = load(config).for_batch({"index": index, "flipped": flipped})
@@ -121,11 +119,10 @@ class TestOutputs:
 
   def test_without_flips_there_is_one_row_a_sample(self, make_config, teacher):
     config = make_config(**{"mimic.reference": str(teacher)})
-    images = data_lib.load_data(config).train.images
-    index = np.arange(len(images))
+    index = np.arange(1437)
     np.testing.assert_array_equal(
       load(config).for_batch({"index": index}),
-      expected_outputs(teacher, config, images),
+      expected_outputs(teacher, config),
     )
 
   def test_outputs_are_computed_once(self, make_config, teacher, monkeypatch):
@@ -269,7 +266,9 @@ class TestCleanSamples:
     )
     # Half of the labels are wrong; those of the clean batch are not.
     batch = run.reference.for_batch({"index": shown[0]["index"]})
-    np.testing.assert_array_equal(batch["label"], data.train.labels[data.clean])
+    np.testing.assert_array_equal(
+      batch["label"], data.train.source.labels[data.clean]
+    )
     assert data.labels.is_noisy[data.clean].any()
 
   def test_a_filter_and_clean_samples_together(self, make_config, tmp_path):

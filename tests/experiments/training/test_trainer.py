@@ -232,5 +232,5 @@ def test_metrics_of_an_interrupted_run_are_dropped(tmp_path):
 
 def test_images_are_resized_as_the_config_has_it(make_config):
   data = data_lib.load_data(make_config(**{"data.image_size": 4}))
-  assert data.train.images.shape[1:] == (4, 4, 1)
-  assert data.test.images.shape[1:] == (4, 4, 1)
+  assert data.train.shape == (4, 4, 1)
+  assert data.test.shape == (4, 4, 1)
