@@ -47,7 +47,7 @@ def mimic(references, seed, **overrides):
 def begin(config, folder):
   """Starts a run, which stops before its first step."""
 
-  def stop(self):
+  def stop(self, sink):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch:
