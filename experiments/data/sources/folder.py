@@ -68,14 +68,13 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
       f"config.data.name names the folder {root!r}, and there is none; expected"
       " a folder of images"
     )
-  names, class_names, ids = None, None, None
+  class_names, ids = None, None
   if options.labels is None:
     paths, labels, class_names = _find_by_class(root, split)
   else:
     paths, labels, ids = _find_by_table(root, options, split)
   files = [os.path.join(root, path) for path in paths]
   states = _find_states(root, paths)
-  names = np.array(paths, np.str_) if ids is None else ids
   count = len(files)
   reader = ranges.Ranges(
     files,
@@ -87,7 +86,7 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
   hashes = [hashlib.sha256(os.fsencode(path)).digest()[:8] for path in paths]
   return parts.Part(
     labels=labels,
-    ids=names,
+    ids=np.array(paths, np.str_) if ids is None else ids,
     content=_hash_content(root, split, options, paths, states),
     reader=reader,
     class_names=class_names,

@@ -38,6 +38,12 @@ class Entry(NamedTuple):
   path: str  # The file or folder; its index lies beside it.
   state: str  # Changes whenever the content may have changed.
 
+  @property
+  def file_state(self) -> tuple[int, int]:
+    """Size and time of change of a file, as `file_entry` found them."""
+    size, changed, _ = json.loads(self.state)
+    return size, changed
+
 
 def file_entry(path: str | os.PathLike, *settings: object) -> Entry:
   """Describes a file by its size and time of change.
@@ -114,7 +120,12 @@ def load(
         claim.release()
     return build(entry.path, None), None
 
-  return claims.share(entries, attempt)
+  # A job that is asked to leave does so between its steps, where its state is
+  # saved, and here only if it would wait for others.
+  found = {entry: attempt(entry) for entry in entries}
+  waiting = [entry for entry, arrays in found.items() if arrays is None]
+  found.update(zip(waiting, claims.share(waiting, attempt), strict=True))
+  return [arrays for entry in entries if (arrays := found[entry]) is not None]
 
 
 def _places(path: str, kind: str) -> list[pathlib.Path]:

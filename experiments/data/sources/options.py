@@ -16,7 +16,8 @@ class Options(NamedTuple):
 
   Attributes:
     path: Its file, folder or pattern.
-    labels: A file with labels, where they are in one of their own.
+    labels: A file with labels, where they are in one of their own; a relative
+      path counts from here or, where that isn't there, from the set.
     image: The column of images, or of their files; "": by its usual names.
     label: The column of labels, likewise.
     id: The column of ids, likewise.

@@ -8,6 +8,7 @@ some hundred images, so its images are copied once, to a file beside the index.
 
 import contextlib
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -53,21 +54,24 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
     ValueError: If a file is damaged or lacks a column, or a row has no image
       or no label.
   """
-  files, split_of_hub = _find_files(options.path, split)
+  files = _find_files(options.path, split)
   build = functools.partial(_read_file, options=options)
   settings = [options.image, options.label, options.id]
   entries = [index.file_entry(path, *settings) for path in files]
-  kept = index.load(entries, "parquet", build, holds=_has_copy)
+  kind = "parquet"
+  if any(settings):  # So that two readers of two columns don't take turns.
+    kind += f"-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+  kept = index.load(entries, kind, build, holds=_has_copy)
   found = [arrays for arrays, _ in kept]
   sources: list[str] = []
   states: list[tuple[int, int]] = []
   numbers: list[np.ndarray] = []
-  for path, (arrays, place) in zip(files, kept, strict=True):
+  for entry, (arrays, place) in zip(entries, kept, strict=True):
     # Of each file, what is in itself and what is in its copy.
     copy = "" if place is None else os.fspath(_copy_path(place))
     numbers.append(arrays["copied"].astype(np.int64) + len(sources))
-    sources += [path, copy]
-    states += [ranges.file_state(path), tuple(arrays["copy_state"].tolist())]
+    sources += [entry.path, copy]
+    states += [entry.file_state, tuple(arrays["copy_state"].tolist())]
   names = {_stated_names(arrays) for arrays in found}
   if len(names) > 1:
     raise ValueError(
@@ -97,7 +101,7 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
     labels=parts.to_numbers(np.concatenate(labels)),
     ids=np.concatenate([arrays["id"] for arrays in found])
     if has_ids
-    else splits.make_ids(split_of_hub, count),
+    else splits.make_ids(split, count),
     content=joined["digest"],
     reader=reader,
     class_names=names.pop(),
@@ -105,9 +109,9 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
   )
 
 
-def _find_files(path: str, split: str) -> tuple[list[str], str]:
+def _find_files(path: str, split: str) -> list[str]:
   """Finds a split's files, of `save_to_disk` too."""
-  root = os.path.expanduser(path).replace("{split}", split)
+  root = os.path.abspath(os.path.expanduser(path)).replace("{split}", split)
   for folder in (os.path.join(root, split), root):
     state = os.path.join(folder, "state.json")
     if not os.path.isfile(state):
@@ -121,7 +125,7 @@ def _find_files(path: str, split: str) -> tuple[list[str], str]:
       names = [each["filename"] for each in about["_data_files"]]
       if not names or any(os.path.basename(name) != name for name in names):
         raise ValueError(f"its files are {names}")
-    return [os.path.join(folder, name) for name in names], split
+    return [os.path.join(folder, name) for name in names]
   if os.path.isfile(os.path.join(root, "state.json")):
     raise ValueError(
       f"{path} is one data set without splits; set config.data.train_split and"
@@ -130,7 +134,7 @@ def _find_files(path: str, split: str) -> tuple[list[str], str]:
   if os.path.isfile(os.path.join(root, "dataset_dict.json")):
     there = sorted(x.name for x in os.scandir(root) if x.is_dir())
     raise ValueError(f"split {split!r} is not in {path}, which has {there}")
-  return splits.find_files(path, split, (".parquet",)), split
+  return splits.find_files(path, split, (".parquet",))
 
 
 def _copy_path(place: pathlib.Path) -> pathlib.Path:
@@ -225,6 +229,7 @@ class _Finder:
     self._within: tuple[int, int] | None = None
     self._range: tuple[int, int] | None = None
     self._cursor = 0
+    self._gap = 0 if path.endswith(".arrow") else 4
     # By hash: equal images may be stored once.
     self._seen: dict[bytes, tuple[int, int, int]] = {}
     self._copy: BinaryIO | None = None
@@ -265,10 +270,12 @@ class _Finder:
     """Finds an image's bytes in a part of the file; -1: they aren't there."""
     # Mostly it is just behind the one before, in Parquet with its length
     # between them, and the first step is enough.
-    step = 4
+    step = self._gap
     while start + len(image) <= stop:
       wanted = min(step + len(image), stop - start)
       part = os.pread(self._file.fileno(), wanted, start)
+      if part.endswith(image):  # Much faster than `find`.
+        return start + len(part) - len(image)
       found = part.find(image)
       if found >= 0:
         return start + found

@@ -107,7 +107,8 @@ def find_files(pattern: str, split: str, suffixes: Sequence[str]) -> list[str]:
     found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
     found = [name for name in found if os.path.isfile(name)]
     root = os.path.dirname(path)
-  found.sort()
+  found = sorted(map(os.path.abspath, found))
+  root = os.path.abspath(root)
   if not found:
     raise FileNotFoundError(
       f"{path!r} has no file that ends in {' or '.join(suffixes)}; expected a"

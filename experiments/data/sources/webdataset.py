@@ -47,7 +47,7 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
   """
   path = options.path.replace("{split}", split)
   if "{" in path:
-    files = shard_files.expand(path)
+    files = list(map(os.path.abspath, shard_files.expand(path)))
     if split != splits.ALL and "{split}" not in options.path:
       files = [name for name in files if splits.has_split(name, split)]
       if not files:
@@ -77,7 +77,7 @@ def find(options: options_lib.Options, split: str) -> parts.Part:
   count = len(ids)
   reader = ranges.Ranges(
     files,
-    np.array([ranges.file_state(name) for name in files], np.int64),
+    np.array([entry.file_state for entry in entries], np.int64),
     np.repeat(np.arange(len(files)), list(map(len, labels))),
     joined["offset"],
     joined["size"],
