@@ -5,8 +5,10 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 INSTALLED_SLOW = $(VENV)/.installed_slow
+INSTALLED_DOCS = $(VENV)/.installed_docs
 
-.PHONY: demo clip-demo study-small test test-slow test-browser lint format clean
+.PHONY: demo clip-demo study-small test test-slow test-browser docs lint format \
+  clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +17,10 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 $(INSTALLED_SLOW): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable ".[peers]"
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable ".[docs]"
 	@touch $@
 
 # The label-noise study on scikit-learn's handwritten digits.
@@ -43,7 +49,14 @@ test-slow: $(INSTALLED_SLOW)
 
 # The report in a real browser; needs Debian's package chromium.
 test-browser: $(INSTALLED)
-	$(RUN) -m pytest -m slow tests/test_report_browser.py
+	$(RUN) -m pytest -m slow tests/test_report_browser.py \
+	  tests/test_report_work_browser.py
+
+# The documentation, with its notebooks run; a warning is an error. Fetches
+# nothing but the packages.
+docs: $(INSTALLED_DOCS)
+	JAX_PLATFORMS=cpu $(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -34,7 +34,14 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.optimizer.schedule = "cosine"  # to 0 over the run, or "constant"
   config.optimizer.warmup_steps = 0  # a line up to the learning rate
   config.optimizer.weight_decay = 1e-5
-  config.optimizer.decaying = "all"  # or "matrices": no gains and biases
+  # "all"; or "matrices": no gains and biases; or a regular expression on
+  # "/"-joined parameter paths, of those that decay.
+  config.optimizer.decaying = "all"
+  # The largest norm of a step's gradient, which is scaled down to it; 0: none.
+  config.optimizer.clip_norm = 0.0
+  # Decay, such as 0.999, of an exponential average of the parameters, which are
+  # then evaluated and used as a reference in their place; 0: none.
+  config.optimizer.average = 0.0
   config.optimizer.b1 = 0.9  # of adamw, and so are these
   config.optimizer.b2 = 0.999
   config.optimizer.epsilon = 1e-8
@@ -80,7 +87,9 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.grand_epochs = 1
   config.mimic.scope = "all"  # or "layers"
   config.mimic.engine = "auto"  # or "forward", "per_sample"
-  # How many samples' gradients exist at a time; None: as the engine has it.
+  # How many samples are computed at a time, which saves memory; the gradient is
+  # the whole batch's all the same. With scores their gradients are held one by
+  # one. None: all, or as the engine has it.
   config.mimic.microbatch_size = config_dict.placeholder(int)
   # Refuses losses that depend on batch mates where an engine can't take them.
   config.mimic.check_independence = True

@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # of a set that is no larger than CIFAR-10).
   config.data.mean = ()
   config.data.std = ()
-  config.data.statistics_samples = 256
+  config.data.statistics_samples = 128
   # Which samples to train on: a .npy file of ids, or a selection as .parquet
   # or .csv. Ids are positions in the split or the set's own. None: all.
   config.data.filter = config_dict.placeholder(str)
@@ -86,7 +86,15 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.noise.partial = False
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "mlp"  # "mlp", "convnet", "resnet" or "vit"
+  # "mlp", "convnet", "resnet" or "vit"; or "package.module:Class", a module of
+  # your own by Flax NNX or Linen; experiments/models/outside.py says how.
+  config.model.name = "mlp"
+  # Of a module of your own, as they stand between its constructor's brackets:
+  # "width=64, activation='gelu'".
+  config.model.options = ""
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  # Parameters and losses are float32 in any case.
+  config.model.dtype = config_dict.placeholder(str)
   # Where weights come from that are not initialised: the workdir of a finished
   # run, a .safetensors file (or its folder) or "hf://owner/name". The head is
   # always a new one.
@@ -104,6 +112,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   wanted = config.study.reference
   wanted.model = ""  # model name, for another architecture
   wanted.widths = ()  # of that model
+  wanted.options = ""  # of that model, if it is one of your own
   wanted.train_split = ""
   # Trains it on the very split that everything is tested on: to see what such
   # a reference would be worth, never to report an accuracy.
@@ -121,6 +130,4 @@ def vit() -> config_dict.ConfigDict:
   config.mlp_width = 768
   config.pooling = "mean"  # or "class_token"
   config.norm_epsilon = 1e-6  # of the layer norms
-  # Of the activations, such as "bfloat16"; None is that of the parameters.
-  config.dtype = config_dict.placeholder(str)
   return config

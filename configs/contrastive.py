@@ -90,13 +90,14 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # Published weights to start from: a .safetensors file, its folder or
   # "hf://owner/name".
   config.model.pretrained = config_dict.placeholder(str)
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  config.model.dtype = config_dict.placeholder(str)
   # What shall be other than the size has it.
   config.model.clip = config_dict.ConfigDict()
   for name in _SIZES:
     config.model.clip[name] = config_dict.placeholder(int)
   config.model.clip.activation = config_dict.placeholder(str)
   config.model.clip.norm_epsilon = config_dict.placeholder(float)
-  config.model.clip.dtype = config_dict.placeholder(str)  # of activations
   config.model.clip.remat = config_dict.placeholder(bool)
   config.model.clip.logit_scale = config_dict.placeholder(float)
   config.model.clip.logit_bias = config_dict.placeholder(float)

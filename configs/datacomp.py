@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
       "data.window": 16_384,
       "data.num_threads": 32,
       "model.size": "B/32",
-      "model.clip.dtype": "bfloat16",
+      "model.dtype": "bfloat16",
       "optimizer.learning_rate": 5e-4,
       "optimizer.warmup_steps": 500,
       "optimizer.weight_decay": 0.2,

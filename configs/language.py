@@ -59,6 +59,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   config.model = config_dict.ConfigDict()
   config.model.name = "decoder"
+  # Of the activations, such as "bfloat16"; None is that of the parameters.
+  config.model.dtype = config_dict.placeholder(str)
   config.model.decoder = config_dict.ConfigDict()
   config.model.decoder.width = 32
   config.model.decoder.depth = 2  # blocks
@@ -67,8 +69,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.model.decoder.tied = False  # whether the head is the embedding
   config.model.decoder.activation = "gelu"  # or "quick_gelu"
   config.model.decoder.norm_epsilon = 1e-5
-  # Of the activations, such as "bfloat16"; None is that of the parameters.
-  config.model.decoder.dtype = config_dict.placeholder(str)
 
   config.optimizer.learning_rate = 3e-3
   config.optimizer.weight_decay = 0.01

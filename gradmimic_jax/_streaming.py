@@ -11,6 +11,9 @@ own, over its own rows of every microbatch, and all meet once, at the end:
 gradients are then summed over devices once a step, not once a microbatch.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -122,7 +125,7 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
   sound = jax.tree.map(
     lambda x: _tree.replace_rows(found.valid, x, found.valid), problem.batch
   )
-  split_rows, _ = _microbatches(problem.candidates, microbatch_size)
+  split_rows, _ = microbatches(problem.candidates, microbatch_size)
   stacked = (
     jax.tree.map(split_rows, sound),
     split_rows(weights, fill=0),
@@ -220,7 +223,7 @@ def _no_sums(leaves, groups, names, rows):
 
 def _stack(problem, microbatch_size):
   """Cuts the problem's batch into microbatches; also returns the way back."""
-  split_rows, restore = _microbatches(problem.candidates, microbatch_size)
+  split_rows, restore = microbatches(problem.candidates, microbatch_size)
   size = problem.candidates.size
   for path, leaf in jax.tree_util.tree_leaves_with_path(problem.reference):
     if jnp.shape(leaf)[:1] != (size,):
@@ -244,13 +247,22 @@ def _part(problem, part):
   return problem._replace(**part)
 
 
-def _microbatches(rows, microbatch_size):
+def microbatches(
+  rows: jax.Array, microbatch_size: int
+) -> tuple[Callable[..., jax.Array], Callable[[Any], Any]]:
   """Makes functions of rows `[B, ...]` to microbatches `[K, M, ...]` and back.
 
   Microbatch k takes rows k, K + k, 2K + k, ...: where the batch axis is sharded
   over devices, whose number divides M, each of them has a share of every
   microbatch, and no row moves. The last microbatches are filled up with copies
   of real rows or with `fill`; rows of a sharded batch then do move.
+
+  Args:
+    rows: an array `[B, ...]` that is divided as the batch is.
+    microbatch_size: M, at most; B is less, if there are less rows.
+
+  Returns:
+    `split(leaf, fill=None)`, and the way back for a tree.
   """
   size = rows.size
   m = min(microbatch_size, size)

@@ -324,7 +324,9 @@ class ScoreLedger:
       "fingerprint": row_files.digest(self.fingerprints),
       "first_step": first,
       "last_step": last,
-      "epochs": np.unique(table["epoch"].to_numpy()).tolist(),
+      "epochs": sorted(
+        {epoch for rows in self._buffer for epoch in set(rows.epochs.tolist())}
+      ),
     }
     about["check"] = row_files.checksum([about, len(table)])
     metadata = {row_files.FORMAT: json.dumps(about)}
@@ -458,8 +460,8 @@ class ScoreLedger:
     buffer = sorted(self._buffer, key=lambda rows: rows.steps[0])  # stable
     columns = [
       pa.chunked_array([rows.ids for rows in buffer]),
-      np.concatenate([rows.steps for rows in buffer]),
-      np.concatenate([rows.epochs for rows in buffer]),
+      _as_arrow(np.concatenate([rows.steps for rows in buffer])),
+      _as_arrow(np.concatenate([rows.epochs for rows in buffer])),
     ]
     for field in row_files.FIELDS:
       chunks = [rows.values[field] for rows in buffer]
@@ -468,7 +470,7 @@ class ScoreLedger:
           [
             pa.nulls(len(rows.ids), pa.float32())
             if chunk is None
-            else pa.array(chunk)
+            else _as_arrow(chunk)
             for chunk, rows in zip(chunks, buffer, strict=True)
           ]
         )
@@ -709,7 +711,8 @@ def _checked_ids(ids: np.ndarray, steps: np.ndarray) -> tuple[str, pa.Array]:
       )
     if ids.max() > 2**63 - 1:
       raise ValueError(f"ids holds {ids.max()}, which doesn't fit in int64.")
-    kind, checked = "integer", pa.array(ids.astype(np.int64, copy=True))
+    codes = ids.astype(np.int64, copy=True)
+    kind, checked = "integer", _as_arrow(codes)
   elif ids.dtype.kind in "UTO":
     try:
       # By way of objects: Arrow ends a NumPy string at its first NUL.
@@ -722,10 +725,8 @@ def _checked_ids(ids: np.ndarray, steps: np.ndarray) -> tuple[str, pa.Array]:
     raise TypeError(
       f"ids has dtype {ids.dtype}; expected integers >= 0 or strings."
     )
-  codes = checked
   if kind == "string":
-    codes = pc.dictionary_encode(checked).indices
-  codes = codes.to_numpy(zero_copy_only=False)
+    codes = pc.dictionary_encode(checked).indices.to_numpy()
   order = np.lexsort((codes, steps))
   codes, ordered = codes[order], steps[order]
   twice = (codes[1:] == codes[:-1]) & (ordered[1:] == ordered[:-1])
@@ -737,6 +738,16 @@ def _checked_ids(ids: np.ndarray, steps: np.ndarray) -> tuple[str, pa.Array]:
       " times. Append each sample of a step once; leave padding out."
     )
   return kind, checked
+
+
+def _as_arrow(array: np.ndarray) -> pa.Array:
+  """Takes an array of numbers as Arrow's, without copying it.
+
+  `pa.array` imports pandas, which takes half a second.
+  """
+  buffers = [None, pa.py_buffer(np.ascontiguousarray(array))]
+  kind = pa.from_numpy_dtype(array.dtype)
+  return pa.Array.from_buffers(kind, len(array), buffers)
 
 
 def _numpy_ids(ids: pa.Array) -> np.ndarray:

@@ -111,12 +111,35 @@ class Browser:
       self.events.append(self._receive())
 
   def evaluate(self, expression):
-    """The value of a JavaScript expression."""
+    """The value of a JavaScript expression; a promise's, once it has one."""
     found = self.call(
-      "Runtime.evaluate", expression=expression, returnByValue=True
+      "Runtime.evaluate",
+      expression=expression,
+      returnByValue=True,
+      awaitPromise=True,
+      userGesture=True,
     )
     assert "exceptionDetails" not in found, found
     return found["result"].get("value")
+
+  def press(self, *keys):
+    """Presses keys by their names, such as "k" or "ArrowDown"."""
+    codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38}
+    codes |= {"ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "End": 35}
+    for key in keys:
+      text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+      options = {"key": key, "windowsVirtualKeyCode": codes.get(key, 0)}
+      self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **options)
+      self.call("Input.dispatchKeyEvent", type="keyUp", **options)
+
+  def complaints(self):
+    """What the page logged, or broke on."""
+    kinds = (
+      "Log.entryAdded",
+      "Runtime.exceptionThrown",
+      "Runtime.consoleAPICalled",
+    )
+    return [event for event in self.events if event.get("method") in kinds]
 
   def screenshot(self, path, *, height=None):
     """Writes a PNG file of the window, or of the page down to that height."""

@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import threading
 
 import jax
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 # Virtual devices, for the tests of sharding.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,6 +19,25 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+
+_make_context, _contexts = mlir.make_ir_context, threading.local()
+
+
+def _shared_context():
+  """Returns this thread's context: a new one takes longer than to use it.
+
+  A program that is written while another one is being written needs its own.
+  """
+  try:
+    ir.InsertionPoint.current  # noqa: B018
+  except ValueError:
+    if not hasattr(_contexts, "context"):
+      _contexts.context = _make_context()
+    return _contexts.context
+  return _make_context()
+
+
+mlir.make_ir_context = _shared_context
 
 # How XLA turns programs into machine code: in one piece each, and without the
 # emitters that take four times as long for a faster loop. XLA stops at flags

@@ -1,5 +1,7 @@
 """Directions in function space against their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_toward_outputs_descends_the_divergence(options, mask):
 def test_a_reference_output_that_is_not_finite_does_not_count():
   broken = TARGETS.copy()
   broken[3, 1] = np.nan
-  direction = gm.toward_outputs(outputs_fn)(PARAMS, broken, BATCH)
+  direction = jax.jit(gm.toward_outputs(outputs_fn))(PARAMS, broken, BATCH)
   expected = kl_direction(np.arange(SIZE) != 3)
   np.testing.assert_allclose(direction["w"], expected, atol=1e-6)
 
@@ -160,14 +162,14 @@ def test_what_is_no_losses_or_logits_is_refused():
     return losses_fn(params, batch), losses_fn(params, batch)
 
   with pytest.raises(TypeError, match=r"lambda p, b: losses_fn\(p, b\)\[0\]"):
-    gm.toward_clean_gradient(with_aux)(PARAMS, BATCH, None)
-  direction = gm.toward_outputs(outputs_fn)
+    jax.eval_shape(gm.toward_clean_gradient(with_aux), PARAMS, BATCH, None)
+  direction = functools.partial(jax.eval_shape, gm.toward_outputs(outputs_fn))
   with pytest.raises(ValueError, match="int32"):
     direction(PARAMS, np.zeros(TARGETS.shape, np.int32), BATCH)
   with pytest.raises(ValueError, match=r"shape \(9,\)"):
     direction(PARAMS, TARGETS[:, 0], BATCH)
   with pytest.raises(TypeError, match="outputs_fn returned is a tuple"):
-    gm.toward_outputs(with_aux)(PARAMS, TARGETS, BATCH)
+    jax.eval_shape(gm.toward_outputs(with_aux), PARAMS, TARGETS, BATCH)
 
 
 def test_scores_toward_a_clean_gradient_are_its_influence():

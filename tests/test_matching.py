@@ -266,7 +266,10 @@ def test_nonnegative_least_squares_as_scipy_has_it():
       if start != "empty":
         some = rng.random(size) < 0.5
         x = np.where(chosen & (some | (start == "all")), 1.0, 0)
-      found = NNLS(matrix.T @ matrix, matrix.T @ wanted, chosen, x, x > 0)
+      # Of NumPy: JAX would compile each number of chosen ones.
+      found = np.asarray(
+        NNLS(matrix.T @ matrix, matrix.T @ wanted, chosen, x, x > 0)
+      )
       right, _ = scipy.optimize.nnls(matrix[:, chosen], wanted)
       np.testing.assert_allclose(found[chosen], right, atol=1e-9)
       np.testing.assert_array_equal(found[~chosen], 0)
@@ -282,8 +285,8 @@ def test_pursuit_as_a_plain_loop_has_it(fraction):
       valid = rng.random(size) < 0.8
       ridge = 1e-2 * (rows[valid] ** 2).sum(axis=1).mean()
       gram = np.where(valid[:, None] & valid, rows @ rows.T, 0)
-      found = PURSUE(
-        gram + ridge * np.eye(size), rows @ target, valid, fraction
+      found = np.asarray(
+        PURSUE(gram + ridge * np.eye(size), rows @ target, valid, fraction)
       )
       limit = math.ceil(fraction * valid.sum())
       np.testing.assert_allclose(

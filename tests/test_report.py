@@ -149,16 +149,15 @@ def test_what_data_holds_is_text_wherever_it_stands(
   page = Page(path)
   assert [attrs.get("type") for attrs in page.all("script")] == [
     "application/json",
+    "application/json",
     None,
   ]
   for _, attrs in page.elements:
     assert not [name for name in attrs if name.startswith("on")]
   assert all(a["src"].startswith("data:image/png") for a in page.all("img"))
-  options = [attrs["value"] for attrs in page.all("option")]
   for name in names:
     assert name in page.text
-    assert f"={name}" in options
-  assert "49" not in options
+  assert [name for _, name in page.data["list"]["classes"]] == names
 
 
 def test_nothing_is_fetched(scores, selection, tmp_path):
@@ -229,9 +228,9 @@ def test_large_images_leave_the_page_small(scores, selection, tmp_path):
     selection,
     tmp_path / "b.html",
     dataset={"images": images},
-    max_bytes=120_000,
+    max_bytes=150_000,
   )
-  assert small.stat().st_size <= 120_000
+  assert small.stat().st_size <= 150_000
   assert not Page(small).all("img")
   assert "Images: left out" in Page(small).text
   with pytest.raises(ValueError, match="max_bytes is 5,000"):
@@ -254,7 +253,7 @@ def test_a_hundred_thousand_classes(tmp_path):
     },
   )
   page = Page(path)
-  assert path.stat().st_size < 500_000
+  assert path.stat().st_size < 5_000_000  # ten thousand of them
   assert len(page.data["classes"]) == 100
   assert page.data["matrix"] is None
   assert "the 100 noisiest of 100,000" in page.text

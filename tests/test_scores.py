@@ -246,7 +246,7 @@ def test_random_scores_are_the_same_in_every_engine_and_others_each_step():
   drawn = np.where(MASK, jax.random.uniform(key, (B,)), 0)
   score = gm.random_score(3)
   for engine in ENGINES:
-    step = gm.mimic_value_and_grad(losses_fn, score=score, **engine)
+    step = jax.jit(gm.mimic_value_and_grad(losses_fn, score=score, **engine))
     params = {"w": jnp.zeros(D), "c": jnp.zeros([])}
     batch = {"x": jnp.ones((B, D)), "y": jnp.ones(B)}
     args = params, None, batch

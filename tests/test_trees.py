@@ -57,7 +57,7 @@ NET = Net(jnp.zeros(2), jnp.ones(3))
 def test_a_reference_in_other_containers_is_taken(params, reference):
   same = [ONE, TWO], [TWO, ONE + 1]
   ordered = isinstance(params, list)
-  take = gm.mimic_value_and_grad(losses_fn)
+  take = jax.jit(gm.mimic_value_and_grad(losses_fn))
   (_, info), grads = take(params, reference, BATCH)
   (_, expected), wanted = take(*same, BATCH)
   np.testing.assert_array_equal(info.scores, expected.scores)

@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.vit_b16.vit.depth = 12
   config.vit_b16.vit.heads = 12
   config.vit_b16.vit.mlp_width = 3072
-  config.vit_b16.vit.dtype = "bfloat16"
+  config.vit_b16.dtype = "bfloat16"
 
   # How the ratios grow: one size of a small ViT at a time, the others as in
   # `model`. An empty tuple leaves a size out.
@@ -96,6 +96,7 @@ def _model(name, input_shape):
   config = config_dict.ConfigDict()
   config.name = name
   config.widths = (256, 256)
+  config.dtype = config_dict.placeholder(str)  # of the activations
   config.vit = classification.vit()
   config.input_shape = input_shape
   config.num_classes = 10

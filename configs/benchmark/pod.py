@@ -57,37 +57,35 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   large = {"patch_size": 16, "width": 1024, "heads": 16}
   config.vit_l = _vit(224, 1000, depth=24, dtype="bfloat16", **large)
   # Two blocks of it. Activations in float32: CPUs have no other arithmetic.
-  config.vit_l_2 = _vit(224, 1000, depth=2, dtype="float32", **large)
-  config.vit_tiny = _vit(
-    32, 10, patch_size=8, width=64, depth=1, heads=2, dtype="float32"
-  )
+  config.vit_l_2 = _vit(224, 1000, depth=2, **large)
+  config.vit_tiny = _vit(32, 10, patch_size=8, width=64, depth=1, heads=2)
   config.clip_b = _clip(224, "B/16", dtype="bfloat16")
   config.clip_b_remat = _clip(224, "B/16", dtype="bfloat16", remat=True)
-  two = {"image_depth": 2, "text_depth": 2, "dtype": "float32"}
+  two = {"image_depth": 2, "text_depth": 2}
   config.clip_b_2 = _clip(224, "B/16", **two)
   config.clip_b_2_remat = _clip(224, "B/16", remat=True, **two)
-  config.clip_tiny = _clip(
-    32, "tiny", image_depth=2, text_depth=1, dtype="float32"
-  )
+  config.clip_tiny = _clip(32, "tiny", image_depth=2, text_depth=1)
   return config.lock()
 
 
-def _vit(image_size, num_classes, **sizes):
+def _vit(image_size, num_classes, dtype="float32", **sizes):
   config = config_dict.ConfigDict()
   config.name = "vit"
   config.image_size = image_size  # pixels, both sides
   config.num_classes = num_classes
+  config.dtype = dtype
   config.vit = classification.vit()
   config.vit.update(sizes)
   config.vit.mlp_width = 4 * config.vit.width
   return config
 
 
-def _clip(image_size, size, **fields):
+def _clip(image_size, size, dtype="float32", **fields):
   config = config_dict.ConfigDict()
   config.name = "clip"
   config.image_size = image_size
   config.size = size
+  config.dtype = dtype
   clip = contrastive.get_config().model.clip
   config.clip = clip.copy_and_resolve_references().unlock()
   config.clip.update(fields)

@@ -244,7 +244,7 @@ class Setup:
     """True scores and gradient of a case; all cases' are found at once."""
     if not self._truth:
       wide = self.section.copy_and_resolve_references().unlock()
-      wide.vit.dtype = None
+      wide.dtype = None
       outputs_fn, losses_fn, _ = _model(wide, self.config.seed)
       trees = {False: float64.weights_gap(self.params, self.reference)}
       if "outputs" in self.config.engines:

@@ -47,9 +47,8 @@ class TrainStep:
 def first_step(run: trainer.Run, state: Any) -> TrainStep:
   """A step of a run on its first batch, which the run still has before it."""
   start = run.batches.get_state()
-  batch = next(run.batches)
+  _, *given = run.example(next(run.batches))
   run.batches.set_state(start)
-  _, *given = run.example(batch)
   return TrainStep(run.train_step, state, *given)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
@@ -15,13 +15,7 @@ from gradmimic_jax import _files
 
 # Beside filters: the SHA-256 of each by its name, from the job that wrote it.
 MANIFEST_FILE = "manifest.json"
-_FORMATS: dict[str, Callable[..., np.ndarray]] = {
-  ".npy": gm.export.read_npy,
-  ".parquet": lambda path, **asked: (
-    gm.export.read_parquet(path, **asked).kept_ids
-  ),
-  ".csv": lambda path, **asked: gm.export.read_csv(path, **asked).kept_ids,
-}
+_SUFFIXES = (".npy", ".parquet", ".csv")
 
 
 def fingerprints(
@@ -168,8 +162,9 @@ def apply(
   """Applies the filter in a file to the ids of a data set.
 
   Args:
-    path: of a `.npy` file of ids to keep, or a selection as `.parquet` or
-      `.csv`. Ids are positions, or those in `pool`.
+    path: of a `.npy` file of ids to keep, a selection as `.parquet` or `.csv`,
+      or the decisions (`.csv`) made on the page of one. Ids are positions, or
+      those in `pool`.
     pool: ids [N] of the samples to choose from.
     fingerprints: of the data, which the file's must not contradict.
     noun: the samples, for the error.
@@ -188,18 +183,14 @@ def apply(
       " .npy file of the ids to keep, or a selection as .parquet or .csv."
     )
   suffix = pathlib.Path(path).suffix
-  if suffix not in _FORMATS:
+  if suffix not in _SUFFIXES:
     raise ValueError(
       f"config.data.filter is {path!r}; expected a file that ends with one of"
-      f" {', '.join(_FORMATS)}."
+      f" {', '.join(_SUFFIXES)}."
     )
   try:
     check_manifest(path)
-    ids = _FORMATS[suffix](path, fingerprints=fingerprints)
-    chosen = gm.filters.Filter(ids, path)
-    if chosen.ids.dtype.kind == "i":
-      _check_positions(path, pool)
-      pool = np.arange(len(pool))
+    chosen, pool = _chosen(path, pool, fingerprints)
     applied = chosen.apply(pool)
   except (ValueError, TypeError) as error:
     raise ValueError(f"config.data.filter {path!r}: {error}") from error
@@ -211,9 +202,39 @@ def apply(
   return applied
 
 
-def _check_positions(path, ids):
+def _chosen(path, pool, fingerprints):
+  """Returns the filter in a file, and the pool in its kind of ids."""
+  suffix = pathlib.Path(path).suffix
+  if suffix == ".csv" and gm.decisions.holds_decisions(path):
+    decisions = gm.read_decisions(path)
+    if len(decisions) and decisions.ids.dtype.kind == "i":
+      _check_positions(decisions.unsure, pool)
+      pool = np.arange(len(pool))
+    if left_out := int(decisions.relabelled.sum()):
+      logging.warning(
+        "%d samples in %s have new labels, which a filter can't give them; they"
+        " are left out.",
+        left_out,
+        path,
+      )
+    return gm.filters.of_decisions(decisions, pool), pool
+  if suffix == ".npy":
+    ids = gm.export.read_npy(path, fingerprints=fingerprints)
+  elif suffix == ".parquet":
+    ids = gm.export.read_parquet(path, fingerprints=fingerprints).kept_ids
+  else:
+    ids = gm.export.read_csv(path, fingerprints=fingerprints).kept_ids
+  chosen = gm.filters.Filter(ids, path)
+  if chosen.ids.dtype.kind == "i":
+    _check_positions(
+      suffix == ".csv" and not os.path.exists(path + ".json"), pool
+    )
+    pool = np.arange(len(pool))
+  return chosen, pool
+
+
+def _check_positions(unsure, ids):
   """Refuses integers that a spreadsheet may have made of the set's own ids."""
-  unsure = path.endswith(".csv") and not os.path.exists(path + ".json")
   if unsure and np.strings.isdigit(ids).all():
     raise ValueError(
       "its ids are integers without quotes, and so may be positions, or the"

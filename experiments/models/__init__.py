@@ -1,13 +1,15 @@
-"""Flax NNX models, and the step from a module to plain trees and functions."""
+"""Flax models by name, as plain trees and pure functions."""
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 from ml_collections import config_dict
 
+from experiments.models import apply as apply_lib, outside, transformer
+from experiments.models.apply import Apply
 from experiments.models.convnet import ConvNet
+from experiments.models.efficientnet import EfficientNetLite0
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vit import ViT
@@ -34,6 +36,7 @@ MODELS: dict[
     },
   ),
   "vit": (ViT, lambda config: dict(config.vit)),
+  "efficientnet_lite0": (EfficientNetLite0, lambda config: {}),
 }
 
 
@@ -43,13 +46,14 @@ def create(
   input_shape: tuple[int, ...],
   num_classes: int,
   seed: int,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[Apply, dict[str, Any]]:
   """Makes a model as a pure function and a plain parameter tree.
 
   Args:
     config: `config.model`: `name`, and the model's options among `widths`,
       `blocks_per_stage` and `patch_size` (1 if there is no such field) and
-      `vit`.
+      `vit`; `dtype` of the activations, float32 if there is no such field;
+      `options` of a user's own model, as `outside` describes it.
     input_shape: of one image, `(H, W, C)`.
     num_classes: width of the output.
     seed: of the initialisation.
@@ -59,20 +63,11 @@ def create(
     as nested dicts of arrays.
 
   Raises:
-    ValueError: there is no model of that name or size.
+    ValueError: there is no model of that name or size, or a user's own one
+      fails.
+    ImportError, TypeError: as `outside.create`.
   """
-  graph, state = _split(config, input_shape, num_classes, seed)
-  return _make_apply(graph), nnx.to_pure_dict(state)
-
-
-@programs.once
-def _make_apply(graph):
-  """Makes one function for one architecture: it is compiled once."""
-
-  def apply(params, images):
-    return nnx.merge(graph, params)(images)
-
-  return apply
+  return _create(config, input_shape, num_classes, seed, "__call__")
 
 
 def create_features(
@@ -81,7 +76,7 @@ def create_features(
   input_shape: tuple[int, ...],
   num_classes: int,
   seed: int,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[Apply, dict[str, Any]]:
   """Makes the model up to its head, for features that are computed once.
 
   `apply(params, images)` of `create` is the linear layer `params["head"]` on
@@ -98,38 +93,58 @@ def create_features(
     `create` would give, head included.
 
   Raises:
-    ValueError: there is no model of that name.
+    ValueError, ImportError, TypeError: as `create`.
   """
-  graph, state = _split(config, input_shape, num_classes, seed)
-
-  def features(params, images):
-    return nnx.merge(graph, params).features(images)
-
-  return features, nnx.to_pure_dict(state)
+  return _create(config, input_shape, num_classes, seed, "features")
 
 
 def sizes(config: config_dict.ConfigDict) -> dict[str, Any]:
-  """Returns the model's name, and its options from `config.model`."""
-  return {"name": config.name, **MODELS[config.name][1](config)}
+  """Returns what tells architectures apart: the model's name and options."""
+  if outside.is_outside(config.name):
+    options = outside.parse_options(config.get("options", ""))
+  else:
+    options = MODELS[config.name][1](config)
+  return {"name": config.name, **options}
 
 
-def _split(config, input_shape, num_classes, seed):
-  """Splits the model into graph and state."""
+def fingerprints(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Describes the source of a user's own model; {} for the models here."""
+  if not outside.is_outside(config.name):
+    return {}
+  return {"model": outside.fingerprint(config.name)}
+
+
+def _create(config, input_shape, num_classes, seed, method):
+  if outside.is_outside(config.name):
+    return outside.create(
+      config,
+      input_shape=input_shape,
+      num_classes=num_classes,
+      seed=seed,
+      method=method,
+    )
   if config.name not in MODELS:
     raise ValueError(
       f"config.model.name is {config.name!r}; expected one of"
-      f" {', '.join(MODELS)}."
+      f" {', '.join(MODELS)}, or a Flax module of your own as"
+      " 'package.module:Class'."
     )
   if getattr(config, "size", "") not in ("", "pretrained"):
     raise ValueError(
       f"config.model.size is {config.size!r}; expected '' (as config.model.vit"
       " has it) or 'pretrained' (as the weights have it)."
     )
+  if config.get("options"):
+    raise ValueError(
+      f"config.model.options is {config.options!r}, of models of one's own;"
+      f" expected '' with config.model.name={config.name!r}."
+    )
   module, options = MODELS[config.name]
-  model = module(
-    input_shape=tuple(input_shape),
-    num_classes=num_classes,
-    rngs=nnx.Rngs(seed),
-    **options(config),
-  )
-  return nnx.split(model)
+  with programs.run_once():
+    model = module(
+      input_shape=tuple(input_shape),
+      num_classes=num_classes,
+      rngs=nnx.Rngs(seed),
+      **{**options(config), "dtype": transformer.activations(config)},
+    )
+  return apply_lib.from_nnx(model, config.name, method)

@@ -285,7 +285,8 @@ def create(
   """Makes CLIP as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`, as `options` takes it.
+    config: `config.model`, as `options` takes it; and `dtype`, of the
+      activations.
     input_shape: of one image, `(H, W, C)`.
     seed: of the initialisation.
 
@@ -297,7 +298,10 @@ def create(
     ValueError: an unknown size, field or activation, or sizes that don't fit.
   """
   model = CLIP(
-    input_shape=tuple(input_shape), rngs=nnx.Rngs(seed), **options(config)
+    input_shape=tuple(input_shape),
+    rngs=nnx.Rngs(seed),
+    dtype=transformer.activations(config),
+    **options(config),
   )
   graph, state = nnx.split(model)
   return _make_apply(graph), nnx.to_pure_dict(state)
@@ -339,7 +343,7 @@ def options(config: config_dict.ConfigDict) -> dict[str, Any]:
     if value is not None
   }
   fields = set(inspect.signature(CLIP.__init__).parameters)
-  fields -= {"self", "input_shape", "rngs"}
+  fields -= {"self", "input_shape", "rngs", "dtype"}
   unknown = sorted(given.keys() - fields)
   if unknown:
     raise ValueError(

@@ -5,7 +5,7 @@ import itertools
 import jax
 from flax import nnx
 
-from experiments.models import patches
+from experiments.models import patches, transformer
 
 
 class ConvNet(nnx.Module):
@@ -27,6 +27,7 @@ class ConvNet(nnx.Module):
     num_classes: int,
     rngs: nnx.Rngs,
     patch_size: int = 1,
+    dtype: str | None = None,
   ):
     patches.check(input_shape, patch_size, "model.patch_size")
     if any(width % 8 for width in widths):
@@ -37,16 +38,18 @@ class ConvNet(nnx.Module):
     self.patch_size = patch_size
     channels = (input_shape[-1] * patch_size**2, *widths)
     self.stages = nnx.List(
-      nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
+      nnx.Conv(a, b, (3, 3), dtype=dtype, rngs=rngs)
+      for a, b in itertools.pairwise(channels)
     )
     self.norms = nnx.List(
-      nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths
+      nnx.GroupNorm(width, num_groups=8, dtype=dtype, rngs=rngs)
+      for width in widths
     )
-    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+    self.head = nnx.Linear(channels[-1], num_classes, dtype=dtype, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
-    return self.head(self.features(images))
+    return transformer.widen(self.head(self.features(images)))
 
   def features(self, images: jax.Array) -> jax.Array:
     """Maps images to the head's input, `[B, widths[-1]]`."""
@@ -54,4 +57,4 @@ class ConvNet(nnx.Module):
     for conv, norm in zip(self.stages, self.norms, strict=True):
       hidden = jax.nn.relu(norm(conv(hidden)))
       hidden = nnx.avg_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
-    return hidden.mean(axis=(1, 2))
+    return transformer.widen(hidden).mean(axis=(1, 2))

@@ -140,7 +140,8 @@ def create(
   """Makes a decoder as a pure function and a plain parameter tree.
 
   Args:
-    config: `config.model`: `decoder`, with the options of `Decoder`.
+    config: `config.model`: `decoder`, with the options of `Decoder`, and
+      `dtype`, of the activations.
     vocab_size: number of tokens, V.
     context_length: the most tokens that a sequence may have.
     seed: of the initialisation.
@@ -156,7 +157,7 @@ def create(
     vocab_size=vocab_size,
     context_length=context_length,
     rngs=nnx.Rngs(seed),
-    **dict(config.decoder),
+    **{**config.decoder, "dtype": transformer.activations(config)},
   )
   graph, state = nnx.split(model)
   return _make_apply(graph), nnx.to_pure_dict(state)

@@ -1,19 +1,23 @@
 """Initial parameters: new ones, or weights that are there already."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
 from experiments.models.pretrained import (
   clip as clip_pretrained,
+  efficientnet,
   vit as pretrained,
 )
 from experiments.runtime import checkpoint, hub, workdir as workdir_lib
+
+# The models whose published weights can be read.
+PUBLISHED = {"vit": pretrained, "efficientnet_lite0": efficientnet}
 
 
 def create(
@@ -23,7 +27,7 @@ def create(
   num_classes: int,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates a model as `models.create`, with weights from `config.pretrained`.
 
   Args:
@@ -38,34 +42,75 @@ def create(
 
   Returns:
     `apply(params, images [B, H, W, C]) -> logits [B, num_classes]`, and params.
+    Statistics are those of the weights, too.
 
   Raises:
     ValueError: weights of another architecture or of other images, or an
-      unfinished run's.
+      unfinished run's; or a model whose head has another name.
     FileNotFoundError: weights that are not there.
   """
   source = config.get("pretrained")
-  if source is not None and not is_run(source):
+  if source is not None and not is_run(source) and config.name == "vit":
     config = pretrained.sized(config, channels=input_shape[-1])
   apply, params = models.create(
     config, input_shape=input_shape, num_classes=num_classes, seed=seed
   )
   params = place(params)
+  if apply.statistics != ():  # else the function is one for all runs
+    apply = dataclasses.replace(apply, statistics=place(apply.statistics))
   if source is None:
     return apply, params
-  if is_run(source):
-    loaded = _load_run(pathlib.Path(source), config, tuple(input_shape), place)
-  elif config.name != "vit":
+  if "head" not in params:
     raise ValueError(
-      f"config.model.pretrained is {source!r} and config.model.name"
-      f" {config.name!r}; expected the workdir of a finished run of that model,"
-      " or published weights and config.model.name='vit'."
+      f"config.model.pretrained is {source!r}, and {config.name} has no layer"
+      f" head (its top level is {', '.join(params)}); expected the last layer"
+      " by that name, which is made anew."
     )
+  if is_run(source):
+    loaded, statistics = _load_run(
+      pathlib.Path(source), config, tuple(input_shape), place
+    )
+    apply = dataclasses.replace(apply, statistics=statistics)
   else:
-    loaded = pretrained.load(
-      source, params, input_shape=input_shape, options=config.vit.to_dict()
-    )
+    loaded = load_published(source, params, config, input_shape=input_shape)
   return apply, {**loaded, "head": params["head"]}
+
+
+def load_published(
+  source: str,
+  like: Any,
+  config: config_dict.ConfigDict,
+  *,
+  input_shape: tuple[int, ...],
+) -> Any:
+  """Loads published weights as a model's parameters.
+
+  Args:
+    source: a safetensors file, its folder, or a hub's name.
+    like: the parameters that `models.create` gives.
+    config: `config.model`.
+    input_shape: of one image, `(H, W, C)`.
+
+  Returns:
+    A tree like `like`.
+
+  Raises:
+    ValueError: weights of another architecture, or a model of which none are
+      published.
+    FileNotFoundError: weights that are not there.
+  """
+  if config.name == "efficientnet_lite0":
+    return efficientnet.load(source, like)
+  if config.name == "vit":
+    return pretrained.load(
+      source, like, input_shape=input_shape, options=config.vit.to_dict()
+    )
+  raise ValueError(
+    f"config.model.pretrained is {source!r} and config.model.name"
+    f" {config.name!r}; expected the workdir of a finished run of that model,"
+    " or published weights of a "
+    f"{' or '.join(map(repr, PUBLISHED))} and that name."
+  )
 
 
 def sized(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -106,7 +151,7 @@ def for_data(
   *,
   seed: int,
   place: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[models.Apply, dict[str, Any]]:
   """Creates the model for the images and classes of classification's data."""
   return create(
     config,
@@ -117,11 +162,12 @@ def for_data(
   )
 
 
-def scaling(source: str) -> tuple[list[float], list[float]]:
+def scaling(source: str, name: str = "vit") -> tuple[list[float], list[float]]:
   """Finds the mean and deviation by which weights expect images to be scaled.
 
   Args:
     source: as `config.model.pretrained`, but not None.
+    name: `config.model.name`, of published weights.
 
   Returns:
     Mean and standard deviation per channel, of pixels scaled to [0, 1]. Where
@@ -134,7 +180,7 @@ def scaling(source: str) -> tuple[list[float], list[float]]:
   if is_run(source):
     shown = shown_to(pathlib.Path(source))
     return shown["mean"], shown["std"]
-  wanted = pretrained.preprocessing(source)
+  wanted = PUBLISHED.get(name, pretrained).preprocessing(source)
   if wanted.interpolation != "bilinear" or wanted.crop_fraction != 1:
     logging.warning(
       "%s asks for %s images of which the middle %.3g is kept; they are resized"
@@ -176,10 +222,13 @@ def _load_run(folder, config, input_shape, place):
       f" {models.sizes(theirs)} for images {tuple(shown['shape'])}; expected"
       f" {models.sizes(config)} for images {input_shape}."
     )
-  _, like = models.create(
+  apply, like = models.create(
     config,
     input_shape=input_shape,
     num_classes=shown["num_classes"],
     seed=0,
   )
-  return checkpoint.load_params(folder, place(like))
+  return (
+    checkpoint.load_params(folder, place(like)),
+    checkpoint.load_statistics(folder, place(apply.statistics)),
+  )

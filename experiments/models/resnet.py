@@ -5,7 +5,7 @@ import itertools
 import jax
 from flax import nnx
 
-from experiments.models import patches
+from experiments.models import patches, transformer
 
 GROUPS = 8  # of the normalisation
 
@@ -41,6 +41,7 @@ class ResNet(nnx.Module):
     rngs: nnx.Rngs,
     blocks_per_stage: int = 1,
     patch_size: int = 1,
+    dtype: str | None = None,
   ):
     """Initialises the parameters, float32.
 
@@ -51,6 +52,7 @@ class ResNet(nnx.Module):
       rngs: of the initialisation.
       blocks_per_stage: residual blocks, of two convolutions each.
       patch_size: pixels taken together, in each direction.
+      dtype: of the activations; None is that of the parameters.
 
     Raises:
       ValueError: no widths or no blocks, widths that can't be normalised, or
@@ -68,24 +70,27 @@ class ResNet(nnx.Module):
       )
     patches.check(input_shape, patch_size, "model.patch_size")
     self.patch_size = patch_size
-    self.stem = _conv(input_shape[-1] * patch_size**2, widths[0], 3, 1, rngs)
-    self.stem_norm = _norm(widths[0], rngs)
+    self.stem = _conv(
+      input_shape[-1] * patch_size**2, widths[0], 3, 1, dtype, rngs
+    )
+    self.stem_norm = _norm(widths[0], dtype, rngs)
     stages = []
     for number, (inputs, width) in enumerate(
       itertools.pairwise((widths[0], *widths))
     ):
-      first = Block(inputs, width, stride=2 if number else 1, rngs=rngs)
+      stride = 2 if number else 1
+      first = Block(inputs, width, stride=stride, dtype=dtype, rngs=rngs)
       rest = (
-        Block(width, width, stride=1, rngs=rngs)
+        Block(width, width, stride=1, dtype=dtype, rngs=rngs)
         for _ in range(blocks_per_stage - 1)
       )
       stages.append(nnx.List([first, *rest]))
     self.stages = nnx.List(stages)
-    self.head = nnx.Linear(widths[-1], num_classes, rngs=rngs)
+    self.head = nnx.Linear(widths[-1], num_classes, dtype=dtype, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
-    return self.head(self.features(images))
+    return transformer.widen(self.head(self.features(images)))
 
   def features(self, images: jax.Array) -> jax.Array:
     """Maps images to the head's input, `[B, widths[-1]]`."""
@@ -94,21 +99,29 @@ class ResNet(nnx.Module):
     for stage in self.stages:
       for block in stage:
         hidden = block(hidden)
-    return hidden.mean(axis=(1, 2))
+    return transformer.widen(hidden).mean(axis=(1, 2))
 
 
 class Block(nnx.Module):
   """Two 3x3 convolutions, each with a norm, added to the input."""
 
-  def __init__(self, inputs: int, width: int, *, stride: int, rngs: nnx.Rngs):
-    self.conv1 = _conv(inputs, width, 3, stride, rngs)
-    self.norm1 = _norm(width, rngs)
-    self.conv2 = _conv(width, width, 3, 1, rngs)
-    self.norm2 = _norm(width, rngs)
+  def __init__(
+    self,
+    inputs: int,
+    width: int,
+    *,
+    stride: int,
+    dtype: str | None,
+    rngs: nnx.Rngs,
+  ):
+    self.conv1 = _conv(inputs, width, 3, stride, dtype, rngs)
+    self.norm1 = _norm(width, dtype, rngs)
+    self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
+    self.norm2 = _norm(width, dtype, rngs)
     self.changes_shape = stride > 1 or inputs != width
     if self.changes_shape:
-      self.shortcut = _conv(inputs, width, 1, stride, rngs)
-      self.shortcut_norm = _norm(width, rngs)
+      self.shortcut = _conv(inputs, width, 1, stride, dtype, rngs)
+      self.shortcut_norm = _norm(width, dtype, rngs)
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """Maps `[B, H, W, inputs]` to `[B, H / stride, W / stride, width]`."""
@@ -119,17 +132,18 @@ class Block(nnx.Module):
     return jax.nn.relu(hidden + change)
 
 
-def _conv(inputs, outputs, size, stride, rngs):
+def _conv(inputs, outputs, size, stride, dtype, rngs):
   return nnx.Conv(
     inputs,
     outputs,
     (size, size),
     strides=stride,
     use_bias=False,  # the norm that follows has one
+    dtype=dtype,
     kernel_init=nnx.initializers.he_normal(),
     rngs=rngs,
   )
 
 
-def _norm(width, rngs):
-  return nnx.GroupNorm(width, num_groups=GROUPS, rngs=rngs)
+def _norm(width, dtype, rngs):
+  return nnx.GroupNorm(width, num_groups=GROUPS, dtype=dtype, rngs=rngs)

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from ml_collections import config_dict
 
 Initializer = Callable[..., jax.Array]
 
@@ -172,6 +174,31 @@ def norm(
 ) -> nnx.LayerNorm:
   """Makes a layer norm over the last axis."""
   return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def activations(config: config_dict.ConfigDict) -> str | None:
+  """Reads the dtype of a model's activations; None is that of its parameters.
+
+  Args:
+    config: `config.model`, with `dtype` or without.
+
+  Returns:
+    The dtype's name.
+
+  Raises:
+    ValueError: there is no floating dtype of that name.
+  """
+  name = config.get("dtype")
+  try:
+    known = name is None or jnp.issubdtype(jnp.dtype(name), np.inexact)
+  except TypeError:
+    known = False
+  if not known:
+    raise ValueError(
+      f"config.model.dtype is {name!r}; expected 'bfloat16', 'float16',"
+      " 'float32', or None for that of the parameters."
+    )
+  return name
 
 
 def widen(values: jax.Array) -> jax.Array:

@@ -350,7 +350,11 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def load_params(
-  workdir: pathlib.Path, like: Any, *, step: int | None = None
+  workdir: pathlib.Path,
+  like: Any,
+  *,
+  step: int | None = None,
+  averaged: bool = True,
 ) -> Any:
   """Loads the parameters of a finished run.
 
@@ -359,6 +363,8 @@ def load_params(
     like: a parameter tree of the structure, shapes and shardings that are
       expected. Every device reads its own part only.
     step: the step of the checkpoint; None is the newest.
+    averaged: whether to take the average over the steps, which the run was
+      evaluated by, where it kept one; False takes the step's own.
 
   Returns:
     The checkpoint's parameters.
@@ -368,6 +374,37 @@ def load_params(
     ValueError: the checkpoint's parameters have other paths or shapes, or are
       not finite.
   """
+  return _load(workdir, like, step, averaged, ("params",))
+
+
+def load_statistics(
+  workdir: pathlib.Path,
+  like: Any,
+  *,
+  step: int | None = None,
+  averaged: bool = True,
+) -> Any:
+  """Loads what a finished run's model carries besides its parameters.
+
+  Args:
+    workdir: the run's folder.
+    like: as `load_params` takes it; `()`: there is nothing.
+    step: the step of the checkpoint; None is the newest.
+    averaged: as in `load_params`.
+
+  Returns:
+    The checkpoint's statistics.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_params`.
+  """
+  if like == ():
+    return ()
+  return _load(workdir, like, step, averaged, ("model_state", "statistics"))
+
+
+def _load(workdir, like, step, averaged, names):
+  """Loads the part of a run's state that these names lead to."""
   folder = pathlib.Path(workdir).absolute() / FOLDER
   if not folder.is_dir():
     raise FileNotFoundError(
@@ -392,7 +429,7 @@ def load_params(
   _check_owner(pathlib.Path(workdir), folder / str(step))
   path = epath.Path(folder / str(step) / "state")
   try:
-    return _read(path, like, workdir)
+    return _read(path, like, workdir, averaged, names)
   except (ValueError, TypeError) as error:
     with _files.named(path):  # not all of orbax's errors say where
       raise error
@@ -412,24 +449,29 @@ def _check_owner(workdir, folder):
     )
 
 
-def _read(path, like, workdir):
-  """Reads a checkpoint's parameters in containers and shardings like `like`.
+def _read(path, like, workdir, averaged, names):
+  """Reads a part of a checkpoint in containers and shardings like `like`.
 
   orbax turns integer keys to text.
   """
   handler = ocp.PyTreeCheckpointHandler()
-  stored = handler.metadata(path).tree["params"]
+  stored = handler.metadata(path).tree
+  if averaged and stored.get("average"):
+    names = ("average", names[-1])
+  for name in names:
+    # A model of another kind has none of that.
+    stored = stored.get(name, {}) if isinstance(stored, dict) else {}
   flat, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {_name(place): leaf for place, leaf in flat}
   theirs, their_structure = jax.tree_util.tree_flatten_with_path(stored)
-  names = [_name(place) for place, _ in theirs]
-  odd = sorted(wanted.keys() ^ set(names))
+  paths = [_name(place) for place, _ in theirs]
+  odd = sorted(wanted.keys() ^ set(paths))
   if odd:
     raise ValueError(
       f"the checkpoint in {workdir} is of another architecture: parameters"
       f" {', '.join(odd[:8])} are in one of the two only."
     )
-  for name, (_, leaf) in zip(names, theirs, strict=True):
+  for name, (_, leaf) in zip(paths, theirs, strict=True):
     if tuple(leaf.shape) != np.shape(wanted[name]):
       raise ValueError(
         f"the checkpoint in {workdir} is of another architecture: {name} has"
@@ -437,18 +479,20 @@ def _read(path, like, workdir):
         f" {np.shape(wanted[name])}."
       )
   hows = jax.tree.unflatten(
-    their_structure, [_how(wanted[name]) for name in names]
+    their_structure, [_how(wanted[name]) for name in paths]
   )
+  for name in reversed(names):
+    stored, hows = {name: stored}, {name: hows}
   found = handler.restore(
     path,
     args=ocp.args.PyTreeRestore(
-      item={"params": stored},
-      restore_args={"params": hows},
-      partial_restore=True,
+      item=stored, restore_args=hows, partial_restore=True
     ),
-  )["params"]
+  )
+  for name in names:
+    found = found[name]
   leaves = dict(
-    zip(names, map(jnp.asarray, jax.tree.leaves(found)), strict=True)
+    zip(paths, map(jnp.asarray, jax.tree.leaves(found)), strict=True)
   )
   sound = jax.device_get({name: _is_finite(x) for name, x in leaves.items()})
   for place, _ in flat:

@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -115,10 +115,22 @@ class MetricsWriter:
       lines = "".join(f"    {line}\n" for line in about.splitlines())
       self._events.add_text("config", lines, first_step)  # code, in Markdown
 
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Writes one line, `{"step": step, **scalars}`."""
+  def write(
+    self, step: int, scalars: Mapping[str, float], *, later: bool = False
+  ) -> None:
+    """Writes one line, `{"step": step, **scalars}`.
+
+    Args:
+      step: the step.
+      scalars: numbers by name.
+      later: whether they are shown with the next summary, not at once.
+    """
     self._file.write(_line({"step": step, **scalars}))
-    self._show(step, scalars)
+    if not later:
+      self._show(step, scalars)
+      return
+    for name, value in scalars.items():
+      self._means.setdefault(name, []).append(np.array([value]))
 
   def write_steps(self, first: int, columns: Mapping[str, Any]) -> None:
     """Writes a line for each of several steps.
@@ -136,20 +148,20 @@ class MetricsWriter:
     for name, column in columns.items():
       self._means.setdefault(name, []).append(np.asarray(column, float))
 
-  def summarize(self, step: int, scores: Sequence[np.ndarray] = ()) -> None:
+  def summarize(self, step: int, scores: np.ndarray) -> None:
     """Sends TensorBoard and the sink the means of the steps since last time.
 
     Args:
       step: the last of these steps.
-      scores: of samples, arrays [n] of which TensorBoard gets a histogram.
+      scores: of samples, [n]; TensorBoard gets a histogram of those that are
+        finite.
     """
     means = {
       name: _mean(np.concatenate(parts)) for name, parts in self._means.items()
     }
     self._means.clear()
     self._show(step, means)
-    if scores:
-      self._events.add_histogram("train/score", np.concatenate(scores), step)
+    self._events.add_histogram("train/score", scores, step)
 
   def _show(self, step, scalars):
     self._events.add_scalars(scalars, step)
@@ -254,13 +266,15 @@ def group(name: str) -> str:
 class Silence:
   """Takes the calls of `MetricsWriter`, and keeps nothing."""
 
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+  def write(
+    self, step: int, scalars: Mapping[str, float], *, later: bool = False
+  ) -> None:
     """Does nothing."""
 
   def write_steps(self, first: int, columns: Mapping[str, Any]) -> None:
     """Does nothing."""
 
-  def summarize(self, step: int, scores: Sequence[np.ndarray] = ()) -> None:
+  def summarize(self, step: int, scores: np.ndarray) -> None:
     """Does nothing."""
 
   def flush(self) -> None:

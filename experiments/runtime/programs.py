@@ -1,10 +1,12 @@
 """Programs that are made once a process, however many runs need them."""
 
 import collections
+import contextlib
 import functools
+import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +20,25 @@ _BYTES_ON_DISK = 1 << 30
 Made = TypeVar("Made")
 
 
+@contextlib.contextmanager
+def run_once() -> Iterator[None]:
+  """Compiles what the block runs quickly, not for speed: on CPUs alone.
+
+  Random numbers of a few shapes take LLVM seconds to optimize, and
+  milliseconds to draw.
+
+  Yields:
+    Nothing.
+  """
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, before or jax.default_backend() == "cpu")
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+
+
 def keep_on_disk(folder: str | os.PathLike[str]) -> None:
   """Keeps compiled programs in a folder, for later processes.
 
@@ -25,14 +46,16 @@ def keep_on_disk(folder: str | os.PathLike[str]) -> None:
   JAX has a folder already, as by `JAX_COMPILATION_CACHE_DIR`, that one stays.
 
   Args:
-    folder: made with the first program. It keeps 1 GiB, those used last.
+    folder: made with the first program. It keeps 1 GiB, those used last, where
+      the package filelock is installed; anything otherwise.
   """
   if jax.config.values["jax_compilation_cache_dir"]:
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  jax.config.update("jax_compilation_cache_max_size", _BYTES_ON_DISK)
+  if importlib.util.find_spec("filelock"):  # which JAX needs for the limit
+    jax.config.update("jax_compilation_cache_max_size", _BYTES_ON_DISK)
 
 
 def once(make: Callable[..., Made]) -> Callable[..., Made]:

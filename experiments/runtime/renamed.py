@@ -39,6 +39,9 @@ CONFIGS = {
 FIELDS = {
   "samples_seen": "num_samples",
   "eval_every": "eval_every_steps",
+  "model.clip.dtype": "model.dtype",
+  "model.decoder.dtype": "model.dtype",
+  "model.vit.dtype": "model.dtype",
   "checkpoint.keep_every": (
     "checkpoint.keep_every_epochs (of image-text pairs: keep_every_steps)"
   ),

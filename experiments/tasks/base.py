@@ -27,10 +27,15 @@ class Aux(NamedTuple):
 
   hits: jax.Array  # bool [B]
   outputs: Any  # the learner's
+  statistics: Any = ()  # the model's new ones, where training makes some
 
 
 class Outputs(NamedTuple):
-  """The learner's and the reference's outputs, as a task sees them."""
+  """The learner's and the reference's outputs, as a task sees them.
+
+  A model with statistics takes them as the keyword argument `statistics`,
+  wherever `(params, batch)` is written here.
+  """
 
   of: Callable[..., Any]  # (params, batch) -> the learner's outputs
   # (outputs, batch) -> losses [B] and hits [B]
@@ -41,12 +46,24 @@ class Outputs(NamedTuple):
   # (the reference's outputs, outputs, batch) -> [B]; None: there are none.
   divergences: Callable[[Any, Any, Any], jax.Array] | None = None
   coupled: bool = False  # True if losses depend on batch mates
+  # (params, batch) -> the learner's outputs and its new statistics, for a batch
+  # in training: one with random keys `[B]` by the name of `key`. None: training
+  # is as evaluation.
+  train: Callable[..., tuple[Any, Any]] | None = None
+  # What of the model's statistics makes a sample's loss in training depend on
+  # its batch mates, for messages; "": nothing.
+  couples: str = ""
 
-  def losses_fn(self, params: Any, batch: Any) -> tuple[jax.Array, Aux]:
+  def losses_fn(
+    self, params: Any, batch: Any, **variables: Any
+  ) -> tuple[jax.Array, Aux]:
     """Computes losses `[B]` and `Aux`, in one forward pass."""
-    outputs = self.of(params, batch)
+    if self.train is not None and "key" in batch:
+      outputs, statistics = self.train(params, batch, **variables)
+    else:
+      outputs, statistics = self.of(params, batch, **variables), ()
     losses, hits = self.losses_and_hits(outputs, batch)
-    return losses, Aux(hits, outputs)
+    return losses, Aux(hits, outputs, statistics)
 
 
 class Reference(NamedTuple):
@@ -126,8 +143,11 @@ class Task(abc.ABC):
     devices: the devices that it computes on.
     data: the run's, of a type of the task's own.
     params: the learner's, before the first step, on the devices.
-    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    losses_fn: `(params, batch) -> (losses [B], hits [B])`; with the keyword
+      argument `statistics`, where the model has some.
     outputs: the functions of the model's outputs.
+    statistics: what the model carries besides its parameters, before the first
+      step, on the devices; `()`: nothing.
     batches: training batches, with grain's `get_state` and `set_state`.
     steps_per_epoch: batches in a pass over the data; None: it has no end.
     fingerprints: of all that a run depends on beside config and reference.
@@ -155,6 +175,7 @@ class Task(abc.ABC):
   devices: distributed.Devices
   data: Any
   params: Any
+  statistics: Any = ()
   losses_fn: Callable[..., Any]
   outputs: Outputs
   batches: Any
@@ -316,8 +337,16 @@ class Task(abc.ABC):
     """Goes over all training samples once, in order, from a batch on."""
 
   @abc.abstractmethod
-  def evaluate(self, params: Any) -> dict[str, float]:
-    """Computes the metrics of parameters, by the names to write them under."""
+  def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
+    """Computes the metrics of parameters, by the names to write them under.
+
+    Args:
+      params: the parameters.
+      **variables: `statistics`, where the model has some.
+
+    Returns:
+      Metrics by name.
+    """
 
   def check_losses_fn(self) -> Callable[..., Any]:
     """Returns `losses_fn` for the batch that a reference is checked on."""

@@ -13,21 +13,22 @@ from experiments.runtime import prefetch, programs
 def make_eval_step(
   losses_fn: Callable[..., Any],
   expand: Callable[[Any, Any], Any] | None = None,
-) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+) -> Callable[..., dict[str, jax.Array]]:
   """Makes a jitted step that sums up a batch's losses and hits.
 
   Args:
-    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    losses_fn: `(params, batch, **variables) -> (losses [B], hits [B])`.
     expand: as `Task.expand`; None: batches come as losses_fn takes them.
 
   Returns:
-    `eval_step(params, batch, resident) -> {"loss", "hits", "count"}`.
+    `eval_step(params, batch, resident, **variables) -> {"loss", "hits",
+    "count"}`.
   """
 
-  def eval_step(params, batch, resident):
+  def eval_step(params, batch, resident=None, **variables):
     if expand is not None:
       batch = expand(batch, resident)
-    losses, hits = losses_fn(params, batch)
+    losses, hits = losses_fn(params, batch, **variables)
     mask = batch["mask"]
     return {
       "loss": jnp.sum(jnp.where(mask, losses, 0)),
@@ -39,10 +40,11 @@ def make_eval_step(
 
 
 def evaluate(
-  eval_step: Callable[[Any, Any, Any], dict[str, jax.Array]],
+  eval_step: Callable[..., dict[str, jax.Array]],
   params: Any,
   batches: Iterable[Any],
   resident: Any = None,
+  **variables: Any,
 ) -> dict[str, float]:
   """Computes mean loss and accuracy over all batches.
 
@@ -51,12 +53,15 @@ def evaluate(
     params: the model's.
     batches: on the devices when they are asked for; at most two exist at once.
     resident: for `expand`.
+    **variables: for the losses.
 
   Returns:
     `loss` and `accuracy`.
   """
   sums = [
-    *prefetch.bounded(eval_step(params, batch, resident) for batch in batches)
+    *prefetch.bounded(
+      eval_step(params, batch, resident, **variables) for batch in batches
+    )
   ]
   total = jax.tree.map(lambda *xs: float(sum(xs)), *sums)
   return {

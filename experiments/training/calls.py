@@ -160,6 +160,7 @@ def make(
   outputs: Outputs | None,
   expand: Callable[[Any, Any], Any] | None,
   *,
+  average: float = 0.0,
   out_shardings: Any = None,
 ) -> tuple[jax.stages.Wrapped, Callable[[int, bool], Call]]:
   """Makes a run's step, and calls of several; once for equal arguments.
@@ -171,6 +172,7 @@ def make(
     config: `config.mimic`.
     outputs: the task's.
     expand: the task's; None: batches come as the model takes them.
+    average: decay of the exponential average.
     out_shardings: of one step's results.
 
   Returns:
@@ -185,6 +187,7 @@ def make(
     config,
     outputs,
     expand=expand,
+    average=average,
     out_shardings=out_shardings,
   )
   return step, programs.once(

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
+from experiments import models
 from experiments.data import stream
 from experiments.models import initial
 from experiments.runtime import (
@@ -96,13 +97,18 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
   for run in range(runs):
     seed = _FIRST_SEED + config.seed * runs + run
     apply, params = initial.for_data(config.model, data, seed=seed)
-    made.append((seed, params))
+    made.append((seed, params, apply.statistics))
   # One compilation for all: the runs differ in their parameters only.
   losses_fn = classification.make_losses_fn(apply)
-  train_step = steps.make_train_step(losses_fn, tx, None, config.mimic)
+  outputs = classification.make_outputs(
+    classification.make_outputs_fn(apply), apply
+  )
+  train_step = steps.make_train_step(losses_fn, tx, None, config.mimic, outputs)
   norms_fn = jax.jit(
     gm.mimic_scores(
-      lambda params, batch: losses_fn(params, batch)[0],
+      lambda params, batch, **variables: losses_fn(params, batch, **variables)[
+        0
+      ],
       layers=config.mimic.layers,
       score="gradient_norm",
     )
@@ -114,8 +120,9 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
     return expand(shown, data.train.resident)
 
   total = np.zeros(len(rows))
-  for seed, params in made:
-    state = steps.init_state(params, tx)
+  for seed, params, statistics in made:
+    model_state = steps.make_model_state(outputs, statistics, seed)
+    state = steps.init_state(params, tx, model_state)
     if epochs:
       for batch in stream.train_batches(
         data.train,
@@ -127,8 +134,9 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
         augmentation=data.augmentation,
       ):
         state, _ = train_step(state, None, seen(batch))
+    params, variables = steps.evaluated(state)
     found = [
-      norms_fn(state.params, None, seen(batch)).scores
+      norms_fn(params, None, seen(batch), **variables).scores
       for batch in stream.eval_batches(
         data.train,
         labels,
@@ -166,7 +174,7 @@ def fingerprint(config: config_dict.ConfigDict, data: Data) -> str:
     _FIRST_SEED,
     _counts(config),
     fields["mimic"]["layers"],
-    fields["model"],
+    fields["model"] | models.fingerprints(config.model),
     started,
     fields["optimizer"],
     min(config.batch_size, config.eval_batch_size),

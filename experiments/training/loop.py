@@ -131,7 +131,7 @@ def run(
     take: `(step, prefetch.Read) -> Taken`, called while the call before runs:
       puts the batches on the devices.
     resident: goes into every call.
-    evaluate: `params -> {name: number}`, to be written as they are named.
+    evaluate: `TrainState -> {name: number}`, to be written as they are named.
     ledger: for the scores; None where the method has none.
     about: the config as a text, for TensorBoard.
     sink: gets the metrics, too.
@@ -203,7 +203,7 @@ def run(
         log.drain(reader.waited if reader else 0.0)
       if evaluating and not leaving:
         watchdog.sign()
-        evaluation = evaluate(state.params)
+        evaluation = evaluate(state)
         metrics.write(step, evaluation)
       if saving:
         watchdog.sign()

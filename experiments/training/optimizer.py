@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
+from gradmimic_jax import layers
+
 _SCHEDULES = ("cosine", "constant")
-# Parameters that decay: all, or those of two axes and more.
+# Parameters that decay: all, or those of two axes and more; anything else is a
+# regular expression.
 _DECAYING = {
   "all": None,
   "matrices": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
@@ -24,24 +27,26 @@ def create(
   """Creates the optimizer of `config.optimizer`.
 
   Args:
-    config: `name`, `learning_rate`, `schedule`, `warmup_steps`, `weight_decay`
-      and `decaying`; `b1`, `b2` and `epsilon` of AdamW.
+    config: `name`, `learning_rate`, `schedule`, `warmup_steps`, `clip_norm`,
+      `weight_decay` and `decaying`; `b1`, `b2` and `epsilon` of AdamW.
     total_steps: of the run.
     last: closes the chain, such as a transformation that bounds a parameter.
 
   Returns:
-    An optax transformation over averaged gradients.
+    An optax transformation over averaged gradients. Its `init` raises
+    ValueError for a pattern of paths that matches nothing.
 
   Raises:
-    ValueError: there is no optimizer, schedule or choice of that name.
+    ValueError: there is no optimizer or schedule of that name, or a number
+      makes no sense.
   """
   rate = _learning_rate(config, total_steps)
-  if config.decaying not in _DECAYING:
+  if config.clip_norm < 0:
     raise ValueError(
-      f"config.optimizer.decaying is {config.decaying!r}; expected one of"
-      f" {', '.join(_DECAYING)}."
+      f"config.optimizer.clip_norm is {config.clip_norm}; expected the largest"
+      " norm of a step's gradient, or 0 for no limit."
     )
-  mask = _DECAYING[config.decaying]
+  mask = _decay_mask(config.decaying)
   if config.name == "adamw":
     tx = optax.adamw(
       rate,
@@ -60,7 +65,41 @@ def create(
     raise ValueError(
       f"config.optimizer.name is {config.name!r}; expected 'adamw' or 'sgd'."
     )
-  return tx if last is None else optax.chain(tx, last)
+  parts = [tx]
+  if config.clip_norm:
+    parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+  if last is not None:
+    parts.append(last)
+  return optax.chain(*parts) if len(parts) > 1 else tx
+
+
+def read_average(config: config_dict.ConfigDict) -> float:
+  """Reads `config.optimizer.average`; raises ValueError if it is no decay."""
+  if not 0 <= config.average < 1:
+    raise ValueError(
+      f"config.optimizer.average is {config.average}; expected a decay such as"
+      " 0.999, of the average over about the last 1 / (1 - decay) steps; or 0"
+      " for no average."
+    )
+  return config.average
+
+
+def _decay_mask(decaying):
+  """Makes optax's mask of the parameters that decay."""
+  if decaying in _DECAYING:
+    return _DECAYING[decaying]
+
+  def matching(params):
+    try:
+      flags = layers.choose(decaying, params)
+    except ValueError as error:
+      raise ValueError(
+        f"config.optimizer.decaying is {decaying!r}; expected 'all', 'matrices'"
+        f" or a pattern of parameters' paths: {error}"
+      ) from error
+    return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+  return matching
 
 
 def _learning_rate(config, total_steps):

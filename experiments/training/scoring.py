@@ -1,4 +1,9 @@
-"""Scores a data set in one pass for each checkpoint of a run."""
+"""Scores a data set in one pass for each checkpoint of a run.
+
+A checkpoint's own parameters are scored, those that its steps went on from, not
+the average that a run may be evaluated by; and in evaluation mode: without
+dropout, by the statistics of batches that the checkpoint has.
+"""
 
 import contextlib
 import json
@@ -204,10 +209,7 @@ class _Scoring:
         f"there is no checkpoint in {self.learner}, which config.learner names."
       )
     learner = workdir_lib.fingerprint(
-      [
-        checkpoint.fingerprint(self._load_params(step))
-        for step in self.checkpoints
-      ]
+      [checkpoint.fingerprint(self._load(step)[0]) for step in self.checkpoints]
     )
     self.fingerprints = {
       "config": workdir_lib.config_fingerprint(config, JOB),
@@ -217,8 +219,18 @@ class _Scoring:
     if self.reference is not None:
       self.fingerprints["reference"] = self.reference.fingerprint
 
-  def _load_params(self, step):
-    return checkpoint.load_params(self.learner, self.task.params, step=step)
+  def _load(self, step):
+    """Loads the step's own parameters, not their average; and statistics."""
+    params = checkpoint.load_params(
+      self.learner, self.task.params, step=step, averaged=False
+    )
+    if self.task.statistics == ():
+      return params, {}
+    return params, {
+      "statistics": checkpoint.load_statistics(
+        self.learner, self.task.statistics, step=step, averaged=False
+      )
+    }
 
   def to_the_end(self, folder: pathlib.Path) -> int:
     """Scores the samples that are left; returns the number in a pass."""
@@ -260,11 +272,11 @@ class _Scoring:
     with contextlib.closing(writers.progress(count, done, "score")) as bar:
       while len(starts) <= len(self.checkpoints):
         epoch = len(starts) - 1
-        params = self._load_params(self.checkpoints[epoch])
+        params, variables = self._load(self.checkpoints[epoch])
         at = max(done, starts[epoch])
         passes = self.task.passes(at - starts[epoch])
         for rows, output in prefetch.bounded(
-          self._score(params, batch) for batch in passes
+          self._score(params, variables, batch) for batch in passes
         ):
           pending.append((at, epoch, rows, output))
           at += 1
@@ -276,13 +288,14 @@ class _Scoring:
         bar.update(at - bar.n)
     return self.task.samples or len(ledger.matrix()[0])
 
-  def _score(self, params, batch):
+  def _score(self, params, variables, batch):
     rows = self.task.take(batch)
     output = self.score_step(
       params,
       self.reference and self.reference.for_batch(batch),
       self.devices.put(rows.seen),
       self.task.resident,
+      **variables,
     )
     return rows._replace(seen={}), output
 

@@ -58,6 +58,9 @@ class StepLog:
     self._since: float | None = None  # when the first call was compiled
     self._steps, self._waited = 0, 0.0
     self._rows = 0  # of the ledger, in memory
+    self._last = 0  # the step that was written last
+    # Since the last summary: the number of steps, and their scores.
+    self._unshown, self._scores = 0, [np.zeros(0, np.float32)]
 
   def add(self, step: int, taken: Any, output: Any, waited: float) -> None:
     """Takes a call that was started; writes a group that is complete.
@@ -68,7 +71,7 @@ class StepLog:
     Args:
       step: the number of the call's first step.
       taken: the `loop.Taken`; what of it is on the devices is let go.
-      output: the call's `steps.StepOutput`.
+      output: the call's `gradients.StepOutput`.
       waited: total seconds spent waiting for data.
     """
     for leaf in jax.tree.leaves(output):
@@ -101,6 +104,7 @@ class StepLog:
 
   def save(self) -> None:
     """Puts all that was written on disk."""
+    self._summarize()
     self._metrics.sync()
     if self._ledger is not None:
       self._ledger.flush()
@@ -117,14 +121,13 @@ class StepLog:
         "steps_per_second": self._steps / seconds,
         "data_wait": (waited - self._waited) / seconds,
       }
-      self._metrics.write(step, speed)
+      self._metrics.write(step, speed, later=True)
       self.restart(waited)
 
   def _write(self, count):
     """Writes the first calls that are pending."""
     group, self._pending = self._pending[:count], self._pending[count:]
     fetched = distributed.own_rows([output for *_, output in group])
-    scores = []
     for (step, taken, _), output in zip(group, fetched, strict=True):
       live = len(taken.ids)
       found = {f"train_{k}": v[:live] for k, v in output.metrics.items()}
@@ -141,14 +144,20 @@ class StepLog:
           mask=taken.real,
         )
         self._rows += taken.ids.size
-        scores.append(samples["score"][taken.real])
+        self._scores.append(samples["score"][taken.real])
+      self._unshown += live
+      self._last = step + live - 1
       self._count(step, taken, found.get("train_skipped", np.zeros(live)))
-    if group:
-      step = group[-1][0] + len(group[-1][1].ids) - 1
-      self._metrics.summarize(step, scores)
+    if self._unshown >= self._every:
+      self._summarize()
     if self._rows >= _ROWS and self._ledger is not None:
       self._ledger.flush()
       self._rows = 0
+
+  def _summarize(self):
+    if self._unshown:
+      self._metrics.summarize(self._last, np.concatenate(self._scores))
+      self._unshown, self._scores = 0, self._scores[:1]
 
   def _count(self, first, taken, skipped):
     """Stops the run if nothing but skipped steps is to be expected."""

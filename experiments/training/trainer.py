@@ -1,7 +1,6 @@
 """One run: a task, a method, an optimizer, and the loop over its steps."""
 
 import contextlib
-import functools
 import json
 import pathlib
 import time
@@ -140,8 +139,13 @@ class Run:
     tx = _create_optimizer(
       self.config.optimizer, total_steps=self.total_steps, last=task.last
     )
+    average = optimizer.read_average(self.config.optimizer)
     self.state = self.devices.compute(
-      functools.partial(steps.init_state, tx=tx), task.params
+      lambda params, model_state: steps.init_state(
+        params, tx, model_state, average=bool(average)
+      ),
+      task.params,
+      steps.make_model_state(task.outputs, task.statistics, config.seed),
     )
     self.train_step, self.make_call = calls.make(
       task.losses_fn,
@@ -150,20 +154,22 @@ class Run:
       _without_paths(self.config.mimic),
       task.outputs,
       task.expansion,
+      average=average,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
   def check_reference(self) -> dict[str, Any] | None:
     """Checks the reference's weights, if any; raises if they would harm."""
-    return reference_check.check(
-      self.config,
-      self.folder,
-      self.task.check_losses_fn(),
-      self.state.params,
-      self.reference,
-      self._draw,
-      instead=self.task.instead,
-    )
+    with programs.run_once():
+      return reference_check.check(
+        self.config,
+        self.folder,
+        self.task.check_losses_fn(),
+        self.state.params,
+        self.reference,
+        self._draw,
+        instead=self.task.instead,
+      )
 
   def _draw(self):
     batch, expand = self.task.check_batch(), self.task.expansion
@@ -184,7 +190,7 @@ class Run:
         pack=self.pack,
         take=self.take,
         resident=self.task.resident,
-        evaluate=self.task.evaluate,
+        evaluate=self.evaluate,
         ledger=self.ledger(),
         about=json.dumps(workdir_lib.as_dict(self.config), indent=2),
         sink=sink,
@@ -197,10 +203,16 @@ class Run:
         **self.task.result_fingerprints(),
       },
       **evaluation,
+      "evaluated": "average" if self.state.average else "parameters",
       "steps": self.total_steps,
       **self.task.facts(),
       "nonfinite_samples": loop.nonfinite_samples(self.folder),
     }
+
+  def evaluate(self, state: steps.TrainState) -> dict[str, float]:
+    """Evaluates the state's average, or else its parameters."""
+    params, variables = steps.evaluated(state)
+    return self.task.evaluate(params, **variables)
 
   def example(self, batch: dict[str, np.ndarray]) -> tuple[Any, ...]:
     """Makes what one step takes of a batch: state, reference and so on."""

@@ -24,7 +24,7 @@ from gradmimic_jax.selection.quality import (
 from gradmimic_jax.selection.selection import Selection
 
 MAX_CLASSES = 100  # rows of the class table
-MAX_MATRIX = 20  # classes on a side of the label matrix
+MAX_MATRIX = 50  # classes on a side of the label matrix
 MAX_PAIRS = 20
 MAX_VOTERS = 100
 MAX_FACTS = 100
@@ -76,6 +76,9 @@ def gather(
   run: Mapping[str, Any] | None,
   results: Mapping[str, Mapping[str, Any]] | None,
   gallery: int,
+  columns: Mapping[str, Any],
+  mean: np.ndarray,
+  worst: np.ndarray,
 ) -> dict[str, Any]:
   """Gathers the contents of a report.
 
@@ -88,6 +91,9 @@ def gather(
     run: facts about the run, by name.
     results: numbers that came out of training, by what it was trained on.
     gallery: the number of samples in each gallery.
+    columns: the user's own names, as `samples.column_names` gives them.
+    mean: of the samples' scores [N].
+    worst: rows that can be ranked, the worst first.
 
   Returns:
     Plain lists, dicts, numbers and strings; None for the unknown.
@@ -98,14 +104,14 @@ def gather(
     removal_curve(selection, max_points=200),
   )
   notes: list[str] = []
-  steps = about.get("steps") or range(selection.votes.shape[1])
+  steps = step_names(selection, columns)
   classes, n_classes = _classes(selection, samples, notes)
   matrix, pairs = _labels(selection, samples, notes)
-  mean = _mean_scores(scores)
   found = {
-    "version": 1,
+    "version": 2,
     "title": text(title),
     "unit": unit,
+    "columns": {k: v for k, v in columns.items() if k != "scores"},
     "verdict": verdict(selection, quality),
     "run": _facts(run, notes),
     "fingerprints": {
@@ -144,11 +150,18 @@ def gather(
     "matrix": matrix,
     "pairs": pairs,
     "truth": _truth(selection, samples, mean),
-    "galleries": _galleries(selection, samples, mean, gallery),
+    "galleries": _galleries(selection, samples, mean, worst, gallery),
+    "tokens": samples.has_tokens,
     "results": _results(results),
     "notes": notes,
   }
   return _plain(found)
+
+
+def step_names(selection: Selection, columns: Mapping[str, Any]) -> list[Any]:
+  """Names the columns of scores: as the user does, or by their numbers."""
+  names = columns.get("scores") or selection.diagnostics.get("steps")
+  return list(names or range(selection.votes.shape[1]))
 
 
 def verdict(selection: Selection, quality: DatasetQuality) -> str:
@@ -182,7 +195,8 @@ def _advice(curve: RemovalCurve) -> str:
   return str(curve)[:1].upper() + str(curve)[1:] if len(curve.removed) else ""
 
 
-def _mean_scores(scores: np.ndarray) -> np.ndarray:
+def mean_scores(scores: np.ndarray) -> np.ndarray:
+  """Averages the finite scores of each sample [N]; nan where there are none."""
   finite = np.isfinite(scores)
   total = np.where(finite, scores, 0).sum(axis=1, dtype=np.float64)
   count = finite.sum(axis=1)
@@ -201,13 +215,14 @@ def _histograms(scores, selection, steps, notes) -> list[dict[str, Any]]:
   cuts = selection.diagnostics.get("cuts") or [None] * n_steps
   panels = []
   for t in shown.tolist():
-    edges, (kept, dropped) = charts.bin_scores(
+    edges, (kept, dropped), width = charts.bin_scores(
       scores[:, t], selection.keep, ~selection.keep
     )
     panels.append(
       {
         "step": steps[t],
         "edges": edges,
+        "unit": width,
         "kept": kept,
         "dropped": dropped,
         "cut": cuts[t],
@@ -290,6 +305,7 @@ def _labels(selection, samples, notes):
     counts = np.zeros((len(classes),) * 2, np.int64)
     np.add.at(counts, (given, suggested), 1)
     matrix = {
+      "values": [str(label) for label in classes.tolist()],
       "classes": [samples.label_name(label) for label in classes],
       "counts": counts.tolist(),
     }
@@ -308,6 +324,10 @@ def _labels(selection, samples, notes):
   order = np.argsort(-size, kind="stable")[:MAX_PAIRS]
   pairs = [
     {
+      "values": [
+        str(classes[keys[k] // len(classes)]),
+        str(classes[keys[k] % len(classes)]),
+      ],
       "given": samples.label_name(classes[keys[k] // len(classes)]),
       "suggested": samples.label_name(classes[keys[k] % len(classes)]),
       "samples": int(size[k]),
@@ -335,10 +355,15 @@ def _truth(selection, samples, mean):
   return found | {"clean_fraction": float(1 - wrong.mean())}
 
 
-def _galleries(selection, samples, mean, size) -> dict[str, Any]:
+def rank(selection: Selection, mean: np.ndarray) -> np.ndarray:
+  """Rows, the worst first; without those of which nothing is known."""
   worst = worst_first(selection)
   if not len(worst):  # without votes, scores still rank
     worst = np.argsort(mean, kind="stable")[: int(np.isfinite(mean).sum())]
+  return worst
+
+
+def _galleries(selection, samples, mean, worst, size) -> dict[str, Any]:
   p = selection.keep_probability[worst]
   quality = selection.quality
   if quality is None:

@@ -21,7 +21,10 @@ KEYS = (
   "captions",
   "images",
 )
-MAX_TEXT = 200  # characters of a name, a caption or a value
+MAX_TEXT = 200  # characters of a name or a value
+MAX_CAPTION = 1000
+# What the user may call by names of their own.
+COLUMNS = ("ids", "labels", "suggested", "true_labels", "captions", "scores")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,16 +55,32 @@ class Samples:
     def name(labels):
       return None if labels is None else self.label_name(labels[row])
 
-    caption = None
-    if self.captions is not None:
-      assert self.rows is not None
-      caption = text(self.captions[int(self.rows[row])])
     return {
       "label": name(self.labels),
       "suggested": name(self.suggested),
       "true_label": name(self.true_labels),
-      "caption": caption,
+      "caption": self.caption(row),
     }
+
+  def caption(self, row: int, longest: int = MAX_CAPTION) -> str | None:
+    """Returns a sample's text, or its tokens with a blank between."""
+    if self.captions is None:
+      return None
+    assert self.rows is not None
+    value = self.captions[int(self.rows[row])]
+    if is_tokens(value):
+      # As many as may be shown; others needn't be made text.
+      value = " ".join(str(token) for token in value[:longest])
+    return text(value, longest, keep="\n")
+
+  @property
+  def has_tokens(self) -> bool:
+    """True if the texts are sequences of tokens."""
+    return (
+      self.captions is not None
+      and len(self.captions) > 0
+      and is_tokens(self.captions[0])
+    )
 
   def image(self, row: int) -> Any:
     """Returns a sample's image; None if there are none."""
@@ -101,17 +120,21 @@ def find_samples(
         f"dataset has {key!r}; expected some of {', '.join(KEYS)}."
       )
   given = {key: value for key, value in dataset.items() if value is not None}
+  # Images may be decoded as they are asked for, by something without a length.
   sizes = {
-    key: len(value) for key, value in given.items() if key != "class_names"
+    key: len(value)
+    for key, value in given.items()
+    if key != "class_names" and (key != "images" or hasattr(value, "__len__"))
   }
   if len(set(sizes.values())) > 1:
     raise ValueError(
       f"the entries of dataset differ in length: {sizes}; expected one of each"
       " a sample."
     )
-  if not sizes:
+  if not given.keys() - {"class_names"}:
     return Samples(class_names=given.get("class_names"))
-  rows = _rows(selection.ids, given.get("ids"), next(iter(sizes.values())))
+  size = next(iter(sizes.values()), len(selection))
+  rows = _rows(selection.ids, given.get("ids"), size)
 
   def labels(key):
     if key not in given:
@@ -180,11 +203,13 @@ def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
   return rows
 
 
-def text(value: Any) -> str:
-  """Makes a value's text printable and no longer than `MAX_TEXT`.
+def text(value: Any, longest: int = MAX_TEXT, keep: str = "") -> str:
+  """Makes a value's text printable and not too long.
 
   Args:
     value: anything.
+    longest: number of characters; the last one says that there were more.
+    keep: characters that may stay though they don't print.
 
   Returns:
     Its text, with a sign in place of each character that doesn't print.
@@ -194,9 +219,59 @@ def text(value: Any) -> str:
     200
   """
   whole = str(value)
-  if len(whole) > MAX_TEXT:
-    whole = whole[: MAX_TEXT - 1] + "…"
+  if len(whole) > longest:
+    whole = whole[: longest - 1] + "…"
+  if whole.isprintable():
+    return whole
   return "".join(
-    c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}"
+    c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}"
     for c in whole
   )
+
+
+def is_tokens(value: Any) -> bool:
+  """True for a sequence of tokens, numbers or pieces of text."""
+  return isinstance(value, (list, tuple)) or (
+    isinstance(value, np.ndarray) and value.ndim == 1
+  )
+
+
+def column_names(columns: Any, n_steps: int) -> dict[str, Any]:
+  """Checks the user's own names of columns.
+
+  Args:
+    columns: by `COLUMNS`; None for none.
+    n_steps: the number of names that `scores` has to have.
+
+  Returns:
+    The names as texts to print, by `COLUMNS`.
+
+  Raises:
+    TypeError: no mapping.
+    ValueError: an unknown key, or another number of scores' names.
+  """
+  if columns is None:
+    return {}
+  if not isinstance(columns, Mapping):
+    raise TypeError(
+      f"columns is a {type(columns).__name__}; expected a mapping with some of"
+      f" {', '.join(COLUMNS)}."
+    )
+  for key in columns:
+    if key not in COLUMNS:
+      raise ValueError(
+        f"columns has {key!r}; expected some of {', '.join(COLUMNS)}."
+      )
+  found = {k: v for k, v in columns.items() if v is not None}
+  names: dict[str, Any] = {
+    k: text(v) for k, v in found.items() if k != "scores"
+  }
+  if "scores" in found:
+    steps = [text(name) for name in found["scores"]]
+    if len(steps) != n_steps:
+      raise ValueError(
+        f"columns['scores'] has {len(steps)} names, and there are {n_steps}"
+        " steps; expected a name a step."
+      )
+    names["scores"] = steps
+  return names

@@ -1,7 +1,8 @@
 """Stage 2: from every sample's scores over the steps to a filter."""
 
-from gradmimic_jax.selection import export, filters
+from gradmimic_jax.selection import decisions, export, filters
 from gradmimic_jax.selection.binarize import BINARIZERS, Binarizer, Cut
+from gradmimic_jax.selection.decisions import Decisions, read_decisions
 from gradmimic_jax.selection.issues import (
   Membership,
   discover_members,
@@ -29,6 +30,7 @@ __all__ = [
   "Binarizer",
   "Cut",
   "DatasetQuality",
+  "Decisions",
   "KeepProbability",
   "LabelModel",
   "Membership",
@@ -36,11 +38,13 @@ __all__ = [
   "Selection",
   "class_table",
   "dataset_quality",
+  "decisions",
   "discover_members",
   "export",
   "filters",
   "find_label_issues",
   "label_quality_scores",
+  "read_decisions",
   "removal_curve",
   "select",
   "subset",

@@ -14,9 +14,7 @@ from gradmimic_jax.selection.selection import Selection
 
 NAMES = ("id", "keep", "keep_probability", "quality")
 # Words for a missing number, in lower case.
-_MISSING = pa.array(
-  ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"], pa.large_string()
-)
+_MISSING = ["", "na", "nan", "null", "none", "n/a", "#n/a", "<na>"]
 _NUMBERS = pa.types.is_integer, pa.types.is_floating, pa.types.is_null
 
 
@@ -42,7 +40,7 @@ def selection(
   if not n or not votes.shape[1]:
     raise ValueError(f"it has {n} rows and {votes.shape[1]} columns of votes")
   return Selection(
-    _checked_ids(columns["id"]),
+    checked_ids(columns["id"]),
     _keep(columns["keep"]),
     _shares(columns["keep_probability"], "keep_probability"),
     _checked_votes(votes),
@@ -60,7 +58,7 @@ def numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
       return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:  # other blanks, other words for a missing one
       text = pc.utf8_lower(pc.utf8_trim_whitespace(array))
-      missing = pc.is_in(text, value_set=_MISSING)
+      missing = pc.is_in(text, value_set=pa.array(_MISSING, pa.large_string()))
       array = pc.if_else(missing, pa.scalar(None, text.type), text)
   elif not any(is_one(array.type) for is_one in _NUMBERS):
     raise ValueError(f"{name} is of {array.type}; expected numbers")
@@ -91,7 +89,8 @@ def strings(array: pa.Array, name: str) -> np.ndarray:
   return _ids.strings(array.to_numpy(zero_copy_only=False), name)
 
 
-def _checked_ids(column: pa.ChunkedArray) -> np.ndarray:
+def checked_ids(column: Any) -> np.ndarray:
+  """Converts a column of ids, integers or text, none twice."""
   array = whole(column)
   if array.null_count:
     row = pc.index(array.is_null(), True).as_py() + 1

@@ -82,7 +82,9 @@ def read(content: bytes | bytearray, *, escaped: bool | None) -> pa.Table:
   Raises:
     ValueError: no table of a selection; ids that another tool has changed.
   """
-  header, first = _first_records(content)
+  header, first = first_records(content)
+  if not first:
+    raise ValueError("it has no rows")
   steps = [name for name in header if name.startswith("vote_")]
   if (
     tuple(header[: len(_columns.NAMES)]) != _columns.NAMES
@@ -94,38 +96,68 @@ def read(content: bytes | bytearray, *, escaped: bool | None) -> pa.Table:
       f"it has columns {header}; expected {list(_columns.NAMES)} and vote_0,"
       " vote_1, ..., separated by commas and without a column of row names"
     )
-  table = pa_csv.read_csv(
+  table = read_text(content, [*_columns.NAMES, *steps])
+  quoted = first[0].startswith(b'"')
+  if quoted and any(cell.startswith(b'"') for cell in first[2:]):
+    quoted = False  # as all is, quotes say nothing
+  ids = restored_ids(
+    _columns.whole(table["id"]), quoted, escaped, _leaves_formulas(content)
+  )
+  return table.set_column(0, "id", ids)
+
+
+def read_text(content: bytes | bytearray, columns: list[str]) -> pa.Table:
+  """Reads columns of a table as the text that is written."""
+  return pa_csv.read_csv(
     pa.BufferReader(content),
     read_options=pa_csv.ReadOptions(block_size=_BLOCK),
     parse_options=pa_csv.ParseOptions(newlines_in_values=True),
     convert_options=pa_csv.ConvertOptions(
-      include_columns=[*_columns.NAMES, *steps],
-      column_types={name: pa.large_string() for name in header},
+      include_columns=columns,
+      column_types={name: pa.large_string() for name in columns},
       null_values=[],
       strings_can_be_null=False,
       quoted_strings_can_be_null=False,
     ),
   )
-  text = _columns.whole(table["id"])
-  quoted = first[0].startswith(b'"')
-  if quoted and any(cell.startswith(b'"') for cell in first[2:]):
-    quoted = False  # as all is, quotes say nothing
+
+
+def restored_ids(
+  text: pa.Array, quoted: bool, escaped: bool | None, formulas: bool = False
+) -> pa.Array:
+  """Makes a column of ids what it was before it was written.
+
+  Args:
+    text: as it is written.
+    quoted: whether quotes say that it is text.
+    escaped: as `read` takes it.
+    formulas: whether the writer left formulas as they are.
+
+  Returns:
+    Integers or text.
+
+  Raises:
+    ValueError: ids that another tool has changed.
+  """
   ids = text if quoted else _numbers_or_text(text)
   if _columns.is_text(ids):
     if escaped is None:
-      escaped = _looks_escaped(ids, content, first)
+      escaped = not formulas and _looks_escaped(ids)
     if escaped:
       ids = restored_column(ids)
-  return table.set_column(0, "id", ids)
+  return ids
 
 
-def _looks_escaped(
-  ids: pa.Array, content: bytes | bytearray, first: list[bytes]
-) -> bool:
-  """True if `harmless` may have been applied to all of the ids."""
-  # So wrote the earlier releases, which left formulas as they are.
-  if content.startswith(b'"id","keep"') and first[1] in (b"true", b"false"):
+def _leaves_formulas(content: bytes | bytearray) -> bool:
+  """True for files of the earlier releases, which didn't escape formulas."""
+  if not content.startswith(b'"id","keep"'):
     return False
+  _, first = first_records(content)
+  return first[1] in (b"true", b"false")
+
+
+def _looks_escaped(ids: pa.Array) -> bool:
+  """True if `harmless` may have been applied to all of the ids."""
   signed = pc.starts_with(ids, "'")
   fits = pc.equal(signed, pc.match_substring_regex(ids, _ESCAPED))
   unsafe = pc.and_not(pc.match_substring_regex(ids, _UNSAFE), signed)
@@ -158,10 +190,20 @@ def _numbers_or_text(text: pa.Array) -> pa.Array:
   return text
 
 
-def _first_records(
+def first_records(
   content: bytes | bytearray,
 ) -> tuple[list[str], list[bytes]]:
-  """Returns the names of the columns, and the first row's cells as written."""
+  """Returns the names of the columns, and the first row's cells as written.
+
+  Args:
+    content: of a CSV file.
+
+  Returns:
+    Names, and the cells with their quotes; no cells if there are no rows.
+
+  Raises:
+    ValueError: nothing is in it, or a cell doesn't end.
+  """
   place = len(_BOM) if content[:3] == _BOM else 0
   records: list[list[bytes]] = []
   while len(records) < 2:
@@ -176,6 +218,8 @@ def _first_records(
     if record != [b""]:  # empty lines are no rows
       records.append(record)
     elif place >= len(content):
-      raise ValueError("it has no rows" if records else "it is empty")
+      if not records:
+        raise ValueError("it is empty")
+      records.append([])
   names = [cell.decode("utf-8", "replace") for cell in records[0]]
   return [n[1:-1] if n[:1] == '"' else n for n in names], records[1]

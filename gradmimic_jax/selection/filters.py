@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradmimic_jax.selection import _ids
+from gradmimic_jax.selection.decisions import Decisions
 from gradmimic_jax.selection.selection import Selection
 
 
@@ -188,6 +189,27 @@ def of_selection(selection: Selection, source: str = "selection") -> Filter:
   return Filter(selection.ids[keep], source, selection.ids, fingerprints)
 
 
+def of_decisions(decisions: Decisions, pool: Any) -> Filter:
+  """The filter that leaves out what a person or the selection removed.
+
+  A filter can't change labels, and a relabelled sample's own label is wrong, so
+  that it is left out, too.
+
+  Args:
+    decisions: as `read_decisions` gave them.
+    pool: the ids of all samples there are to choose from.
+
+  Returns:
+    The Filter, with that pool.
+
+  Raises:
+    ValueError: decisions that are changes to a selection, and say nothing of
+      other samples; ids of another kind, or that the pool lacks.
+  """
+  pool = _ids.checked(_listed(pool), "pool")
+  return Filter(pool[decisions.mask(pool)], decisions.source, pool)
+
+
 def compose(
   expression: str, filters: Mapping[str, Any], *, pool: Any = None
 ) -> np.ndarray:
@@ -199,8 +221,8 @@ def compose(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids, a `Filter` or a `Selection` by name.
-    pool: the ids of all samples, for `~`.
+    filters: ids, a `Filter`, a `Selection` or `Decisions` by name.
+    pool: the ids of all samples, for `~` and for `Decisions`.
 
   Returns:
     The ids, ascending.
@@ -226,8 +248,8 @@ def combine(
 
   Args:
     expression: such as "mimic_gmm & clip_top30".
-    filters: ids, a `Filter` or a `Selection` by name.
-    pool: the ids of all samples, for `~`.
+    filters: ids, a `Filter`, a `Selection` or `Decisions` by name.
+    pool: the ids of all samples, for `~` and for `Decisions`.
 
   Returns:
     The Filter.
@@ -355,6 +377,13 @@ def check_fingerprints(
 def _as_filter(name: str, value: Any, pool: Any = None) -> Filter:
   if isinstance(value, Selection):
     value = of_selection(value)
+  if isinstance(value, Decisions):
+    if pool is None:
+      raise ValueError(
+        f"{name!r} is {value!r}, which says what to leave out of a pool; give"
+        " pool=, the ids of all samples."
+      )
+    value = of_decisions(value, pool)
   if not isinstance(value, Filter):
     return Filter(_listed(value), name, pool)
   if pool is None:

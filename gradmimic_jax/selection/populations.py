@@ -7,6 +7,7 @@ one family. The Bayesian information criterion compares the best of either.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -62,14 +63,18 @@ class _Tails(NamedTuple):
   @property
   def gaussian(self) -> bool:
     """True if all tails are Gaussian."""
-    return bool((np.r_[self.below, self.above] == _GAUSSIAN).all())
+    return all(bool((x == _GAUSSIAN).all()) for x in (self.below, self.above))
 
   def areas(self) -> tuple[np.ndarray, np.ndarray]:
     """Areas below and above kernels that are 1 at their modes and 1 wide."""
-    return _half_area(self.below), _half_area(self.above)
+    below, above = (
+      np.array([_half_area(tail) for tail in tails.flat]).reshape(tails.shape)
+      for tails in (self.below, self.above)
+    )
+    return below, above
 
 
-@np.vectorize
+@functools.lru_cache(maxsize=16)
 def _half_area(tail: float) -> float:
   if tail == _GAUSSIAN:
     return 0.5 * math.sqrt(2 * math.pi)

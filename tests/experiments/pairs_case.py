@@ -64,7 +64,7 @@ def on_shards(folder, **overrides):
       "data.window": 16,
       "data.num_threads": 0,
       "data.max_broken_share": 0.2,
-      "model.clip.dtype": "float32",
+      "model.dtype": "float32",
       **overrides,
     },
   )

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import gradmimic_jax as gm
 from configs import digits, language, shapes
-from experiments.runtime import checkpoint
-from experiments.training import calls
+from experiments.runtime import checkpoint, metrics
+from experiments.training import calls, steps, trainer
 
 TASKS = ("classification", "contrastive", "language")
 _ALL = {
@@ -104,6 +107,26 @@ def _text():
 
 
 @contextlib.contextmanager
+def nudged() -> Iterator[None]:
+  """Each step of a run goes some way off, the same one; nothing is compiled."""
+  call = calls.Call(1, _nudge)
+  with (
+    mock.patch.object(calls, "make", return_value=(None, lambda *_: call)),
+    mock.patch.object(calls, "choose_length", return_value=1),
+  ):
+    yield
+
+
+def _nudge(state, *_):
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
+  )
+  metrics = {name: jnp.zeros([1]) for name in ("loss", "nonfinite", "skipped")}
+  return state._replace(params=params), steps.StepOutput(metrics, {})
+
+
+@contextlib.contextmanager
 def around_calls(
   before: Callable[[int, int], None] = lambda step, count: None,
   after: Callable[[int, int], None] = lambda step, count: None,
@@ -168,6 +191,19 @@ def interrupted(count: int) -> Iterator[None]:
 
   with before_step(count, stop), contextlib.suppress(KeyboardInterrupt):
     yield
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path, like: Any) -> None:
+  """The same parameters (as `like`), metrics and ledgers, bit for bit."""
+  params = [checkpoint.load_params(folder, like) for folder in (one, other)]
+  jax.tree.map(np.testing.assert_array_equal, *params)
+  lines = [metrics.read_metrics(x / metrics.METRICS_FILE) for x in (one, other)]
+  assert lines[0] == lines[1]
+  ledgers = [x / trainer.LEDGER_FOLDER for x in (one, other)]
+  assert ledgers[0].exists() == ledgers[1].exists()
+  if ledgers[0].exists():
+    tables = [gm.ScoreLedger(path).table() for path in ledgers]
+    assert tables[0].equals(tables[1])
 
 
 def kill(folder: pathlib.Path, to: pathlib.Path, count: int) -> None:

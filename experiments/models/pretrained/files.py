@@ -132,6 +132,35 @@ def _placed(array, leaf):
   )
 
 
+def keep_head(
+  arrays: dict[str, np.ndarray], expected: Mapping[str, Any]
+) -> str | None:
+  """Puts the model's own head in place of one that doesn't fit.
+
+  Args:
+    arrays: by path; gets the leaves of the head.
+    expected: the model's leaves by path.
+
+  Returns:
+    A sentence about it, without its subject; None if the file's head fits.
+  """
+  head = {
+    name: leaf for name, leaf in expected.items() if name.startswith("head/")
+  }
+  if all(
+    name in arrays and arrays[name].shape == x.shape for name, x in head.items()
+  ):
+    return None
+  theirs = "no head"
+  if "head/bias" in arrays:
+    theirs = f"a head for {len(arrays['head/bias'])} classes"
+  arrays.update(head)
+  return (
+    f"has {theirs}: the head for {len(head['head/bias'])} classes stays at its"
+    " initialisation."
+  )
+
+
 def check_names(
   arrays: Mapping[str, np.ndarray],
   unknown: Collection[str],

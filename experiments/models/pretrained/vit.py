@@ -11,8 +11,6 @@ References:
 
 from typing import ClassVar
 
-import numpy as np
-
 from experiments.models.pretrained import (
   architectures,
   family,
@@ -53,20 +51,7 @@ class _ViT(family.Family):
     return f"{name} does by default", self.layouts[name].preprocessing
 
   def _adapt(self, arrays, expected):
-    """Puts the model's own head in place of one that doesn't fit."""
-    head = {
-      name: leaf for name, leaf in expected.items() if name.startswith("head/")
-    }
-    if all(np.shape(arrays.get(name)) == x.shape for name, x in head.items()):
-      return None
-    theirs = "no head"
-    if "head/bias" in arrays:
-      theirs = f"a head for {len(arrays['head/bias'])} classes"
-    arrays.update(head)
-    return (
-      f"has {theirs}: the head for {len(head['head/bias'])} classes stays at"
-      " its initialisation."
-    )
+    return weight_files.keep_head(arrays, expected)
 
   def _advice(self, weights):
     arrays, said = weights.arrays, weights.said

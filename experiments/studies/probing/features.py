@@ -262,7 +262,11 @@ def _of_run(folder) -> Backbone:
       num_classes=shown["num_classes"],
       seed=0,
     )
-    return apply, checkpoint.load_params(folder, like)
+    known = (
+      checkpoint.load_params(folder, like),
+      checkpoint.load_statistics(folder, apply.statistics),
+    )
+    return lambda known, images: apply(known[0], images, known[1]), known
 
   stored = folder / checkpoint.FOLDER
   files = sorted(path for path in stored.rglob("*") if path.is_file())
@@ -274,35 +278,42 @@ def _of_run(folder) -> Backbone:
     shape,
     shown["mean"],
     shown["std"],
-    workdir_lib.fingerprint(named, section),
+    workdir_lib.fingerprint(
+      named, section | models.fingerprints(config_dict.ConfigDict(section))
+    ),
   )
 
 
 def _published(config, source) -> Backbone:
-  size = config.data.image_size
-  if config.model.name != "vit" or not size:
+  size, name = config.data.image_size, config.model.name
+  if name not in initial.PUBLISHED or not size:
     raise ValueError(
       f"config.model.pretrained is {source!r}, config.model.name"
-      f" {config.model.name!r} and config.data.image_size {size}; expected the"
-      " workdir of a finished run, or the weights of a 'vit' and the side of"
-      " its images in pixels, such as 224."
+      f" {name!r} and config.data.image_size {size}; expected the workdir of a"
+      " finished run, or the weights of a"
+      f" {' or '.join(map(repr, initial.PUBLISHED))} and the side of its images"
+      " in pixels, such as 224."
     )
   shape = (size, size, 3)
-  model = pretrained.sized(config.model)
-  vit = model.vit.to_dict()
+  model = config.model
+  if name == "vit":
+    model = pretrained.sized(model)
 
   def make():
     apply, like = models.create_features(
       model, input_shape=shape, num_classes=1, seed=0
     )
-    return apply, pretrained.load(source, like, input_shape=shape, options=vit)
+    loaded = initial.load_published(source, like, model, input_shape=shape)
+    return apply, loaded
 
   scaling: tuple[Any, Any] = _PUBLISHED
   if config.probe.scaling == "model":
-    scaling = initial.scaling(source)
+    scaling = initial.scaling(source, name)
   return Backbone(
     make,
     shape,
     *scaling,
-    workdir_lib.fingerprint(filters.file_sha256(hub.find(source)), vit),
+    workdir_lib.fingerprint(
+      filters.file_sha256(hub.find(source)), models.sizes(model)
+    ),
   )

@@ -26,7 +26,7 @@ from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
 )
-from experiments.training import steps
+from experiments.training import gradients, steps
 from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 
 
@@ -240,7 +240,7 @@ def mimic_view(
 def _make_step(losses_fn, tx, method, config, outputs):
   """The general loop's step, or the same numbers by closed forms."""
   if method is not None and method.score is not None and method.detached:
-    score = steps.find_score(method, outputs)
+    score = gradients.find_score(method, outputs)
     if score.needs_norms or score.needs_gram:
       gradient = _closed_gradient(losses_fn, method, score, config, outputs)
       return steps.make_step(gradient, tx)
@@ -249,7 +249,7 @@ def _make_step(losses_fn, tx, method, config, outputs):
 
 def _closed_gradient(losses_fn, method, score, config, outputs):
   """For scores that look at all samples' gradients, which are never made."""
-  direction_fn = steps.make_direction(method.direction, losses_fn, outputs)
+  direction_fn = gradients.make_direction(method.direction, losses_fn, outputs)
 
   def gradient(state, reference, batch):
     params, mask = state.params, batch["mask"]
@@ -297,6 +297,6 @@ def _closed_gradient(losses_fn, method, score, config, outputs):
       "weight": weights,
       "loss": jnp.where(valid, losses, unknown),
     }
-    return grads, steps.StepOutput(metrics, samples)
+    return grads, gradients.StepOutput(metrics, samples)
 
   return gradient

@@ -234,7 +234,7 @@ def _scaling(config, images, devices):
       )
     return [float(x) for x in given[0]], [float(x) for x in given[1]]
   if config.model.pretrained is not None:
-    mean, std = initial.scaling(config.model.pretrained)
+    mean, std = initial.scaling(config.model.pretrained, config.model.name)
     if len(mean) not in (1, channels):
       raise ValueError(
         f"config.model.pretrained is {config.model.pretrained!r}, which was"

@@ -1,17 +1,20 @@
 """Image classification with integer labels."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import gradmimic_jax as gm
+from experiments import models
 from experiments.runtime import programs
 from experiments.tasks.base import Outputs
 
-Apply = Callable[[Any, jax.Array], jax.Array]
+Apply = models.Apply | Callable[[Any, jax.Array], jax.Array]
 
 
 @programs.once
@@ -23,11 +26,13 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
   Returns:
     `losses_fn(params, batch) -> (losses [B], hits bool [B])`, for a batch with
-    `image` and `label`.
+    `image` and `label`. That is evaluation; with `key`, random keys `[B]`, it
+    is training. A model's statistics are the keyword argument `statistics`.
   """
+  outputs_fn = make_outputs_fn(apply)
 
-  def losses_fn(params, batch):
-    return losses_and_hits(apply(params, batch["image"]), batch)
+  def losses_fn(params, batch, **variables):
+    return losses_and_hits(outputs_fn(params, batch, **variables), batch)
 
   return losses_fn
 
@@ -36,15 +41,63 @@ def make_losses_fn(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
 def make_outputs_fn(apply: Apply) -> Callable[..., jax.Array]:
   """Makes `outputs_fn(params, batch) -> logits [B, C]`, from `image`."""
 
-  def outputs_fn(params, batch):
-    return apply(params, batch["image"])
+  def outputs_fn(params, batch, **variables):
+    if "key" in batch:
+      return _train(apply, params, batch, **variables)[0]
+    return apply(params, batch["image"], **variables)
 
   return outputs_fn
 
 
+def _train(apply, params, batch, **variables):
+  return apply.train(params, batch["image"], batch["key"], **variables)
+
+
+def make_training_losses_fn(
+  apply: models.Apply,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Makes losses that need no statistics, to compare weights by.
+
+  Those before the first step are of no weights at all: the batch's own take
+  their place, as in training. Without statistics it is `make_losses_fn`.
+
+  Args:
+    apply: the model.
+
+  Returns:
+    `losses_fn(params, batch) -> (losses [B], hits bool [B])`.
+  """
+  plain = make_losses_fn(apply)
+  if not apply.about:
+    return plain
+
+  known = jax.tree.map(np.asarray, apply.statistics)
+
+  def losses_fn(params, batch):
+    keys = jax.random.split(jax.random.key(0), len(batch["label"]))
+    statistics = jax.tree.map(jnp.asarray, known)
+    return plain(params, {**batch, "key": keys}, statistics=statistics)
+
+  return losses_fn
+
+
 @programs.once
-def make_outputs(outputs_fn: Callable[..., jax.Array]) -> Outputs:
-  """Makes the Outputs of classification from `(params, batch) -> logits`."""
+def make_outputs(
+  outputs_fn: Callable[..., jax.Array], apply: models.Apply | None = None
+) -> Outputs:
+  """Makes the Outputs of classification.
+
+  Args:
+    outputs_fn: `(params, batch) -> logits [B, C]`.
+    apply: the model, where training may differ from evaluation.
+
+  Returns:
+    The Outputs.
+  """
+  own: dict[str, Any] = {}
+  if apply is not None and apply.trains:
+    own["train"] = functools.partial(_train, apply)
+    own["couples"] = f"{apply.name} has {apply.about}" if apply.about else ""
   return Outputs(
     outputs_fn,
     losses_and_hits,
@@ -56,6 +109,7 @@ def make_outputs(outputs_fn: Callable[..., jax.Array]) -> Outputs:
       "excess_loss": gm.excess_loss(label_losses),
     },
     divergences=divergences,
+    **own,
   )
 
 

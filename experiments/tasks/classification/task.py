@@ -2,13 +2,14 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
 
 from configs import classification as classification_config
+from experiments import models
 from experiments.data import decoding, filters, noise, sources, stream
 from experiments.data.pairs import images as images_lib
 from experiments.models import initial
@@ -113,13 +114,15 @@ class Classification(Task):
         **shuffled,
       )
     }
+    self.fingerprints |= models.fingerprints(config.model)
     if config.model.pretrained is not None:
       self.fingerprints["initial"] = checkpoint.fingerprint(self.params)
     self.data_fingerprints = filters.fingerprints(
       config, data.train.source, data.labels
     )
+    self._apply, self.statistics = apply, apply.statistics
     self.losses_fn = losses.make_losses_fn(apply)
-    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply))
+    self.outputs = losses.make_outputs(losses.make_outputs_fn(apply), apply)
     self._eval_step = evaluation.make_eval_step(self.losses_fn, self._expand)
 
   @classmethod
@@ -231,7 +234,7 @@ class Classification(Task):
     batches.set_state({"step": first})
     return batches
 
-  def evaluate(self, params: Any) -> dict[str, float]:
+  def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
     """See `Task`."""
     test = self.data.test
     batches = stream.eval_batches(
@@ -246,9 +249,14 @@ class Classification(Task):
         params,
         (self.devices.put(self.take(batch).seen) for batch in batches),
         test.resident,
+        **variables,
       )
     self._list_bad()
     return {f"test_{name}": value for name, value in found.items()}
+
+  def check_losses_fn(self) -> Callable[..., Any]:
+    """See `Task`."""
+    return losses.make_training_losses_fn(self._apply)
 
   def check_batch(self) -> Any:
     """See `Task`."""
@@ -318,7 +326,8 @@ class Classification(Task):
     """See `Task`."""
     wanted = config.study.reference
     # Another architecture has no use for the learner's weights.
-    own = {"model.pretrained": None} if wanted.model or wanted.widths else {}
+    own = {"model.pretrained": None, "model.options": wanted.options}
+    own = own if wanted.model or wanted.widths or wanted.options else {}
     fields = {
       "model.name": wanted.model,
       "model.widths": tuple(wanted.widths),

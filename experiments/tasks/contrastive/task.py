@@ -191,8 +191,9 @@ class Contrastive(Task):
       next(batches)
     return batches
 
-  def evaluate(self, params: Any) -> dict[str, float]:
+  def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
     """See `Task`."""
+    del variables  # there are none
     return self._evaluation(params)
 
   def check_losses_fn(self) -> Callable[..., Any]:

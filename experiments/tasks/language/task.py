@@ -130,8 +130,9 @@ class Language(Task):
       next(batches)
     return batches
 
-  def evaluate(self, params: Any) -> dict[str, float]:
+  def evaluate(self, params: Any, **variables: Any) -> dict[str, float]:
     """See `Task`."""
+    del variables  # there are none
     size = self.devices.divided(
       min(self.config.eval_batch_size, len(self.data.held_out.ids))
     )

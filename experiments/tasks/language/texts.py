@@ -5,6 +5,7 @@ A document stays together when a part of the text is held out.
 
 import ast
 import functools
+import os
 import pathlib
 import re
 import sysconfig
@@ -125,9 +126,10 @@ def embedded() -> tuple[Document, ...]:
   from pydoc_data import topics
 
   texts = [(f"topics/{name}", text) for name, text in topics.topics.items()]
+  root = _root()
   for path in _library():
     quoted = b"\n\n".join(_QUOTED.findall(path.read_bytes()))
-    name = path.relative_to(_root()).as_posix()
+    name = path.relative_to(root).as_posix()
     texts.append((name, quoted.decode("utf-8", "replace")))
   seen: set[str] = set()
   found = []
@@ -276,11 +278,10 @@ def _root() -> pathlib.Path:
 @functools.lru_cache(maxsize=1)
 def _library() -> Sequence[pathlib.Path]:
   """Lists the standard library's modules, in the order of their names."""
-  found = [
-    path
-    for path in sorted(_root().rglob("*.py"))
-    if not _LEFT_OUT & set(path.relative_to(_root()).parts)
-  ]
+  found: list[pathlib.Path] = []
+  for folder, folders, names in os.walk(_root()):
+    folders[:] = set(folders) - _LEFT_OUT  # site-packages may be large
+    found += [pathlib.Path(folder, x) for x in names if x.endswith(".py")]
   if not found:
     raise ValueError(
       f"there are no source files of Python's standard library in {_root()},"
@@ -288,7 +289,7 @@ def _library() -> Sequence[pathlib.Path]:
       " config.data.path to a file of text, and leave 'code' out of"
       " config.noise.kinds."
     )
-  return found
+  return sorted(found)
 
 
 def _prose(text) -> Iterator[str]:
@@ -297,9 +298,14 @@ def _prose(text) -> Iterator[str]:
     words = paragraph.split()
     if len(words) < _WORDS or not _END.search(words[-1]):
       continue
-    english = sum(_WORD.fullmatch(word) is not None for word in words)
+    english = sum(map(_looks_english, words))
     if english >= _PROSE * len(words):
       yield " ".join(words)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # most words come again
+def _looks_english(word) -> bool:
+  return _WORD.fullmatch(word) is not None
 
 
 def _bare(source) -> str:

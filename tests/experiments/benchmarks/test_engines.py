@@ -220,9 +220,9 @@ def test_another_machine_is_refused_and_another_day_is_not(tmp_path):
     engines._start(file, device)
 
 
-def vit(**overrides):
+def vit(dtype=None, **overrides):
   config = classification.get_config().unlock()
-  config.model.name = "vit"
+  config.model.name, config.model.dtype = "vit", dtype
   config.update_from_flattened_dict(
     {f"model.vit.{key}": value for key, value in overrides.items()}
   )
@@ -270,7 +270,7 @@ def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
     | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
     | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
   )
-  assert config.vit_b16.vit.dtype == "bfloat16"
+  assert config.vit_b16.dtype == "bfloat16"
   cases = engines.table_cases(config)
   entries = {}
   setup = engine_steps.Setup(cases[0].section, cases[0].batch_size, config)

@@ -16,7 +16,7 @@ import tiny
 import gradmimic_jax as gm
 from configs import score as score_config
 from experiments import tasks
-from experiments.runtime import checkpoint, distributed, locks, metrics
+from experiments.runtime import checkpoint, distributed, locks
 from experiments.training import (
   calls,
   reference_check,
@@ -56,6 +56,9 @@ def by_default(*some):
 
 
 every_task = by_default(*tiny.TASKS)
+# A step of two towers takes longer to compile than those of both others; the
+# tests of DataComp's config and of shards' scores make some.
+small_models = by_default("classification", "language")
 
 
 def test_every_task_is_asked():
@@ -78,15 +81,9 @@ class Runs:
   def _reference(self, task):
     """The folder of a run of one step, which no program is compiled for."""
     folder = self.folder / task / "reference"
-    fields = {
-      "noise.rate": 0.0,
-      "num_steps": 1,
-      "steps_per_call": 1,
-      "checkpoint.every_steps": 1,
-    }
+    fields = {"noise.rate": 0.0, "num_steps": 1, "checkpoint.every_steps": 1}
     config = self.config(task, method="sgd", **fields)
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(calls, "make", lambda *_, **options: (None, nudged))
+    with tiny.nudged():
       trainer.train_and_evaluate(config, folder)
     return str(folder)
 
@@ -116,40 +113,12 @@ class Runs:
     return self._whole[key]
 
 
-def nudged(*_):
-  """Calls of one step that is no program."""
-  return calls.Call(1, nudge)
-
-
-def nudge(state, *_):
-  """A step some way off, the same each time."""
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: x + np.float32(rng.normal(scale=0.02, size=x.shape)), state.params
-  )
-  metrics = {name: jnp.zeros([1]) for name in ("loss", "nonfinite", "skipped")}
-  return state._replace(params=params), steps.StepOutput(metrics, {})
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits_dir):
   return Runs(tmp_path_factory.mktemp("runs"), digits_dir)
 
 
-def assert_same_run(like, one, other):
-  """The same parameters, metrics and ledgers, bit for bit."""
-  params = [checkpoint.load_params(folder, like) for folder in (one, other)]
-  jax.tree.map(np.testing.assert_array_equal, *params)
-  lines = [metrics.read_metrics(x / metrics.METRICS_FILE) for x in (one, other)]
-  assert lines[0] == lines[1]
-  ledgers = [x / trainer.LEDGER_FOLDER for x in (one, other)]
-  assert ledgers[0].exists() == ledgers[1].exists()
-  if ledgers[0].exists():
-    tables = [gm.ScoreLedger(path).table() for path in ledgers]
-    assert tables[0].equals(tables[1])
-
-
-@every_task
+@small_models
 def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   config, folder, result, ((_, make_call),) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
@@ -170,7 +139,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   monkeypatch.setattr(calls, "choose_length", lambda *_, **options: 2)
   found = trainer.train_and_evaluate(config, tmp_path / "run")
   assert {**found, "seconds": 0} == {**result, "seconds": 0}
-  assert_same_run(runs.made(task).params, folder, tmp_path / "run")
+  tiny.assert_same_run(folder, tmp_path / "run", runs.made(task).params)
 
 
 # With the step before which each is interrupted.
@@ -216,7 +185,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     file.unlink()
   again = trainer.train_and_evaluate(config, tmp_path)
   assert {**again, "seconds": 0} == {**result, "seconds": 0}
-  assert_same_run(runs.made(task).params, folder, tmp_path)
+  tiny.assert_same_run(folder, tmp_path, runs.made(task).params)
 
 
 @by_default("classification")
@@ -224,7 +193,7 @@ def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
   config, _, _, _ = runs.whole(task)
   folder = runs.folder / task / "checked"
 
-  def stop(run):
+  def stop(run, *_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
@@ -236,7 +205,7 @@ def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
   assert report["num_samples"] == config.mimic.check_samples
 
 
-@every_task
+@small_models
 def test_a_finished_run_is_not_repeated(runs, task, monkeypatch):
   config, folder, result, _ = runs.whole(task)
   monkeypatch.setattr(trainer.Run, "to_the_end", None)
@@ -255,7 +224,7 @@ def test_a_workdir_in_use_is_refused(runs, task, tmp_path, monkeypatch):
     trainer.train_and_evaluate(config, tmp_path / "run")
 
 
-@every_task
+@small_models
 def test_a_workdir_of_another_config_is_refused(runs, task):
   _, folder, _, _ = runs.whole(task)
   other = runs.toward_reference(task, **{"optimizer.learning_rate": 0.5})
@@ -303,7 +272,7 @@ def assert_scored(folder, result):
   assert np.isfinite(scores).all()
 
 
-@every_task
+@small_models
 def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
   config = score_of(runs, task)
   whole, killed = tmp_path / "whole", tmp_path / "killed"

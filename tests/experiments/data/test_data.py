@@ -68,6 +68,7 @@ class TestDigits:
     assert train.ids[-1] == "train_01436"
     assert len(set(train.ids)) == len(train.ids)
 
+  @pytest.mark.slow
   def test_two_processes_prepare_one_folder_without_tensorflow(
     self, tmp_path, train
   ):

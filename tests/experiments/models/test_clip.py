@@ -72,7 +72,10 @@ def _create(size, fields, input_shape):
   kept = []
 
   def params():
-    config = config_of(size, **dict(fields))
+    given = dict(fields)
+    dtype = given.pop("dtype", None)
+    config = config_of(size, **given)
+    config.dtype = dtype
     apply, params = clip.create(config, input_shape=input_shape, seed=0)
     kept.append(apply)
     return params
@@ -204,6 +207,7 @@ def test_half_precision_activations_keep_parameters_and_features_wide(
   )
 
 
+@pytest.mark.slow
 def test_remat_holds_less_for_the_backward_pass():
   def held(remat):
     apply, like = create(remat=remat, input_shape=(32, 32, 3))
@@ -225,7 +229,7 @@ def test_a_fields_none_is_the_sizes_and_unknown_names_are_refused():
   assert given == clip.SIZES["B/16"]
   with pytest.raises(ValueError, match=r"'B/8'; expected one of B/32"):
     clip.options(config_of("B/8"))
-  with pytest.raises(ValueError, match=r"field\(s\) depth; expected .*dtype"):
+  with pytest.raises(ValueError, match=r"field\(s\) depth; expected .*remat"):
     clip.options(config_of(depth=3))
 
 
@@ -441,7 +445,7 @@ def test_a_model_that_its_file_contradicts_is_told_all_at_once(write):
 
 def test_all_sizes_are_taken_from_the_file(write):
   file = write("huggingface")
-  config = config_of("pretrained", text_heads=None, dtype=None)
+  config = config_of("pretrained", text_heads=None)
   with pytest.raises(ValueError, match="expected weights"):
     clip.options(config)
   config.pretrained = str(file)

@@ -212,9 +212,9 @@ def show(request, name, seconds):
 
 
 @pytest.mark.slow
-def test_ten_kills_lose_nothing(start, undisturbed, tmp_path, request):
+def test_six_kills_lose_nothing(start, undisturbed, tmp_path, request):
   """Of either process, at any moment; the other one leaves by itself."""
-  moments = ["starting"] * 2 + ["saving"] * 3 + ["stepping"] * 5
+  moments = ["starting"] + ["saving"] * 2 + ["stepping"] * 3
   rng = random.Random(7)
   rng.shuffle(moments)
   whole, run = undisturbed(2), tmp_path / "run"
@@ -316,7 +316,7 @@ def test_a_process_that_hangs_ends_the_others(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("job", "moments"), [("train", (2, 5, 8)), ("study", (1, 4, 7, 11, 16))]
+  ("job", "moments"), [("train", (2, 8)), ("study", (1, 7, 16))]
 )
 def test_a_job_that_is_asked_to_leave_before_its_loop_ends_well(
   tmp_path, digits_dir, job, moments

@@ -16,6 +16,7 @@ FREE = (
   "faults.",
   "log_every",
   "mesh.",
+  "metrics_sink",
   "profile_steps",
   "select.",
   "study.",

@@ -35,12 +35,19 @@ def test_groups_of_steps_are_shown_by_their_means(tmp_path):
   losses = np.float32([3, 1, 5])
   writer.write_steps(0, {"train_loss": losses[:2], "train_skipped": [0, 1]})
   writer.write_steps(2, {"train_loss": losses[2:], "train_skipped": [0]})
-  scores = [np.array([1.0, np.nan]), np.array([2.0, np.inf, 2.0])]
-  writer.summarize(2, scores)
+  writer.write(2, {"data_wait": 0.5}, later=True)
+  writer.summarize(2, np.array([1.0, np.nan, 2.0, np.inf, 2.0]))
   writer.write(3, {"test_accuracy": 0.5, "zero_shot_accuracy@1": 0.25})
   writer.sync()
   assert told == [
-    (2, {"train_loss": 3.0, "train_skipped": pytest.approx(1 / 3)}),
+    (
+      2,
+      {
+        "train_loss": 3.0,
+        "train_skipped": pytest.approx(1 / 3),
+        "data_wait": 0.5,
+      },
+    ),
     (3, {"test_accuracy": 0.5, "zero_shot_accuracy@1": 0.25}),
   ]
   assert metrics.read_metrics(tmp_path / metrics.METRICS_FILE) == [
@@ -56,6 +63,7 @@ def test_groups_of_steps_are_shown_by_their_means(tmp_path):
     for value in event.summary.value
   }
   assert shown[2, "train/loss"].simple_value == 3
+  assert shown[2, "speed/data_wait"].simple_value == 0.5
   assert shown[3, "test/accuracy"].simple_value == 0.5
   assert shown[3, "zero_shot/accuracy_1"].simple_value == 0.25
   assert shown[2, "train/score"].histo.num == 3  # the finite ones

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pairs_case
 import pytest
+import tiny
 
 import gradmimic_jax as gm
 from configs import (
@@ -79,7 +80,8 @@ def make_scored(tmp_path_factory, digits_dir):
       config, batch = configs.pop(data), 20
       # A run on other data may be a reference: each is the other's.
       ((name, other),) = configs.items()
-      reference = run(name, other())
+      with tiny.nudged():
+        reference = run(name, other())
       pairs = pairs_case.shapes.load("train", size=96, seed=0, image_size=16)
       ids = np.sort(np.delete(pairs.uids, 0))  # the first is broken
       if data == "shapes":
@@ -151,8 +153,9 @@ def test_scores_are_those_of_single_gradients(scored):
 @pytest.mark.parametrize(
   ("scored", "stop_at"),
   [
-    ("digits", 4),
     ("shards", 4),
+    # The contract of tasks kills a pass over digits.
+    pytest.param("digits", 4, marks=pytest.mark.slow),
     *(
       pytest.param(data, k, marks=pytest.mark.slow)
       for data, k in itertools.product(("digits", "shapes", "shards"), (1, 7))
@@ -230,7 +233,7 @@ def test_what_a_pass_refuses(scored, make_scored, make_config, tmp_path):
     config.update_from_flattened_dict(fields)
     return config.lock()
 
-  pairs = make_scored("shapes", make_config)
+  pairs = make_scored("shards", make_config)
   for config, error, match in (
     (score_config.get_config(), FileNotFoundError, "expected the workdir of a"),
     (job(scored, method="sgd"), ValueError, "gives no scores"),

@@ -194,8 +194,10 @@ def test_other_references_are_refused(batch, reference, kind, text):
 
 
 def test_a_tied_head_is_the_embedding(batch):
+  tied = config(tied=True, activation="quick_gelu")
+  tied.dtype = "bfloat16"
   apply, params = decoder.create(
-    config(tied=True, activation="quick_gelu", dtype="bfloat16"),
+    tied,
     vocab_size=V,
     context_length=T,
     seed=0,

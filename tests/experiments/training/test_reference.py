@@ -404,6 +404,7 @@ class TestRuns:
       study.run_study(config, tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
+  @pytest.mark.slow
   def test_a_study_with_a_foreign_reference(self, studied, teacher, shared):
     runs = study.run_all(
       studied,
