@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # of a set that is no larger than CIFAR-10).
   config.data.mean = ()
   config.data.std = ()
-  config.data.statistics_samples = 256
+  config.data.statistics_samples = 128
   # Which samples to train on: a .npy file of ids, or a selection as .parquet
   # or .csv. Ids are positions in the split or the set's own. None: all.
   config.data.filter = config_dict.placeholder(str)

@@ -17,15 +17,15 @@ def make_eval_step(
   """Makes a jitted step that sums up a batch's losses and hits.
 
   Args:
-    losses_fn: `(params, batch) -> (losses [B], hits [B])`.
+    losses_fn: `(params, batch, **variables) -> (losses [B], hits [B])`.
     expand: as `Task.expand`; None: batches come as losses_fn takes them.
 
   Returns:
-    `eval_step(params, batch, resident) -> {"loss", "hits", "count"}`. Keyword
-    arguments go to losses_fn.
+    `eval_step(params, batch, resident, **variables) -> {"loss", "hits",
+    "count"}`.
   """
 
-  def eval_step(params, batch, resident, **variables):
+  def eval_step(params, batch, resident=None, **variables):
     if expand is not None:
       batch = expand(batch, resident)
     losses, hits = losses_fn(params, batch, **variables)
@@ -53,7 +53,7 @@ def evaluate(
     params: the model's.
     batches: on the devices when they are asked for; at most two exist at once.
     resident: for `expand`.
-    **variables: keyword arguments of the losses.
+    **variables: for the losses.
 
   Returns:
     `loss` and `accuracy`.

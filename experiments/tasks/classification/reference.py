@@ -5,7 +5,6 @@ checkpoints, and shared by all runs with the same reference.
 """
 
 import contextlib
-import functools
 import hashlib
 import pathlib
 from typing import Any
@@ -302,15 +301,12 @@ def _load_run_outputs(where, config, images, devices, *, compute=True):
       )
     # The reference sees images scaled as they were when it was trained.
     expand = inputs.make_expand(tuple(shown["mean"]), tuple(shown["std"]))
-    outputs = _outputs(
-      functools.partial(apply, **variables),
-      expand,
-      params,
-      images,
-      config,
-      flip,
-      devices,
+    outputs_fn = jax.jit(
+      lambda known, images: apply(known[0], images, **known[1]),
+      out_shardings=devices.whole,
     )
+    known = params, variables
+    outputs = _outputs(outputs_fn, expand, known, images, config, flip, devices)
     if devices.process[0] == 0:
       cache.write(file, outputs)
   return fingerprint, outputs
@@ -338,15 +334,14 @@ def _read_input(where, images):
   return workdir_lib.read_input(where)
 
 
-def _outputs(apply, expand, params, images, config, flip, devices):
+def _outputs(apply, expand, known, images, config, flip, devices):
   """Computes outputs [N, C], or [2, N, C] with those of mirrored images."""
-  apply = jax.jit(apply, out_shardings=devices.whole)
   expand = jax.jit(expand)
 
   def compute(batch):
     seen = expand(batch, images.resident)["image"]
     views = [seen, seen[:, :, ::-1]] if flip else [seen]
-    return [apply(params, view) for view in views]
+    return [apply(known, view) for view in views]
 
   batches = stream.eval_batches(
     images,
