@@ -13,16 +13,22 @@ import numpy as np
 import optax
 import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PODS = ROOT / "docs" / "pods.md"
 
 
 def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-  assert len(blocks) == 7
+  assert len(blocks) == 2
   monkeypatch.chdir(tmp_path)
   params = {"w": jnp.zeros((4, 3))}
   optimizer = optax.adam(1e-3)
   rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(20, 4)).astype(np.float32),
+    "label": rng.integers(0, 3, 20).astype(np.int32),
+  }
   names = {
     "jax": jax,
     "np": np,
@@ -30,11 +36,7 @@ def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     "model": lambda params, images: images @ params["w"],
     "params": params,
     "reference": {"w": jnp.ones((4, 3)) * jnp.arange(3.0)[None]},
-    "batch": {
-      "image": rng.normal(size=(20, 4)).astype(np.float32),
-      "label": rng.integers(0, 3, 20).astype(np.int32),
-    },
-    "ids": np.arange(20),
+    "batches": [(np.arange(20), batch)],
     "optimizer": optimizer,
     "opt_state": optimizer.init(params),
   }
@@ -45,10 +47,19 @@ def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch):
   assert names["updates"]["w"].shape == (4, 3)
 
 
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+  text = README.read_text()
+  assert len(text.splitlines()) <= 120
+  for link in re.findall(r"\]\(([^)#]+)\)", text):
+    if "://" in link or link == "docs/configs.md":  # which `make docs` writes
+      continue
+    assert (ROOT / link).exists(), link
+
+
 @pytest.mark.slow
 def test_several_processes_run_as_written(tmp_path):
   """On this machine; with its Python, a free port and folders of the test's."""
-  blocks = re.findall(r"```\w*\n(.*?)```", README.read_text(), re.DOTALL)
+  blocks = re.findall(r"```\w*\n(.*?)```", PODS.read_text(), re.DOTALL)
   (block,) = [text for text in blocks if "localhost:12321" in text]
   with socket.socket() as free:
     free.bind(("localhost", 0))
