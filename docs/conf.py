@@ -86,6 +86,19 @@ def _write_fields(app):
     page.write_text(text)
 
 
+def _set_off_tables(app, what, name, obj, options, lines):
+  """Shows the tables of docstrings as they are drawn."""
+  del app, what, name, obj, options
+  found = []
+  for number, line in enumerate(lines):
+    in_table = line.startswith("|")
+    if in_table and not (number and lines[number - 1].startswith("|")):
+      found += ["::", ""]
+    found.append(f"  {line}" if in_table else line)
+  lines[:] = found
+
+
 def setup(app):
-  """Hooks the generated page into the build."""
+  """Hooks what is made of the source into the build."""
   app.connect("builder-inited", _write_fields)
+  app.connect("autodoc-process-docstring", _set_off_tables, priority=0)

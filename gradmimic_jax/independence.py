@@ -76,7 +76,7 @@ def check_independence(
   Args:
     losses_fn: `losses_fn(params, batch, **kwargs) -> losses [B]`, or `(losses,
       aux)` with `has_aux`.
-    params: its parameters: arrays, tracers, or `jax.ShapeDtypeStruct`s.
+    params: its parameters: arrays, tracers, or of type `jax.ShapeDtypeStruct`.
     batch: leaves `[B, ...]`, of the same kinds.
     has_aux: whether losses_fn returns `(losses, aux)`.
     **kwargs: for losses_fn. Made up if they are tracers.

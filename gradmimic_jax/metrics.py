@@ -114,9 +114,10 @@ def calibration_error(
 ) -> float:
   """The expected calibration error: probabilities against frequencies.
 
-  sum_k n_k / N |mean probability in bin k - share of positives in bin k|, over
-  bins of equal width; 1 belongs to the last one. It is 0 for calibrated
-  probabilities, and the share of errors if they are only 0 and 1.
+  `sum_k n_k / N |p_k - f_k|`, with p_k the mean probability and f_k the share
+  of positives in bin k, over bins of equal width; 1 belongs to the last one. It
+  is 0 for calibrated probabilities, and the share of errors if they are only 0
+  and 1.
 
   Args:
     probability: of being positive [N], in [0, 1].

@@ -66,8 +66,8 @@ def reweight_by_mimic_score(
   `optax.masked`,           `layers=` and `scope=`; around the optimizer alone,
   `optax.partition`         `mimic(optax.masked(tx, mask), reference)`
   `optax.flatten`           `mimic(optax.flatten(tx), reference)`
-  clipping, `optax.adam`    after it: `chain(reweight_by_mimic_score(reference),
-  and the like before it    clip_by_global_norm(1.0), adam(1e-3))`; before it
+  clipping, `adam` before   after it: `chain(reweight_by_mimic_score(reference),
+                            clip_by_global_norm(1.0), adam(1e-3))`; before it
                             they would take the batch axis for a parameter's,
                             without an error
   `inject_hyperparams`      `inject_hyperparams(mimic)(tx, reference,
