@@ -144,6 +144,7 @@ def test_bic_is_that_of_the_maximum_likelihood():
   assert found.separation == pytest.approx(d, rel=0.05)
   assert populations.probability_of_two(evidence.gain) > 1 - 1e-9
   assert populations.probability_of_two(2.0) == 0.5
+  assert populations.probability_of_two(4.0, lower_share=0.6) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -166,16 +166,17 @@ def contact_sheet(
 ) -> pathlib.Path:
   """Draws images in a grid, each with a caption.
 
-  Images are uint8 `[K, H, W, C]`, C 1 or 3; `colored`, bool `[K]`, says which
-  captions are orange.
+  Images are uint8 `[H, W, C]`, C 1 or 3, of any sizes; `colored`, bool `[K]`,
+  says which captions are orange.
 
   Raises:
     ValueError: no images, or as many captions as images are not there.
   """
-  images = np.asarray(images)
-  if images.ndim != 4 or not len(images) or len(images) != len(captions):
+  images = [np.asarray(image) for image in images]
+  if {image.ndim for image in images} != {3} or len(images) != len(captions):
+    shape = (len(images), *(images[0].shape if images else ()))
     raise ValueError(
-      f"images have shape {images.shape} and there are {len(captions)}"
+      f"images have shape {shape} and there are {len(captions)}"
       " captions; expected [K, H, W, C] and K > 0 of them."
     )
   if colored is None:

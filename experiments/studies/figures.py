@@ -91,7 +91,7 @@ def _draw_scores(records, summary, name):
     given, true = shown["labels"], shown["true_labels"]
     true = given if true is None else true
     yield figures.contact_sheet(
-      shown["images"][rows],
+      [shown["images"][int(i)] for i in rows],
       [f"given {names[given[i]]}\ntrue {names[true[i]]}" for i in rows],
       records.folder / f"lowest_{name}.png",
       title=title % "lowest mean scores" + " (orange: the label is right)",

@@ -185,7 +185,9 @@ def _fit_in_order(
   )
   x, noise = pool(scores)
   seen = ~np.isnan(x)
-  two = populations.probability_of_two(gain) if pair else 0.0
+  two = 0.0
+  if pair:
+    two = populations.probability_of_two(gain, float(pair.share[0]))
   known = np.isfinite(scores).any(axis=1)
   probability = np.full(len(x), np.nan)
   probability[seen] = 1.0

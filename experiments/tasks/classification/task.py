@@ -51,7 +51,7 @@ class _Shown:
     try:
       return self._transform.decode(stored)
     except images_lib.BadImageError:
-      return np.zeros((1, 1), np.uint8)
+      return np.zeros((1, 1, 1), np.uint8)
 
 
 class Classification(Task):

@@ -21,6 +21,10 @@ FREE = (
   "select.",
   "study.",
   "mimic.force",
+  # Batches are the same, wherever images live and whoever reads them.
+  "data.residence",
+  "data.worker_processes",
+  "data.workers",
   # Paths; a run's fingerprint has the contents.
   "data.filter",
   "data.held_out_shards",
