@@ -1,8 +1,11 @@
 """The command line of every job: flags, log lines, one-line errors."""
 
 import contextlib
+import importlib.util
+import inspect
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +14,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.runtime import distributed, locks, preemption, programs
+from experiments.runtime import (
+  distributed,
+  fields,
+  locks,
+  preemption,
+  programs,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, with :key=value,... after it."
@@ -115,7 +124,11 @@ def run(
         os._exit(left.code)
       raise
     except KeyboardInterrupt:
-      sys.exit("interrupted; the same command goes on from the last checkpoint")
+      print(
+        "interrupted; the same command goes on from what is saved",
+        file=sys.stderr,
+      )
+      sys.exit(preemption.STATUS_OF_CTRL_C)
 
   app.run(main, flags_parser=_parse_flags)
 
@@ -174,7 +187,40 @@ def _is_news(record):
   )
 
 
+def _show_help(argv):
+  """Prints what the command does, its flags, and the fields of its config."""
+  print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
+  print("\nflags:")
+  for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+    print(f"  --{flag.name}: {flag.help}")
+  given = [x.partition("=")[2] for x in argv if x.startswith("--config=")]
+  if not given:
+    print("\nWith --config=configs/<name>.py as well: the config's fields.")
+    return
+  path, _, arg = given[0].partition(":")
+  spec = importlib.util.spec_from_file_location("given_config", path)
+  if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
+    sys.exit(f"error: --config is {path!r}; expected a Python file in configs/")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # where inspect looks for its source
+  spec.loader.exec_module(module)
+  config = module.get_config(arg)
+  sources = [
+    importlib.import_module(f"configs.{name}")
+    for name in ("base", config.get("task", ""))
+    if importlib.util.find_spec(f"configs.{name}") and name
+  ]
+  print(f"\n{inspect.cleandoc(module.__doc__ or '')}\n\nfields:")
+  width = shutil.get_terminal_size().columns
+  print(
+    fields.as_text(fields.list_fields(config, [*sources, module]), width=width)
+  )
+
+
 def _parse_flags(argv):
+  if {"--help", "-help", "-h", "--helpfull"} & set(argv):
+    _show_help(argv)
+    sys.exit(0)
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:

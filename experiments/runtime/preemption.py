@@ -1,4 +1,4 @@
-"""SIGTERM: it asks a run to save and to leave."""
+"""SIGTERM and Ctrl-C: they ask a run to save and to leave."""
 
 import itertools
 import os
@@ -13,22 +13,25 @@ from jax.experimental import multihost_utils
 # this from the job's end.
 STATUS = "GRADMIMIC_STATUS_OF_SIGTERM"
 STATUS_OF_CELLS = 128 + signal.SIGTERM
+STATUS_OF_CTRL_C = 128 + signal.SIGINT
 
 # Processes agree on a call to stop at, not on a step: a job may have several
 # runs, whose steps all begin at 0.
 _calls = itertools.count(1)
 # A call for the job's next run, where one ended before it could stop.
 _asked = threading.Event()
+_signal = signal.SIGTERM  # the one that asked last
 _job = False  # True if this process is a job, which ends once it leaves
 
 
 class PreemptedError(SystemExit):
-  """Ends the job with status 0 once the run is saved."""
+  """Ends the job once the run is saved: with status 0, or 130 after Ctrl-C."""
 
   code: int
 
   def __init__(self, message: str):
-    super().__init__(int(os.environ.get(STATUS, 0)))
+    status = int(os.environ.get(STATUS, 0))
+    super().__init__(STATUS_OF_CTRL_C if _signal == signal.SIGINT else status)
     self.message = message
 
   def __str__(self):
@@ -39,6 +42,7 @@ class Preemption:
   """Notices a SIGTERM to this process, or to another one of its job.
 
   Of several processes, JAX's own notifier has taken the signal when they met.
+  A single one notices Ctrl-C as well; the second one interrupts it at once.
   """
 
   def __init__(self) -> None:
@@ -46,9 +50,11 @@ class Preemption:
       jax.process_count() == 1
       and threading.current_thread() is threading.main_thread()
     )
-    self._previous = (
-      signal.signal(signal.SIGTERM, _note) if self._listens else None
-    )
+    self._previous = {
+      number: signal.signal(number, _note)
+      for number in (signal.SIGTERM, signal.SIGINT)
+      if self._listens
+    }
 
   def reached(self) -> bool:
     """True if the run is to stop now; all processes ask, and get one answer."""
@@ -62,8 +68,9 @@ class Preemption:
 
   def close(self) -> None:
     """Gives the signal back."""
-    if self._listens and signal.getsignal(signal.SIGTERM) is _note:
-      signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+    for number, previous in self._previous.items():
+      if signal.getsignal(number) is _note:
+        signal.signal(number, previous or signal.SIG_DFL)
 
 
 def listen() -> None:
@@ -97,7 +104,8 @@ def leave(what: str) -> NoReturn:
   _asked.clear()
   if _job:
     ignore()
-  message = f"SIGTERM: {what}"
+  name = "Ctrl-C" if _signal == signal.SIGINT else "SIGTERM"
+  message = f"{name}: {what}"
   # Asking which process this is would start the devices.
   if not jax.distributed.is_initialized() or jax.process_index() == 0:
     # Straight to the descriptor: the interrupted code may hold the stream.
@@ -105,7 +113,11 @@ def leave(what: str) -> NoReturn:
   raise PreemptedError(message)
 
 
-def _note(*_):
+def _note(number=signal.SIGTERM, *_):
+  global _signal
+  _signal = signal.Signals(number)
+  if number == signal.SIGINT:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   _asked.set()
 
 

@@ -706,6 +706,23 @@ def ask_to_leave():
   signal.raise_signal(signal.SIGTERM)
 
 
+def test_ctrl_c_asks_to_save_and_twice_interrupts(monkeypatch, capfd):
+  monkeypatch.setattr(preemption, "_signal", signal.SIGTERM)
+  before = signal.getsignal(signal.SIGINT)
+  with contextlib.closing(preemption.Preemption()) as asked:
+    assert not asked.reached()
+    signal.raise_signal(signal.SIGINT)
+    assert asked.reached()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    with pytest.raises(preemption.PreemptedError) as left:
+      asked.leave(3, "runs/one")
+  assert left.value.code == 130
+  told = "Ctrl-C: saved runs/one at step 3; the same command goes on there\n"
+  assert capfd.readouterr().err == told
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("at", [17, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_leave_loses_no_step(
   config, whole, tmp_path, meanwhile, at
