@@ -177,12 +177,13 @@ def _places(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
       f"ids has {len(ids)} values, {len(_ids.unique(ids))} of them distinct,"
       f" and the lab's data has {n} rows; expected the id of every row."
     )
-  same = _ids.same_kind(ids, wanted)
-  missing = wanted if not same else wanted[~_ids.contains(ids[by], wanted)]
+  rows, missing = by, wanted
+  if _ids.same_kind(ids, wanted):
+    rows, missing = _ids.find(ids, wanted, by)
   if len(missing):
     raise ValueError(
       f"{len(missing)} of {len(wanted)} samples are not among ids, the first is"
       f" {missing[0].item()!r}; expected the ids of the lab's rows, integers or"
       " strings as the ledger has them."
     )
-  return by[np.searchsorted(ids[by], wanted)]
+  return rows

@@ -7,12 +7,22 @@ import os
 import shutil
 import subprocess
 
+import pytest
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def program():
   """The path of a Chromium; None if there is none."""
   return next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
+NEEDED = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    program() is None, reason="no Chromium here: apt-get install chromium"
+  ),
+]
 
 
 class Browser:

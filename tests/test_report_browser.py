@@ -1,24 +1,13 @@
 """The report in a real browser: Debian's package chromium, or another one."""
 
-import pathlib
-import sys
-
+import browser as browser_lib
 import numpy as np
 import pytest
 from PIL import Image
 
 import gradmimic_jax as gm
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import browser as browser_lib
-
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    browser_lib.program() is None,
-    reason="no Chromium here: apt-get install chromium",
-  ),
-]
+pytestmark = browser_lib.NEEDED
 
 NAMES = (
   "cat",

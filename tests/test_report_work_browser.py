@@ -3,25 +3,15 @@
 import csv
 import io
 import json
-import pathlib
-import sys
 import time
 
+import browser as browser_lib
 import numpy as np
 import pytest
 
 import gradmimic_jax as gm
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import browser as browser_lib
-
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    browser_lib.program() is None,
-    reason="no Chromium here: apt-get install chromium",
-  ),
-]
+pytestmark = browser_lib.NEEDED
 
 # What a spreadsheet would run, what breaks a table, and what breaks a page.
 ODD = (

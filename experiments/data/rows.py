@@ -83,15 +83,7 @@ class Rows(grain.IterDataset):
         "indices must be positions [M], at least one; got"
         f" {rows.dtype} {rows.shape}"
       )
-    if rows.min() < 0 or rows.max() >= count:
-      raise ValueError(
-        f"indices must lie in 0 .. {count - 1}, got"
-        f" {rows.min()} .. {rows.max()}"
-      )
-    if len(np.unique(rows)) < len(rows):
-      raise ValueError(
-        f"indices must differ; an epoch takes each {self.noun} once"
-      )
+    stream.check_positions(rows, count, self.noun)
     self.batch_rows = everywhere = batch_size * process_count
     self.steps_per_epoch = stream.steps_per_epoch(len(rows), everywhere)
     if drop_last:

@@ -213,12 +213,7 @@ class Images:
       return (transform.size, transform.size, transform.channels)
     if self.source.shape is not None:
       return tuple(self.source.shape)
-    for at, sample in enumerate(self.source.read(range(1))):
-      try:
-        return transform.decode(sample).shape
-      except images_lib.BadImageError as error:
-        self.bad.add({at: str(error)})
-    for at in range(1, len(self.source)):
+    for at in range(len(self.source)):
       try:
         return transform.decode(self.source.read([at])[0]).shape
       except images_lib.BadImageError as error:

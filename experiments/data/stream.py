@@ -487,14 +487,19 @@ def _positions(
       f"there must be at least one sample to go over, in a list of positions; "
       f"got shape {rows.shape}"
     )
-  if rows.min() < 0 or rows.max() >= num_samples:
-    raise ValueError(
-      f"indices must lie in 0 .. {num_samples - 1}, got "
-      f"{rows.min()} .. {rows.max()}"
-    )
-  if len(np.unique(rows)) < len(rows):
-    raise ValueError(
-      f"indices must differ, got {len(rows)} with "
-      f"{len(np.unique(rows))} different ones; an epoch takes each sample once"
-    )
+  check_positions(rows, num_samples)
   return rows
+
+
+def check_positions(rows: np.ndarray, count: int, noun: str = "sample") -> None:
+  """Raises ValueError unless positions lie among `count`, and differ."""
+  if rows.min() < 0 or rows.max() >= count:
+    raise ValueError(
+      f"indices must lie in 0 .. {count - 1}, got {rows.min()} .. {rows.max()}"
+    )
+  different = len(np.unique(rows))
+  if different < len(rows):
+    raise ValueError(
+      f"indices must differ, got {len(rows)} with {different} different ones;"
+      f" an epoch takes each {noun} once"
+    )

@@ -69,7 +69,8 @@ class Preemption:
   def close(self) -> None:
     """Gives the signal back."""
     for number, previous in self._previous.items():
-      if signal.getsignal(number) is _note:
+      # `_note` puts Python's own in its place at the first Ctrl-C.
+      if signal.getsignal(number) in (_note, signal.default_int_handler):
         signal.signal(number, previous or signal.SIG_DFL)
 
 
@@ -113,7 +114,7 @@ def leave(what: str) -> NoReturn:
   raise PreemptedError(message)
 
 
-def _note(number=signal.SIGTERM, *_):
+def _note(number, _):
   global _signal
   _signal = signal.Signals(number)
   if number == signal.SIGINT:

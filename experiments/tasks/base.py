@@ -20,6 +20,7 @@ from experiments.runtime import (
   workdir as workdir_lib,
 )
 from gradmimic_jax.scores import Score
+from gradmimic_jax.selection import _ids
 
 
 class Aux(NamedTuple):
@@ -108,9 +109,7 @@ class Truth(NamedTuple):
       ValueError: an id that is not there.
     """
     own, ids = datacomp.as_ids(self.ids), datacomp.as_ids(ids)
-    order = np.argsort(own)
-    rows = order[np.searchsorted(own[order], ids) % len(own)]
-    missing = ids[own[rows] != ids]
+    rows, missing = _ids.find(own, ids)
     if len(missing):
       raise ValueError(
         f"{len(missing)} of {len(ids)} ids are not among the {len(own)}"
@@ -155,6 +154,10 @@ class Task(abc.ABC):
     last: closes the optimizer's chain; None: nothing does.
     resident: a tree of arrays that stay on the devices and go into every step;
       None: there are none.
+    expand: `(batch, resident) -> batch`, compiled with the steps: makes an
+      uploaded batch, or one of a reference, what the losses take; None: it is
+      that. From a factory that `programs.once` keeps, as programs are shared by
+      runs that share it.
   """
 
   # The module of `configs` whose `get_config()` has every field there is.
@@ -184,6 +187,7 @@ class Task(abc.ABC):
   data_fingerprints: dict[str, str]
   last: optax.GradientTransformation | None = None
   resident: Any = None
+  expand: Callable[[Any, Any], Any] | None = None
 
   @abc.abstractmethod
   def __init__(
@@ -304,29 +308,6 @@ class Task(abc.ABC):
   def samples(self) -> int | None:
     """The number of training samples; None if it is unknown."""
     return None
-
-  def expand(self, batch: Any, resident: Any) -> Any:
-    """Makes a batch what the losses take; compiled with the steps.
-
-    A task whose batches are uploaded in another form assigns it to itself as a
-    function from a factory that `programs.once` keeps: a method would belong
-    to one task, and its programs to one run.
-
-    Args:
-      batch: as it was uploaded, with its `mask`.
-      resident: the task's.
-
-    Returns:
-      The batch.
-    """
-    del resident
-    return batch
-
-  @property
-  def expansion(self) -> Callable[[Any, Any], Any] | None:
-    """The task's `expand`; None where batches are uploaded as they are."""
-    own = getattr(self.expand, "__func__", None) is not Task.expand
-    return self.expand if own else None
 
   @abc.abstractmethod
   def take(self, batch: dict[str, np.ndarray]) -> Rows:

@@ -199,7 +199,7 @@ class _Scoring:
       method,
       task.config.mimic,
       task.outputs,
-      expand=task.expansion,
+      expand=task.expand,
       out_shardings=devices.rows,
     )
     self.reference = reference_lib.load(task.config, method, task, folder)

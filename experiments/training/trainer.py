@@ -153,7 +153,7 @@ class Run:
       self.method,
       _without_paths(self.config.mimic),
       task.outputs,
-      task.expansion,
+      task.expand,
       average=average,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
@@ -172,7 +172,7 @@ class Run:
       )
 
   def _draw(self):
-    batch, expand = self.task.check_batch(), self.task.expansion
+    batch, expand = self.task.check_batch(), self.task.expand
     if expand is None:
       return batch
     return jax.jit(expand)(batch, self.task.resident)
@@ -246,7 +246,7 @@ class Run:
       live = np.arange(length) < len(rows)
       # Steps that aren't live change nothing, whatever they see.
       rows += rows[-1:] * (length - len(rows))
-      seen = jax.tree.map(lambda *xs: np.stack(xs), *(row.seen for row in rows))
+      seen = jax.tree.map(_stack, *(row.seen for row in rows))
       return Packed(
         np.stack([row.ids for row in rows]),
         np.stack([row.real for row in rows]),
@@ -295,6 +295,11 @@ class Run:
   def _ledger_fingerprints(self):
     """Returns the run's fingerprints, with those of its data and labels."""
     return {**self.fingerprints, **self.task.data_fingerprints}
+
+
+def _stack(*arrays):
+  """Stacks arrays; a single one, which may be large, is not copied."""
+  return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def create_method(config: config_dict.ConfigDict) -> methods.Method | None:

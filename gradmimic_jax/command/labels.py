@@ -62,10 +62,7 @@ def read_labels(
       f"--labels: {path} has ids such as {theirs[0].item()!r}, and the scores"
       f" {ids[0].item()!r}; expected the same kind."
     )
-  order = np.argsort(theirs, kind="stable")
-  at = np.searchsorted(theirs[order], ids)
-  rows = order[np.minimum(at, len(theirs) - 1)]
-  missing = ids[theirs[rows] != ids]
+  rows, missing = _ids.find(theirs, ids)
   if len(missing):
     raise ValueError(
       f"--labels: {path} has no label for {len(missing):,} of {len(ids):,}"

@@ -191,9 +191,7 @@ def _rows(wanted: np.ndarray, ids: Any, n: int) -> np.ndarray:
         "dataset['ids'] repeat, so that they don't tell which sample is meant;"
         " expected each once."
       )
-    place = np.searchsorted(ids[order], wanted)
-    rows = order[np.minimum(place, len(ids) - 1)]
-    missing = wanted[ids[rows] != wanted]
+    rows, missing = _ids.find(ids, wanted, order)
   if len(missing):
     raise ValueError(
       f"{len(missing)} of the selection's {len(wanted)} samples are not in"

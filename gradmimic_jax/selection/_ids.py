@@ -224,6 +224,29 @@ def contains(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
   return found[len(sorted_ids) :]
 
 
+def find(
+  ids: np.ndarray, wanted: np.ndarray, by: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds where the wanted ids are, and which of them are not there.
+
+  Args:
+    ids: [n], of the kind of `wanted`; of one that repeats, the first is found.
+    wanted: [m].
+    by: `order(ids)`, where it is known.
+
+  Returns:
+    Positions among ids [m], of no meaning where an id is missing; and the
+    missing ids.
+  """
+  if not len(ids):
+    return np.zeros(len(wanted), np.int64), wanted
+  if by is None:
+    by = order(ids)
+  place = np.searchsorted(ids[by], wanted)
+  rows = by[np.minimum(place, len(ids) - 1)]
+  return rows, wanted[ids[rows] != wanted]
+
+
 def same_kind(a: np.ndarray, b: np.ndarray) -> bool:
   """True if ids can be compared; no ids at all go with any."""
   return not len(a) or not len(b) or a.dtype.kind == b.dtype.kind

@@ -168,10 +168,7 @@ class Decisions:
         f"{self.source} has ids of dtype {self.ids.dtype} and {name} of"
         f" {ids.dtype}; they name samples in different ways. Use one kind."
       )
-    order = _ids.order(ids)
-    place = np.searchsorted(ids[order], self.ids)
-    rows = order[np.minimum(place, len(ids) - 1)]
-    missing = self.ids[ids[rows] != self.ids]
+    rows, missing = _ids.find(ids, self.ids)
     if len(missing):
       raise ValueError(
         f"{len(missing)} of the {len(self)} ids in {self.source} are not in"

@@ -14,9 +14,7 @@ __all__ = [
   "Source",
   "from_dataset",
   "load",
-  "of_config",
   "open",
-  "stored_fingerprint",
 ]
 
 
@@ -171,25 +169,3 @@ def load(
       `size` is None.
   """
   return decoded.decode(_open_tfds(name, split, data_dir), size)
-
-
-def of_config(data: Any, split: str) -> Dataset:
-  """Loads a split of the set that `config.data` names, resized by its fields.
-
-  Args:
-    data: `config.data`: `name`, `data_dir` and `image_size` (0: as they are).
-    split: A TFDS split.
-
-  Returns:
-    The samples; errors are those of `load`.
-  """
-  return decoded.decode(open(data, split), data.image_size or None)
-
-
-def stored_fingerprint(
-  name: str, split: str, *, data_dir: str | os.PathLike | None = None
-) -> str:
-  """Hashes the files that `load` would read; see `tfds.stored_fingerprint`."""
-  from experiments.data.sources import tfds
-
-  return tfds.stored_fingerprint(name, split, data_dir=data_dir)

@@ -3,14 +3,12 @@
 import contextlib
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Sequence
 
 import numpy as np
-import PIL
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from google.protobuf import message
@@ -184,42 +182,6 @@ def _choose_ids(ids, has_id: bool, builder, split: str) -> np.ndarray:
     if len(set(own.tolist())) == len(own):
       return own
   return _positions(builder, split)
-
-
-def stored_fingerprint(
-  name: str, split: str, *, data_dir: str | os.PathLike | None = None
-) -> str:
-  """Hashes the files that `load` would read, without decoding them.
-
-  Decoding takes many times as long. `Dataset.fingerprint` is another one: files
-  that are stored otherwise can have the same content.
-
-  Args:
-    name: As in `load`, and so are the others.
-    split: A TFDS split.
-    data_dir: The folder that holds TFDS data sets.
-
-  Returns:
-    32 hexadecimal characters.
-
-  Raises:
-    FileNotFoundError: If the set, or one of its files, is not there.
-    ValueError: If there is no such set or split.
-  """
-  data_dir = _folder(name, split, data_dir)
-  if name == digits.NAME:
-    digits.prepare(data_dir)
-  builder = _find(name, data_dir)
-  try:
-    shards = builder.info.splits[split].file_instructions
-  except (KeyError, ValueError, AssertionError) as error:
-    raise _no_split(builder, split, error) from error
-  words = [builder.info.full_name, PIL.__version__]
-  for shard in shards:
-    with open(shard.filename, "rb") as file:
-      content = hashlib.file_digest(file, "sha256").hexdigest()
-    words.append([content, shard.skip, shard.take])
-  return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
 def _folder(name, split, data_dir) -> str:

@@ -99,7 +99,7 @@ class Classification(Task):
     self.batches = stream.train_batches(
       data.train, data.labels.labels, **shuffled, **self._reading
     )
-    self._expand = inputs.make_expand(tuple(data.mean), tuple(data.std))
+    self.expand = inputs.make_expand(tuple(data.mean), tuple(data.std))
     self._listing: pathlib.Path | None = None
     apply, self.params = initial.for_data(
       config.model, data, seed=config.seed, place=devices.place
@@ -123,7 +123,7 @@ class Classification(Task):
     self._apply, self.statistics = apply, apply.statistics
     self.losses_fn = losses.make_losses_fn(apply)
     self.outputs = losses.make_outputs(losses.make_outputs_fn(apply), apply)
-    self._eval_step = evaluation.make_eval_step(self.losses_fn, self._expand)
+    self._eval_step = evaluation.make_eval_step(self.losses_fn, self.expand)
 
   @classmethod
   def create_for_scoring(
@@ -208,15 +208,6 @@ class Classification(Task):
       batch["index"] >= 0,
       {key: batch[key] for key in inputs.SEEN if key in batch},
     )
-
-  def expand(self, batch: Any, resident: Any) -> Any:
-    """See `Task`."""
-    return self._expand(batch, resident)
-
-  @property
-  def expansion(self) -> inputs.Expand:
-    """See `Task`. Runs of one scaling share it, and so their programs."""
-    return self._expand
 
   @property
   def resident(self) -> Any:

@@ -22,6 +22,7 @@ from experiments.data import filters, noise, sources
 from experiments.data.sources import (
   arrays as arrays_lib,
   base,
+  decoded as decoded_lib,
   folder as folder_lib,
   index,
   splits,
@@ -309,12 +310,12 @@ class TestEverySourceOfImages:
     _, data = stored
     data = data.copy_and_resolve_references()
     data.image_size = 5
-    found = sources.of_config(data, "test")
+    found = decode(data, "test")
     for row, content in enumerate(SAMPLES["test"][0]):
       image = Image.open(io.BytesIO(content))
       resized = image.resize((5, 5), Image.Resampling.BILINEAR)
       np.testing.assert_array_equal(found.images[row], np.asarray(resized))
-    assert sources.of_config(data, "test") is found
+    assert decode(data, "test") is found
 
 
 def write_npz(root, **changes):
@@ -327,6 +328,11 @@ def write_npz(root, **changes):
   arrays |= {"class_names": np.array(CLASSES), **changes}
   np.savez_compressed(root / "set.npz", **arrays)
   return make_config(f"npz:{root}/set.npz"), arrays
+
+
+def decode(data, split):
+  size = data.image_size or None
+  return decoded_lib.decode(sources.open(data, split), size)
 
 
 class TestArrays:
@@ -344,7 +350,7 @@ class TestArrays:
         images = arrays[f"{split}_images"]
         np.testing.assert_array_equal(first[..., 0], images[0])
         np.testing.assert_array_equal(last[..., 0], images[-1])
-      decoded = sources.of_config(data, split)
+      decoded = decode(data, split)
       np.testing.assert_array_equal(decoded.images[..., 0], images)
 
   def test_names_of_keras(self, tmp_path):
@@ -386,7 +392,7 @@ class TestArrays:
       assert found.dtype == np.float32
       np.testing.assert_array_equal(found, rows[29].astype(np.float32))
     with pytest.raises(ValueError, match="are features"):
-      sources.of_config(data, "all[50%:]")
+      decode(data, "all[50%:]")
 
   def test_a_file_for_each_split(self, tmp_path):
     for split, (_, labels, _) in SAMPLES.items():
