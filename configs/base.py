@@ -81,6 +81,9 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.fraction = 0.3
   # Of grad_match_omp and grad_match_least_squares, in mean squared norms.
   config.mimic.ridge = 0.1
+  # Of distillation_mixed: the share of the reference's outputs; the labels have
+  # the rest.
+  config.mimic.mix = 0.5
   # Of grand_offline: the gradient norms of how many runs are averaged, after
   # how many epochs of each.
   config.mimic.grand_runs = 10

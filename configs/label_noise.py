@@ -105,8 +105,12 @@ def probe() -> config_dict.ConfigDict:
   # a rate of 0 with noise that has a rate of its own takes that.
   config.rates = (0.3, 0.4, 0.5, 0.6, 0.7)
   # Of `mimic.temperature` with softmax weights, of `mimic.fraction` with
-  # ess_softmax and top_fraction; empty: the one that is set there.
+  # ess_softmax and top_fraction, of `mimic.mix` where that is the method's;
+  # empty: the one that is set there.
   config.weighting_values = ()
+  # References are trained on the true labels of these shares of the training
+  # samples, drawn class by class, in as many steps as on all of them.
+  config.reference_shares = (1.0,)
   # How images are scaled: as the "model" was trained, or to mean and standard
   # deviation .5 as "published".
   config.scaling = "model"

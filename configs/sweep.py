@@ -11,6 +11,11 @@ held-out samples under symmetric noise; then subsets, ablations, costs, and
 `results`. Human noise comes with `labels=<a table with the columns id, worst,
 random1 and aggre>`.
 
+`study=efficientnet` is the same on all of the training set, with the published
+weights of an EfficientNet-Lite0 (`backbone=<a .safetensors file or a name on
+the hub>`) instead of that network: heads at 128 pixels, and in `outgrowing_*`
+heads whose references know a part of the labels.
+
 `study=digits` is the same in minutes, on scikit-learn's handwritten digits.
 """
 
@@ -24,21 +29,43 @@ _ALL = (
   "rho_as_published", "grad_match_separable", "grad_match_least_squares",
   "grad_match_omp", "random", "distillation",
 )  # fmt: skip
+# Less what shows a single point about one of the others.
+_MOST = tuple(
+  name
+  for name in (*_ALL, "distillation_mixed")
+  if name
+  not in (
+    "influence_test_leak",
+    "agra_skip",
+    "grad_match_least_squares",
+    "grad_match_omp",
+  )
+)
 _HUMAN = ("worst", "random1", "aggre")
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """A sweep's `cells`, lines such as `name: job --config=...`.
 
-  There `{other}` is the folder of another cell. Arguments are `study`, "digits"
-  or "cifar10"; number of `seeds`; `data_dir`; a table of human `labels`.
+  There `{other}` is the folder of another cell. Arguments are `study`,
+  "digits", "cifar10" or "efficientnet"; number of `seeds`; `data_dir`; a table
+  of human `labels`; the `backbone` of efficientnet.
 
   Raises:
     ValueError: an unknown argument or study.
   """
-  studies = {"digits": _digits, "cifar10": _cifar10}
+  studies = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "efficientnet": _efficientnet,
+  }
   values = base.parse_arg(
-    arg, study=tuple(studies), seeds=0, data_dir="", labels=""
+    arg,
+    study=tuple(studies),
+    seeds=0,
+    data_dir="",
+    labels="",
+    backbone="hf://timm/tf_efficientnet_lite0.in1k",
   )
   config = config_dict.ConfigDict()
   config.cells = studies[values["study"]](values)
@@ -55,16 +82,7 @@ def _cifar10(values):
     "model.widths": (16, 32, 64),
     "model.patch_size": 2,
   }
-  seeds = values["seeds"] or 3
-  noises: dict[str, dict[str, object]] = {
-    "symmetric": {"noise.kind": "symmetric"}
-  }
-  for column in _HUMAN if values["labels"] else ():
-    noises[column] = {
-      "noise.kind": "file",
-      "noise.path": values["labels"],
-      "noise.column": column,
-    }
+  seeds, noises = values["seeds"] or 3, _noises(values)
   backbone = {
     **everywhere,
     **model,
@@ -173,8 +191,104 @@ def _cifar10(values):
   return (*cells, _results("CIFAR-10", cells))
 
 
-def _probe_ablations(probe, fields, seeds):
-  """Temperature, quality of the reference, first epoch: heads at noise .4."""
+def _noises(values) -> dict[str, dict[str, object]]:
+  """Fields of symmetric noise, and of people's where there is a table."""
+  noises: dict[str, dict[str, object]] = {
+    "symmetric": {"noise.kind": "symmetric"}
+  }
+  for column in _HUMAN if values["labels"] else ():
+    noises[column] = {
+      "noise.kind": "file",
+      "noise.path": values["labels"],
+      "noise.column": column,
+    }
+  return noises
+
+
+def _efficientnet(values):
+  seeds, noises = tuple(range(values["seeds"] or 5)), _noises(values)
+  everywhere = {"data.name": "cifar10"}
+  if values["data_dir"]:
+    everywhere["data.data_dir"] = values["data_dir"]
+  heads = {
+    **everywhere,
+    "data.image_size": 128,
+    "eval_batch_size": 64,
+    "model.name": "efficientnet_lite0",
+    "model.pretrained": values["backbone"],
+    "mimic.weighting": "ess_softmax",
+    "mimic.fraction": 0.5,
+    "optimizer.learning_rate": 3e-4,
+    "probe.features": "{sweep}/features",
+    "study.seeds": seeds,
+  }
+  held_out: dict[str, object] = {
+    "data.train_split": "train[:40000]",
+    "data.test_split": "train[40000:]",
+    "study.seeds": (10, 11),
+    "study.tune.learning_rates": (1e-4, 3e-4, 1e-3),
+    "study.tune.weighting_values": (0.3, 0.5, 0.7),
+  }
+  probe = "configs/label_noise.py:dataset=cifar10,protocol=probe"
+  outgrowing = "configs/outgrowing.py:dataset=cifar10"
+  # The first one computes the features that all of the others take.
+  clean: dict[str, object] = {"study.methods": ("sgd",), "probe.rates": (0.0,)}
+  cells = [_line("clean", "study", probe, heads | clean)]
+  cells.append(
+    _line(
+      "outgrowing_tuning",
+      "tune",
+      outgrowing,
+      {
+        **heads,
+        **held_out,
+        "study.retrain": False,
+        "probe.reference_shares": (0.025, 0.1),
+      },
+    )
+  )
+  for name in ("symmetric", "worst"):
+    if name not in noises:
+      continue
+    more: dict[str, object] = {
+      "probe.rates": (0.5,) if name == "symmetric" else (0,),
+      "study.tuned": "{outgrowing_tuning}/tuned.json",
+    }
+    fields = heads | noises[name] | more
+    cells.append(_line(f"outgrowing_{name}", "study", outgrowing, fields))
+  cells.append(
+    _line(
+      "probe_tuning",
+      "tune",
+      probe,
+      {**heads, **held_out, "study.methods": _MOST, "probe.rates": (0.5,)},
+    )
+  )
+  for name, noise in noises.items():
+    rates = (0.3, 0.4, 0.5, 0.6, 0.7) if name == "symmetric" else (0,)
+    more = {
+      "probe.rates": rates,
+      "study.methods": _MOST,
+      "study.tuned": "{probe_tuning}/tuned.json",
+    }
+    cells.append(_line(f"probe_{name}", "study", probe, heads | noise | more))
+  published: dict[str, object] = {
+    "probe.rates": (0.4, 0.5, 0.6),
+    "optimizer.learning_rate": 1e-4,
+    "mimic.weighting": "softmax",
+    "mimic.temperature": 0.03,
+    "study.methods": label_noise.METHODS,
+  }
+  cells.append(_line("published", "study", probe, heads | published))
+  cells += _probe_ablations(probe, heads, len(seeds), steps=1563)
+  return (*cells, _results("CIFAR-10, EfficientNet-Lite0", cells))
+
+
+def _probe_ablations(probe, fields, seeds, steps=782):
+  """Temperature, quality of the reference, first epoch: heads at noise .4.
+
+  `steps` are those of an epoch.
+  """
   fields = {
     **fields,
     "probe.rates": (0.4,),
@@ -193,8 +307,8 @@ def _probe_ablations(probe, fields, seeds):
     "reference_1_epoch": {"study.reference.num_epochs": 1},
     "reference_noise_0.2": {"study.reference.noise_rate": 0.2},
     "reference_noise_0.4": {"study.reference.noise_rate": 0.4},
-    "start_epoch_1": {"mimic.warmup_steps": 782},
-    "start_epoch_3": {"mimic.warmup_steps": 3 * 782},
+    "start_epoch_1": {"mimic.warmup_steps": steps},
+    "start_epoch_3": {"mimic.warmup_steps": 3 * steps},
   }
   return [
     _line(f"ablation_{name}", "study", probe, fields | variant)
@@ -326,7 +440,7 @@ def _results(title, cells):
       "probe": folders("probe_"),
       "finetune": folders("finetune_"),
       "tuning": tuple(f"{{{name}}}" for name in names if "_tuning" in name),
-      "costs": "{costs}",
+      **({"costs": "{costs}"} if "costs" in names else {}),
       "ablations": ablations,
     },
   )

@@ -23,13 +23,15 @@
 | grad_match_omp           | minus the batch's mean    | matching      | p     |
 | random                   | -                         | random        | top   |
 | distillation             | the reference's outputs   | -             | -     |
+| distillation_mixed       | the same, and the labels  | -             | -     |
 
 "Of the config": `config.mimic.direction` and `config.mimic.score`. Weights: w,
 `config.mimic.weighting` after `config.mimic.warmup_steps` plain steps; +, equal
 on positive scores (if there are none, on all samples; or 0: the step has no
 gradient); 10 %, equal on that share; top, equal on `config.mimic.fraction`; p,
 in proportion to the score; a, a softmax at `config.mimic.temperature` whose
-weights take part in the gradient.
+weights take part in the gradient. What is mixed: `config.mimic.mix` of the
+reference's outputs, the rest of the labels.
 
 All of them see the same batches and use the same optimizer. Two are there to
 show what a published number rests on: `influence_test_leak` goes by samples of
@@ -63,6 +65,9 @@ class Method(NamedTuple):
   weighting: gm.Weighting | None  # None where there is no score
   detached: bool = True  # False: the weights' own gradient takes part
   by_chance: bool = False  # True: scores that say nothing about the samples
+  # Without a score: the share of the divergence from the reference's outputs in
+  # what is descended; the rest is the loss by the labels.
+  mix: float = 1.0
 
 
 def _grad_mimic(config: Any, direction: str | None = None) -> Method:
@@ -124,6 +129,9 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
     None, gm.random_score(), gm.top_fraction(config.fraction), by_chance=True
   ),
   "distillation": lambda config: Method("outputs", None, None),
+  "distillation_mixed": lambda config: Method(
+    "outputs", None, None, mix=config.mix
+  ),
 }
 
 

@@ -302,6 +302,60 @@ def ratio_curves(
   return file
 
 
+def accuracy_by_share(
+  lines: Mapping[str, Sequence[tuple[float, float, float | None]]],
+  path: str | os.PathLike,
+  *,
+  title: str,
+  reference: str,
+) -> pathlib.Path:
+  """Draws accuracy against the share of labels that are known, one line a name.
+
+  Lines that are level over all shares are methods that don't look at it.
+
+  Args:
+    lines: for each name its points, `(share, accuracy, its error or None)`.
+    path: of the PNG file.
+    title: of the figure.
+    reference: the name whose line is drawn in black, behind the others.
+
+  Returns:
+    The path.
+  """
+  with _figure(path, figsize=(8, 4.4)) as (figure, file):
+    axes = figure.subplots()
+    others = [name for name in lines if name != reference]
+    if reference in lines:
+      x, y, _ = zip(*sorted(lines[reference]), strict=True)
+      axes.plot(x, y, color="black", linewidth=3, alpha=0.35, label=reference)
+    for i, name in enumerate(others):
+      x, y, errors = zip(*sorted(lines[name]), strict=True)
+      level = len(set(y)) == 1
+      axes.errorbar(
+        x,
+        y,
+        yerr=[error or 0 for error in errors],
+        color=_COLORS[i % len(_COLORS)],
+        linestyle="dotted" if level else _LINES[i // len(_COLORS) % 2],
+        marker=None if level else "o",
+        markersize=3.5,
+        linewidth=1.6,
+        capsize=0 if level else 2,
+        label=name,
+      )
+    ticks = sorted({share for points in lines.values() for share, *_ in points})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(
+      title=title,
+      xlabel="training samples whose true labels the reference has",
+      ylabel="test accuracy",
+    )
+    figure.legend(loc="outside right upper", fontsize=8)
+  return file
+
+
 def scatter(
   groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
   path: str | os.PathLike,

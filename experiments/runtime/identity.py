@@ -56,6 +56,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "probe.*",
     "!noise.rate",
     "!probe.rates",
+    "!probe.reference_shares",
     "!probe.weighting_values",
     "!probe.features",
     "!probe.runs_per_cell",

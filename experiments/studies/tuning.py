@@ -59,10 +59,6 @@ def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   return best
 
 
-def _value_field(config):
-  return f"mimic.{heads.value_field(config.mimic)}"
-
-
 def _runs(config, folder):
   """By the general loop: a run for each setting and seed."""
   task, tried = tasks.get(config), config.study.tune
@@ -70,7 +66,8 @@ def _runs(config, folder):
   settings = {}
   for method in config.study.methods:
     values, layers = (None,), (None,)
-    if heads.reads_value(method, config.mimic):
+    field = heads.value_field(method, config.mimic)
+    if field is not None:
       values = tuple(tried.weighting_values) or values
     if methods.reads_layers(methods.create(method, config.mimic)):
       layers += tuple(tried.layers)
@@ -80,7 +77,7 @@ def _runs(config, folder):
       setting = {"method": method, "optimizer.learning_rate": rate}
       name = f"{method}_rate{rate:g}"
       if value is not None:
-        setting[_value_field(config)] = value
+        setting[f"mimic.{field}"] = value
         name += f"_value{value:g}"
       if chosen is not None:
         setting["mimic.layers"] = chosen
@@ -122,7 +119,11 @@ def _heads(config, folder):
       {
         "method": method,
         "optimizer.learning_rate": rate,
-        _value_field(config): value,
+        **(
+          {f"mimic.{heads.value_field(method, config.mimic)}": value}
+          if value is not None
+          else {}
+        ),
         **_means(members, ("test_accuracy", "test_loss")),
       }
       for (method, value), members in found.items()

@@ -88,9 +88,10 @@ def make_plain(
 ) -> Gradient:
   """Makes the gradient of the plain mean of the losses.
 
-  With a method it is that of the divergences from the reference's outputs:
-  labels are then only measured. In microbatches the sum of gradients is carried
-  over them, and divided once by the number of valid samples in the batch.
+  With a method it is that of the divergences from the reference's outputs, or
+  of their mixture with the losses: `mix * divergence + (1 - mix) * loss`. In
+  microbatches the sum of gradients is carried over them, and divided once by
+  the number of valid samples in the batch.
 
   Args:
     losses_fn: as in `steps.make_train_step`, and so are the others.
@@ -102,6 +103,8 @@ def make_plain(
     The gradient.
   """
   distils = method is not None
+  share: Any = 1.0 if method is None else method.mix
+  is_mixed = not (isinstance(share, float) and share == 1)  # as if it is traced
   task: Any = outputs
   compute = _compute(losses_fn, outputs, distils)
 
@@ -113,6 +116,8 @@ def make_plain(
       if not distils:
         return losses, (losses, aux)
       found = task.divergences(reference, aux.outputs, batch)
+      if is_mixed:
+        found = share * found + (1 - share) * losses
       return found, (losses, aux)
 
     values, pullback, (losses, aux) = jax.vjp(
@@ -156,7 +161,9 @@ def make_plain(
     loss = _valid_mean(losses, batch["mask"])
     metrics = _metrics(batch, loss, hits, values)
     if distils:
-      metrics["divergence"] = _valid_mean(values, batch["mask"])
+      metrics["objective" if is_mixed else "divergence"] = _valid_mean(
+        values, batch["mask"]
+      )
     return grads, StepOutput(metrics, {}, statistics)
 
   return gradient

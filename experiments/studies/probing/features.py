@@ -4,6 +4,7 @@ With random flips there are two rows an image, as it is and mirrored, so that a
 head on stored features sees exactly what it would see on top of the backbone.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -63,33 +64,47 @@ def load(
 
   Images are not decoded if their features are there. Of several processes that
   ask for the same features, one computes them and the others wait; any number
-  of studies may share the cache. Test images are never mirrored.
+  of studies may share the cache. A part of a split, such as "train[:40000]", is
+  taken from the features of the whole where those are there. Test images are
+  never mirrored.
 
   Raises:
     ValueError: a backbone that doesn't fit the images, or an unknown option.
     FileNotFoundError: a data set or a backbone that is not there.
   """
   backbone = _backbone(config)
-  stored = {
-    split: sources.open(config.data, split).fingerprint
-    for split in (config.data.train_split, config.data.test_split)
-  }
+
+  @functools.cache
+  def fingerprint_of(split):
+    return sources.open(config.data, split).fingerprint
+
   cache.mkdir(parents=True, exist_ok=True)
 
-  def of_split(split, flip):
+  def file_of(split, flip):
     fingerprint = workdir_lib.fingerprint(
       _VERSION,
       backbone.fingerprint,
       # Without scaling of its own, the training images' holds for both splits.
-      stored[config.data.train_split] if backbone.mean is None else "",
-      stored[split],
+      fingerprint_of(config.data.train_split) if backbone.mean is None else "",
+      fingerprint_of(split),
       config.data.image_size,
       config.data.resize,
       flip,
     )
+    return cache / f"{fingerprint}.npy"
+
+  def of_split(split, flip):
+    file, whole = file_of(split, flip), split.partition("[")[0]
+    is_part = split.count("[") == 1 and "+" not in split
+    if is_part and backbone.mean is not None and not file.exists():
+      # Mirrored or not: the first view is the same.
+      for mirrored in dict.fromkeys((flip, True)):
+        found = _read(file_of(whole, mirrored))
+        if found is not None:
+          found = found._replace(values=found.values[: 1 + flip])
+          return _part(found, sources.open(config.data, split), file.stem)
     return _cached(
-      cache / f"{fingerprint}.npy",
-      lambda file: _compute(file, config, split, flip, backbone),
+      file, lambda file: _compute(file, config, split, flip, backbone)
     )
 
   return (
@@ -111,6 +126,23 @@ def _cached(file, compute) -> Features:
   if found is None:
     raise OSError(f"{file} can't be read back; is the disk full?")
   return found
+
+
+def _part(whole, source, fingerprint) -> Features:
+  """Takes the rows of a part of a split out of the features of the whole."""
+  order = np.argsort(whole.ids)
+  rows = order[np.searchsorted(whole.ids, source.ids, sorter=order)]
+  first, last = rows[0], rows[-1] + 1
+  if np.array_equal(rows, np.arange(first, last)):
+    values = whole.values[:, first:last]  # stays on disk
+  else:
+    values = whole.values[:, rows]
+  return whole._replace(
+    values=values,
+    labels=whole.labels[rows],
+    ids=whole.ids[rows],
+    fingerprint=fingerprint,
+  )
 
 
 def _read(file) -> Features | None:

@@ -21,28 +21,25 @@ from configs import label_noise
 from experiments import methods
 from experiments.data import noise
 from experiments.runtime import claims, workdir as workdir_lib
-from experiments.studies import detection, plan, settings
+from experiments.selection import files
+from experiments.studies import plan, settings
+from experiments.studies.plan import REFERENCE
 from experiments.studies.probing import (
   features as features_lib,
   heads,
   summary as grid_summary,
+)
+from experiments.studies.probing.cells import (
+  ONE_VALUE,
+  Cell,
+  cells_of,
+  check,
 )
 from experiments.tasks.classification import data as data_lib
 from experiments.training import optimizer
 from gradmimic_jax import _files
 
 CELLS, SAMPLES = "cells", "samples"
-REFERENCE = "reference"
-# Methods whose fraction must be a number when jit traces.
-_ONE_VALUE = ("grad_match_omp",)
-
-
-class Cell(NamedTuple):
-  """One method's runs that are one program: seeds x (rate, value)."""
-
-  method: str  # or REFERENCE
-  seeds: tuple[int, ...]
-  points: tuple[tuple[float, float | None], ...]
 
 
 class _Data(NamedTuple):
@@ -82,84 +79,8 @@ def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     return grid_summary.write(config, folder, results)
 
 
-def check(config: config_dict.ConfigDict) -> None:
-  """Raises ValueError unless the grid can be run."""
-  workdir_lib.check_fields(config, label_noise)
-  wanted = config.study.reference
-  given = {
-    "config.data.filter": config.data.filter,
-    "config.mimic.reference": config.mimic.reference,
-    "config.mimic.outputs": config.mimic.outputs,
-    "config.study.reference.model": wanted.model,
-    "config.study.reference.train_split": wanted.train_split,
-    "config.study.reference.test_leak": wanted.test_leak,
-    "config.study.keep_fractions": config.study.keep_fractions,
-  }
-  for field, value in given.items():
-    if value:
-      raise ValueError(
-        f"{field} is {value!r}, which a grid of heads has no use for: its"
-        " reference is a head of its own. Leave it out, or use"
-        " protocol=finetune."
-      )
-  for field, count in (
-    ("study.seeds", len(config.study.seeds)),
-    ("study.methods", len(config.study.methods)),
-    ("probe.rates", len(config.probe.rates)),
-    ("probe.runs_per_cell", config.probe.runs_per_cell),
-    ("num_epochs", config.num_epochs),
-    ("batch_size", config.batch_size),
-    ("eval_batch_size", config.eval_batch_size),
-  ):
-    if count < 1:
-      raise ValueError(f"config.{field} has {count}; expected at least 1.")
-  for name in config.study.methods:
-    methods.create(name, config.mimic)
-    if name == "grand_offline":
-      raise ValueError(
-        "config.study.methods has 'grand_offline', which needs runs of its own;"
-        " use protocol=finetune for it, or take 'grand'."
-      )
-  detection.check(config)
-  for name, fields in settings.read(config.study.tuned).items():
-    field = f"mimic.{heads.value_field(config.mimic)}"
-    if config.probe.weighting_values and field in fields:
-      raise ValueError(
-        f"config.study.tuned sets {field} of {name}, and"
-        " config.probe.weighting_values has several; give one of the two."
-      )
-
-
 def _claim(folder, config):
   workdir_lib.claim(folder, config, label_noise, job="grid")
-
-
-def cells_of(config: config_dict.ConfigDict) -> list[Cell]:
-  """Makes the grid's cells, the reference's first."""
-  rates = tuple(config.probe.rates)
-  most = config.probe.runs_per_cell
-  made = []
-  for name in (REFERENCE, *config.study.methods):
-    values: list[float | None] = [None]
-    if name != REFERENCE and heads.reads_value(name, config.mimic):
-      values = sorted(config.probe.weighting_values) or values
-    # One value's rates stand together.
-    groups = [[(rate, value) for rate in rates] for value in values]
-    if name == REFERENCE:
-      groups = [[(0.0, None)]]
-    elif name not in _ONE_VALUE:
-      groups = [list(itertools.chain(*groups))]
-    for group in groups:
-      for some in _chunks(group, most):
-        for seeds in _chunks(config.study.seeds, max(1, most // len(some))):
-          made.append(Cell(name, tuple(seeds), tuple(some)))
-  return made
-
-
-def _chunks(items, size):
-  items = list(items)
-  for start in range(0, len(items), size):
-    yield items[start : start + size]
 
 
 class _Grid:
@@ -172,17 +93,8 @@ class _Grid:
     self.num_samples = len(data.train.labels)
     self.batches: dict[Any, list[heads.Batches]] = {}
     self.tuned = settings.read(config.study.tuned)
-    self.needs_reference = {REFERENCE: False}
-    for name in config.study.methods:
-      method = methods.create(name, config.mimic)
-      self.needs_reference[name] = method is not None and (
-        method.direction in ("weights", "outputs")
-      )
-    self.cells = [
-      cell
-      for cell in cells_of(config)
-      if cell.method != REFERENCE or any(self.needs_reference.values())
-    ]
+    self.programs: dict[str, Any] = {}  # of the settings that were trained
+    self.cells = cells_of(config)
     # Before hours go into the others: the noise of every run can be drawn.
     for cell in self.cells:
       if cell.method != REFERENCE:
@@ -201,9 +113,7 @@ class _Grid:
 
   def _try(self, cell) -> dict[str, Any] | None:
     """The cell's result, unless another process is at it, or it must wait."""
-    if self.needs_reference[cell.method] and not all(
-      self._result(other) for other in self._references(cell.seeds)
-    ):
+    if not all(self._result(other) for other in self._needed(cell)):
       return None
     claim = claims.take(self._file(cell).with_suffix(".claim"))
     if claim is None:
@@ -212,8 +122,9 @@ class _Grid:
       result = self._result(cell)
       if result is None:
         print(
-          f"{cell.method}: seeds {', '.join(map(str, cell.seeds))},"
-          f" {len(cell.seeds) * len(cell.points)} runs",
+          f"{cell.name}: seeds {', '.join(map(str, cell.seeds))},"
+          f" {len(cell.seeds) * len(cell.points)} runs"
+          + (f", reference on {cell.share:.1%}" if cell.share else ""),
           flush=True,
         )
         result = self._train(cell)
@@ -223,22 +134,31 @@ class _Grid:
     finally:
       claim.release()
 
-  def _references(self, seeds):
-    """The cells of the references of these seeds."""
+  def _needed(self, cell) -> list[Cell]:
+    """The cells that come before it: references, or whose scores choose."""
+    if cell.retrained:
+      return [cell._replace(retrained=False, with_clean=False)]
     return [
-      cell
-      for cell in self.cells
-      if cell.method == REFERENCE and set(cell.seeds) & set(seeds)
+      other
+      for other in self.cells
+      if other.method == REFERENCE != cell.method
+      and other.share == cell.share
+      and set(other.seeds) & set(cell.seeds)
     ]
 
   def _file(self, cell) -> pathlib.Path:
     """Named after all that its result depends on."""
     labels = "" if cell.method == REFERENCE else self._labels_digest(cell)
     parts = [self.base, cell, labels]
-    if cell.method in self.tuned:
-      parts.append(self.tuned[cell.method])
+    if cell.method != REFERENCE and cell.trained_by in self.tuned:
+      parts.append(self.tuned[cell.trained_by])
+    if cell.retrained:
+      parts += [
+        self._file(*self._needed(cell)).stem,
+        self.config.select.to_dict(),
+      ]
     fingerprint = workdir_lib.fingerprint(*parts)
-    return self.folder / CELLS / f"{cell.method}_{fingerprint}.json"
+    return self.folder / CELLS / f"{cell.name}_{fingerprint}.json"
 
   def _result(self, cell) -> dict[str, Any] | None:
     """Reads the result of a cell; None if it isn't finished."""
@@ -303,13 +223,13 @@ class _Grid:
 
   def _train(self, cell) -> dict[str, Any]:
     started = time.monotonic()
-    is_reference = cell.method == REFERENCE
-    name = "sgd" if is_reference else cell.method
+    is_reference, name = cell.method == REFERENCE, cell.trained_by
     fields = {} if is_reference else dict(self.tuned.get(name, {}))
     values, given_values = [value for _, value in cell.points], None
-    if name in _ONE_VALUE and values[0] is not None:
-      fields[f"mimic.{heads.value_field(self.config.mimic)}"] = values[0]
-    elif values[0] is not None:
+    field = heads.value_field(name, self.config.mimic)
+    if name in ONE_VALUE and values[0] is not None:
+      fields[f"mimic.{field}"] = values[0]
+    elif field is not None and values[0] is not None:
       given_values = jnp.tile(jnp.asarray(values), (len(cell.seeds), 1))
     wanted = self.config.study.reference
     seeds, epochs = list(cell.seeds), self.config.num_epochs
@@ -319,29 +239,47 @@ class _Grid:
     configs = [plan.derived(self.config, seed=s, **fields) for s in seeds]
     shared, train = configs[0], self.data.train  # but for seeds, all are alike
     method = methods.create(name, shared.mimic)
-    noisy = self._draw_labels(cell)
-    indices = [self._indices(method, config) for config in configs]
+    noisy, kept = self._draw_labels(cell), None
+    if cell.retrained:
+      noisy, kept = self._choose(cell, noisy)
+    indices = [
+      self._known(seed, cell.share)
+      if is_reference and cell.share < 1
+      else self._indices(method, config)
+      for seed, config in zip(cell.seeds, configs, strict=True)
+    ]
     head = heads.create(self.data.images.shape[1], train.num_classes, seeds)
     rows = self.num_samples if indices[0] is None else len(indices[0])
-    total = epochs * -(-rows // self.config.batch_size)
+    as_all = is_reference or indices[0] is None
+    steps = -(-(self.num_samples if as_all else rows) // self.config.batch_size)
+    total = epochs * steps
     tx = optimizer.create(shared.optimizer, total_steps=total)
     states = heads.init_states(head, tx, len(cell.points))
     given = heads.Given(
       jnp.asarray(np.stack([[n.labels for n in row] for row in noisy])),
       given_values,
+      kept,
       self._reference(method, cell, configs),
     )
     schedules = [
-      self._schedule(config, method, some, epochs)
+      self._schedule(config, method, some, epochs, steps)
       for config, some in zip(configs, indices, strict=True)
     ]
-    epoch_fn = heads.make_epoch(head, tx, name, shared.mimic)
-    program = jax.jit(epoch_fn, donate_argnums=0)
-    evaluate = jax.jit(heads.make_evaluate(head))
+    # Cells that differ in their data alone take one program.
+    setting = workdir_lib.fingerprint(name, fields, total)
+    program, evaluate = self.programs.setdefault(
+      setting,
+      (
+        jax.jit(
+          heads.make_epoch(head, tx, name, shared.mimic), donate_argnums=0
+        ),
+        jax.jit(heads.make_evaluate(head)),
+      ),
+    )
     test_labels = jnp.asarray(self.data.test.labels)
     curves: dict[str, list[np.ndarray]] = {}
     samples: dict[str, np.ndarray] = {}
-    seconds, compiled = [], None
+    seconds = []
     for epoch in range(epochs + 1):
       found = evaluate(states.params, self.data.test_images, test_labels)
       for key, value in found.items():
@@ -351,10 +289,10 @@ class _Grid:
       parts = [schedule[epoch] for schedule in schedules]
       batches = jax.tree.map(lambda *xs: np.stack(xs), *parts)
       arguments = states, given, self.data.images, batches
-      if compiled is None:
-        compiled = program.lower(*arguments).compile()
+      if epoch == 0:
+        program.lower(*arguments).compile()
       before = time.monotonic()
-      states, metrics, by_step = jax.block_until_ready(compiled(*arguments))
+      states, metrics, by_step = jax.block_until_ready(program(*arguments))
       seconds.append(time.monotonic() - before)
       for key, value in metrics.items():
         curves.setdefault(f"train_{key}", []).append(np.asarray(value))
@@ -380,7 +318,7 @@ class _Grid:
           "rate": rate,
           "value": value,
           "noise_rate": labels.rate,
-          "train_samples": rows,
+          "train_samples": rows if kept is None else int(kept[s, k].sum()),
           "samples": file,
           "curves": {
             key: [float(x[s, k]) for x in points]
@@ -389,7 +327,8 @@ class _Grid:
         }
       )
     return {
-      "method": cell.method,
+      "method": cell.name,
+      "share": cell.share,
       "runs": runs,
       "steps": total,
       "seconds": round(time.monotonic() - started, 2),
@@ -407,6 +346,30 @@ class _Grid:
       np.arange(self.num_samples), self._clean(config, self.data.train, "train")
     )
 
+  def _known(self, seed, share) -> np.ndarray:
+    """Positions of the samples whose true labels a reference has."""
+    return data_lib.draw_share(self.data.train.labels, share=share, seed=seed)
+
+  def _choose(self, cell, noisy):
+    """Labels, and bool [S, K, N]: those that the cell's selections keep."""
+    (scorer,) = self._needed(cell)
+    files_of = [
+      self.folder / SAMPLES / r["samples"] for r in self._runs(scorer)
+    ]
+    kept = np.zeros((len(cell.seeds), len(cell.points), self.num_samples), bool)
+    for (s, k), file in zip(np.ndindex(kept.shape[:2]), files_of, strict=True):
+      with grid_summary.samples(file) as arrays:
+        scores = arrays["score"]
+      seen = ~np.isnan(scores).all(axis=1)
+      kept[s, k, seen] = files.select(self.config.select, scores[seen]).keep
+      if cell.with_clean:
+        known, was = self._known(cell.seeds[s], cell.share), noisy[s][k]
+        kept[s, k, known] = True
+        labels = was.labels.copy()
+        labels[known] = was.clean_labels[known]
+        noisy[s][k] = was._replace(labels=labels)
+    return noisy, kept
+
   def _clean(self, config, split, name):
     return data_lib.clean_positions(
       split.labels,
@@ -420,7 +383,7 @@ class _Grid:
     """Loads the reference, an entry for each seed; None if there is none."""
     direction = method and method.direction
     if direction in ("weights", "outputs"):
-      heads_of = self._trained_references(cell.seeds)
+      heads_of = self._trained_references(cell)
       return {"head": jax.tree.map(lambda *xs: np.stack(xs), *heads_of)}
     split, images, name = self.data.train, self.data.images, "train"
     if direction == "test_gradient":
@@ -430,35 +393,46 @@ class _Grid:
     rows = np.stack([self._clean(config, split, name) for config in configs])
     return {"image": images[rows], "label": jnp.asarray(split.labels[rows])}
 
-  def _trained_references(self, seeds):
-    """The references' heads, in the order of the seeds."""
-    found = {}
-    for cell in self._references(seeds):
-      result = self._result(cell)
-      if result is None:  # it was there when this began
-        raise ValueError(
-          f"{self._file(cell)} is gone or damaged; give the same command again,"
-          " which makes it anew."
-        )
-      for run in result["runs"]:
-        file = self.folder / SAMPLES / run["samples"]
-        with grid_summary.samples(file) as arrays:
-          found[run["seed"]] = {
-            name: arrays[name] for name in ("bias", "kernel")
-          }
-    return [found[seed] for seed in seeds]
+  def _runs(self, cell) -> list[dict[str, Any]]:
+    """The runs of a cell that is finished."""
+    result = self._result(cell)
+    if result is None:  # it was there when this began
+      raise ValueError(
+        f"{self._file(cell)} is gone or damaged; give the same command again,"
+        " which makes it anew."
+      )
+    return result["runs"]
 
-  def _schedule(self, config, method, indices, epochs) -> list[heads.Batches]:
+  def _trained_references(self, cell):
+    """The references' heads, in the order of the cell's seeds."""
+    found = {}
+    for run in itertools.chain.from_iterable(
+      map(self._runs, self._needed(cell))
+    ):
+      with grid_summary.samples(
+        self.folder / SAMPLES / run["samples"]
+      ) as arrays:
+        found[run["seed"]] = {x: arrays[x] for x in ("bias", "kernel")}
+    return [found[seed] for seed in cell.seeds]
+
+  def _schedule(self, config, method, indices, epochs, steps):
     """The batches of each epoch of a run, made once for all methods."""
     other = method is not None and method.direction == "noisy_gradient"
-    key = config.seed, other, indices is None, epochs
+    rows = self.num_samples if indices is None else len(indices)
+    chosen = None if indices is None else indices.tobytes()
+    key = config.seed, other, chosen, epochs
     if key not in self.batches:
       copy = config.copy_and_resolve_references().unlock()
-      copy.num_epochs = epochs
-      made = heads.batches(
-        copy, method, num_samples=self.num_samples, indices=indices
+      own = -(-rows // config.batch_size)
+      copy.num_epochs = -(-epochs * steps // own)
+      made = list(
+        heads.batches(
+          copy, method, num_samples=self.num_samples, indices=indices
+        )
       )
-      self.batches[key] = list(made)
+      self.batches[key] = (
+        made if own == steps else heads.cut(made, epochs, steps)
+      )
     return self.batches[key]
 
 

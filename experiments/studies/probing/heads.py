@@ -46,6 +46,7 @@ class Given(NamedTuple):
 
   labels: Any  # int32 [S, K, N]
   values: Any  # [S, K], of the weighting; None: as the config has it
+  kept: Any  # bool [S, K, N], who takes part; None: all
   reference: Any  # a head [S, ...], or a batch [S, M, ...]; None
 
 
@@ -106,6 +107,15 @@ def batches(
     yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
 
+def cut(epochs: list[Batches], count: int, steps: int) -> list[Batches]:
+  """Cuts batches anew: as many epochs as `count`, of so many steps each."""
+  joined = jax.tree.map(lambda *xs: np.concatenate(xs), *epochs)
+  return [
+    jax.tree.map(lambda x, i=i: x[i * steps : (i + 1) * steps], joined)
+    for i in range(count)
+  ]
+
+
 def _positions(samples, mirrored, num_samples):
   """Finds the positions of the samples, and of their features."""
   index = samples.astype(np.int32)
@@ -135,35 +145,42 @@ def make_epoch(
     classification.make_outputs_fn(head.apply)
   )
 
-  def run_step(state, labels, value, reference, images, batch):
-    mimic = mimic_view(config, value)
+  def run_step(state, labels, value, kept, reference, images, batch):
+    mimic = mimic_view(name, config, value)
     method = methods.create(name, mimic)
     direction = method and method.direction
     if direction == "outputs":
       reference = head.apply(reference, images[0])
     elif direction == "noisy_gradient":
       reference = {"image": images[1], "label": labels[batch.other_sample]}
+    mask = batch.mask if kept is None else batch.mask & kept[batch.sample]
     step = _make_step(losses_fn, tx, method, mimic, outputs)
     return step(
       state,
       reference,
-      {"image": images[0], "label": labels[batch.sample], "mask": batch.mask},
+      {"image": images[0], "label": labels[batch.sample], "mask": mask},
     )
 
-  over_runs = jax.vmap(run_step, in_axes=(0, 0, 0, None, None, None))
+  over_runs = jax.vmap(run_step, in_axes=(0, 0, 0, 0, None, None, None))
 
-  def seed_step(state, labels, value, reference, features, batch):
+  def seed_step(state, labels, value, kept, reference, features, batch):
     images = [features[batch.row]]
     if batch.other_row is not None:
       images.append(features[batch.other_row])
-    return over_runs(state, labels, value, reference, images, batch)
+    return over_runs(state, labels, value, kept, reference, images, batch)
 
-  over_seeds = jax.vmap(seed_step, in_axes=(0, 0, 0, 0, None, 0))
+  over_seeds = jax.vmap(seed_step, in_axes=(0, 0, 0, 0, 0, None, 0))
 
   def epoch(states, given, features, batches):
     def body(states, batch):
       states, output = over_seeds(
-        states, given.labels, given.values, given.reference, features, batch
+        states,
+        given.labels,
+        given.values,
+        given.kept,
+        given.reference,
+        features,
+        batch,
       )
       return states, (output.metrics, output.samples)
 
@@ -217,23 +234,24 @@ def make_evaluate(head: Head) -> Callable[..., dict[str, jax.Array]]:
   return evaluate
 
 
-def value_field(config: config_dict.ConfigDict) -> str:
-  """The field of `config.mimic` that the grid's values are of."""
-  return "temperature" if config.weighting == "softmax" else "fraction"
+def value_field(name: str, config: config_dict.ConfigDict) -> str | None:
+  """The field of `config.mimic` that the grid's values are of, in a method.
 
-
-def reads_value(name: str, config: config_dict.ConfigDict) -> bool:
-  """True if that method looks at the field of the grid's values at all."""
-  return value_field(config) in settings.fields_read(name, config)
+  It is the strength of the method's weights, or of its mixture; None if it has
+  no such thing.
+  """
+  field = "temperature" if config.weighting == "softmax" else "fraction"
+  read = settings.fields_read(name, config)
+  return next((known for known in ("mix", field) if known in read), None)
 
 
 def mimic_view(
-  config: config_dict.ConfigDict, value: Any
+  name: str, config: config_dict.ConfigDict, value: Any
 ) -> types.SimpleNamespace:
-  """`config.mimic` with another weighting value, which may be traced."""
+  """`config.mimic` with the method's other value, which may be traced."""
   fields = {field: config[field] for field in config}
   if value is not None:
-    fields[value_field(config)] = value
+    fields[value_field(name, config)] = value
   return types.SimpleNamespace(**fields)
 
 

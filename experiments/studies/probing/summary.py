@@ -11,6 +11,7 @@ from ml_collections import config_dict
 from experiments.reporting import figures
 from experiments.runtime import tables, workdir as workdir_lib
 from experiments.studies import detection, tables as study_tables
+from experiments.studies.probing import shares
 from experiments.studies.records import MARKDOWN_FILE, SUMMARY_FILE, TABLE_FILE
 from experiments.studies.summary import write_tables
 from gradmimic_jax import _files
@@ -75,9 +76,10 @@ def write(
     "seconds": round(sum(result["seconds"] for result in results), 1),
     "machine": results[0]["machine"],
     "rows": rows,
+    "differences": shares.compare(results),
   }
   paths = [folder / name for name in (SUMMARY_FILE, TABLE_FILE, MARKDOWN_FILE)]
-  paths += _draw(config, folder, results)
+  paths += _draw(config, folder, results, rows)
   summary["files"] = [str(path) for path in paths]
   write_tables(folder, summary, markdown(summary))
   return summary
@@ -90,12 +92,13 @@ def _rows(config, folder, results):
   for result in results:
     found = detections(config, folder / "samples", result)
     for run, entry in zip(result["runs"], found, strict=True):
-      key = result["method"], run["value"], run["rate"]
+      key = result["method"], result["share"], run["value"], run["rate"]
       groups.setdefault(key, []).append((result, run, entry))
   rows = []
-  for (method, value, rate), members in groups.items():
+  for (method, share, value, rate), members in groups.items():
     runs = [run for _, run, _ in members]
     row = {"method": method, "value": value, "rate": rate, "runs": len(runs)}
+    row["share"] = share
     row["noise_rate"] = float(np.mean([run["noise_rate"] for run in runs]))
     for field in ("test_accuracy", "test_loss"):
       last = [run["curves"][field][-1] for run in runs]
@@ -131,32 +134,41 @@ def markdown(summary: dict[str, Any]) -> str:
     f"{summary['num_epochs']} epochs, seeds"
     f" {', '.join(map(str, summary['seeds']))}; {about['device']},"
     f" {about['cpu_cores']} CPU cores, {about['date']}.",
-    "",
-    "Test accuracy by noise rate, mean ± standard error over the seeds, and the"
-    " time of a step relative to sgd's:",
-    "",
-    *study_tables.pivot(
-      ["method", *(f"{rate:g}" for rate in rates), "time"],
-      of_rates,
-      lambda row: (study_tables.label(row),),
-      "rate",
-      rates,
-      time,
-    ),
   ]
+  several = shares.several(rows)
+  if several:
+    lines += shares.markdown(of_rates)
+  else:
+    lines += [
+      "",
+      "Test accuracy by noise rate, mean ± standard error over the seeds, and"
+      " the time of a step relative to sgd's:",
+      "",
+      *study_tables.pivot(
+        ["method", *(f"{rate:g}" for rate in rates), "time"],
+        of_rates,
+        lambda row: (study_tables.label(row),),
+        "rate",
+        rates,
+        time,
+      ),
+    ]
+  lines += shares.markdown_of_differences(summary["differences"])
   scored = [row for row in rows if row["auroc"] is not None]
   if scored:
     names = [key.removeprefix("f1_") for key in scored[0] if key[:3] == "f1_"]
+    reference = ["reference's labels"] if several else []
     lines += [
       "",
       "Mislabelled samples found: AUROC of the mean score, and F1 and share of"
       " samples kept by binariser:",
       "",
       *tables.markdown(
-        ["method", "rate", "clean", "AUROC", *names],
+        ["method", *reference, "rate", "clean", "AUROC", *names],
         [
           [
             study_tables.label(row),
+            *(shares.label(row["share"]) for _ in reference),
             f"{row['rate']:g}",
             tables.number(row["clean_fraction"]),
             tables.number(row["auroc"]),
@@ -174,8 +186,10 @@ def _found(row, name):
   return f"{tables.number(row[f'f1_{name}'])} ({kept})"
 
 
-def _draw(config, folder, results):
-  """Learning curves, a file for each rate and field; histograms of scores."""
+def _draw(config, folder, results, rows):
+  """Draws curves, a file for each rate and field; histograms of scores."""
+  if shares.several(rows):
+    return shares.draw(config, folder, rows)
   curves: dict[Any, dict[str, list[Any]]] = {}
   for result in results:
     for run in result["runs"]:

@@ -260,6 +260,25 @@ def _noise_rate(config):
   return config.rate
 
 
+def draw_share(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:
+  """Draws a share of the samples, class by class.
+
+  Args:
+    labels: integers `[N]`.
+    share: of each class's samples, above 0 and up to 1; at least one is drawn.
+    seed: of the draw. A larger share has the samples of a smaller one, too.
+
+  Returns:
+    Their positions, rising.
+  """
+  order = np.random.default_rng((seed, streams.SHARES)).permutation(len(labels))
+  drawn = []
+  for label in np.unique(labels):
+    own = order[labels[order] == label]
+    drawn.append(own[: max(1, round(share * len(own)))])
+  return np.sort(np.concatenate(drawn))
+
+
 def clean_positions(
   labels: np.ndarray,
   *,

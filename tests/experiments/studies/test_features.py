@@ -83,6 +83,29 @@ def test_are_those_of_the_backbone(make_probe, backbone, digits_dir, tmp_path):
   assert [len(found.values) for found in both] == [2, 1]
 
 
+def test_a_part_is_taken_from_the_whole(
+  make_probe, backbone, tmp_path, monkeypatch
+):
+  parts = {
+    "data.train_split": "train[100:900]",
+    "data.test_split": "train[:99]",
+  }
+  config = make_probe(**{"model.pretrained": backbone})
+  part = make_probe(**{"model.pretrained": backbone, **parts})
+  expected = features.load(part, tmp_path / "computed")
+  features.load(config, tmp_path / "taken")
+  monkeypatch.setattr(features, "_compute", None)
+  taken = features.load(part, tmp_path / "taken")
+  for ours, theirs in zip(taken, expected, strict=True):
+    np.testing.assert_allclose(ours.values, theirs.values, atol=1e-6)
+    for field in ("labels", "ids"):
+      np.testing.assert_array_equal(
+        getattr(ours, field), getattr(theirs, field)
+      )
+    assert ours.fingerprint == theirs.fingerprint
+  assert [found.values.shape[:2] for found in taken] == [(2, 800), (1, 99)]
+
+
 def make_config_section(widths):
   section = label_noise.get_config().model.copy_and_resolve_references()
   section.name, section.widths = "mlp", widths

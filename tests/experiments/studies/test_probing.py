@@ -18,7 +18,8 @@ from experiments import methods, models, study as study_command, tasks
 from experiments.data import decoding, sources, store, stream
 from experiments.runtime import checkpoint, claims
 from experiments.studies import plan
-from experiments.studies.probing import features, grid as probe, heads
+from experiments.studies.probing import cells, features, grid as probe, heads
+from experiments.tasks.classification import data
 from experiments.training import trainer as train
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -62,10 +63,12 @@ def general(config, seed, **overrides):
   return copy.lock()
 
 
-def samples_of(folder, method, seed, rate, value=None):
+def samples_of(folder, method, seed, rate, value=None, share=...):
   """A run's arrays, and what the cell tells of it."""
   for file in (folder / "cells").glob(f"{method}_*.json"):
     cell = json.loads(file.read_text())
+    if share not in (..., cell["share"]):
+      continue
     for run in cell["runs"]:
       found = run["seed"], run["rate"], run["value"]
       if cell["method"] == method and found == (seed, rate, value):
@@ -103,7 +106,7 @@ def assert_equals_the_general_loop(grid, folder, tmp_path, names):
     assert curves["test_loss"][-1] == pytest.approx(
       result["test_loss"], rel=1e-5
     )
-    if method in ("sgd", "distillation"):
+    if method in ("sgd", "distillation", "distillation_mixed"):
       assert "score" not in arrays
       continue
     ledger = gm.ScoreLedger(tmp_path / method / train.LEDGER_FOLDER)
@@ -130,13 +133,11 @@ def grid(make_grid, made, tmp_path_factory):
   return made[0]
 
 
-def test_equals_numpy_in_double_precision(grid):
-  """Grad-Mimic of a linear head, by hand, on the pipeline's own batches."""
-  config, folder, _ = grid
-  seed = 1
-  arrays, run = samples_of(folder, "grad_mimic", seed, RATE)
-  other, _ = samples_of(folder, "reference", seed, 0.0)
-  reference = other["kernel"].astype(float)
+def train_by_hand(config, seed, labels, weigh):
+  """Adam of a linear head in float64, on the pipeline's own batches.
+
+  `weigh(inputs, errors, head, index)` has the weights of a batch's samples.
+  """
   data = sources.load("digits", "train", data_dir=config.data.data_dir)
   pixels = data.images.astype(float) / 255
   _, params = models.create(
@@ -144,11 +145,13 @@ def test_equals_numpy_in_double_precision(grid):
   )
   head = [np.array(params["head"][x], float) for x in ("kernel", "bias")]
   moments = [[np.zeros_like(x), np.zeros_like(x)] for x in head]
-  scores = np.full((len(data.labels), config.num_epochs), np.nan)
-  source = sources.open(config.data, "train")
   batches = stream.train_batches(
-    store.Images(source, decoding.Transform(1), residence="memory"),
-    arrays["labels"],
+    store.Images(
+      sources.open(config.data, "train"),
+      decoding.Transform(1),
+      residence="memory",
+    ),
+    labels,
     batch_size=config.batch_size,
     seed=seed,
     num_epochs=config.num_epochs,
@@ -167,12 +170,8 @@ def test_equals_numpy_in_double_precision(grid):
     errors = np.exp(logits - logits.max(axis=1, keepdims=True))
     errors /= errors.sum(axis=1, keepdims=True)
     errors[np.arange(len(errors)), batch["label"][mask]] -= 1
-    toward = reference - head[0]
-    along = inputs @ (toward / np.linalg.norm(toward))
-    found = -(along * errors).sum(axis=1)
-    scores[batch["index"][mask], step // 6] = found
-    weights = np.exp((found - found.max()) / config.mimic.temperature)
-    errors *= (weights / weights.sum())[:, None]
+    weights = weigh(inputs, errors, head, batch["index"][mask])
+    errors *= weights[:, None]
     for i, grad in enumerate((inputs.T @ errors, errors.sum(axis=0))):
       first, second = moments[i]
       first[:] = 0.9 * first + 0.1 * grad
@@ -180,14 +179,138 @@ def test_equals_numpy_in_double_precision(grid):
       scale = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
       update = first / (1 - 0.9 ** (step + 1)) / scale + 1e-5 * head[i]
       head[i] -= config.optimizer.learning_rate * update
-  np.testing.assert_allclose(arrays["kernel"], head[0], atol=1e-5)
-  np.testing.assert_allclose(arrays["bias"], head[1], atol=1e-5)
-  np.testing.assert_allclose(arrays["score"], scores, atol=1e-4)
   test = sources.load("digits", "test", data_dir=config.data.data_dir)
   inputs = (test.images / 255 - pixels.mean()) / pixels.std()
   logits = inputs.reshape(len(inputs), -1) @ head[0] + head[1]
-  accuracy = (logits.argmax(axis=1) == test.labels).mean()
+  return head, (logits.argmax(axis=1) == test.labels).mean()
+
+
+def assert_trained_alike(run, arrays, by_hand):
+  head, accuracy = by_hand
+  np.testing.assert_allclose(arrays["kernel"], head[0], atol=1e-5)
+  np.testing.assert_allclose(arrays["bias"], head[1], atol=1e-5)
   assert run["curves"]["test_accuracy"][-1] == pytest.approx(accuracy)
+
+
+def test_equals_numpy_in_double_precision(grid):
+  """Grad-Mimic of a linear head, by hand."""
+  config, folder, _ = grid
+  seed = 1
+  arrays, run = samples_of(folder, "grad_mimic", seed, RATE)
+  other, _ = samples_of(folder, "reference", seed, 0.0)
+  scores = [[] for _ in arrays["labels"]]
+
+  def weigh(inputs, errors, head, index):
+    toward = other["kernel"].astype(float) - head[0]
+    along = inputs @ (toward / np.linalg.norm(toward))
+    found = -(along * errors).sum(axis=1)
+    for i, score in zip(index, found, strict=True):
+      scores[i].append(score)
+    weights = np.exp((found - found.max()) / config.mimic.temperature)
+    return weights / weights.sum()
+
+  by_hand = train_by_hand(config, seed, arrays["labels"], weigh)
+  assert_trained_alike(run, arrays, by_hand)
+  np.testing.assert_allclose(arrays["score"], scores, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def made_by_shares():
+  return []
+
+
+@pytest.fixture
+def by_shares(make_grid, made_by_shares, tmp_path_factory):
+  """A grid of references that know 1/12 and all, and plain runs after them."""
+  if not made_by_shares:
+    config = make_grid(
+      **{
+        "study.methods": ("sgd", "grad_mimic"),
+        "study.retrain": True,
+        "probe.rates": (RATE,),
+        "probe.reference_shares": (SHARE, 1.0),
+      }
+    )
+    folder = tmp_path_factory.mktemp("shares") / "grid"
+    made_by_shares.append((config, folder, probe.run_grid(config, folder)))
+  return made_by_shares[0]
+
+
+SHARE = 1 / 12
+
+
+def test_a_reference_of_few_labels_takes_as_many_steps(by_shares, tmp_path):
+  """It is the general loop's run on those samples, of so many epochs."""
+  config, folder, _ = by_shares
+  arrays, run = samples_of(folder, "reference", 1, 0.0, share=SHARE)
+  labels = arrays["clean_labels"]
+  known = data.draw_share(labels, share=SHARE, seed=1)
+  assert run["train_samples"] == len(known) <= config.batch_size
+  np.save(tmp_path / "known.npy", known)
+  plain = general(config, 1, **{"data.filter": str(tmp_path / "known.npy")})
+  with plain.unlocked():
+    plain.num_epochs = 6 * config.num_epochs  # six batches are all samples
+  result = train.train_and_evaluate(plain, tmp_path / "run")
+  _, like = models.create(
+    config.model, input_shape=(8, 8, 1), num_classes=10, seed=0
+  )
+  params = checkpoint.load_params(tmp_path / "run", like)["head"]
+  for name in ("kernel", "bias"):
+    np.testing.assert_allclose(arrays[name], params[name], atol=1e-5)
+  accuracy = run["curves"]["test_accuracy"][-1]
+  assert accuracy == pytest.approx(result["test_accuracy"])
+
+
+@pytest.mark.parametrize("with_clean", [False, True])
+def test_plain_runs_on_what_a_selection_keeps(by_shares, with_clean):
+  config, folder, _ = by_shares
+  name = "retrained_grad_mimic" + "_with_clean" * with_clean
+  arrays, run = samples_of(folder, name, 1, RATE, share=SHARE)
+  scored, _ = samples_of(folder, "grad_mimic", 1, RATE, share=SHARE)
+  kept = gm.select(scored["score"], mark=0.0).keep
+  labels = scored["labels"].copy()
+  if with_clean:
+    known = data.draw_share(scored["clean_labels"], share=SHARE, seed=1)
+    labels[known] = scored["clean_labels"][known]
+    assert not kept[known].all()
+    kept[known] = True
+  assert run["train_samples"] == kept.sum()
+  np.testing.assert_array_equal(arrays["labels"], labels)
+
+  def weigh(inputs, errors, head, index):
+    return kept[index] / kept[index].sum()
+
+  assert_trained_alike(run, arrays, train_by_hand(config, 1, labels, weigh))
+
+
+def test_results_by_share(by_shares):
+  _, folder, summary = by_shares
+  names = {(row["method"], row["share"]) for row in summary["rows"]}
+  both = ("reference", "grad_mimic", "retrained_grad_mimic")
+  assert names == {
+    ("sgd", None),
+    ("retrained_grad_mimic_with_clean", SHARE),
+    *((name, share) for name in both for share in (SHARE, 1.0)),
+  }
+  found = {(r["method"], r["share"]): r for r in summary["differences"]}
+  assert len(found) == 7
+  for (method, share), row in found.items():
+    at = 0.0 if method == "reference" else RATE
+    other = None if method == "sgd" else share
+    gaps = [
+      samples_of(folder, "grad_mimic", seed, RATE, share=share)[1]["curves"][
+        "test_accuracy"
+      ][-1]
+      - samples_of(folder, method, seed, at, share=other)[1]["curves"][
+        "test_accuracy"
+      ][-1]
+      for seed in (0, 1)
+    ]
+    assert row["difference"] == pytest.approx(np.mean(gaps))
+    assert row["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
+  assert (folder / f"accuracy_by_share_{RATE:g}.png").stat().st_size > 1e4
+  table = (folder / "results.md").read_text()
+  assert "| method | 8.33333 % | 100 % |" in table
 
 
 ALL = tuple(
@@ -297,6 +420,8 @@ def test_another_config_is_refused(grid, make_grid):
     ({"study.methods": ("sgd", "sdg")}, "expected one of sgd"),
     ({"study.methods": ("grand_offline",)}, "needs runs of its own"),
     ({"study.seeds": ()}, "study.seeds has 0"),
+    ({"probe.reference_shares": (0.0,)}, "above 0 and up to 1"),
+    ({"probe.reference_shares": ()}, "reference_shares has 0"),
     ({"probe.rates": (0.2, 1.0)}, r"must lie in \[0, 1\)"),
     ({"study.binarizers": ("otsu",)}, "expected some of weight"),
     ({"mimic.reference": "run"}, "has no use for"),
@@ -329,7 +454,7 @@ def test_cells_cover_the_grid_once(make_grid):
   )
   seen = [
     (cell.method, seed, *point)
-    for cell in probe.cells_of(config)
+    for cell in cells.cells_of(config)
     for seed in cell.seeds
     for point in cell.points
   ]
@@ -344,7 +469,7 @@ def test_cells_cover_the_grid_once(make_grid):
     ]
   )
   assert sorted(seen, key=str) == sorted(expected, key=str)
-  for cell in probe.cells_of(config):
+  for cell in cells.cells_of(config):
     assert len(cell.seeds) * len(cell.points) <= 4
 
 
@@ -358,7 +483,7 @@ def test_weighting_values_and_chunks_change_no_run(make_grid, tmp_path):
     options["mimic.weighting"] = weighting
     whole = make_grid(**options, **{"probe.weighting_values": values})
     probe.run_grid(whole, tmp_path / weighting)
-    field = heads.value_field(whole.mimic)
+    field = heads.value_field("grad_mimic", whole.mimic)
     one = make_grid(
       **options,
       **{f"mimic.{field}": 0.5, "study.seeds": (1,), "probe.runs_per_cell": 1},
@@ -366,7 +491,8 @@ def test_weighting_values_and_chunks_change_no_run(make_grid, tmp_path):
     probe.run_grid(one, tmp_path / f"{weighting}_one")
     for method in options["study.methods"]:
       ours, run = samples_of(tmp_path / f"{weighting}_one", method, 1, RATE)
-      value = 0.5 if heads.reads_value(method, whole.mimic) else None
+      reads = heads.value_field(method, whole.mimic) == field
+      value = 0.5 if reads else None
       theirs, _ = samples_of(tmp_path / weighting, method, 1, RATE, value)
       np.testing.assert_allclose(ours["kernel"], theirs["kernel"], atol=1e-6)
       np.testing.assert_allclose(

@@ -18,6 +18,7 @@ from experiments.data import decoding, stream
 from experiments.reporting import page
 from experiments.runtime import checkpoint
 from experiments.selection import files
+from experiments.tasks.classification import data
 from experiments.training import trainer
 from tests.experiments import processes
 from tests.experiments.data import source_case, test_sources
@@ -266,3 +267,19 @@ def test_two_processes_train_as_one_wherever_images_live(photos, tmp_path):
       params,
       found["stream1"],
     )
+
+
+def test_a_share_is_drawn_class_by_class_and_within_a_larger_one():
+  labels = np.repeat([0, 1, 2], [50, 10, 4])
+  labels = np.random.default_rng(0).permutation(labels)
+  small = data.draw_share(labels, share=0.1, seed=3)
+  np.testing.assert_array_equal(np.bincount(labels[small]), [5, 1, 1])
+  large = data.draw_share(labels, share=0.5, seed=3)
+  np.testing.assert_array_equal(np.bincount(labels[large]), [25, 5, 2])
+  assert set(small) < set(large)
+  assert len(set(large)) == len(large)
+  assert (np.diff(large) > 0).all()
+  other = data.draw_share(labels, share=0.5, seed=4)
+  assert set(other) != set(large)
+  everything = data.draw_share(labels, share=1.0, seed=3)
+  np.testing.assert_array_equal(everything, np.arange(64))

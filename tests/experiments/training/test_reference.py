@@ -301,7 +301,9 @@ class TestCleanSamples:
     assert found.auroc > 0.8
 
 
-def linear_step(method, make_config, weights, reference_outputs, batch):
+def linear_step(
+  method, make_config, weights, reference_outputs, batch, **fields
+):
   """One step of plain descent on logits `x @ w`, and its output."""
 
   def outputs_fn(params, batch):
@@ -315,7 +317,7 @@ def linear_step(method, make_config, weights, reference_outputs, batch):
     return losses, jnp.argmax(logits, axis=-1) == batch["label"]
 
   tx = optax.sgd(1.0)
-  config = make_config(**{"mimic.weighting": "softmax"}).mimic
+  config = make_config(**{"mimic.weighting": "softmax", **fields}).mimic
   outputs = classification.make_outputs(outputs_fn)
   step = steps.make_train_step(
     losses_fn, tx, methods.create(method, config), config, outputs
@@ -362,6 +364,28 @@ def test_distillation_descends_the_mean_divergence(linear, make_config):
   assert float(output.metrics["divergence"]) == pytest.approx(divergence, 1e-5)
   assert int(output.metrics["nonfinite"]) == 1
   assert output.samples == {}
+
+
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+def test_mixed_distillation_descends_both(linear, make_config, mix):
+  batch = {
+    "x": jnp.float32(linear.x),
+    "label": jnp.asarray(linear.label),
+    "mask": jnp.ones(6, bool),
+  }
+  moved, output = linear_step(
+    "distillation_mixed",
+    make_config,
+    linear.weights,
+    linear.outputs,
+    batch,
+    **{"mimic.mix": mix},
+  )
+  ours, theirs = log_softmax(linear.x @ linear.weights), linear.outputs
+  goal = mix * np.exp(log_softmax(theirs)) + (1 - mix) * np.eye(3)[linear.label]
+  gaps = np.exp(ours) - goal
+  np.testing.assert_allclose(moved, -linear.x.T @ gaps / 6, atol=1e-6)
+  assert ("objective" in output.metrics) == (mix < 1)
 
 
 def test_rho_weights_by_the_loss_that_the_reference_does_not_share(
