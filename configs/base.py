@@ -81,6 +81,9 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.fraction = 0.3
   # Of grad_match_omp and grad_match_least_squares, in mean squared norms.
   config.mimic.ridge = 0.1
+  # Where on the way from the learner, 0, to the reference's weights, 1, a mimic
+  # score is measured; a mean of several takes a pass for each.
+  config.mimic.points = (0.0,)
   # Of distillation_mixed: the share of the reference's outputs; the labels have
   # the rest.
   config.mimic.mix = 0.5
@@ -107,9 +110,11 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.study = config_dict.ConfigDict()
   config.study.seeds = (0, 1, 2)
   config.study.methods = ("sgd", "grad_mimic")
-  # Every method with scores at all of these. Layers as `mimic.layers`;
+  # Every method with scores at all of these. Points as `mimic.points`, such as
+  # "0.5" or "0.21+0.79"; layers as `mimic.layers`;
   # weightings such as "ess0.7" (an effective sample size of 70 % of the batch),
   # "temperature0.05" or "top0.7". Empty: as `mimic` has them.
+  config.study.points = ()
   config.study.layers = ()
   config.study.weightings = ()
   config.study.retrain = True  # on what each method's selection keeps

@@ -6,6 +6,9 @@
 | grad_mimic               | of the config             | of the config | w     |
 | grad_mimic_weights       | the reference's weights   | of the config | w     |
 | grad_mimic_outputs       | the reference's outputs   | of the config | w     |
+| grad_mimic_adam          | weights, in Adam's metric | of the config | w     |
+| grad_mimic_by_class      | the reference's weights   | less the      | w     |
+|                          |                           | class's mean  |       |
 | influence                | clean gradient            | projection    | w     |
 | influence_test_leak      | gradient of test samples  | projection    | w     |
 | agra                     | gradient of another batch | cosine        | +     |
@@ -68,9 +71,21 @@ class Method(NamedTuple):
   # Without a score: the share of the divergence from the reference's outputs in
   # what is descended; the rest is the loss by the labels.
   mix: float = 1.0
+  # Where on the way to the reference's weights scores are measured, which are
+  # averaged: 0 is the learner, 1 the reference.
+  points: tuple[float, ...] = (0.0,)
+  metric: str = ""  # "adam": of that optimizer's second moments
+  by_class: bool = False  # less the mean of the scores of that label
+
+  @property
+  def is_measured_apart(self) -> bool:
+    """True if scores take passes of their own before the step's."""
+    return self.points != (0.0,) or bool(self.metric) or self.by_class
 
 
-def _grad_mimic(config: Any, direction: str | None = None) -> Method:
+def _grad_mimic(
+  config: Any, direction: str | None = None, **more: Any
+) -> Method:
   direction = direction or config.direction
   if direction not in DIRECTIONS:
     raise ValueError(
@@ -83,7 +98,21 @@ def _grad_mimic(config: Any, direction: str | None = None) -> Method:
       f" {', '.join(SCORES)} (excess loss and gradient norm are methods of"
       " their own: rho and grand)."
     )
-  return Method(direction, config.score, weighting(config))
+  points = more.pop("points", None) or tuple(config.points)
+  if not points or not all(0 <= point <= 1 for point in points):
+    raise ValueError(
+      f"config.mimic.points is {points}; expected numbers from 0, the learner,"
+      " to 1, the reference."
+    )
+  method = Method(
+    direction, config.score, weighting(config), points=points, **more
+  )
+  if method.is_measured_apart and direction != "weights":
+    raise ValueError(
+      f"config.mimic.points is {points} with the direction {direction!r};"
+      " expected 'weights', as only these have a way to go, or points=(0.0,)."
+    )
+  return method
 
 
 def _weighted(direction: str | None, score: str) -> Callable[[Any], Method]:
@@ -99,7 +128,15 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   "sgd": None,
   "grad_mimic": _grad_mimic,
   "grad_mimic_weights": functools.partial(_grad_mimic, direction="weights"),
-  "grad_mimic_outputs": functools.partial(_grad_mimic, direction="outputs"),
+  "grad_mimic_outputs": functools.partial(
+    _grad_mimic, direction="outputs", points=(0.0,)
+  ),
+  "grad_mimic_adam": functools.partial(
+    _grad_mimic, direction="weights", points=(0.0,), metric="adam"
+  ),
+  "grad_mimic_by_class": functools.partial(
+    _grad_mimic, direction="weights", points=(0.0,), by_class=True
+  ),
   "influence": _weighted("clean_gradient", "projection"),
   "influence_test_leak": _weighted("test_gradient", "projection"),
   "agra": lambda config: Method(

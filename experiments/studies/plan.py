@@ -103,19 +103,38 @@ def plan_settings(config: config_dict.ConfigDict) -> dict[str, dict[str, Any]]:
     method = _create(config, name)
     layers: tuple[str | None, ...] = (None,)
     values: tuple[str | None, ...] = (None,)
+    points: tuple[str | None, ...] = (None,)
+    if "points" in tuned_settings.fields_read(name, config.mimic):
+      points = tuple(study.points) or points
     if methods.reads_layers(method):
       layers = tuple(study.layers) or layers
     if "weighting" in tuned_settings.fields_read(name, config.mimic):
       values = tuple(weightings) or values
-    for layer, value in itertools.product(layers, values):
+    for layer, value, point in itertools.product(layers, values, points):
       overrides: dict[str, Any] = {"method": name, **tuned.get(name, {})}
       if layer is not None:
         overrides["mimic.layers"] = layer
       if value is not None:
         overrides |= weightings[value]
-      words = [word for word in (name, layer, value) if word is not None]
+      if point is not None:
+        overrides["mimic.points"] = read_points(point)
+      words = [x for x in (name, layer, value, point) if x is not None]
       found[re.sub(r"[^\w.]+", "_", "_".join(words))] = overrides
   return found
+
+
+def read_points(text: str) -> tuple[float, ...]:
+  """Reads a name in `config.study.points`, such as "0.25+0.75".
+
+  Raises:
+    ValueError: a name that doesn't read.
+  """
+  try:
+    return tuple(map(float, text.split("+")))
+  except ValueError:
+    raise ValueError(
+      f"config.study.points has {text!r}; expected such as 0.5 or 0.25+0.75."
+    ) from None
 
 
 def read_weighting(name: str) -> dict[str, Any]:
@@ -171,7 +190,7 @@ def _check(config):
       f"config.study has seeds {study.seeds} and methods {study.methods};"
       " expected at least one of each."
     )
-  compared = study.layers or study.weightings or study.filters
+  compared = study.layers or study.weightings or study.points or study.filters
   if compared and BASELINE not in study.methods:
     raise ValueError(
       f"config.study has methods {study.methods} at several settings or on"

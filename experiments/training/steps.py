@@ -15,7 +15,7 @@ from experiments import methods
 from experiments.methods import Method
 from experiments.runtime import sharding
 from experiments.tasks.base import Outputs
-from experiments.training import gradients
+from experiments.training import gradients, path
 from experiments.training.gradients import StepOutput
 
 # Alone and among others under vmap, these draw the same numbers.
@@ -178,6 +178,8 @@ def make_train_step(
     gradient = gradients.make_plain(losses_fn, method, config, outputs)
   elif not method.detached:
     gradient = gradients.make_attached(losses_fn, method, outputs)
+  elif method.is_measured_apart:
+    gradient = path.make_path(losses_fn, method, config, outputs)
   else:
     gradient = gradients.make_mimic(losses_fn, method, config, outputs)
   is_batch = method is not None and method.direction in gradients.BATCHES
