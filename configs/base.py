@@ -117,6 +117,8 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.study.points = ()
   config.study.layers = ()
   config.study.weightings = ()
+  # A run of the study that the others' accuracy is compared with, seed by seed.
+  config.study.against = ""
   config.study.retrain = True  # on what each method's selection keeps
   # Shares of the data to train on: each method's best, and some by chance.
   config.study.keep_fractions = ()

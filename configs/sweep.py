@@ -16,7 +16,11 @@ weights of an EfficientNet-Lite0 (`backbone=<a .safetensors file or a name on
 the hub>`) instead of that network: heads at 128 pixels, and in `outgrowing_*`
 heads whose references know a part of the labels.
 
-`study=digits` is the same in minutes, on scikit-learn's handwritten digits.
+`study=layers` is configs/layers.py in all its settings, with the costs, and
+`study=path` configs/path.py; both take `data_dir`, the latter also `labels`.
+
+`study=digits` is the label-noise study in minutes, on scikit-learn's
+handwritten digits.
 """
 
 from ml_collections import config_dict
@@ -48,8 +52,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """A sweep's `cells`, lines such as `name: job --config=...`.
 
   There `{other}` is the folder of another cell. Arguments are `study`,
-  "digits", "cifar10" or "efficientnet"; number of `seeds`; `data_dir`; a table
-  of human `labels`; the `backbone` of efficientnet.
+  "digits", "cifar10", "efficientnet", "layers" or "path"; number of `seeds`;
+  `data_dir`; a table of human `labels`; the `backbone` of efficientnet.
 
   Raises:
     ValueError: an unknown argument or study.
@@ -58,6 +62,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     "digits": _digits,
     "cifar10": _cifar10,
     "efficientnet": _efficientnet,
+    "layers": _layers,
+    "path": _path,
   }
   values = base.parse_arg(
     arg,
@@ -413,6 +419,43 @@ def _digits(values):
     ),
   ]
   return (*cells, _results("Digits", cells))
+
+
+def _layers(values):
+  seeds = values["seeds"] or 3
+  cells = []
+  for setting in ("language", "shapes", "cifar10"):
+    fields = _prepared(values) if setting == "cifar10" else {}
+    arg = f"setting={setting},seeds={seeds}"
+    config = f"configs/layers.py:{arg}"
+    cells.append(_line(setting, "study", config, fields))
+    fields = fields | {"mimic.reference": f"{{{setting}}}/seed0/reference"}
+    config = f"configs/benchmark/methods.py:study=layers,{arg}"
+    cells.append(_line(f"{setting}_cost", "benchmark", config, fields))
+  return tuple(cells)
+
+
+def _path(values):
+  seeds, cells = values["seeds"] or 5, []
+  for setting in ("digits", "symmetric", "human"):
+    fields = _prepared(values) if setting != "digits" else {}
+    if setting == "human":
+      if not values["labels"]:
+        continue
+      fields = {**fields, "noise.path": values["labels"]}
+    for name, more in (
+      ("tuning", "seeds=2,held_out=true"),
+      ("", f"seeds={seeds}"),
+    ):
+      config = f"configs/path.py:setting={setting},{more}"
+      cells.append(
+        _line("_".join(filter(None, (setting, name))), "study", config, fields)
+      )
+  return tuple(cells)
+
+
+def _prepared(values):
+  return {"data.data_dir": values["data_dir"]} if values["data_dir"] else {}
 
 
 def _results(title, cells):

@@ -5,8 +5,9 @@ python -m experiments.benchmark --workdir=runs/methods \
   --config.mimic.reference=<workdir of a finished run>
 
 Prints a table; leaves `methods.json`. `study` names the config of a study:
-digits, label_noise (all weights are trained) or shapes. What follows is for
-that config: `:study=shapes,layers=image_last_mlp+all,others=output_agreement`.
+digits, label_noise (all weights are trained), shapes or layers. What follows is
+for that config:
+`:study=shapes,layers=image_last_mlp+all,others=output_agreement`.
 Steps are compared at each of `study.cost_batch_sizes`: of shapes 256 and 1,024,
 of the others that of the study. Each takes two seconds, and what it takes to
 compile; the machine should have nothing else to do.
@@ -14,13 +15,14 @@ compile; the machine should have nothing else to do.
 
 from ml_collections import config_dict
 
-from configs import digits, label_noise, shapes
+from configs import digits, label_noise, layers, shapes
 
 # A study's config, and what comes before the arguments for it.
 _STUDIES = {
   "digits": (digits, ""),
   "label_noise": (label_noise, "protocol=finetune,"),
   "shapes": (shapes, ""),
+  "layers": (layers, ""),
 }
 
 

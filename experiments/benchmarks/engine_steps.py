@@ -74,7 +74,9 @@ class Setup:
   def count(self, case: Case) -> dict[str, Any]:
     """The case's entry with FLOPs only, as traced: nothing is compiled."""
     candidate = self._candidate(case)
-    flops = timing.ratio(_flops(candidate.lowered), _flops(self._lowered))
+    flops = timing.ratio(
+      timing.flops(candidate.lowered), timing.flops(self._lowered)
+    )
     return _entry(candidate.engine) | {"flops": flops}
 
   def measure(
@@ -116,7 +118,9 @@ class Setup:
       )
       # A scan's body is counted once, however often it runs.
       if case.engine != "streaming":
-        entry["flops"] = timing.ratio(_flops(compiled), _flops(self.plain))
+        entry["flops"] = timing.ratio(
+          timing.flops(compiled), timing.flops(self.plain)
+        )
       if compare:
         scores, grads = jax.device_get(candidate.read(output))
         true_scores, true_grads = self._exact(case)
@@ -292,9 +296,3 @@ def _batch(section, size, seed):
   images = rng.normal(size=(size, *section.input_shape)).astype(np.float32)
   labels = rng.integers(section.num_classes, size=size)
   return {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
-
-
-def _flops(program):
-  """The compiler's count; None where a backend doesn't tell."""
-  counts = program.cost_analysis()
-  return counts and counts.get("flops")

@@ -3,8 +3,8 @@
 The steps are those of training, optimizer included, on the first batch. They
 are timed in turn, round by round: a time is the median over the rounds of its
 ratio to sgd's in the same round. Memory is the compiler's own count of what a
-step holds besides its arguments and results. The reference's outputs are found
-once, before training, and don't count.
+step holds besides its arguments and results, and so are FLOPs. The reference's
+outputs are found once, before training, and don't count.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from experiments.training import trainer
 
 RESULT_FILE = comparison.COSTS_FILE
 _PLAIN = "sgd"
+_RATIOS = ("time", "flops", "memory")
 _ROUNDS = 15
 _SHORTEST = 0.1  # seconds that a method's part of a round should take
 
@@ -35,9 +36,9 @@ def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     workdir: gets `methods.json`, and what methods keep in a run's folder.
 
   Returns:
-    What is in `methods.json`: `batches`, for each batch size and run `time` and
-    `memory` relative to the plain step's (`memory` None where the compiler
-    doesn't tell), and `milliseconds`.
+    What is in `methods.json`: `batches`, for each batch size and run `time`,
+    `flops` and `memory` relative to the plain step's (the last two None where
+    the compiler doesn't tell), and `milliseconds`.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -66,11 +67,11 @@ def table(config: config_dict.ConfigDict, results: dict[str, Any]) -> str:
   """Batches and methods, as Markdown."""
   del config
   rows = [
-    [size, name, *(tables.number(entry[k], 2) for k in ("time", "memory"))]
+    [size, name, *(tables.number(entry[field], 2) for field in _RATIOS)]
     for size, entries in results["batches"].items()
     for name, entry in entries.items()
   ]
-  return "\n".join(tables.markdown(["batch", "step", "time", "memory"], rows))
+  return "\n".join(tables.markdown(["batch", "step", *_RATIOS], rows))
 
 
 def _sized(config, size):
@@ -96,7 +97,11 @@ class _Step:
     run = trainer.Run(copy.lock(), folder)
     with contextlib.closing(run.task):
       self.step = timing.first_step(run, run.state)
-    self.memory = timing.temporaries(self.step.compile())
+    compiled = self.step.compile()
+    self.memory, self.flops = (
+      timing.temporaries(compiled),
+      timing.flops(compiled),
+    )
     timing.seconds(self.step, 1)  # warm
 
 
@@ -113,6 +118,7 @@ def _compare(steps):
       "time": float(np.median([r[name] / r[_PLAIN] for r in rounds])),
       "milliseconds": 1000 * float(np.median([r[name] for r in rounds])),
       "memory": timing.ratio(each.memory, steps[_PLAIN].memory),
+      "flops": timing.ratio(each.flops, steps[_PLAIN].flops),
     }
     for name, each in steps.items()
   }

@@ -109,3 +109,9 @@ def temporaries(compiled: Any) -> int | None:
 def ratio(ours: float | None, plain: float | None) -> float | None:
   """Divides two counts; None where one is 0 or not known."""
   return ours / plain if ours and plain else None
+
+
+def flops(program: Any) -> float | None:
+  """The compiler's count of a program's; None where a backend doesn't tell."""
+  counts = program.cost_analysis()
+  return counts and counts.get("flops")

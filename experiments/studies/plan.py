@@ -59,6 +59,11 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
   ]
   choosing = [name for name in scored if name in (study.keep_methods or scored)]
   by = study.filter_by or (scored[0] if scored else "")
+  if study.against and study.against not in settings:
+    raise ValueError(
+      f"config.study.against is {study.against!r}; expected one of the runs"
+      f" {', '.join(settings)}."
+    )
   if study.filters and by not in scored:
     raise ValueError(
       f"config.study.filters needs the scores of a run, and filter_by is"

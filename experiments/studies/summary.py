@@ -48,6 +48,7 @@ def write(records: Records) -> dict[str, Any]:
     "reference_checks": records.load_verdicts(),
     "overlaps": records.load_overlaps(),
     "best": best,
+    "against": config.study.against,
     "seconds": round(
       sum(run["seconds"] for members in results.values() for run in members), 1
     ),
@@ -103,6 +104,14 @@ def make_row(
       [member[field] for member in members]
     )
   row |= _compare(records, name)
+  against = records.results.get(records.config.study.against)
+  if against is not None:
+    field = task.headline.accuracy
+    gaps = [
+      {"ahead": run[field] - other[field]}
+      for run, other in zip(members, against, strict=True)
+    ]
+    row |= _mean_of(gaps, "ahead")
   row["nonfinite"] = sum(member["nonfinite_samples"] for member in members)
   row |= detection.mean(records.config, list(found))
   for field in ("auroc", *(f"auroc_{kind}" for kind in records.kinds)):

@@ -56,11 +56,13 @@ def _runs(summary):
       " final loss (accuracy) on held-out samples is first reached."
     )
     yield ""
+  against = summary.get("against")
   saved = ["steps saved to loss", "gain", "steps saved to accuracy"]
   yield from aligned(
     [
       *("method", _words(headline["loss"]), _words(headline["accuracy"])),
       *(saved if compared else []),
+      *([f"less {against}"] if against else []),
       *(_words(summary["size"]), "right", "seconds"),
     ],
     [
@@ -68,6 +70,7 @@ def _runs(summary):
         row["method"],
         *(_number(row, headline[what]) for what in ("loss", "accuracy")),
         *(_saved_and_gained(row) if compared else []),
+        *([_number(row, "ahead", 4)] if against else []),
         _number(row, summary["size"], 0),
         _number(row, "clean_share"),
         _number(row, "seconds", 1),
