@@ -107,10 +107,10 @@ def score_histograms(
   """Draws the scores of clean against mislabelled samples, epoch by epoch.
 
   `scores` are `[N, T]`, NaN where a sample was not scored, and `is_mislabelled`
-  bool `[N]`. At most `most` epochs are shown, spread evenly over all T.
+  bool `[N]`. At most `most` of the epochs with scores are shown, spread evenly.
 
   Raises:
-    ValueError: shapes that don't fit.
+    ValueError: shapes that don't fit, or no score.
   """
   scores = np.asarray(scores, float)
   wrong = np.asarray(is_mislabelled, bool)
@@ -119,9 +119,11 @@ def score_histograms(
       f"scores have shape {scores.shape} and is_mislabelled {wrong.shape};"
       " expected [N, T] and [N]."
     )
-  epochs = np.unique(
-    np.linspace(0, scores.shape[1] - 1, min(most, scores.shape[1])).astype(int)
-  )
+  scored = np.flatnonzero(np.isfinite(scores).any(axis=0))
+  if not len(scored):
+    raise ValueError("no score is finite; expected some to draw.")
+  places = np.linspace(0, len(scored) - 1, min(most, len(scored)))
+  epochs = scored[np.unique(places.astype(int))]
   columns = min(3, len(epochs))
   rows = math.ceil(len(epochs) / columns)
   with _figure(path, figsize=(2.7 * columns, 2.1 * rows + 0.5)) as (
@@ -330,17 +332,20 @@ def accuracy_by_share(
       axes.plot(x, y, color="black", linewidth=3, alpha=0.35, label=reference)
     for i, name in enumerate(others):
       x, y, errors = zip(*sorted(lines[name]), strict=True)
-      level = len(set(y)) == 1
+      color = _COLORS[i % len(_COLORS)]
+      if len(set(y)) == 1:
+        axes.plot(x, y, color=color, linestyle="dotted", label=name)
+        continue
       axes.errorbar(
         x,
         y,
         yerr=[error or 0 for error in errors],
-        color=_COLORS[i % len(_COLORS)],
-        linestyle="dotted" if level else _LINES[i // len(_COLORS) % 2],
-        marker=None if level else "o",
+        color=color,
+        linestyle=_LINES[i // len(_COLORS) % 2],
+        marker="o",
         markersize=3.5,
         linewidth=1.6,
-        capsize=0 if level else 2,
+        capsize=2,
         label=name,
       )
     ticks = sorted({share for points in lines.values() for share, *_ in points})

@@ -47,6 +47,7 @@ class Given(NamedTuple):
   labels: Any  # int32 [S, K, N]
   values: Any  # [S, K], of the weighting; None: as the config has it
   kept: Any  # bool [S, K, N], who takes part; None: all
+  scores: Any  # [S, K, N], of an earlier epoch; None: they are measured
   reference: Any  # a head [S, ...], or a batch [S, M, ...]; None
 
 
@@ -129,11 +130,14 @@ def make_epoch(
   tx: optax.GradientTransformation,
   name: str,
   config: config_dict.ConfigDict,
+  *,
+  stale: bool = False,
 ) -> Callable[..., Any]:
   """One epoch of the method of that name, for S seeds x K runs at once.
 
   The temperature in `config.mimic` (or, with weights that have none, its
-  fraction) gives way to the values that are given.
+  fraction) gives way to the values that are given. A stale epoch weighs by the
+  scores that are given, and measures none.
 
   Returns:
     `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,
@@ -145,9 +149,12 @@ def make_epoch(
     classification.make_outputs_fn(head.apply)
   )
 
-  def run_step(state, labels, value, kept, reference, images, batch):
+  def run_step(state, labels, value, kept, scores, reference, images, batch):
     mimic = mimic_view(name, config, value)
     method = methods.create(name, mimic)
+    if stale and method is not None:
+      method = Method("offline_norms", "given", method.weighting)
+      reference = scores[batch.sample]
     direction = method and method.direction
     if direction == "outputs":
       reference = head.apply(reference, images[0])
@@ -161,15 +168,17 @@ def make_epoch(
       {"image": images[0], "label": labels[batch.sample], "mask": mask},
     )
 
-  over_runs = jax.vmap(run_step, in_axes=(0, 0, 0, 0, None, None, None))
+  by_run = (0, 0, 0, 0, 0)
+  over_runs = jax.vmap(run_step, in_axes=(*by_run, None, None, None))
 
-  def seed_step(state, labels, value, kept, reference, features, batch):
+  def seed_step(state, labels, value, kept, scores, reference, features, batch):
     images = [features[batch.row]]
     if batch.other_row is not None:
       images.append(features[batch.other_row])
-    return over_runs(state, labels, value, kept, reference, images, batch)
+    given = labels, value, kept, scores, reference
+    return over_runs(state, *given, images, batch)
 
-  over_seeds = jax.vmap(seed_step, in_axes=(0, 0, 0, 0, 0, None, 0))
+  over_seeds = jax.vmap(seed_step, in_axes=(*by_run, 0, None, 0))
 
   def epoch(states, given, features, batches):
     def body(states, batch):
@@ -178,6 +187,7 @@ def make_epoch(
         given.labels,
         given.values,
         given.kept,
+        given.scores,
         given.reference,
         features,
         batch,

@@ -229,6 +229,8 @@ def _draw_scores(config, folder, results):
         scores = arrays["score"]
         wrong = arrays["labels"] != arrays["clean_labels"]
       seen = ~np.isnan(scores).all(axis=1)
+      if not seen.any():  # the run has diverged at once
+        continue
       name = study_tables.label({**run, "method": result["method"]})
       drawn[run["rate"]] = figures.score_histograms(
         scores[seen],

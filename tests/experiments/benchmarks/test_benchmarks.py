@@ -57,8 +57,8 @@ FOUND = {
   "machine": {"device": "cpu"},
   "batches": {
     "32": {
-      "sgd": {"time": 1.0, "memory": 1.0, "milliseconds": 2.0},
-      "rho": {"time": 1.5, "memory": None, "milliseconds": 3.0},
+      "sgd": {"time": 1.0, "flops": 1.0, "memory": 1.0, "milliseconds": 2.0},
+      "rho": {"time": 1.5, "flops": None, "memory": None, "milliseconds": 3.0},
     }
   },
 }

@@ -291,7 +291,8 @@ def test_a_closed_form_skips_a_broken_step_and_counts_it(make_config):
   features = jnp.stack([jnp.full([1, 4], jnp.inf), jnp.ones([1, 4])])
   states = heads.init_states(head, tx, 1)
   before = jax.device_get(states)
-  given = heads.Given(jnp.zeros([1, 1, 2], jnp.int32), None, None, None)
+  labels = jnp.zeros([1, 1, 2], jnp.int32)
+  given = heads.Given(labels, None, None, None, None)
 
   def epoch(rows):
     index = np.array(rows).reshape(1, -1, 1)

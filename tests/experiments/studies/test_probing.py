@@ -214,6 +214,29 @@ def test_equals_numpy_in_double_precision(grid):
   np.testing.assert_allclose(arrays["score"], scores, atol=1e-4)
 
 
+def test_weights_of_an_earlier_epochs_scores(make_grid, tmp_path):
+  config = make_grid(**{"probe.refresh_epochs": 2, "probe.rates": (RATE,)})
+  probe.run_grid(config, tmp_path / "grid")
+  arrays, run = samples_of(tmp_path / "grid", "grad_mimic", 1, RATE)
+  other, _ = samples_of(tmp_path / "grid", "reference", 1, 0.0)
+  scores = np.full(len(arrays["labels"]), np.nan)
+
+  def weigh(inputs, errors, head, index):
+    if np.isnan(scores[index]).any():  # in the first of two epochs
+      toward = other["kernel"].astype(float) - head[0]
+      along = inputs @ (toward / np.linalg.norm(toward))
+      scores[index] = -(along * errors).sum(axis=1)
+    found = scores[index]
+    weights = np.exp((found - found.max()) / config.mimic.temperature)
+    return weights / weights.sum()
+
+  by_hand = train_by_hand(config, 1, arrays["labels"], weigh)
+  assert_trained_alike(run, arrays, by_hand)
+  np.testing.assert_allclose(arrays["score"][:, 0], scores, atol=1e-4)
+  assert np.isnan(arrays["score"][:, 1]).all()
+  assert np.isfinite(arrays["weight"]).all()
+
+
 @pytest.fixture(scope="module")
 def made_by_shares():
   return []
