@@ -6,7 +6,8 @@ which but Arrow is imported. Ids and labels are never read as scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,14 @@ _BEGINNINGS, _ID_ENDS, _LABEL_ENDS = (
   ("_id", "_index"),
   ("_label",),
 )
+# What a frame may have about samples, and what its columns may be called.
+_FACTS = {
+  "ids": ("ids", "id"),
+  "labels": ("labels", "label"),
+  "suggested": ("suggested", "suggested_label"),
+  "true_labels": ("true_labels", "true_label"),
+  "captions": ("captions", "caption"),
+}
 _MANY = 20  # rows from which numbers that count up are no chance
 
 
@@ -192,6 +201,53 @@ def read_rows(frame: Any) -> dict[str, Any]:
         " ids; expected the ids of its rows."
       )
     found["id"] = index
+  return found
+
+
+def read_facts(
+  frame: Any, name: str, columns: Mapping[str, str]
+) -> dict[str, Any]:
+  """Reads what a frame has about samples besides their scores.
+
+  Args:
+    frame: anything that `is_frame`.
+    name: its name in errors.
+    columns: the names of columns, by the keys of the result; where a key has
+      none, the column is called as the key, or nearly so ("label").
+
+  Returns:
+    Columns by some of "ids" (or the index), "labels", "suggested",
+    "true_labels" and "captions"; other columns are left out.
+
+  Raises:
+    TypeError: a frame of a kind that can't be looked into.
+    ValueError: a named column that is not there, or there is none to read.
+
+  Example:
+    >>> frame = pa.table({"id": ["a"], "label": [3], "step_0": [0.5]})
+    >>> read_facts(frame, "dataset", {})
+    {'ids': array(['a'], dtype=object), 'labels': array([3])}
+  """
+  if hasattr(frame, "iloc"):  # what else is in it, such as images, may be odd
+    wanted = {*columns.values(), *itertools.chain(*_FACTS.values())}
+    there = [one for one in frame.columns if one in wanted]
+    table, known = to_table(frame[there], name), list(frame.columns)
+  else:
+    table = to_table(frame, name)
+    known = table.column_names
+  found: dict[str, Any] = {}
+  for key, names in _FACTS.items():
+    there = [one for one in names if one in table.column_names]
+    if key in columns or there:
+      found[key] = column(table, columns.get(key) or there[0], name)
+  if "ids" not in found and (index := _index(frame, name)) is not None:
+    found["ids"] = index
+  if not found.keys() - {"ids"}:
+    raise ValueError(
+      f"{name} is a {_kind(frame)} with the columns {known[:20]}; expected some"
+      f" of {', '.join(list(_FACTS)[1:])}, or their names, such"
+      " as columns={'labels': 'given'}."
+    )
   return found
 
 

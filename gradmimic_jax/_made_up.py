@@ -214,7 +214,8 @@ def _inner(params):
 
 def _plain(x):
   """Drops from jaxprs what `program` leaves out; returns others as they are."""
-  if isinstance(x, core.ClosedJaxpr):
+  # From JAX 0.12 on a jaxpr has its constants in it, and is its own `jaxpr`.
+  if isinstance(x, core.ClosedJaxpr) and x.jaxpr is not x:
     return core.ClosedJaxpr(_plain(x.jaxpr), x.consts)
   if not isinstance(x, core.Jaxpr):
     return x

@@ -35,6 +35,7 @@ COLORS = (
   "#000000",
 )
 _LINES = ("solid", "dashed", "dotted", "dashdot")
+_FEW = 7  # curves whose runs can be told apart
 
 
 def scores_by_group(
@@ -218,6 +219,8 @@ def learning_curves(
 ) -> Axes:
   """Draws a line a method, its mean over runs, with the runs behind it.
 
+  More than seven lines come without the runs, and thinner.
+
   With a baseline, a dashed line is at its final value, and each other method's
   legend says how many of the baseline's steps it saves: the share that is left
   when its mean first reaches that value (`gm.metrics.steps_to`).
@@ -251,13 +254,17 @@ def learning_curves(
       f"baseline is {baseline!r}; expected one of {sorted(curves)}."
     )
   means = {name: _mean_curve(name, runs) for name, runs in curves.items()}
+  counts = {len(runs) for runs in curves.values()}
+  crowded = len(curves) > _FEW
   ax = _axes(ax)
   for i, (name, (x, y)) in enumerate(means.items()):
     color = COLORS[i % len(COLORS)]
     runs = curves[name]
-    for _, one in runs if len(runs) > 1 else ():
+    for _, one in runs if len(runs) > 1 and not crowded else ():
       ax.plot(x, np.asarray(one, float), color=color, alpha=0.25, linewidth=0.8)
     label = name
+    if len(counts) > 1 and len(runs) > 1:
+      label += f" (mean of {len(runs)})"
     if baseline is not None and name != baseline:
       sign = -1 if higher_is_better else 1
       end, target = means[baseline][0][-1], means[baseline][1][-1]
@@ -272,7 +279,7 @@ def learning_curves(
       y,
       color=color,
       linestyle=_LINES[i // len(COLORS) % len(_LINES)],
-      linewidth=1.8,
+      linewidth=1.4 if crowded else 1.8,
       label=label,
     )
   if baseline is not None:

@@ -146,7 +146,9 @@ def test_no_module_reaches_itself():
 
 
 def test_files_in_experiments_are_commands():
-  files = sorted((ROOT / "experiments").glob("*.py"))
+  files = set((ROOT / "experiments").glob("*.py"))
+  # What makes `python experiments/<job>.py` work is no command.
+  files.remove(ROOT / "experiments" / "experiments.py")
   assert len(files) <= 11
   for path in files:
     lines = path.read_text().splitlines()

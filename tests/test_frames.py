@@ -176,6 +176,37 @@ def test_a_report_takes_the_frame_that_was_selected_from(pd, tmp_path):
     gm.report(frame, array, tmp_path / "r.html")
 
 
+def test_a_report_takes_facts_about_samples_from_a_frame(pd, tmp_path):
+  facts = {
+    "labels": ["cat", "dog", "cat"],
+    "suggested": ["cat", "cat", "cat"],
+    "captions": ["one", "two", "three"],
+  }
+  ids = ["x", "y", "z"]
+  selection = gm.select(MATRIX, ids=ids, binarize="threshold")
+
+  def page_of(dataset, columns=None):
+    path = tmp_path / "r.html"
+    gm.report(MATRIX, selection, path, dataset=dataset, columns=columns)
+    return path.with_suffix(".json").read_text()
+
+  expected = page_of({"ids": ids, **facts})
+  assert '"suggested":"cat"' in expected
+  named = {"id": ids, "label": facts["labels"], "caption": facts["captions"]}
+  named |= {"suggested": facts["suggested"], **SCORES}
+  for frame in kinds(pd, named):
+    assert page_of(frame) == expected
+  frame = pd.DataFrame(facts, index=ids).assign(images=[{1}, {2}, {3}])
+  assert page_of(frame) == expected
+  frame = frame.rename(columns={"labels": "given"})
+  own = {"labels": "given"}
+  assert page_of(frame, own) == page_of({"ids": ids, **facts}, own)
+  with pytest.raises(ValueError, match="dataset has no column 'given'"):
+    page_of(pd.DataFrame({"id": ids, "other": [1, 2, 3]}), own)
+  with pytest.raises(ValueError, match=r"columns \['a'\]; expected some"):
+    page_of(pd.DataFrame({"a": [1, 2, 3]}, index=ids))
+
+
 def test_a_ledger_takes_frames(pd, tmp_path):
   columns = {"id": ["x", "y"], "score": [0.5, -1.0], "loss": [1.0, 2.0]}
   for i, frame in enumerate(kinds(pd, columns)):

@@ -81,11 +81,13 @@ def test_learning_curves_say_how_many_steps_are_saved(ax):
   }
   gm.plots.learning_curves(curves, baseline="sgd", higher_is_better=True, ax=ax)
   assert texts_of(ax) == [
-    "sgd",
+    "sgd (mean of 2)",
     "fast (saves 80% of the steps)",
     "slow (never as good)",
   ]
-  np.testing.assert_allclose(lines_of(ax)["sgd"].get_ydata()[1], 0.25)
+  np.testing.assert_allclose(
+    lines_of(ax)["sgd (mean of 2)"].get_ydata()[1], 0.25
+  )
   for wrong, match in (
     ({}, "no curves"),
     ({"a": [([0], [1]), ([1], [1])]}, "different x"),

@@ -11,6 +11,8 @@ import types
 import jax
 from ml_collections import config_dict
 
+from experiments.runtime import terminal
+
 _MODULES = {
   "engines": "engines",
   "methods": "methods",
@@ -53,6 +55,15 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
       "this job is one for a single process; expected no --distributed and no"
       " --coordinator"
     )
+  terminal.note(
+    terminal.outline(
+      f"benchmark of {config.benchmark}",
+      {
+        "devices": terminal.describe_devices(),
+        "look at": pathlib.Path(workdir) / benchmark.RESULT_FILE,
+      },
+    )
+  )
   results = benchmark.measure(config, workdir)
   print(f"\n{benchmark.table(config, results)}\n")
   print(f"all of it: {pathlib.Path(workdir) / benchmark.RESULT_FILE}")

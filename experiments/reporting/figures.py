@@ -14,14 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from gradmimic_jax import _files
+from gradmimic_jax import _files, plots
 
-# Okabe and Ito's colours, which people with colour-blindness tell apart.
-_COLORS = (
-  "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-)  # fmt: skip
-_LINES = ("solid", "dashed", "dotted", "dashdot")
-_FEW = 7  # curves that a legend fits beside, and whose runs can be told apart
+_COLORS = plots.COLORS
+_FEW = 7  # curves; more need room for their legend
 _CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
 _STYLE: Any = {
   "figure.dpi": 150,
@@ -45,7 +41,7 @@ def learning_curves(
 ) -> pathlib.Path:
   """Draws a line for each method, its mean over runs, and the runs behind it.
 
-  More than seven lines come without the runs, and with the legend beside them.
+  As `gm.plots.learning_curves`, with the legend beside the axes.
 
   `curves` has for each name a list of runs, each `(x [K], y [K])`, all at the
   same x.
@@ -62,37 +58,21 @@ def learning_curves(
     ...   path.exists()
     True
   """
-  if not curves:
-    raise ValueError("no curves came; expected at least one name.")
-  crowded = len(curves) > _FEW
   counts = {len(runs) for runs in curves.values()}
-  with _figure(path, figsize=(8, 4.2) if crowded else (7.5, 3.6)) as (
-    figure,
-    file,
-  ):
-    axes = figure.subplots()
-    for i, (name, runs) in enumerate(curves.items()):
-      xs = [np.asarray(x, float) for x, _ in runs]
-      if any(not np.array_equal(x, xs[0]) for x in xs):
-        raise ValueError(f"the runs of {name!r} were recorded at different x.")
-      ys = np.asarray([y for _, y in runs], float)
-      color = _COLORS[i % len(_COLORS)]
-      if not crowded:
-        for y in ys:
-          axes.plot(xs[0], y, color=color, alpha=0.25, linewidth=0.8)
-      one = len(ys) == 1 or len(counts) == 1
-      axes.plot(
-        xs[0],
-        ys.mean(axis=0),
-        color=color,
-        linestyle=_LINES[i // len(_COLORS) % len(_LINES)],
-        linewidth=1.4 if crowded else 1.8,
-        label=name if one else f"{name} (mean of {len(ys)})",
-      )
+  size = (8, 4.2) if len(curves) > _FEW else (7.5, 3.6)
+  with _figure(path, figsize=size) as (figure, file):
+    axes = plots.learning_curves(curves, ax=figure.subplots())
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    about = f"mean of {max(counts)}" if counts != {1} and one else None
-    # Beside the curves: looking for room among them can take seconds.
-    figure.legend(loc="outside right upper", title=about, fontsize=8)
+    if inside := axes.get_legend():
+      inside.remove()  # looking for room among the curves can take seconds
+    same = len(counts) == 1 and counts != {1}
+    legend = figure.legend(
+      loc="outside right upper",
+      title=f"mean of {max(counts)}" if same else None,
+      fontsize=8,
+    )
+    for text in legend.get_texts():
+      text.set_parse_math(False)
   return file
 
 
@@ -341,7 +321,7 @@ def accuracy_by_share(
         y,
         yerr=[error or 0 for error in errors],
         color=color,
-        linestyle=_LINES[i // len(_COLORS) % 2],
+        linestyle=("solid", "dashed")[i // len(_COLORS) % 2],
         marker="o",
         markersize=3.5,
         linewidth=1.6,

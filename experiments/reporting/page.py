@@ -12,7 +12,7 @@ import gradmimic_jax as gm
 from configs import report as report_config
 from experiments import tasks
 from experiments.data import filters
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import terminal, workdir as workdir_lib
 from experiments.selection import files, runs
 
 REPORT_FILE = "report.html"
@@ -119,5 +119,16 @@ def _facts(config, run):
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Writes the page and prints where it is."""
+  """Says what it will do, writes the page, and prints where it is."""
+  workdir_lib.check_fields(config, report_config)
+  terminal.note(
+    terminal.outline(
+      "report: a page",
+      {
+        "scores": runs.describe(pathlib.Path(config.run)),
+        "selection": config.selection,
+        "look at": pathlib.Path(workdir) / REPORT_FILE,
+      },
+    )
+  )
   print(report_run(config, workdir))

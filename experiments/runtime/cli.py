@@ -84,11 +84,18 @@ def run(
   preemption.listen()
   if exclusive:
     job = _locking(job)
-  flags.mark_flags_as_required(["config", "workdir"])
 
   def main(argv):
     if len(argv) > 1:
-      raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+      sys.exit(
+        f"error: unexpected arguments: {' '.join(argv[1:])} (--help shows what"
+        " there is)"
+      )
+    if _CONFIG.value is None or not _WORKDIR.value:
+      sys.exit(
+        "error: expected --config=configs/<name>.py and --workdir=runs/<name>"
+        " (--help shows more)"
+      )
     debug = logging.level_debug()
     if not debug:
       logging.set_verbosity(logging.WARNING)
@@ -187,24 +194,46 @@ def _is_news(record):
   )
 
 
+def _given_config(argv):
+  """The config's file and its argument, as they were given; ("", ""): none."""
+  found = ""
+  for place, argument in enumerate(argv):
+    name, is_assigned, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      found = value if is_assigned else "".join(argv[place + 1 : place + 2])
+  path, _, arg = found.partition(":")
+  return path, arg
+
+
+def _load_config(path, arg):
+  """Loads a config's module and its config; leaves with a line about both."""
+  if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+    sys.exit(f"error: --config is {path!r}; expected a Python file in configs/")
+  spec = importlib.util.spec_from_file_location("given_config", path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # where inspect looks for its source
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise ValueError("it has no get_config; expected a Python file with one")
+    return module, module.get_config(arg)
+  except (ValueError, TypeError, OSError, ImportError) as error:
+    sys.exit(f"error: --config={path}{arg and f':{arg}'}: {error}")
+
+
 def _show_help(argv):
   """Prints what the command does, its flags, and the fields of its config."""
   print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
   print("\nflags:")
   for flag in flags.FLAGS.get_key_flags_for_module(__name__):
     print(f"  --{flag.name}: {flag.help}")
-  given = [x.partition("=")[2] for x in argv if x.startswith("--config=")]
-  if not given:
+  path, arg = _given_config(argv)
+  if not path:
     print("\nWith --config=configs/<name>.py as well: the config's fields.")
     return
-  path, _, arg = given[0].partition(":")
-  spec = importlib.util.spec_from_file_location("given_config", path)
-  if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
-    sys.exit(f"error: --config is {path!r}; expected a Python file in configs/")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module  # where inspect looks for its source
-  spec.loader.exec_module(module)
-  config = module.get_config(arg)
+  module, config = _load_config(path, arg)
   sources = [
     importlib.import_module(f"configs.{name}")
     for name in ("base", config.get("task", ""))
@@ -221,18 +250,23 @@ def _parse_flags(argv):
   if {"--help", "-help", "-h", "--helpfull"} & set(argv):
     _show_help(argv)
     sys.exit(0)
+  path, arg = _given_config(argv)
+  if path:  # what is wrong with it, in one line, before ml_collections' many
+    _load_config(path, arg)
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
     # ml_collections raises these for a field that a locked config lacks.
     text = error.args[0] if error.args else error
     while isinstance(text, Exception):
       text = text.args[0] if text.args else ""
-    lines = " ".join(str(text).split("\n")).strip("\"'")
+    name, _, advice = str(text).strip("\"'").partition("\n")
+    name = name.strip("\"' ")
+    advice = advice and f" {advice.strip()}"
     sys.exit(
-      f"error: unknown config field: {lines} (configs/base.py lists the"
-      " fields there are)"
+      f"error: unknown config field: {name}.{advice} (--help shows the fields"
+      " of the --config)"
     )
-  except flags.IllegalFlagValueError as error:
-    # A config file that can't be read ends in its own message.
-    sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+  except flags.Error as error:
+    text = str(error).replace("\n", " ").strip()
+    sys.exit(f"error: {text} (--help shows what there is)")

@@ -32,7 +32,7 @@ def list_fields(
       last module's holds.
 
   Returns:
-    The fields, in the config's order.
+    The fields, in alphabetical order.
   """
   comments: dict[str, str] = {}
   for module in modules:
@@ -40,10 +40,8 @@ def list_fields(
   found: list[Field] = []
 
   def visit(section, prefix):
-    # The order in which fields were set; items() would sort them.
-    for key in section.keys():  # noqa: SIM118
+    for key, value in section.items():
       name = f"{prefix}{key}"
-      value = section.get(key)
       if isinstance(value, config_dict.ConfigDict):
         visit(value, f"{name}.")
       else:

@@ -1,19 +1,17 @@
-"""Metrics of a run: JSON lines, TensorBoard, a progress bar."""
+"""Metrics of a run: JSON lines, TensorBoard, a sink."""
 
 import importlib
 import itertools
 import json
 import os
 import pathlib
-import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 
 from gradmimic_jax import _files
 
@@ -79,7 +77,7 @@ class MetricsWriter:
   """Writes scalars by step to `metrics.jsonl`, and in groups elsewhere.
 
   `metrics.jsonl` has a line for every step, evaluation and measurement of
-  speed. TensorBoard, and a `Sink`, get the means of a group of steps.
+  speed. TensorBoard, and each `Sink`, get the means of a group of steps.
   """
 
   def __init__(
@@ -89,7 +87,7 @@ class MetricsWriter:
     first_step: int,
     fingerprint: str = "",
     about: str = "",
-    sink: Sink | None = None,
+    sinks: Sequence[Sink] = (),
   ):
     """Opens the files.
 
@@ -99,7 +97,7 @@ class MetricsWriter:
         are an interrupted run's; they are dropped and will be written again.
       fingerprint: the run's; "" takes any run's lines.
       about: a text for TensorBoard, such as the config.
-      sink: gets the metrics, too.
+      sinks: get the metrics, too.
     """
     path = workdir / METRICS_FILE
     rows = read_metrics(path, timings=True, fingerprint=fingerprint)
@@ -109,7 +107,7 @@ class MetricsWriter:
     _files.write_bytes(path, "".join(kept).encode())
     self._file = open(path, "a")  # noqa: SIM115 - closed in close()
     self._events = _Events(workdir / "tensorboard", first_step=first_step)
-    self._sink = sink
+    self._sinks = sinks
     self._means: dict[str, list[np.ndarray]] = {}  # since the last summary
     if about:
       lines = "".join(f"    {line}\n" for line in about.splitlines())
@@ -149,7 +147,7 @@ class MetricsWriter:
       self._means.setdefault(name, []).append(np.asarray(column, float))
 
   def summarize(self, step: int, scores: np.ndarray) -> None:
-    """Sends TensorBoard and the sink the means of the steps since last time.
+    """Sends TensorBoard and the sinks the means of the steps since last time.
 
     Args:
       step: the last of these steps.
@@ -165,8 +163,8 @@ class MetricsWriter:
 
   def _show(self, step, scalars):
     self._events.add_scalars(scalars, step)
-    if self._sink is not None:
-      self._sink(step, scalars)
+    for sink in self._sinks:
+      sink(step, scalars)
 
   def flush(self) -> None:
     """Shows all lines so far to readers of the files."""
@@ -356,15 +354,3 @@ def recorded_steps(path: pathlib.Path, fingerprint: str = "") -> int:
     if any(name.startswith("train_") for name in row)
   }
   return next(step for step in itertools.count() if step not in steps)
-
-
-def progress(total: int | None, done: int, title: str) -> tqdm.tqdm:
-  """Makes a progress bar over steps; silent if the output is no terminal."""
-  return tqdm.tqdm(
-    total=total,
-    initial=done,
-    desc=title,
-    unit="step",
-    disable=not sys.stderr.isatty(),
-    leave=False,
-  )

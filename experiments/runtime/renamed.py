@@ -1,4 +1,4 @@
-"""New names of commands, config files and fields of earlier releases.
+"""New names of what had others in earlier releases; jobs that are not there.
 
 Jobs read this before they import anything heavy, so it imports nothing itself.
 """
@@ -67,14 +67,19 @@ def command(name: str) -> str | None:
   return COMMANDS.get(name)
 
 
+def _is_there(name):
+  path = os.path.join(_FOLDER, name)
+  return os.path.exists(f"{path}.py") or os.path.isdir(path)
+
+
 def find(arguments: Sequence[str]) -> str | None:
-  """Looks for an old name in a command line.
+  """Looks for a name in a command line that is no longer there, or never was.
 
   Args:
     arguments: of `python`, such as `["-m", "experiments.train", ...]`.
 
   Returns:
-    One line that says the new name; None: there is no old one.
+    One line that says the new name, or where to look; None: all is there.
 
   Example:
     >>> find(["-m", "experiments.train", "--config.samples_seen=9"])
@@ -84,6 +89,11 @@ def find(arguments: Sequence[str]) -> str | None:
     module = _MODULE.fullmatch(argument)
     if module and (new := command(module[1])):
       return f"python -m experiments.{module[1]} is now python -m {new}."
+    if module and place < 2 and not _is_there(module[1]):
+      return (
+        f"there is no job {module[1]!r}; python -m experiments lists those that"
+        " there are."
+      )
     file = _CONFIG.fullmatch(argument)
     is_config = argument.lstrip("-").startswith("config=") or (
       place > 0 and arguments[place - 1] in ("-config", "--config")

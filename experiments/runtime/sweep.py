@@ -22,6 +22,7 @@ from experiments.runtime import (
   claims,
   preemption,
   renamed,
+  terminal,
   workdir as workdir_lib,
 )
 
@@ -72,6 +73,17 @@ def run_sweep(config: config_dict.ConfigDict, workdir: Any) -> list[str]:
       print(line)
     return commands
   workdir_lib.claim(folder, config, sweep_config, job="sweep")
+  finished = sum((folder / f"{cell.name}.json").exists() for cell in cells)
+  terminal.note(
+    terminal.outline(
+      "sweep",
+      {
+        "jobs": f"{len(cells)}, {finished} of them finished",
+        "of": ", ".join(dict.fromkeys(cell.job for cell in cells)),
+        "look at": f"{folder}/<job's name>.log",
+      },
+    )
+  )
   done: set[str] = set()
 
   def attempt(cell):

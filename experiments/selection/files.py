@@ -9,7 +9,7 @@ from ml_collections import config_dict
 import gradmimic_jax as gm
 from configs import select as select_config
 from experiments.data import filters as filters_lib
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import terminal, workdir as workdir_lib
 from experiments.selection import cuts, runs
 
 SELECTION_FILE = "selection.parquet"
@@ -115,7 +115,20 @@ def _number(value):
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Selects, then prints what came of it and where it is."""
+  """Says what it will do, selects, and prints what came of it, and where."""
+  workdir_lib.check_fields(config, select_config)
+  made = f"{len(config.filters)} filters" if config.filters else "a selection"
+  terminal.note(
+    terminal.outline(
+      f"select: {made}",
+      {
+        "scores": runs.describe(pathlib.Path(config.run)),
+        "metadata": config.metadata,
+        "by": None if config.filters else config.select.binarize,
+        "look at": workdir,
+      },
+    )
+  )
   manifest = select_run(config, workdir)
   if config.filters:
     print(

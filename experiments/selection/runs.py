@@ -6,7 +6,7 @@ from typing import Any
 import gradmimic_jax as gm
 from experiments import tasks
 from experiments.runtime import workdir as workdir_lib
-from experiments.training import scoring, trainer
+from experiments.training import opening, scoring, trainer
 
 
 def load_ledger(run: pathlib.Path) -> gm.ScoreLedger:
@@ -22,6 +22,21 @@ def load_ledger(run: pathlib.Path) -> gm.ScoreLedger:
       " with scores."
     )
   return gm.ScoreLedger(run / trainer.LEDGER_FOLDER)
+
+
+def describe(run: pathlib.Path) -> str:
+  """Describes the scores in a run's folder, for people.
+
+  Raises:
+    FileNotFoundError: there are none.
+    ValueError: its config is damaged, or of an earlier release.
+  """
+  ledger, config = load_ledger(run), load_config(run)
+  epochs = len(ledger.epochs)
+  return (
+    f"{run / trainer.LEDGER_FOLDER}: {opening.describe_data(config)}, by"
+    f" {config.method}, {epochs} epoch{'' if epochs == 1 else 's'}"
+  )
 
 
 def is_scored(run: pathlib.Path) -> bool:

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 from configs import compare as results_config
 from experiments.reporting import figures
-from experiments.runtime import workdir as workdir_lib
+from experiments.runtime import terminal, workdir as workdir_lib
 from experiments.runtime.tables import csv_text, markdown, number
 from experiments.studies import published, records, tables, tuning
 
@@ -340,5 +340,16 @@ def _tuned(config, folder):
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Writes the tables, then prints where they are."""
+  """Says what it will do, writes the tables, and prints where they are."""
+  workdir_lib.check_fields(config, results_config)
+  given = {"heads": config.probe, "networks": config.finetune}
+  terminal.note(
+    terminal.outline(
+      "compare finished studies",
+      {
+        **{name: ", ".join(folders) for name, folders in given.items()},
+        "look at": pathlib.Path(workdir) / PAGE_FILE,
+      },
+    )
+  )
   print(write(config, workdir))

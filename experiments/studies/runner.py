@@ -20,21 +20,33 @@ from experiments.runtime import (
   distributed,
   identity,
   locks,
+  terminal,
   workdir as workdir_lib,
 )
 from experiments.selection import cuts
-from experiments.studies import plan, records as records_lib, summary, tables
+from experiments.studies import (
+  opening,
+  plan,
+  records as records_lib,
+  summary,
+  tables,
+)
 from experiments.training import trainer
 
 _JOB = "study"
 
 
-def run_study(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
+def run_study(
+  config: config_dict.ConfigDict,
+  workdir: Any,
+  *,
+  note: terminal.Note | None = None,
+) -> dict[str, Any]:
   """Runs the study; goes on where an interrupted one stopped.
 
   The workdir gets a folder for each seed with a folder for each run in it,
   tables, figures, the page of a method with scores, and `summary.json`, whose
-  content is returned.
+  content is returned. `note` prints what it will do; None: nothing does.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -46,6 +58,8 @@ def run_study(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   if distributed.is_first():
     workdir_lib.claim(workdir, config, fields, job=_JOB)
   distributed.meet()
+  if note is not None:
+    note(opening.study("study", config, folder, runs))
   results = run_all(config, folder, runs)
 
   def report():
@@ -202,5 +216,6 @@ def _choose(records, run):
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Runs the study, then prints the table and where the figures are."""
-  print("\n" + tables.text(run_study(config, workdir)))
+  """Says what it will do, runs it, and prints the table and where all is."""
+  summary = run_study(config, workdir, note=terminal.note)
+  print("\n" + tables.text(summary))

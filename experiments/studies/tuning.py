@@ -9,20 +9,26 @@ from ml_collections import config_dict
 
 from configs import label_noise
 from experiments import methods, tasks
-from experiments.runtime import tables, workdir as workdir_lib
-from experiments.studies import plan, runner
+from experiments.runtime import tables, terminal, workdir as workdir_lib
+from experiments.studies import opening, plan, runner
 from experiments.studies.probing import grid as probe, heads
 
 TUNED_FILE, TABLE_FILE = "tuned.json", "tuning.csv"
 
 
-def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
+def tune(
+  config: config_dict.ConfigDict,
+  workdir: Any,
+  *,
+  note: terminal.Note | None = None,
+) -> dict[str, Any]:
   """Tries all settings of all methods; goes on where it was stopped.
 
   The workdir gets the runs' folders, `tuning.csv` with all that was tried, and
   `tuned.json`, whose content is returned: for each method its best setting
   (`set`), its mean accuracy over seeds and noise rates, and how many settings
-  it had. A config with a section `probe` is tuned as grids of heads.
+  it had. A config with a section `probe` is tuned as grids of heads. `note`
+  prints what it will do; None: nothing does.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.
@@ -41,7 +47,7 @@ def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
     )
   tried = _heads if "probe" in config else _runs
   folder = workdir_lib.claim(workdir, config, fields, job="tuning")
-  rows = tried(config, folder)
+  rows = tried(config, folder, note)
   accuracy = tasks.get(config).headline.accuracy
   best: dict[str, Any] = {}
   for row in rows:
@@ -59,7 +65,7 @@ def tune(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   return best
 
 
-def _runs(config, folder):
+def _runs(config, folder, note):
   """By the general loop: a run for each setting and seed."""
   task, tried = tasks.get(config), config.study.tune
   needs = (plan.REFERENCE,) if plan.needs_reference(config) else ()
@@ -93,6 +99,8 @@ def _runs(config, folder):
     for name, setting in settings.items()
     for seed in config.study.seeds
   ]
+  if note is not None:
+    note(opening.study("tune", config, folder, runs))
   results = runner.run_all(config, folder, runs)
   return [
     setting | _means(results[name], reversed(task.headline))
@@ -100,10 +108,16 @@ def _runs(config, folder):
   ]
 
 
-def _heads(config, folder):
+def _heads(config, folder, note):
   """As grids of heads: one for each learning rate."""
   rows = []
-  for rate in config.study.tune.learning_rates:
+  rates = config.study.tune.learning_rates
+  if note is not None:
+    note(
+      f"tune at {len(rates)} learning rates, each a grid:\n"
+      + opening.grid(config, folder, probe.cells_of(config))
+    )
+  for rate in rates:
     copy = config.copy_and_resolve_references().unlock()
     copy.optimizer.learning_rate = rate
     copy.probe.weighting_values = tuple(config.study.tune.weighting_values)
@@ -139,11 +153,12 @@ def _means(entries, fields):
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Tunes, then prints the best settings and where they are."""
-  for name, entry in tune(config, workdir).items():
+  """Says what it will do, tunes, and prints the best and where they are."""
+  for name, entry in tune(config, workdir, note=terminal.note).items():
     shown = ", ".join(f"{key}={value}" for key, value in entry["set"].items())
     print(
       f"{name:<26} {entry['accuracy']:.4f}  {shown}"
       f"  (best of {entry['settings']})"
     )
-  print(f"  {pathlib.Path(workdir) / TUNED_FILE}")
+  for name in (TUNED_FILE, TABLE_FILE):
+    print(f"  {pathlib.Path(workdir) / name}")

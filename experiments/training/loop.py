@@ -22,6 +22,7 @@ from experiments.runtime import (
   metrics as writers,
   preemption,
   prefetch,
+  terminal,
   watchdog,
   workdir as workdir_lib,
 )
@@ -109,6 +110,7 @@ def run(
   ledger: gm.ScoreLedger | None = None,
   about: str = "",
   sink: writers.Sink | None = None,
+  note: terminal.Note | None = None,
 ) -> dict[str, float]:
   """Goes on from the newest checkpoint, or the beginning, to the end.
 
@@ -135,6 +137,7 @@ def run(
     ledger: for the scores; None where the method has none.
     about: the config as a text, for TensorBoard.
     sink: gets the metrics, too.
+    note: prints what the loop is at; None: nothing does, but for a bar.
 
   Returns:
     The last evaluation.
@@ -173,16 +176,17 @@ def run(
     if distributed.is_first() and ledger is not None:
       _forget_lost(ledger, step)
     distributed.meet()
+    bar = closing(terminal.Progress(total, step, folder.name, note=note))
     metrics = closing(
       writers.metrics(
         folder,
         first_step=step,
         fingerprint=fingerprint,
         about=about,
-        sink=sink,
+        sinks=[bar.show] if sink is None else [bar.show, sink],
       )
     )
-    bar = closing(writers.progress(total, step, folder.name))
+    bar.begin()
     trace = closing(_Trace(folder, *schedule.profile_steps))
     log = step_log.StepLog(
       folder,
@@ -233,7 +237,7 @@ def run(
       trace.after(step, output)
       upcoming = _next(step, reader, log, take) if step < total else None
       watchdog.sign()
-      bar.update(len(taken.ids))
+      bar.update(len(taken.ids), taken.epochs[-1])
 
 
 def spacing(schedule: Schedule) -> calls.Spacing:

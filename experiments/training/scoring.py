@@ -20,11 +20,12 @@ from experiments.runtime import (
   checkpoint,
   distributed,
   locks,
-  metrics as writers,
   prefetch,
+  terminal,
   workdir as workdir_lib,
 )
 from experiments.training import (
+  opening,
   reference as reference_lib,
   steps,
   trainer as train,
@@ -38,7 +39,10 @@ JOB = "score"
 
 
 def score_dataset(
-  config: config_dict.ConfigDict, workdir: Any
+  config: config_dict.ConfigDict,
+  workdir: Any,
+  *,
+  note: terminal.Note | None = None,
 ) -> dict[str, Any]:
   """Scores every sample once for each checkpoint; goes on where it stopped.
 
@@ -48,6 +52,7 @@ def score_dataset(
     config: as `configs/score.py` describes it.
     workdir: gets `config.json`, `run.json`, `labels.npz`, the ledger (an epoch
       is a checkpoint), and at the end `result.json`.
+    note: prints what will be done, and how far it is; None: nothing does.
 
   Returns:
     The content of `result.json`: the checkpoints' steps, counts, fingerprints.
@@ -75,7 +80,16 @@ def score_dataset(
       )
       scoring.task.save(folder)
     distributed.meet()
-    samples = scoring.to_the_end(folder)
+    if note is not None:
+      note(
+        opening.scoring(
+          scoring.task,
+          scoring.method,
+          len(scoring.checkpoints),
+          config.learner,
+        )
+      )
+    samples = scoring.to_the_end(folder, note)
     result = {
       "checkpoints": scoring.checkpoints,
       "samples": samples,
@@ -185,7 +199,7 @@ class _Scoring:
     devices = distributed.Devices(config.mesh, batch_size=config.batch_size)
     self.devices = devices
     self.learner = pathlib.Path(config.learner)
-    method = train.create_method(run)
+    self.method = method = train.create_method(run)
     self.task = task = tasks.get(run).create_for_scoring(
       run, devices, self.learner, direction=method and method.direction
     )
@@ -232,7 +246,9 @@ class _Scoring:
       )
     }
 
-  def to_the_end(self, folder: pathlib.Path) -> int:
+  def to_the_end(
+    self, folder: pathlib.Path, note: terminal.Note | None = None
+  ) -> int:
     """Scores the samples that are left; returns the number in a pass."""
     ledger = gm.ScoreLedger(
       folder / LEDGER_FOLDER,
@@ -269,7 +285,9 @@ class _Scoring:
     count = self.task.samples
     if count is not None:
       count = -(-count // self.config.batch_size) * len(self.checkpoints)
-    with contextlib.closing(writers.progress(count, done, "score")) as bar:
+    bar = terminal.Progress(count, done, "score", unit="batch", note=note)
+    with contextlib.closing(bar):
+      bar.begin()
       while len(starts) <= len(self.checkpoints):
         epoch = len(starts) - 1
         params, variables = self._load(self.checkpoints[epoch])
@@ -282,10 +300,10 @@ class _Scoring:
           at += 1
           if len(pending) >= self.config.flush_every:
             flush(at)
-            bar.update(at - bar.n)  # scored, not only asked for
+            bar.update(at - bar.done)  # scored, not only asked for
         starts.append(at)
         flush(at)
-        bar.update(at - bar.n)
+        bar.update(at - bar.done)
     return self.task.samples or len(ledger.matrix()[0])
 
   def _score(self, params, variables, batch):
@@ -331,5 +349,8 @@ class _Scoring:
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Scores, then prints the result."""
-  print(json.dumps(score_dataset(config, workdir), indent=2))
+  """Says what it will do, scores, and prints the result and where it is."""
+  result = score_dataset(config, workdir, note=terminal.note)
+  print(json.dumps(result, indent=2), flush=True)
+  for name in (RESULT_FILE, LEDGER_FOLDER):
+    terminal.note(f"  {pathlib.Path(workdir) / name}")

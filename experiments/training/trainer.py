@@ -19,11 +19,13 @@ from experiments.runtime import (
   metrics as writers,
   prefetch,
   programs,
+  terminal,
   workdir as workdir_lib,
 )
 from experiments.training import (
   calls,
   loop,
+  opening,
   optimizer,
   reference as reference_lib,
   reference_check,
@@ -41,6 +43,7 @@ def train_and_evaluate(
   workdir: Any,
   *,
   sink: writers.Sink | None = None,
+  note: terminal.Note | None = None,
 ) -> dict[str, Any]:
   """Trains and evaluates; goes on where an interrupted run stopped.
 
@@ -54,6 +57,7 @@ def train_and_evaluate(
       the end `result.json`.
     sink: `(step, {name: number}) -> None`, gets the metrics as well, in groups
       of steps; None: what `config.metrics_sink` names.
+    note: prints what the run will do, and how far it is; None: nothing does.
 
   Returns:
     The content of `result.json`: the last evaluation, counts, and the seconds
@@ -79,13 +83,17 @@ def train_and_evaluate(
     if finished:
       result = workdir_lib.read_result(result_file, run.fingerprint)
       loop.check_finished(folder, run.ledger())
+      if note is not None:
+        note(f"{folder} is finished; this is its result")
       return result
     if distributed.is_first():
       workdir_lib.claim(workdir, config, fields, job=JOB)
       reference_check.save(folder, checked)
       run.task.save(folder)
     distributed.meet()
-    result = run.to_the_end(sink)
+    if note is not None:
+      note(opening.training(run.task, run.method, run.state.params, folder))
+    result = run.to_the_end(sink, note)
     result["seconds"] = round(time.monotonic() - started, 2)
     if distributed.is_first():
       workdir_lib.write_json(result_file, result, sealed=True)
@@ -177,7 +185,11 @@ class Run:
       return batch
     return jax.jit(expand)(batch, self.task.resident)
 
-  def to_the_end(self, sink: writers.Sink | None = None) -> dict[str, Any]:
+  def to_the_end(
+    self,
+    sink: writers.Sink | None = None,
+    note: terminal.Note | None = None,
+  ) -> dict[str, Any]:
     """Restores, runs the steps that are left, and sums up."""
     with contextlib.closing(self.task):
       evaluation = loop.run(
@@ -194,6 +206,7 @@ class Run:
         ledger=self.ledger(),
         about=json.dumps(workdir_lib.as_dict(self.config), indent=2),
         sink=sink,
+        note=note,
       )
     return {
       "fingerprint": self.fingerprint,
@@ -337,5 +350,11 @@ _create_optimizer = programs.once(optimizer.create)
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
-  """Trains, then prints the result."""
-  print(json.dumps(train_and_evaluate(config, workdir), indent=2))
+  """Says what it will do, trains, and prints the result and where it is."""
+  result = train_and_evaluate(config, workdir, note=terminal.note)
+  print(json.dumps(result, indent=2), flush=True)
+  folder = pathlib.Path(workdir)
+  names = (RESULT_FILE, writers.METRICS_FILE, LEDGER_FOLDER)
+  for path in map(folder.joinpath, names):
+    if path.exists():
+      terminal.note(f"  {path}")

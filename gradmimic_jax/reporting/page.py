@@ -45,7 +45,7 @@ def report(
   selection: Selection,
   path: str | os.PathLike[str],
   *,
-  dataset: Mapping[str, Any] | None = None,
+  dataset: Any = None,
   columns: Mapping[str, Any] | None = None,
   title: str = "Data report",
   run: Mapping[str, Any] | None = None,
@@ -79,7 +79,8 @@ def report(
   | captions beyond 1,000            | shown, not in the file of decisions    |
 
   Args:
-    ledger: the ScoreLedger that the selection was made of, or scores [N, T].
+    ledger: the ScoreLedger that the selection was made of, or scores [N, T] or
+      a data frame of them.
     selection: as `select` gave it.
     path: of the page, ending with `.html`; the data goes to the same name with
       `.json`.
@@ -87,9 +88,12 @@ def report(
       `ids` (if the selection's aren't positions), `labels` as given and
       `suggested` or `true_labels` (integers, or names), `captions` (texts, or
       lists of tokens), `images` (uint8 [H, W] or [H, W, C], anything that
-      gives one by position); and `class_names` [C].
-    columns: the user's own names of `ids`, `labels`, `suggested`,
-      `true_labels`, `captions`, as texts, and of `scores`, a list [T].
+      gives one by position); and `class_names` [C]. Or a data frame with such
+      columns, but for images and class_names; `label`, say, will do for
+      `labels`, its index for `ids`, and other columns are passed over.
+    columns: the user's own names, and those of the columns of a frame, of
+      `ids`, `labels`, `suggested`, `true_labels`, `captions`, as texts, and of
+      `scores`, a list [T].
     title: of the page.
     run: facts about the run, by name.
     results: its results, such as `{"retrained": {"test_accuracy": 0.96}}`.
@@ -129,7 +133,7 @@ def report(
   selection = dataclasses.replace(selection, keep=keep)
   scores = findings_lib.align_scores(ledger, selection)
   names = column_names(columns, scores.shape[1])
-  samples = find_samples(dataset, selection)
+  samples = find_samples(dataset, selection, columns)
   mean = findings_lib.mean_scores(scores)
   worst = findings_lib.rank(selection, mean)
   found = findings_lib.gather(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradmimic_jax import _frames
 from gradmimic_jax.selection import _ids
 from gradmimic_jax.selection.quality import checked_labels
 from gradmimic_jax.selection.selection import Selection
@@ -91,13 +92,16 @@ class Samples:
 
 
 def find_samples(
-  dataset: Mapping[str, Any] | None, selection: Selection
+  dataset: Any,
+  selection: Selection,
+  columns: Mapping[str, Any] | None = None,
 ) -> Samples:
   """Finds a selection's samples in what is known about a data set.
 
   Args:
-    dataset: by name, as `gm.report` takes it; None for nothing.
+    dataset: by name, or a frame, as `gm.report` takes it; None for nothing.
     selection: the selection whose samples are wanted.
+    columns: the names of a frame's columns, by what they hold.
 
   Returns:
     The Samples.
@@ -109,10 +113,13 @@ def find_samples(
   """
   if dataset is None:
     return Samples()
+  if _frames.is_frame(dataset):
+    own = {k: v for k, v in (columns or {}).items() if v and k != "scores"}
+    dataset = _frames.read_facts(dataset, "dataset", own)
   if not isinstance(dataset, Mapping):
     raise TypeError(
-      f"dataset is a {type(dataset).__name__}; expected a mapping with some of"
-      f" {', '.join(KEYS)}."
+      f"dataset is a {type(dataset).__name__}; expected a data frame, or a"
+      f" mapping with some of {', '.join(KEYS)}."
     )
   for key in dataset:
     if key not in KEYS:

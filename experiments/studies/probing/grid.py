@@ -20,9 +20,9 @@ from ml_collections import config_dict
 from configs import label_noise
 from experiments import methods
 from experiments.data import noise
-from experiments.runtime import claims, workdir as workdir_lib
+from experiments.runtime import claims, terminal, workdir as workdir_lib
 from experiments.selection import files
-from experiments.studies import plan, settings
+from experiments.studies import opening, plan, settings
 from experiments.studies.plan import REFERENCE
 from experiments.studies.probing import (
   features as features_lib,
@@ -479,6 +479,8 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
       "this job is one for a single process; expected no --distributed and no"
       " --coordinator"
     )
+  check(config)
+  terminal.note(opening.grid(config, workdir, cells_of(config)))
   summary = run_grid(config, workdir)
   print("\n" + grid_summary.markdown(summary))
   for path in summary["files"]:

@@ -30,7 +30,7 @@ def test_groups_of_steps_are_shown_by_their_means(tmp_path):
     tmp_path,
     first_step=0,
     about='{\n  "seed": 7\n}',
-    sink=lambda step, scalars: told.append((step, dict(scalars))),
+    sinks=[lambda step, scalars: told.append((step, dict(scalars)))],
   )
   losses = np.float32([3, 1, 5])
   writer.write_steps(0, {"train_loss": losses[:2], "train_skipped": [0, 1]})

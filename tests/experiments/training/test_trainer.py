@@ -1,6 +1,7 @@
 """The training loop: results, resuming, and what a workdir refuses."""
 
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -234,3 +235,27 @@ def test_images_are_resized_as_the_config_has_it(make_config):
   data = data_lib.load_data(make_config(**{"data.image_size": 4}))
   assert data.train.shape == (4, 4, 1)
   assert data.test.shape == (4, 4, 1)
+
+
+def test_a_run_opens_with_what_it_will_do_and_ends_with_paths(
+  make_config, tmp_path, capfd
+):
+  folder = tmp_path / "run"
+  train.main(make_config(num_epochs=1), str(folder))
+  out, told = capfd.readouterr()
+  assert out.startswith("{")
+  assert out.endswith("}\n")  # the result alone: another program may read it
+  told = told.splitlines()
+  assert told[0] == "train by sgd"
+  text = "\n".join(told)
+  for line in (
+    r"  data     .+, [\d,]+ samples.*",
+    r"  model    .+, [\d,]+ parameters",
+    r"  devices  \d x .+",
+    r"  length   6 steps of \d+ samples, 1 epoch of 6 steps",
+    r"  look at  .+/run/metrics\.jsonl; or: tensorboard --logdir .+/run",
+  ):
+    assert re.search(f"^{line}$", text, re.M), (line, text)
+  assert "compiling" in told
+  assert any(line.startswith("step 6 of 6: test loss") for line in told)
+  assert told[-1] == f"  {folder}/metrics.jsonl"
