@@ -15,3 +15,4 @@ CAPTIONS = 8  # the captions that are wrong, and the noise in them
 TEXTS = 9  # the texts that are wrong, and the noise in them
 HELD_OUT = 10  # the sequences that are taken, by split
 CROP = 11  # the parts of images that a batch shows, by step
+FOLDS = 12  # the samples of each fold of a cross-fitting
