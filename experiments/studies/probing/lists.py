@@ -93,10 +93,10 @@ def write(
     "seeds": list(config.study.seeds),
     "num_epochs": config.num_epochs,
     "lowest": count,
-    "out_of_sample_accuracy": tables.mean_and_error(accuracy),
-    "reference_test_accuracy": tables.mean_and_error(
-      found.test_accuracy.mean(axis=1)
-    ),
+    "out_of_sample_accuracy": [*tables.mean_and_error(accuracy)],
+    "reference_test_accuracy": [
+      *tables.mean_and_error(found.test_accuracy.mean(axis=1))
+    ],
     "label_issues": len(issues),
     "truths": {
       name: {
