@@ -113,7 +113,9 @@ def people(tmp_path, text, **fields):
   file = tmp_path / "people.csv"
   file.write_text(text)
   config = natural_errors.get_config("dataset=digits").cross
-  config.update(proxy=str(file), proxy_columns=("x", "y", "z"), **fields)
+  config.update(
+    {"proxy": str(file), "proxy_columns": ("x", "y", "z"), **fields}
+  )
   return config
 
 
@@ -177,9 +179,8 @@ def test_people_are_compared_with_the_given_labels_where_they_agree(tmp_path):
   ],
 )
 def test_a_proxy_that_says_too_little_is_named(tmp_path, text, fields, message):
+  config = people(tmp_path, text, **fields)
   with pytest.raises(ValueError, match=message):
-    config = people(tmp_path, text)
-    config.update(fields)
     rankings.read_truths(config, *samples())
 
 
