@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
+import gradmimic_jax as gm
 from configs import natural_errors
 from experiments import methods
 from experiments.data import noise, streams
@@ -31,7 +32,10 @@ from experiments.studies.probing import (
   rankings,
   summary as grid_summary,
 )
-from experiments.tasks.classification import data as data_lib
+from experiments.tasks.classification import (
+  data as data_lib,
+  losses as classification,
+)
 from experiments.training import optimizer
 from gradmimic_jax import _files
 
@@ -241,9 +245,11 @@ class _Study:
       }
       for name in self.methods
     }
+    probabilities, scores = self._by_references(references)
     return lists.Found(
-      self._probabilities(references),
+      probabilities,
       samples,
+      scores,
       np.stack([found["test_accuracy"] for found in references], axis=1),
       self.base,
       round(time.monotonic() - started, 1),
@@ -359,21 +365,45 @@ class _Study:
       found = part if found is None else np.where(own, part, found)
     return found
 
-  def _probabilities(self, references):
-    """Each sample's by the references that haven't seen it, `[S, N, C]`."""
-    shape = (*self.folds.shape, self.train.num_classes)
-    found = np.empty(shape, np.float32)
+  def _by_references(self, references):
+    """What the references that haven't seen a sample say of it.
+
+    Returns:
+      Probabilities `[S, N, C]`, and mimic scores `[S, N]` of the heads that
+      they started from, before a learner has learned anything; of the images
+      as they are and mirrored, means.
+    """
+    probabilities = np.empty(
+      (*self.folds.shape, self.train.num_classes), np.float32
+    )
+    scores = np.empty(self.folds.shape, np.float32)
+    head = heads.create(
+      self.images.shape[1], self.train.num_classes, self.seeds
+    )
+    losses_fn = classification.make_losses_fn(head.apply)
+    score = jax.jit(
+      gm.mimic_scores(
+        losses_fn,
+        layers=self.config.mimic.layers,
+        score=self.config.mimic.score,
+        has_aux=True,
+        check_independence=False,  # what depends on batch mates is no head
+      )
+    )
     for fold, reference in enumerate(references):
       for s, folds in enumerate(self.folds):
         rows = np.flatnonzero(folds == fold)
-        views = [
-          jax.nn.softmax(
-            values[rows] @ reference["kernel"][s] + reference["bias"][s]
-          )
-          for values in self.train.values
-        ]
-        found[s, rows] = np.mean(views, axis=0)
-    return found
+        start = jax.tree.map(lambda x, s=s: x[s], head.params)
+        end = {"head": {x: reference[x][s] for x in ("bias", "kernel")}}
+        views = []
+        for values in self.train.values:
+          batch = {"image": values[rows], "label": self.labels.labels[rows]}
+          p = jax.nn.softmax(head.apply(end, batch["image"]))
+          views.append((p, score(start, end, batch).scores))
+        probabilities[s, rows], scores[s, rows] = (
+          np.mean(x, axis=0) for x in zip(*views, strict=True)
+        )
+    return probabilities, scores
 
 
 def _by_sample(by_step, batches, count):

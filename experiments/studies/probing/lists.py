@@ -23,6 +23,7 @@ from gradmimic_jax import _files
 
 PROBABILITIES_FILE = "probabilities.npy"
 SAMPLES_FILE = "samples.parquet"
+START = "grad_mimic_at_start"  # the ranking of a learner that knows nothing
 
 
 class Found(NamedTuple):
@@ -31,6 +32,7 @@ class Found(NamedTuple):
   probabilities: np.ndarray  # float32 [S, N, C], out of sample
   # Method -> "score", "weight" and "loss" -> float32 [S, N, T] over T epochs.
   samples: dict[str, dict[str, np.ndarray]]
+  start_scores: np.ndarray  # float32 [S, N], toward the references' weights
   test_accuracy: np.ndarray  # [S, K], of the folds' references
   fingerprint: str  # of all that it depends on
   seconds: float
@@ -59,6 +61,7 @@ def write(
     name: fields["score"].mean(axis=-1)  # [S, N]
     for name, fields in found.samples.items()
   }
+  scores[START] = found.start_scores
   together = rankings.rank(
     probabilities, given, {k: v.mean(axis=0) for k, v in scores.items()}
   )

@@ -137,6 +137,11 @@ def test_equals_numpy_in_double_precision(whole):
   ids, values = gm.ScoreLedger(folder / "ledger").matrix("score")
   np.testing.assert_array_equal(ids, np.arange(len(labels)))
   np.testing.assert_allclose(values, scores.mean(axis=0), atol=1e-4, rtol=1e-4)
+  # The first step of a batch that is the whole fold is at the start.
+  table = pq.read_table(folder / "samples.parquet").to_pydict()
+  np.testing.assert_allclose(
+    table["grad_mimic_at_start"], scores[..., 0].mean(axis=0), atol=1e-4
+  )
   kept = np.load(folder / "probabilities.npy")
   np.testing.assert_allclose(kept, probabilities.mean(axis=0), atol=1e-5)
 
