@@ -11,18 +11,21 @@ any number of jobs may be given the same command: they share the runs. The
 processes of one job share every run.
 
 A config with a section `probe` makes a grid of heads on stored features: every
-method on every seed and noise rate, several runs in one program.
+method on every seed and noise rate, several runs in one program. One with a
+section `cross` looks for errors in the labels that a set was published with.
 """
 
 from experiments.models import initial
 from experiments.runtime import cli
 from experiments.studies import runner
-from experiments.studies.probing import grid
+from experiments.studies.probing import cross_fitting, grid
 
 
 def main(config, workdir: str) -> None:
-  """Runs the study, or the grid of heads."""
-  job = grid.main if "probe" in config else runner.main
+  """Runs the study, the grid of heads, or the cross-fitting."""
+  job = runner.main
+  if "probe" in config:
+    job = cross_fitting.main if "cross" in config else grid.main
   job(config, workdir)
 
 

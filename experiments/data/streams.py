@@ -15,4 +15,4 @@ CAPTIONS = 8  # the captions that are wrong, and the noise in them
 TEXTS = 9  # the texts that are wrong, and the noise in them
 HELD_OUT = 10  # the sequences that are taken, by split
 CROP = 11  # the parts of images that a batch shows, by step
-SHARES = 12  # the samples whose true labels a reference has
+PARTS = 12  # the folds of a cross-fitting, or those whose labels are known

@@ -61,6 +61,13 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "!probe.features",
     "!probe.runs_per_cell",
   ),
+  "cross_fitting": (
+    *_RUN,
+    "study.seeds",
+    "study.reference.*",
+    "probe.scaling",
+    "cross.folds",
+  ),
   "tuning": (*_RUN, "!noise.rate"),
   "score": ("steps", "split", "method", "batch_size", "mimic.*"),
   "selection": ("select.*", "filters", "clip_column", "seed"),

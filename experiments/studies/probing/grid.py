@@ -258,9 +258,8 @@ class _Grid:
     given = heads.Given(
       jnp.asarray(np.stack([[n.labels for n in row] for row in noisy])),
       given_values,
-      kept,
-      None,
       self._reference(method, cell, configs),
+      kept,
     )
     schedules = [
       self._schedule(config, method, some, epochs, steps)

@@ -46,9 +46,9 @@ class Given(NamedTuple):
 
   labels: Any  # int32 [S, K, N]
   values: Any  # [S, K], of the weighting; None: as the config has it
-  kept: Any  # bool [S, K, N], who takes part; None: all
-  scores: Any  # [S, K, N], of an earlier epoch; None: they are measured
   reference: Any  # a head [S, ...], or a batch [S, M, ...]; None
+  kept: Any = None  # bool [S, K, N], who takes part; None: all
+  scores: Any = None  # [S, K, N], of an earlier epoch; None: they are measured
 
 
 class Head(NamedTuple):

@@ -74,7 +74,7 @@ def load_data(
   labels = noise.apply_noise(
     train_set.labels,
     kind=config.noise.kind,
-    rate=_noise_rate(config.noise),
+    rate=noise_rate(config.noise),
     num_classes=train_set.num_classes,
     seed=config.noise.seed,
     class_names=train_set.class_names,
@@ -252,7 +252,7 @@ def _scaling(config, images, devices):
   )
 
 
-def _noise_rate(config):
+def noise_rate(config: config_dict.ConfigDict) -> float | None:
   """Returns the rate, or None where the matrix or the table has it."""
   kind = noise.KINDS.get(config.kind)
   if config.rate == 0 and kind is not None and kind.rate != "needed":
@@ -271,7 +271,7 @@ def draw_share(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:
   Returns:
     Their positions, rising.
   """
-  order = np.random.default_rng((seed, streams.SHARES)).permutation(len(labels))
+  order = np.random.default_rng((seed, streams.PARTS)).permutation(len(labels))
   drawn = []
   for label in np.unique(labels):
     own = order[labels[order] == label]

@@ -292,7 +292,7 @@ def test_a_closed_form_skips_a_broken_step_and_counts_it(make_config):
   states = heads.init_states(head, tx, 1)
   before = jax.device_get(states)
   labels = jnp.zeros([1, 1, 2], jnp.int32)
-  given = heads.Given(labels, None, None, None, None)
+  given = heads.Given(labels, None, None)
 
   def epoch(rows):
     index = np.array(rows).reshape(1, -1, 1)
