@@ -76,7 +76,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # The field of the json that has the caption; None: a file of its own.
   config.data.parts.caption_key = config_dict.placeholder(str)
   config.data.max_broken_share = 0.1
-  config.data.num_threads = 8
+  config.data.num_threads = 8  # that decode, of each reader
+  # Processes of each host that read shards, each its own; their batches come in
+  # turn, so another number is another order. 0: threads of the run's process.
+  config.data.readers = 0
 
   # Of shapes: the share of pairs with a wrong caption, and how it is wrong.
   config.noise = config_dict.ConfigDict()

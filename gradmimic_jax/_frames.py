@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 # Columns with these names hold no scores, whatever their type.
 _IDS = frozenset(
@@ -282,7 +281,7 @@ def is_like_ids(name: str, values: pa.ChunkedArray) -> bool:
   if is_id_name(name):
     return True
   if pa.types.is_integer(values.type):
-    return pc.count_distinct(values).as_py() == len(values)
+    return not values.null_count and len(values.unique()) == len(values)
   return pa.types.is_floating(values.type) and _counts_up(values)
 
 

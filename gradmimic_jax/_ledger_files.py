@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gradmimic_jax import _files
@@ -275,8 +274,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _as_parquet(text: str, id_kind: str) -> pa.Buffer:
   """Makes a Parquet file without rows whose metadata hold a text."""
   sink = pa.BufferOutputStream()
-  table = schema(id_kind).empty_table().replace_schema_metadata({_TEXT: text})
-  pq.write_table(table, sink)
+  about = schema(id_kind).with_metadata({_TEXT: text})
+  # Its `empty_table` would import pandas.
+  pq.write_table(pa.Table.from_batches([], about), sink)
   return sink.getvalue()
 
 
@@ -364,6 +364,8 @@ def latest_rows(table: pa.Table) -> pa.Table:
   """Keeps the last row of each (id, step); sorts by step, then id."""
   ids = table["id"]
   if ids.type == pa.string():
+    import pyarrow.compute as pc  # slow, and runs only append
+
     values = pc.unique(ids)
     ids = pc.index_in(ids, value_set=values.take(pc.sort_indices(values)))
   codes, steps = ids.to_numpy(), table["step"].to_numpy()

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gradmimic_jax import _frames, _ledger_files as row_files
@@ -399,7 +398,9 @@ class ScoreLedger:
         f"the ledger at {self.path} holds no rows, so it has no matrix."
         " Check the path, or append scores first."
       )
-    ids = pa.array([], row_files.ID_TYPES[self._id_kind or "integer"])
+    import pyarrow.compute as pc  # slow, and runs only append
+
+    ids = pa.nulls(0, row_files.ID_TYPES[self._id_kind or "integer"])
     for batch in self._batches(["id"], _BATCH_ROWS):
       ids = pc.unique(pa.chunked_array([ids, *batch["id"].chunks]))
     ids = ids.take(pc.sort_indices(ids))
@@ -732,7 +733,7 @@ def _checked_ids(ids: np.ndarray, steps: np.ndarray) -> tuple[str, pa.Array]:
       f"ids has dtype {ids.dtype}; expected integers >= 0 or strings."
     )
   if kind == "string":
-    codes = pc.dictionary_encode(checked).indices.to_numpy()
+    codes = checked.dictionary_encode().indices.to_numpy()
   order = np.lexsort((codes, steps))
   codes, ordered = codes[order], steps[order]
   twice = (codes[1:] == codes[:-1]) & (ordered[1:] == ordered[:-1])

@@ -40,6 +40,7 @@ _WANTED = (
   ),
   ("decoded_share", "share of the set that one of two decodes", "<= .52"),
   ("memory_images", "images a CPU s of batches in memory", ">= 40000"),
+  ("pairs", "consuming thread for pairs, CPU ms an image", "<= .05"),
 )
 
 
@@ -85,6 +86,7 @@ def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   part("streamed", part="streamed")
   part("memory", part="memory")
   part("two", part="two", processes=2)
+  part("pairs", part="pairs")
   return results
 
 
@@ -145,6 +147,7 @@ def summarize(parts: dict[str, Any]) -> dict[str, float]:
     "streamed_by_grain": float(np.median(parts["streamed"]["ratios"])),
     "decoded_share": max(one["share"] for one in parts["two"]),
     "memory_images": parts["memory"]["images_a_second"],
+    "pairs": parts["pairs"]["milliseconds"],
   }
 
 

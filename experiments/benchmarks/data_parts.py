@@ -16,6 +16,7 @@ from PIL import Image
 from configs import classification, report, select
 from experiments.benchmarks import selection as selection_benchmark, timing
 from experiments.data import decoding, sources, stream
+from experiments.data.pairs import shard_files, shards
 from experiments.reporting import page
 from experiments.runtime import distributed
 from experiments.selection import files
@@ -26,6 +27,8 @@ _CLASSES = 10
 _TEST = 100  # files
 _DISTINCT = 500  # pictures; other files have another comment
 _READ_ROUND = 640  # images
+_PAIRS, _SHARDS = 2000, 8  # image-text pairs, and their files
+_PAIRS_READ = 2560
 
 
 def make_files(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
@@ -255,7 +258,47 @@ def two(settings: dict[str, Any]) -> dict[str, float]:
   return {"share": len(read) / settings["samples"]}
 
 
+def pairs(settings: dict[str, Any]) -> dict[str, Any]:
+  """Reads image-text pairs by processes; counts this thread's CPU time."""
+  folder = pathlib.Path(settings["folder"], "pairs")
+  root = make_files(pathlib.Path(settings["folder"]), settings)
+  if not folder.exists():
+    files = sorted((root / "train").rglob("*.jpg"))[:_PAIRS]
+    shard_files.write(
+      folder,
+      (np.asarray(Image.open(file)) for file in files),
+      [f"the picture {file.stem}" for file in files],
+      [f"{int(file.stem):032x}" for file in files],
+      samples_per_shard=len(files) // _SHARDS,
+    )
+  found: dict[str, Any] = {}
+  for readers in (0, 1, settings["workers"]):
+    batches = iter(
+      shards.ShardStream(
+        folder,
+        tokenizer=lambda texts: np.zeros((len(texts), 77), np.int32),
+        batch_size=settings["batch_size"],
+        image_size=settings["image_size"],
+        seed=0,
+        num_threads=1,
+        readers=readers,
+      )
+    )
+    for _ in range(2 * max(readers, 1)):  # those that were made ahead
+      next(batches)
+    watch, cpu = timing.Watch(), time.thread_time()
+    for _ in range(_PAIRS_READ // settings["batch_size"]):
+      next(batches)
+    found[str(readers)] = {
+      "milliseconds": 1000 * (time.thread_time() - cpu) / _PAIRS_READ,
+      "images_a_second": _PAIRS_READ / watch.lap(),
+    }
+    batches.close()
+  return {**found[str(settings["workers"])], "readers": found}
+
+
 _PARTS = {
+  "pairs": pairs,
   "first_step": first_step,
   "epoch": epoch,
   "scored": scored,

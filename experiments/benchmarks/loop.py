@@ -47,7 +47,7 @@ def measure(
     config: as `configs/benchmark/loop.py` describes it.
     workdir: the folder; gets the runs that are measured, and `loop.json`.
     steps_a_round: how many steps of each kind are timed in turn; a fifth of
-      them for the convnet.
+      them for the convnets.
 
   Returns:
     What is in `loop.json`: for each of `config.parts` what was found. Of loops:
@@ -81,7 +81,7 @@ def measure(
       found[part] = _measure_start(config, place)
     else:
       count = steps_a_round
-      if part == "convnet":  # whose steps are long
+      if part in ("convnet", "cifar10"):  # whose steps are long
         count = max(1, count // 5)
       found[part] = _measure_loop(config, part, place, count)
     workdir_lib.write_json(folder / RESULT_FILE, found)

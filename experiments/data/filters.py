@@ -158,7 +158,7 @@ def apply(
   *,
   fingerprints: Mapping[str, str] | None = None,
   noun: str = "samples",
-) -> gm.filters.Applied:
+) -> "gm.filters.Applied":
   """Applies the filter in a file to the ids of a data set.
 
   Args:

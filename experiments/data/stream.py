@@ -28,13 +28,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 
-from experiments.data import decoding, store, streams
-
-
-class WorkerError(RuntimeError):
-  """A process that decodes images has ended."""
+from experiments.data import decoding, store, streams, workers as workers_lib
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -280,12 +275,12 @@ class Batches:
       try:
         batch = next(self._ahead)
       except RuntimeError as error:
-        if self._processes and "terminated" in str(error):
-          raise WorkerError(
-            f"one of the {self._workers} processes that decode"
-            f" {self._images.source} (config.data.workers) has ended: {error}"
-            " Start the run again: it goes on from its last checkpoint."
-          ) from error
+        if self._processes and workers_lib.is_end(error):
+          what = (
+            f"the {self._workers} processes that decode {self._images.source}"
+            " (config.data.workers)"
+          )
+          raise workers_lib.WorkerError(what, error) from error
         raise
     self._step += 1
     images = self._images
@@ -312,10 +307,10 @@ class Batches:
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     if self._processes:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain looks at its own, outside of jobs
+      workers_lib.prepare_flags()
       ahead = ahead.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=self._workers)
+        grain.MultiprocessingOptions(num_workers=self._workers),
+        workers_lib.begin,
       )
     return iter(ahead)
 

@@ -10,9 +10,8 @@ import hashlib
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,9 @@ from orbax.checkpoint import multihost
 
 from experiments.runtime import checksums, distributed, workdir as workdir_lib
 from gradmimic_jax import _files
+
+if TYPE_CHECKING:
+  import grain  # slow to import, and most runs need nothing else of it
 
 FOLDER = "checkpoints"
 
@@ -70,7 +72,7 @@ class Checkpointer:
       item_names=("state", "data", "run"),
     )
 
-  def save(self, step: int, state: Any, iterator: grain.DatasetIterator):
+  def save(self, step: int, state: Any, iterator: "grain.DatasetIterator"):
     """Starts saving; goes on in the background."""
     if step in self._manager.all_steps():
       return
@@ -99,7 +101,7 @@ class Checkpointer:
   def restore(
     self,
     state: Any,
-    iterator: grain.DatasetIterator,
+    iterator: "grain.DatasetIterator",
     limit: int | None = None,
     reason: str = "",
   ) -> Any:

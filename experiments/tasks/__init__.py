@@ -1,21 +1,39 @@
 """Tasks, the kinds of learning: a folder for each, and one line here."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
 from experiments.runtime import distributed
 from experiments.tasks.base import Task
-from experiments.tasks.classification.task import Classification
-from experiments.tasks.contrastive.task import Contrastive
-from experiments.tasks.language.task import Language
 
-TASKS: dict[str, type[Task]] = {
-  "classification": Classification,
-  "contrastive": Contrastive,
-  "language": Language,
+_CLASSES = {
+  "classification": "Classification",
+  "contrastive": "Contrastive",
+  "language": "Language",
 }
+
+
+class _Tasks(Mapping[str, type[Task]]):
+  """The tasks by name; each is imported when it is asked for."""
+
+  def __getitem__(self, name: str) -> type[Task]:
+    module = importlib.import_module(f"{__name__}.{name}.task")
+    return getattr(module, _CLASSES[name])
+
+  def __contains__(self, name: object) -> bool:
+    return name in _CLASSES
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(_CLASSES)
+
+  def __len__(self) -> int:
+    return len(_CLASSES)
+
+
+TASKS: Mapping[str, type[Task]] = _Tasks()
 
 
 def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
@@ -36,7 +54,7 @@ def get(config: Mapping[str, Any], where: str = "config") -> type[Task]:
     raise ValueError(
       f"{where} has the task {name!r}; expected one of {', '.join(TASKS)}."
     )
-  return TASKS[name]
+  return TASKS[str(name)]
 
 
 def create(

@@ -13,14 +13,12 @@ import optax
 from ml_collections import config_dict
 
 import gradmimic_jax as gm
-from experiments.data.pairs import datacomp
 from experiments.runtime import (
   distributed,
   durations,
   workdir as workdir_lib,
 )
 from gradmimic_jax.scores import Score
-from gradmimic_jax.selection import _ids
 
 
 class Aux(NamedTuple):
@@ -108,6 +106,10 @@ class Truth(NamedTuple):
     Raises:
       ValueError: an id that is not there.
     """
+    # Here, as no training run needs them.
+    from experiments.data.pairs import datacomp
+    from gradmimic_jax.selection import _ids
+
     own, ids = datacomp.as_ids(self.ids), datacomp.as_ids(ids)
     rows, missing = _ids.find(own, ids)
     if len(missing):

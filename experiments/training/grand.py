@@ -16,6 +16,7 @@ from experiments.runtime import (
   cache,
   checkpoint,
   distributed,
+  prefetch,
   workdir as workdir_lib,
 )
 from experiments.tasks.base import Reference
@@ -124,7 +125,7 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
     model_state = steps.make_model_state(outputs, statistics, seed)
     state = steps.init_state(params, tx, model_state)
     if epochs:
-      for batch in stream.train_batches(
+      batches = stream.train_batches(
         data.train,
         labels,
         batch_size=config.batch_size,
@@ -132,23 +133,38 @@ def offline_norms(config: config_dict.ConfigDict, data: Data) -> np.ndarray:
         num_epochs=epochs,
         indices=data.indices,
         augmentation=data.augmentation,
-      ):
-        state, _ = train_step(state, None, seen(batch))
-    params, variables = steps.evaluated(state)
-    found = [
-      norms_fn(params, None, seen(batch), **variables).scores
-      for batch in stream.eval_batches(
-        data.train,
-        labels,
-        # Each sample has a gradient of its own: no more at once than in a step.
-        batch_size=min(config.batch_size, config.eval_batch_size),
-        indices=rows,
       )
-    ]
-    total += np.concatenate(jax.device_get(found))[: len(rows)]
+      state = _train(state, train_step, map(seen, batches))
+    params, variables = steps.evaluated(state)
+    batches = stream.eval_batches(
+      data.train,
+      labels,
+      # Each sample has a gradient of its own: no more at once than in a step.
+      batch_size=min(config.batch_size, config.eval_batch_size),
+      indices=rows,
+    )
+    found = prefetch.bounded(
+      norms_fn(params, None, seen(batch), **variables).scores
+      for batch in batches
+    )
+    total += np.concatenate(jax.device_get(list(found)))[: len(rows)]
   norms = np.full(len(labels), math.nan, np.float32)
   norms[rows] = total / runs
   return norms
+
+
+def _train(state, train_step, batches):
+  """Trains on batches, of which at most two are on the devices."""
+
+  def outputs():
+    nonlocal state
+    for batch in batches:
+      state, output = train_step(state, None, batch)
+      yield output.metrics
+
+  for _ in prefetch.bounded(outputs()):
+    pass
+  return state
 
 
 def fingerprint(config: config_dict.ConfigDict, data: Data) -> str:

@@ -34,7 +34,7 @@ from gradmimic_jax.selection.selection import Selection
 _FOLDER = pathlib.Path(__file__).parent
 _UNKNOWN = "\N{EN DASH}"
 # Sides of the images in pixels; the first with which the page fits is taken.
-_SIDES = (128, 96, 64, 48, 32, 16)
+_SIDES = (thumbnails.LARGEST, 96, 64, 48, 32, 16)
 # In the list, images stand beside the worst samples only.
 _LIST_SIDES = (64, 48, 32)
 _LIST_IMAGES = 300

@@ -63,6 +63,7 @@ def on_shards(folder, **overrides):
       "data.tokenizer": "shapes",
       "data.window": 16,
       "data.num_threads": 0,
+      "data.readers": 0,
       "data.max_broken_share": 0.2,
       "model.dtype": "float32",
       **overrides,

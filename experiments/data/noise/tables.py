@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pyarrow import csv, parquet
 
 NO_LABEL = -1  # Of a sample that the table has no label for.
 
@@ -42,6 +40,8 @@ def read_labels(
     FileNotFoundError: If there is no such file.
     ValueError: If the file isn't such a table, or has none of the ids.
   """
+  import pyarrow.compute as pc  # slow, and most runs have no table
+
   table = _read_table(path, id_column)
   column = _label_column(table, path, column, id_column)
   known = table[id_column].cast(pa.string())
@@ -111,6 +111,8 @@ def read_matrix(matrix: Any, num_classes: int) -> np.ndarray:
 
 
 def _read_table(path, id_column) -> pa.Table:
+  from pyarrow import csv, parquet
+
   suffix = pathlib.Path(path).suffix
   if suffix not in (".csv", ".parquet"):
     raise ValueError(
@@ -155,6 +157,8 @@ def _label_column(table, path, column, id_column) -> str:
 
 def _class_numbers(values, column, path, class_names, num_classes):
   """Converts a column of class numbers or names to numbers, null for none."""
+  import pyarrow.compute as pc
+
   where = f"column {column!r} of {os.fspath(path)}"
   if pa.types.is_dictionary(values.type):
     values = values.cast(values.type.value_type)

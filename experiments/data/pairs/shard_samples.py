@@ -223,11 +223,26 @@ class Statistics:
   def _add(self, counts, reason, shard, key, detail):
     counts[reason] = counts.get(reason, 0) + 1
     texts = (shard, key, str(detail))
-    row = [reason, *(ascii(text)[1:-1][:200] for text in texts)]
+    self._list([reason, *(ascii(text)[1:-1][:200] for text in texts)])
+
+  def _list(self, row):
     # Counts go on over epochs; the same sample is listed once.
-    listed = [other for other in self.listed if other[0] == reason]
+    listed = [other for other in self.listed if other[0] == row[0]]
     if len(listed) < _LISTED and row not in listed:
-      self.listed.append(row)
+      self.listed.append(list(row))
+
+  def add(self, others: "Statistics") -> None:
+    """Adds counts of what was read after, or elsewhere."""
+    for name in ("read", "samples", "filtered", "shards"):
+      setattr(self, name, getattr(self, name) + getattr(others, name))
+    for mine, theirs in (
+      (self.broken, others.broken),
+      (self.noted, others.noted),
+    ):
+      for reason, count in theirs.items():
+        mine[reason] = mine.get(reason, 0) + count
+    for row in others.listed:
+      self._list(row)
 
   def as_dict(self) -> dict[str, Any]:
     """Converts the counts to JSON; `Statistics(**as_dict)` makes them again."""
@@ -261,7 +276,6 @@ def read(
   skip: int = 0,
   keep: np.ndarray | None = None,
   uid_source: str = "json",
-  with_content: bool = True,
   parts: Parts = PARTS,
   limits: limits_lib.Limits = limits_lib.DEFAULT,
 ) -> Iterator[Sample | None]:
@@ -275,8 +289,6 @@ def read(
       others are not read.
     uid_source: "json", or "name": 32 digits made of the names of the shard and
       the sample, for shards that have no uids.
-    with_content: Whether to read captions and images; without, a sample's are
-      empty, and not missed.
     parts: The files that make a sample.
     limits: Bounds on the file's claims.
 
@@ -320,9 +332,7 @@ def read(
           continue
         statistics.read += 1
         try:
-          sample = _sample(
-            file, shard, group, keep, uid_source, with_content, parts, limits
-          )
+          sample = _sample(file, shard, group, keep, uid_source, parts, limits)
         except _BrokenError as error:
           reason = error.reason
           if is_rest and reason.startswith("no "):
@@ -539,15 +549,13 @@ def _sample(
   group: _Group,
   keep: np.ndarray | None,
   uid_source: str,
-  with_content: bool,
   parts: Parts,
   limits: limits_lib.Limits,
 ) -> Sample | None:
   if group.problem is not None:
     raise _BrokenError(*group.problem)
   wanted = ["json"] if uid_source == "json" else []
-  if with_content:
-    wanted += ["caption" if parts.caption_key is None else "json", "image"]
+  wanted += ["caption" if parts.caption_key is None else "json", "image"]
   most = {
     "json": limits.json_bytes,
     "caption": limits.caption_bytes,
@@ -580,8 +588,6 @@ def _sample(
     uid = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
   if keep is not None and not _is_in(keep, uid):
     return None
-  if not with_content:
-    return Sample(shard, group.key, uid, "", b"")
   if parts.caption_key is None:
     caption = content("caption").decode("utf-8", "replace")
   else:

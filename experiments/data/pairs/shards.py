@@ -18,7 +18,8 @@ A batch is a dict of NumPy arrays:
   image  uint8 [B, S, S, 3]
   text   int32 [B, L], the captions' tokens
   uid    str [B], 32 hexadecimal digits, "" for padding; none twice in a batch
-  index  int64 [B], the sample's place in this process's stream, -1 for padding
+  index  int64 [B], the sample's place in this process's stream (with several
+         readers, a number of its own there), -1 for padding
   mask   bool [B], False for padding
 """
 
@@ -27,8 +28,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -37,10 +38,12 @@ from absl import logging
 from experiments.data import streams
 from experiments.data.pairs import (
   images,
+  readers as readers_lib,
   shard_files,
   shard_samples,
 )
 from experiments.data.pairs.shard_samples import Parts, Sample, Statistics
+from experiments.data.pairs.windows import Place, Window, Windows
 from experiments.data.rows import check_state
 from experiments.runtime import limits as limits_lib
 
@@ -48,7 +51,6 @@ Tokenizer = Callable[[list[str]], np.ndarray]
 
 # Before this many, a few broken samples are a large share.
 _ENOUGH = 1000
-_END = object()
 
 
 class ShardStream(grain.IterDataset):
@@ -57,6 +59,7 @@ class ShardStream(grain.IterDataset):
   Guarantees:
     * The same arguments give the same batches, bit for bit, whatever the number
       of threads, and after a restore at any batch.
+    * A reader that dies is an error within seconds.
     * A broken sample or shard is counted in `statistics` and passed over. Only
       if their share is above `max_broken_share` is it an error.
     * Each shard is read by one process an epoch, each sample of it once. No
@@ -84,7 +87,11 @@ class ShardStream(grain.IterDataset):
     process_count: Number of processes.
     max_broken_share: Share of broken samples above which reading stops, once
       a thousand have been looked at or an epoch is over.
-    num_threads: Decoding threads; 0 decodes in place.
+    num_threads: Decoding threads, of each reader; 0 decodes in place. With
+      some, one more reads the next window.
+    readers: Processes that read, each shards of its own, whose batches come in
+      turn: another number is another order. 0 reads in this one, in the order
+      of 1.
     limits: Bounds on the files' claims.
 
   Raises:
@@ -111,6 +118,7 @@ class ShardStream(grain.IterDataset):
     process_count: int = 1,
     max_broken_share: float = 0.1,
     num_threads: int = 8,
+    readers: int = 0,
     limits: limits_lib.Limits = limits_lib.DEFAULT,
   ):
     super().__init__()
@@ -122,6 +130,7 @@ class ShardStream(grain.IterDataset):
       ("window", window, 1),
       ("process_count", process_count, 1),
       ("num_threads", num_threads, 0),
+      ("readers", readers, 0),
     ):
       if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -137,10 +146,11 @@ class ShardStream(grain.IterDataset):
     if not isinstance(parts, Parts):
       raise TypeError(f"parts must be shard_samples.Parts, got {parts!r}")
     self.paths = _expand(shards, uid_source)
-    if len(self.paths) < process_count:
+    if len(self.paths) < process_count * max(readers, 1):
+      each = f" of {readers} readers each" if readers > 1 else ""
       raise ValueError(
-        f"{len(self.paths)} shards for {process_count} processes; expected at"
-        " least one for each: write smaller shards"
+        f"{len(self.paths)} shards for {process_count} processes{each};"
+        " expected at least one for each: write smaller shards"
       )
     self.tokenizer = tokenizer
     self.batch_size, self.image_size = batch_size, image_size
@@ -150,10 +160,26 @@ class ShardStream(grain.IterDataset):
     self.process_index, self.process_count = process_index, process_count
     self.max_broken_share, self.num_threads = max_broken_share, num_threads
     self.limits = limits
+    self.readers = readers
     self.fingerprint = self._fingerprint()
 
-  def __iter__(self) -> "ShardIterator":
+  def __iter__(self) -> "ShardIterator | readers_lib.ReadersIterator":
+    if self.readers:
+      return readers_lib.ReadersIterator(self)
     return ShardIterator(self)
+
+  def split(self) -> "list[ShardStream]":
+    """Makes the stream of each reader."""
+    count = max(self.readers, 1)
+    found = []
+    for number in range(count):
+      part = copy.copy(self)
+      part.process_index = self.process_index * count + number
+      part.process_count = self.process_count * count
+      part.readers = 0
+      part.fingerprint = part._fingerprint()
+      found.append(part)
+    return found
 
   def order(self, epoch: int) -> list[str]:
     """Returns the shards that this process reads in an epoch, in order."""
@@ -178,17 +204,11 @@ class ShardStream(grain.IterDataset):
       "parts": repr(self.parts),
       "limits": repr(self.limits),
     }
+    if self.readers:
+      settings["readers"] = self.readers
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(b"all" if self.keep is None else self.keep.tobytes())
     return digest.hexdigest()[:32]
-
-
-class _Place(NamedTuple):
-  """The place in the shards where a window begins."""
-
-  epoch: int
-  shard: int  # In the order of the epoch.
-  record: int  # Samples before it in that shard, broken ones included.
 
 
 class ShardIterator(grain.DatasetIterator):
@@ -206,18 +226,16 @@ class ShardIterator(grain.DatasetIterator):
     self._pool = None
     if stream.num_threads:
       self._pool = concurrent.futures.ThreadPoolExecutor(stream.num_threads)
-    self._start_at(_Place(0, 0, 0), Statistics(), samples_before_epoch=0)
+    self._windows = Windows(stream, ahead=stream.num_threads > 0)
+    self._start_at(Place(0, 0, 0), Statistics(), samples_before_epoch=0)
 
   def _start_at(self, place, statistics, samples_before_epoch):
     self.statistics = statistics
     self._samples_before_epoch = samples_before_epoch
-    self._window: list[Sample] | None = None  # None: not read yet.
+    self._window: Window | None = None  # None: not read yet.
     self._taken = 0  # Of the window.
     self._place = place  # Where the window begins.
     self.epoch = place.epoch
-    self._next = place  # Where the next one does.
-    self._reader: Iterator[Sample | None] | None = None
-    self._reader_place = place
 
   def get_state(self) -> dict[str, Any]:
     """Returns the stream's place, for `set_state`."""
@@ -227,7 +245,7 @@ class ShardIterator(grain.DatasetIterator):
       "has_window": self._window is not None,
       "taken": self._taken,
       "samples_before_epoch": self._samples_before_epoch,
-      "statistics": copy.deepcopy(self.statistics.as_dict()),
+      "statistics": self.statistics.as_dict(),
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -240,19 +258,18 @@ class ShardIterator(grain.DatasetIterator):
       ValueError: If it is the state of a stream of other data or settings.
     """
     check_state(state, self._stream.fingerprint)
-    place = _Place(*state["place"])
-    self._start_at(place, Statistics(), state["samples_before_epoch"])
+    place = Place(*state["place"])
+    # These counts have the window's, which is read again.
+    counts = copy.deepcopy(state["statistics"])
+    self._start_at(place, Statistics(**counts), state["samples_before_epoch"])
     if state["has_window"]:
-      self._read_window(place)
+      self._window = self._windows.read(place)
     self._taken = state["taken"]
-    # These replace the counts from reading the window again; in place, for the
-    # shard that is open counts here.
-    vars(self.statistics).update(copy.deepcopy(state["statistics"]))
 
   def close(self) -> None:
     """Closes the shard that is open and ends the threads."""
     super().close()
-    self._reader = None
+    self._windows.close()
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
 
@@ -286,66 +303,23 @@ class ShardIterator(grain.DatasetIterator):
 
   def _take(self, count: int) -> Sequence[Sample]:
     """Takes the next samples of the window, up to `count`; none at the end."""
-    while self._window is None or self._taken == len(self._window):
+    while self._window is None or self._taken == len(self._window.samples):
+      place = self._window.following if self._window else self._place
       epochs = self._stream.num_epochs
-      if epochs is not None and self._next.epoch == epochs:
+      if epochs is not None and place.epoch == epochs:
         return ()
-      if self._read_window(self._next):
+      window = self._windows.read(place)
+      self.statistics.add(window.found)
+      if window.samples:
+        self._place, self._window, self._taken = place, window, 0
         self._check_broken(_ENOUGH)
       else:
-        self._end_epoch()
-    taken = self._window[self._taken : self._taken + count]
+        self._end_epoch(place.epoch)
+    taken = self._window.samples[self._taken : self._taken + count]
     self._taken += len(taken)
     return taken
 
-  def _read_window(self, place: _Place) -> bool:
-    """Reads and shuffles the window at a place; True if there was a sample."""
-    stream = self._stream
-    order = stream.order(place.epoch)
-    window: list[Sample] = []
-    uids: set[str] = set()
-    size, (epoch, shard, record) = 0, place
-    while shard < len(order) and len(window) < stream.window:
-      if size >= stream.limits.window_bytes:
-        break
-      sample = self._read_sample(order[shard], _Place(epoch, shard, record))
-      if sample is _END:
-        shard, record = shard + 1, 0
-        continue
-      record += 1
-      if sample is None:
-        continue
-      if sample.uid in uids:
-        self.statistics.add_noted("uid repeated", sample.shard, sample.key)
-      uids.add(sample.uid)
-      window.append(sample)
-      size += len(sample.image) + len(sample.caption)
-    if stream.seed is not None:
-      rng = np.random.default_rng((stream.seed, streams.WINDOW, *place))
-      window = [window[row] for row in rng.permutation(len(window))]
-    self._place, self._next = place, _Place(epoch, shard, record)
-    self._window, self._taken = window, 0
-    return bool(window)
-
-  def _read_sample(self, path: str, place: _Place) -> Any:
-    """Reads the sample at a place; None if it is broken, _END at the end."""
-    if self._reader is None or self._reader_place != place:
-      self._reader = shard_samples.read(
-        path,
-        self.statistics,
-        skip=place.record,
-        keep=self._stream.keep,
-        uid_source=self._stream.uid_source,
-        parts=self._stream.parts,
-        limits=self._stream.limits,
-      )
-    sample = next(self._reader, _END)
-    self._reader_place = place._replace(record=place.record + 1)
-    if sample is _END:
-      self._reader = None
-    return sample
-
-  def _end_epoch(self) -> None:
+  def _end_epoch(self, epoch: int) -> None:
     self._check_broken(1)
     if self.statistics.samples == self._samples_before_epoch:
       raise ValueError(
@@ -355,8 +329,8 @@ class ShardIterator(grain.DatasetIterator):
         f" samples.{self.statistics.advice()}\n{self.statistics}"
       )
     if self.statistics.broken or self.statistics.noted:
-      logging.warning("After epoch %d: %s", self._next.epoch, self.statistics)
-    self._place = self._next = _Place(self._next.epoch + 1, 0, 0)
+      logging.warning("After epoch %d: %s", epoch, self.statistics)
+    self._place = Place(epoch + 1, 0, 0)
     self._window, self._taken = None, 0
     self._samples_before_epoch = self.statistics.samples
 
@@ -411,65 +385,19 @@ class ShardIterator(grain.DatasetIterator):
     # A real row, so that a model's statistics and finiteness don't suffer.
     source = np.where(np.arange(size) < count, np.arange(size), 0)
     mask = np.arange(size) < count
+    pixels = np.empty((size, *rows[0][1].shape), np.uint8)
+    for place, (_, image) in enumerate(rows):
+      pixels[place] = image
+    pixels[count:] = rows[0][1]
     first = self.statistics.samples - count
     uids = [row.uid for row, _ in rows] + [""] * (size - count)
     return {
-      "image": np.stack([image for _, image in rows])[source],
+      "image": pixels,
       "text": text.astype(np.int32)[source],
       "uid": np.array(uids, "<U32"),
       "index": np.where(mask, first + np.arange(size), -1).astype(np.int64),
       "mask": mask,
     }
-
-
-def survey(
-  shards: str | os.PathLike | Iterable[str | os.PathLike],
-  *,
-  uid_source: str = "json",
-  parts: Parts = shard_samples.PARTS,
-  limits: limits_lib.Limits = limits_lib.DEFAULT,
-) -> tuple[np.ndarray, Statistics]:
-  """Lists the uids of all samples in shards, without images or captions.
-
-  It finds repeated uids however far apart they are, and gives the pool of a
-  filter.
-
-  Args:
-    shards: As for `ShardStream`.
-    uid_source: As for `ShardStream`.
-    parts: As for `ShardStream`.
-    limits: Bounds on the files' claims.
-
-  Returns:
-    Uids str [N] in the order of the shards, repeats included, and the counts;
-    `samples` are those with a uid. Each copy counts as "uid repeated".
-
-  Raises:
-    FileNotFoundError: If a shard is not there.
-    ValueError: If `uid_source` is none, or would make one uid of two samples.
-  """
-  statistics = Statistics()
-  uids: list[str] = []
-  seen: set[str] = set()
-  for path in _expand(shards, uid_source):
-    for sample in shard_samples.read(
-      path,
-      statistics,
-      uid_source=uid_source,
-      parts=parts,
-      with_content=False,
-      limits=limits,
-    ):
-      if sample is None:
-        continue
-      if sample.uid in seen:
-        statistics.add_noted("uid repeated", sample.shard, sample.key)
-      seen.add(sample.uid)
-      uids.append(sample.uid)
-  statistics.samples = len(uids)
-  if statistics.broken:
-    logging.warning("%s%s", statistics, statistics.advice())
-  return np.array(uids, "<U32"), statistics
 
 
 def _expand(shards, uid_source: str) -> list[str]:

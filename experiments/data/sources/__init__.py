@@ -5,9 +5,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from experiments.data.sources import decoded, options as options_lib, parts
+from experiments.data.sources import (
+  options as options_lib,
+  parts,
+  whole_splits,
+)
 from experiments.data.sources.base import Source
-from experiments.data.sources.decoded import Dataset
+from experiments.data.sources.whole_splits import Dataset
 
 __all__ = [
   "Dataset",
@@ -168,4 +172,4 @@ def load(
       images, each with one class label, or its images differ in size and
       `size` is None.
   """
-  return decoded.decode(_open_tfds(name, split, data_dir), size)
+  return whole_splits.decode_split(_open_tfds(name, split, data_dir), size)

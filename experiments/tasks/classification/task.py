@@ -1,6 +1,7 @@
 """Images with class labels, some of which may be wrong."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -38,10 +39,18 @@ BAD_IMAGES_FILE = "bad_images.json"  # reasons by id, of each split
 
 
 class _Shown:
-  """Images of a page: each is decoded when it is shown, black if it is bad."""
+  """Images of a page: each is decoded when it is shown, black if it is bad.
+
+  They are what the model sees, but no larger than pages show them.
+  """
 
   def __init__(self, source: sources.Source, transform: decoding.Transform):
-    self._source, self._transform = source, transform
+    # Here, as training needs none of it.
+    from gradmimic_jax.reporting import thumbnails
+
+    size = transform.size and min(transform.size, thumbnails.LARGEST)
+    self._source = source
+    self._transform = dataclasses.replace(transform, size=size)
 
   def __len__(self) -> int:
     return len(self._source)

@@ -55,6 +55,7 @@ class Data(NamedTuple):
   """Training and evaluation data of a run."""
 
   batches: Any  # a grain data set of training batches
+  first: Callable[[], dict[str, np.ndarray]]  # reads the first one alone
   one_pass: Callable[[], Any]  # all pairs, each once and in order
   fingerprint: str  # of those, the same in all processes
   held_out: tuple[np.ndarray, np.ndarray] | None  # images, tokens: clean pairs
@@ -176,6 +177,7 @@ def _load_shapes(config, tokenize):
   images = _shapes(config, "zero_shot", config.data.zero_shot_size)
   return Data(
     batches(jax.process_index()),
+    lambda: _read_first(batches(jax.process_index())),
     lambda: pairs(jax.process_index(), seed=None, num_epochs=1),
     batches(0).fingerprint,
     (held_out.images, tokenize(_texts(held_out))),
@@ -216,14 +218,15 @@ def _load_shards(config, tokenize):
     "num_threads": section.num_threads,
   }
 
-  def stream(process, **order):
+  def stream(process, **options):
     return shards.ShardStream(
       section.shards,
       batch_size=config.batch_size // jax.process_count(),
       window=section.window,
       process_index=process,
       process_count=jax.process_count(),
-      **order,
+      readers=section.readers,
+      **options,
       **common,
     )
 
@@ -247,6 +250,8 @@ def _load_shards(config, tokenize):
     zero_shot = _load_tfds(section, tokenize)
   return Data(
     batches(jax.process_index()),
+    # No process is started for one batch.
+    lambda: _read_first(batches(jax.process_index()).split()[0]),
     lambda: stream(jax.process_index(), seed=None, num_epochs=1),
     workdir_lib.fingerprint(
       batches(0).fingerprint,
@@ -257,6 +262,13 @@ def _load_shards(config, tokenize):
     None,
     None,
   )
+
+
+def _read_first(batches):
+  iterator = iter(batches)
+  batch = next(iterator)
+  iterator.close()
+  return batch
 
 
 def _first(stream, count):

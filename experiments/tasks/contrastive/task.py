@@ -202,9 +202,7 @@ class Contrastive(Task):
 
   def check_batch(self) -> Any:
     """See `Task`. Pairs of the first batch, the same in all processes."""
-    iterator = iter(self.data.batches)
-    batch = next(iterator)
-    iterator.close()
+    batch = self.data.first()
     rows = batch["mask"].nonzero()[0][: self.config.mimic.check_samples]
     return self.devices.place_whole(
       distributed.from_first(

@@ -6,14 +6,18 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import re
+import signal
 import struct
 import tarfile
 import threading
 import time
 import types
 import zlib
+from unittest import mock
 
 import grain
 import numpy as np
@@ -25,10 +29,12 @@ from PIL import Image, PngImagePlugin
 
 import gradmimic_jax as gm
 from configs import contrastive as clip_config
+from experiments.data import workers
 from experiments.data.pairs import (
   datacomp,
   images,
   in_memory as image_text,
+  readers,
   shapes,
   shard_files,
   shard_samples,
@@ -778,9 +784,6 @@ class TestBrokenSamples:
       "uid repeated": 2,
       "uid twice in a batch, left out": 1,
     }
-    uids, found = shards.survey(path)
-    assert uids.tolist() == [uid_of(n) for n in order]
-    assert found.noted == {"uid repeated": 2}
 
   def test_metadata_and_other_files_are_no_samples(self, tmp_path):
     members = {
@@ -872,8 +875,6 @@ class TestNames:
     assert found.broken == broken
     assert found.read == count + sum(broken.values())
     assert found.noted == {}
-    uids, _ = shards.survey(path)
-    assert set(uids_of(batches)) <= set(uids.tolist())
     if broken:
       share = found.broken_share - 0.001
       with pytest.raises(ValueError, match="are broken, more than"):
@@ -1030,9 +1031,8 @@ class TestParts:
       archive(tmp_path / name / "0.tar", sample("0", uid_of(ord(name))))
     paths = [tmp_path / "a", tmp_path / "b"]
     assert len(uids_of(read_all(paths)[0])) == 2
-    for job in (read_all, shards.survey):
-      with pytest.raises(ValueError, match="would have the same uids"):
-        job(paths, uid_source="name")
+    with pytest.raises(ValueError, match="would have the same uids"):
+      read_all(paths, uid_source="name")
 
   def test_extensions_and_captions_are_options(self, tmp_path):
     about = {"uid": U, "text": " a star ", "n": 3, "none": None}
@@ -1195,6 +1195,7 @@ class TestStream:
         batch_size=20,
         num_epochs=2,
         keep=[*keep, uid_of(1), uid_of(2)],
+        num_threads=prefetch,  # windows are read ahead, too
       )
       if prefetch:
         made = grain.experimental.ThreadPrefetchIterDataset(
@@ -1271,8 +1272,6 @@ class TestStream:
     iterator = iter(stream(folder, keep=path, num_epochs=1))
     assert sorted(uids_of(iterator)) == sorted(chosen)
     assert iterator.statistics.filtered == 230 - len(chosen)
-    uids, _ = shards.survey(folder)
-    assert uids.tolist() == pairs.uids.tolist()
 
   def test_membership_is_that_of_a_set(self):
     rng = np.random.default_rng(0)
@@ -1308,6 +1307,71 @@ class TestStream:
     iterator = iter(made)
     assert len(uids_of(iterator)) == 230
     assert iterator.statistics.broken == {"shard not readable": 1}
+
+  def test_readers_take_turns_and_resume_at_every_batch(
+    self, folder, pairs, monkeypatch
+  ):
+    """Without processes, which change nothing: the next test."""
+    monkeypatch.setattr(readers._Part, "mp_prefetch", lambda part, *_: part)
+
+    def fresh(**options):
+      asked = {"num_epochs": 2, "process_count": 2, "readers": 3, **options}
+      return iter(stream(folder, **asked))
+
+    iterator, states, batches = fresh(), [], []
+    while True:
+      states.append(json.loads(json.dumps(iterator.get_state())))
+      try:
+        batches.append(next(iterator))
+      except StopIteration:
+        break
+    alone = [
+      list(stream(folder, num_epochs=2, process_index=n, process_count=6))
+      for n in range(3)
+    ]
+    for batch in alone[0] + alone[1] + alone[2]:
+      del batch["index"]  # each has numbers of its own
+    turns = [x for row in itertools.zip_longest(*alone) for x in row if x]
+    shown = [{k: v for k, v in b.items() if k != "index"} for b in batches]
+    assert_same(turns, shown)
+    index = np.concatenate([batch["index"] for batch in batches])
+    assert len(np.unique(index)) == (index >= 0).sum() + 1  # and -1
+    for step, state in enumerate(states):
+      again = fresh()
+      again.set_state(state)
+      assert again.get_state() == state
+      assert_same(batches[step:], list(again))
+      assert again.statistics == iterator.statistics
+    other = list(fresh(process_index=1))
+    found = collections.Counter(uids_of(batches + other))
+    assert found == dict.fromkeys(pairs.uids.tolist(), 2)
+    with pytest.raises(ValueError, match="other data or settings"):
+      fresh(readers=2).set_state(states[0])
+    with pytest.raises(ValueError, match="for 2 processes of 5 readers each"):
+      fresh(readers=5)
+
+  @pytest.mark.slow  # processes start
+  def test_reader_that_dies_is_an_error_and_the_stream_goes_on(self, folder):
+    with mock.patch.object(readers._Part, "mp_prefetch", lambda part, *_: part):
+      whole = list(itertools.islice(stream(folder, readers=2), 12))
+    iterator = iter(stream(folder, readers=2))
+    batches = [next(iterator) for _ in range(4)]
+    state = json.loads(json.dumps(iterator.get_state()))
+    started = multiprocessing.active_children()
+    assert len(started) == 2
+    os.kill(started[1].pid, signal.SIGINT)  # Ctrl-C is the owner's
+    os.kill(started[0].pid, signal.SIGKILL)
+    since = time.monotonic()
+    with pytest.raises(workers.WorkerError, match=r"2 processes that.*code -9"):
+      list(itertools.islice(iterator, 8))
+    assert time.monotonic() - since < 60
+    iterator.close()
+    assert not multiprocessing.active_children()
+    again = iter(stream(folder, readers=2))
+    again.set_state(state)
+    batches += [next(again) for _ in range(8)]
+    again.close()
+    assert_same(whole, batches)
 
   def test_closing_ends_the_threads(self, folder):
     before = threading.active_count()

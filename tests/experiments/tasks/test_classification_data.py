@@ -14,7 +14,7 @@ import pytest
 import gradmimic_jax as gm
 from configs import classification, report, select
 from experiments import models
-from experiments.data import decoding, stream
+from experiments.data import decoding, stream, workers
 from experiments.reporting import page
 from experiments.runtime import checkpoint
 from experiments.selection import files
@@ -208,15 +208,17 @@ def test_a_worker_that_dies_ends_the_run_which_goes_on(photos, tmp_path):
   def kill(batches):
     batch = following(batches)
     if batches.get_state()["step"] == 20 and not killed:
-      workers = multiprocessing.active_children()
-      assert len(workers) == 2
-      os.kill(workers[0].pid, 9)
+      started = multiprocessing.active_children()
+      assert len(started) == 2
+      os.kill(started[0].pid, 9)
       killed.append(time.monotonic())
     return batch
 
   with (
     mock.patch.object(stream.Batches, "__next__", kill),
-    pytest.raises(stream.WorkerError, match=r"one of the 2 processes.*code -9"),
+    pytest.raises(
+      workers.WorkerError, match=r"one of the 2 processes.*code -9"
+    ),
   ):
     trainer.train_and_evaluate(config, tmp_path / "run")
   assert time.monotonic() - killed[0] < 60

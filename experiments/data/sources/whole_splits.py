@@ -1,4 +1,7 @@
-"""Samples of a source decoded into memory, all of one size."""
+"""Whole splits, decoded into memory at once, for who needs all of their images.
+
+Batches of training and evaluation are decoded by the sample: `data.decoding`.
+"""
 
 import dataclasses
 import functools
@@ -38,7 +41,7 @@ class Dataset:
   fingerprint: str
 
 
-def decode(source: base.Source, size: int | None) -> Dataset:
+def decode_split(source: base.Source, size: int | None) -> Dataset:
   """Decodes all of a source's images; what is decoded is kept.
 
   Args:
