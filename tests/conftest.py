@@ -1,5 +1,6 @@
 """Strict settings for every test: what JAX would forgive, we don't."""
 
+import gc
 import os
 import pathlib
 import threading
@@ -12,6 +13,10 @@ from jax._src.lib.mlir import ir
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes millions of small objects that stay: to look for garbage among
+# them every 700 of those takes a twentieth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 # Many tests run the same programs, and most of their time is compilation.
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"

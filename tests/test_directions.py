@@ -54,7 +54,11 @@ def by_hand(direction, mask):
 
 @pytest.mark.parametrize(
   "options",
-  [{"engine": "forward"}, {"engine": "per_sample"}, {"microbatch_size": 4}],
+  [
+    {"engine": "forward"},
+    pytest.param({"engine": "per_sample"}, marks=pytest.mark.slow),
+    {"microbatch_size": 4},
+  ],
   ids=["forward", "per_sample", "stream"],
 )
 @pytest.mark.parametrize("mask", [MASK, MASK | True], ids=["masked", "whole"])
@@ -101,7 +105,12 @@ def norm_fn(params, batch):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"engine": "per_sample"}, {"microbatch_size": 4}]
+  "options",
+  [
+    {},
+    pytest.param({"engine": "per_sample"}, marks=pytest.mark.slow),
+    {"microbatch_size": 4},
+  ],
 )
 def test_padding_without_a_derivative_costs_the_direction_not_the_step(options):
   """A norm has no derivative at 0; the direction sees the whole batch."""

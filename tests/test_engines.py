@@ -315,8 +315,11 @@ def truth(model):
 @pytest.mark.parametrize(
   ("model", "exhaustive"),
   [
-    *((model, False) for model in MODELS if model != "convnet"),
-    pytest.param("convnet", False, marks=pytest.mark.slow),
+    ("mlp", False),
+    *(
+      pytest.param(model, False, marks=pytest.mark.slow)
+      for model in ("convnet", "transformer")
+    ),
     *(pytest.param(model, True, marks=pytest.mark.slow) for model in MODELS),
   ],
 )
@@ -338,7 +341,10 @@ def test_engines_agree_with_dense_float64(model, exhaustive, engine, masked):
 
 @pytest.mark.parametrize(
   "model",
-  ["mlp", "transformer", pytest.param("convnet", marks=pytest.mark.slow)],
+  ["mlp"]
+  + [
+    pytest.param(x, marks=pytest.mark.slow) for x in ("convnet", "transformer")
+  ],
 )
 def test_engines_agree_with_each_other(model):
   forward = jax.tree.leaves(everything(model, "forward", False))

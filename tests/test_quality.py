@@ -131,7 +131,9 @@ def test_every_class_is_left_some():
 # The data set.
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
+@pytest.mark.parametrize(
+  "rate", [0.4, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.2, 0.6))]
+)
 def test_the_clean_fraction_is_found_with_its_interval(rate):
   scores, noisy = noisy_scores(3, rate)
   got = gs.dataset_quality(select(scores))
@@ -179,7 +181,9 @@ def test_what_is_unknown_has_words():
   assert "nan" not in str(got)
 
 
-@pytest.mark.parametrize("clean_fraction", [0.9, 0.95])
+@pytest.mark.parametrize(
+  "clean_fraction", [0.9, pytest.param(0.95, marks=pytest.mark.slow)]
+)
 def test_a_lone_population_may_be_two_that_overlap(clean_fraction):
   rng = np.random.default_rng(0)
   clean = rng.permutation(1500) < clean_fraction * 1500

@@ -85,11 +85,10 @@ def assert_close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
   "weighting",
   [
-    # One that needs no scores, one that needs all before any weight, and one
-    # in between.
-    pytest.param(name, marks=pytest.mark.slow)
-    if name in ("top", "uniform")
-    else name
+    # One that needs all scores before any weight, and one that doesn't.
+    name
+    if name in ("softmax", "ess")
+    else pytest.param(name, marks=pytest.mark.slow)
     for name in WEIGHTINGS
   ],
 )
@@ -261,7 +260,6 @@ def test_engine_that_takes_a_custom_vjp_is_named():
       gm.mimic_value_and_grad(fn, **options)(*args)
       for fn, options in (
         (plain, {}),
-        (custom, {"engine": "per_sample"}),
         (custom, {"microbatch_size": 3}),
       )
     ]
@@ -293,7 +291,12 @@ ENGINES = {
 )
 @pytest.mark.parametrize(
   "engine",
-  ["forward", pytest.param("per_sample", marks=pytest.mark.slow), "stream"],
+  [
+    *(
+      pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "per_sample")
+    ),
+    "stream",
+  ],
 )
 def test_engine_update_is_the_same_on_eight_devices(engine, weighting):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

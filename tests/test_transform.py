@@ -87,9 +87,9 @@ def shapes(tree):
   ("layers", "score", "scope"),
   [
     (None, "projection", "all"),
-    (None, "cosine", "layers"),
-    ("^head/", "projection", "layers"),
     (HEAD, "cosine", "all"),
+    pytest.param(None, "cosine", "layers", marks=pytest.mark.slow),
+    ("^head/", "projection", "layers"),
   ],
   ids=str,
 )
@@ -110,7 +110,14 @@ def test_it_gives_what_mimic_value_and_grad_gives(grads, layers, score, scope):
 
 @pytest.mark.parametrize(
   "weighting",
-  [gm.ess_softmax(0.4), gm.top_fraction(0.5), gm.positive(), gm.uniform()],
+  [
+    gm.ess_softmax(0.4),
+    gm.positive(),
+    *(
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in (gm.top_fraction(0.5), gm.uniform())
+    ),
+  ],
   ids=lambda weighting: type(weighting).__name__,
 )
 def test_every_weighting_gives_what_mimic_value_and_grad_gives(

@@ -38,6 +38,26 @@ class Net:
 NET = Net(jnp.zeros(2), jnp.ones(3))
 
 
+take = jax.jit(gm.mimic_value_and_grad(losses_fn))
+SAME = [ONE, TWO], [TWO, ONE + 1]
+
+
+def update(params, reference):
+  tx = gm.mimic(optax.sgd(1.0), reference)
+  rows = jax.tree.map(lambda x: np.stack([x, -x]), params)
+  return tx.update(rows, tx.init(params), params)[0]
+
+
+@pytest.fixture(scope="module")
+def expected():
+  """A step, a check and an update where both are lists."""
+  return (
+    take(*SAME, BATCH),
+    gm.check_reference(losses_fn, *SAME, BATCH),
+    update(*SAME),
+  )
+
+
 @pytest.mark.parametrize(
   ("params", "reference"),
   [
@@ -54,27 +74,18 @@ NET = Net(jnp.zeros(2), jnp.ones(3))
     ({"a": ONE, "b": TWO}, Pair(a=TWO, b=ONE + 1)),
   ],
 )
-def test_a_reference_in_other_containers_is_taken(params, reference):
-  same = [ONE, TWO], [TWO, ONE + 1]
+def test_a_reference_in_other_containers_is_taken(params, reference, expected):
+  ((_, plain), wanted), checked, like = expected
   ordered = isinstance(params, list)
-  take = jax.jit(gm.mimic_value_and_grad(losses_fn))
   (_, info), grads = take(params, reference, BATCH)
-  (_, expected), wanted = take(*same, BATCH)
-  np.testing.assert_array_equal(info.scores, expected.scores)
+  np.testing.assert_array_equal(info.scores, plain.scores)
   found = grads if ordered else [grads["a"], grads["b"]]
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
   report = gm.check_reference(losses_fn, params, reference, BATCH)
-  checked = gm.check_reference(losses_fn, *same, BATCH)
   np.testing.assert_array_equal(report.path_losses, checked.path_losses)
   # Sums go over leaves, whose order differs.
   assert report.weight_cosine == pytest.approx(checked.weight_cosine, rel=1e-5)
-  rows = jax.tree.map(lambda x: np.stack([x, -x]), params)
-  tx = gm.mimic(optax.sgd(1.0), reference)
-  updates, _ = tx.update(rows, tx.init(params), params)
-  mine = gm.mimic(optax.sgd(1.0), same[1])
-  like, _ = mine.update(
-    [np.stack([x, -x]) for x in same[0]], mine.init(same[0]), same[0]
-  )
+  updates = update(params, reference)
   found = updates if ordered else [updates["a"], updates["b"]]
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, like
@@ -107,7 +118,7 @@ def test_flax_variables_are_their_values():
   def losses(params, batch):
     return (batch @ params["kernel"] + params["bias"][None])[:, 0]
 
-  take = gm.mimic_value_and_grad(losses)
+  take = jax.jit(gm.mimic_value_and_grad(losses))
   (_, info), _ = take(plain, moved, BATCH)
   (_, expected), _ = take(plain, nnx.to_pure_dict(moved), BATCH)
   np.testing.assert_array_equal(info.scores, expected.scores)
@@ -202,19 +213,25 @@ def test_nothing_and_text_as_an_argument_are_passed_by():
   gm.check_reference(losses, *models, batch, **more)
 
 
-@pytest.mark.parametrize("engine", ["forward", "per_sample", "stream", "ess"])
-@pytest.mark.parametrize("broken", ["params", "reference"])
-def test_nan_parameters_give_nan(engine, broken):
-  options = {
+ENGINES = {
+  name: jax.jit(gm.mimic_value_and_grad(losses_fn, **options))
+  for name, options in {
     "forward": {"engine": "forward"},
     "per_sample": {"engine": "per_sample"},
     "stream": {"microbatch_size": 2},
     "ess": {"microbatch_size": 2, "weighting": gm.ess_softmax(0.5)},
-  }[engine]
+  }.items()
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("broken", ["params", "reference"])
+def test_nan_parameters_give_nan(engine, broken):
   trees = {"params": [ONE, TWO], "reference": [TWO, ONE]}
   trees[broken] = [trees[broken][0] * np.float32(np.nan), trees[broken][1]]
-  take = gm.mimic_value_and_grad(losses_fn, **options)
-  (loss, info), grads = take(*trees.values(), BATCH)
+  take = ENGINES[engine]
+  all_of_them = np.ones(3, bool)
+  (loss, info), grads = take(*trees.values(), BATCH, mask=all_of_them)
   assert np.isnan(loss)
   assert all(np.isnan(leaf).all() for leaf in grads)
   np.testing.assert_array_equal(info.weights, 0)

@@ -13,7 +13,7 @@ import optax
 import gradmimic_jax as gm
 from experiments import methods
 from experiments.methods import Method
-from experiments.runtime import sharding
+from experiments.runtime import programs, sharding
 from experiments.tasks.base import Outputs
 from experiments.training import gradients, path
 from experiments.training.gradients import StepOutput
@@ -282,6 +282,7 @@ def _average(state, decay):
   return jax.tree.map(move, state.average, _averaged_of(state))
 
 
+@programs.once
 def make_score_step(
   losses_fn: Callable[..., Any],
   method: Method | None,
@@ -291,7 +292,7 @@ def make_score_step(
   expand: Callable[[Any, Any], Any] | None = None,
   out_shardings: Any = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-  """Makes a jitted step that scores a batch and changes nothing.
+  """Makes a jitted step that scores a batch; once for equal arguments.
 
   Args:
     losses_fn: `(params, batch) -> (losses [B], hits [B])`.

@@ -51,6 +51,8 @@ class _Kernels(NamedTuple):
   def distance(self, x, noise):
     """Measures the distance of x from the mode, in widths."""
     d = (x - self.mode) / noise
+    if self.left is self.right:
+      return d / self.left
     return d / np.where(d < 0, self.left, self.right)
 
 
@@ -63,18 +65,26 @@ class _Tails(NamedTuple):
   @property
   def gaussian(self) -> bool:
     """True if all tails are Gaussian."""
-    return all(bool((x == _GAUSSIAN).all()) for x in (self.below, self.above))
+    return all(tail == _GAUSSIAN for side in self for tail in side.flat)
+
+  def at(self, d: np.ndarray) -> np.ndarray:
+    """The degrees of freedom that hold at distances [..., K, n]."""
+    if self.below is self.above:
+      return self.below
+    return np.where(d < 0, self.below, self.above)
 
   def areas(self) -> tuple[np.ndarray, np.ndarray]:
     """Areas below and above kernels that are 1 at their modes and 1 wide."""
-    below, above = (
-      np.array([_half_area(tail) for tail in tails.flat]).reshape(tails.shape)
-      for tails in (self.below, self.above)
-    )
+    below, above = (_half_areas(tuple(side.flat)) for side in self)
     return below, above
 
 
 @functools.lru_cache(maxsize=16)
+def _half_areas(tails: tuple[float, ...]) -> np.ndarray:
+  """[K, 1]; see `_Tails.areas`."""
+  return np.array([[_half_area(tail)] for tail in tails])
+
+
 def _half_area(tail: float) -> float:
   if tail == _GAUSSIAN:
     return 0.5 * math.sqrt(2 * math.pi)
@@ -131,8 +141,10 @@ class Two(NamedTuple):
     between = np.linspace(low, high, _GRID)
     ends = np.array([x.min(), x.max()])
     grid = np.unique(np.concatenate([fine, between, ends]))
+    noise = np.full(len(grid), factor)
+    kernels = self._kernels()
     log_f = _log_density(
-      grid, np.full(len(grid), factor), self._kernels(), self.tails
+      kernels.distance(grid, noise), noise, kernels, self.tails
     )
     log_f += np.log(self.share[:, None])
     odds = log_f[1] - log_f[0]
@@ -358,25 +370,23 @@ _WILD_UPPER = _Tails(_UPPER, _UPPER)
 _HARD_SAMPLES = _Tails(_UPPER, np.full((2, 1), _GAUSSIAN))
 
 
-def _log_density(x, noise, kernels, tails):
-  """Log of two-piece Student-t densities; x and noise are [n]."""
-  d = kernels.distance(x, noise)
+def _log_density(d, noise, kernels, tails):
+  """Log of two-piece Student-t densities at distances d; noise is [n]."""
   if tails.gaussian:
     log_t = -0.5 * d * d
   else:
-    tail = np.where(d < 0, tails.below, tails.above)
+    tail = tails.at(d)
     log_t = -0.5 * (tail + 1) * np.log1p(d * d / tail)
   below, above = tails.areas()
   area = kernels.left * below + kernels.right * above
   return log_t - np.log(area) - np.log(noise)
 
 
-def _downweights(x, noise, kernels, tails):
-  """Returns a point's weight for the widths: less, the further it is out."""
+def _downweights(d, tails):
+  """Returns points' weights for the widths: less, the further they are out."""
   if tails.gaussian:
     return 1.0
-  d = kernels.distance(x, noise)
-  tail = np.where(d < 0, tails.below, tails.above)
+  tail = tails.at(d)
   return (tail + 1) / (tail + d * d)
 
 
@@ -400,22 +410,27 @@ def _fitted_kernel(points, belongs, counts, tails, *, skewed, even=False):
     width = np.sqrt((squares + 2 * _PRIOR_VARIANCE) / (size + 2))
     width = np.broadcast_to(width, mode.shape)
     return _Kernels(mode, width, width)
-  moments = [np.cumsum(factor * x**k, axis=-1) for k in range(3)]
+  squares = x * x
+  moments = [
+    np.cumsum(times, axis=-1)
+    for times in (factor, factor * x, factor * squares)
+  ]
   all_of = [moment[..., -1:] for moment in moments]
-  below = moments[2] - 2 * x * moments[1] + x * x * moments[0]
+  below = moments[2] - 2 * x * moments[1] + squares * moments[0]
   above = (
     (all_of[2] - moments[2])
     - 2 * x * (all_of[1] - moments[1])
-    + x * x * (all_of[0] - moments[0])
+    + squares * (all_of[0] - moments[0])
   )
   areas = tails.areas()
   below = np.cbrt((np.maximum(below, 0) + _PRIOR_VARIANCE) / areas[0])
   above = np.cbrt((np.maximum(above, 0) + _PRIOR_VARIANCE) / areas[1])
   both = areas[0] * below + areas[1] * above
   best = both.argmin(-1)[..., None]
-  below = np.take_along_axis(below, best, -1)
-  above = np.take_along_axis(above, best, -1)
-  both = np.take_along_axis(both, best, -1)
+  at = np.arange(0, both.size, both.shape[-1]) + best.ravel()
+  below, above, both = (
+    values.ravel()[at].reshape(best.shape) for values in (below, above, both)
+  )
   common = np.sqrt(both / (size + 2))
   return _Kernels(x[best], common * below, common * above)
 
@@ -430,7 +445,8 @@ def _maximise(
   n = weight.sum(-1, keepdims=True)
   before = None
   for _ in range(rounds):
-    log_f = _log_density(points.x, points.noise, state.kernels, tails)
+    d = state.kernels.distance(points.x, points.noise)
+    log_f = _log_density(d, points.noise, state.kernels, tails)
     log_f += np.log(state.share)
     top = log_f.max(1, keepdims=True)
     each = np.exp(log_f - top)
@@ -443,7 +459,7 @@ def _maximise(
       break
     before = likelihood
     belongs = each / total * weight
-    counts = _downweights(points.x, points.noise, state.kernels, tails)
+    counts = _downweights(d, tails)
     kernels = _fitted_kernel(
       points, belongs, counts, tails, skewed=skewed, even=even
     )
@@ -498,7 +514,8 @@ def _pair_costs(points: Points) -> dict[str, tuple[float, Two]]:
 
 def _tails(tail: float) -> _Tails:
   """Returns the same tail for all sides."""
-  return _Tails(np.full((2, 1), tail), np.full((2, 1), tail))
+  both = np.full((2, 1), tail)
+  return _Tails(both, both)
 
 
 def _kernel_name(tail: float) -> str:
@@ -574,14 +591,17 @@ def _bic(log_likelihood: float, parameters: int, n: float) -> float:
 
 def _single_likelihood(points: Points, tail: float, skewed: bool) -> float:
   kernels = _Kernels(np.zeros((1, 1)), np.ones((1, 1)), np.ones((1, 1)))
-  tails = _Tails(np.full((1, 1), tail), np.full((1, 1), tail))
+  both = np.full((1, 1), tail)
+  tails = _Tails(both, both)
+  d = kernels.distance(points.x, points.noise)
   before = -math.inf
   for _ in range(40):
-    counts = _downweights(points.x, points.noise, kernels, tails)
+    counts = _downweights(d, tails)
     kernels = _fitted_kernel(
       points, points.weight[None, :], counts, tails, skewed=skewed
     )
-    log_f = _log_density(points.x, points.noise, kernels, tails)
+    d = kernels.distance(points.x, points.noise)
+    log_f = _log_density(d, points.noise, kernels, tails)
     likelihood = float((log_f @ points.weight)[0])
     if tail == _GAUSSIAN or likelihood - before < 1e-6 * points.weight.sum():
       break

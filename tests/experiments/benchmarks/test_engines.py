@@ -231,9 +231,8 @@ def vit(dtype=None, **overrides):
   )
 
 
-@pytest.mark.parametrize(
-  "pooling", ["mean", pytest.param("class_token", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # its logits are the public model's, as models' tests say
+@pytest.mark.parametrize("pooling", ["mean", "class_token"])
 def test_a_vit_sees_every_patch_and_every_layer(pooling):
   sizes = {"width": 24, "mlp_width": 48, "depth": 1, "pooling": pooling}
   apply, params = vit(**sizes)

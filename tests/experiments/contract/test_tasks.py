@@ -1,5 +1,6 @@
 """What every task's jobs promise, asked of each of them."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -21,7 +22,6 @@ from experiments.training import (
   calls,
   reference_check,
   scoring,
-  steps,
   trainer,
 )
 
@@ -56,9 +56,11 @@ def by_default(*some):
 
 
 every_task = by_default(*tiny.TASKS)
-# A step of two towers takes longer to compile than those of both others; the
-# tests of DataComp's config and of shards' scores make some.
-small_models = by_default("classification", "language")
+# A step of a decoder or of two towers takes seconds to compile. By default all
+# tasks' runs are put together (`Runs.reference`), and one's are trained; the
+# tests of DataComp's config, of shards' scores and of sequences' losses make
+# steps of the others.
+small_model = by_default("classification")
 
 
 def test_every_task_is_asked():
@@ -118,7 +120,7 @@ def runs(tmp_path_factory, digits_dir):
   return Runs(tmp_path_factory.mktemp("runs"), digits_dir)
 
 
-@small_models
+@small_model
 def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   config, folder, result, ((_, make_call),) = runs.whole(task)
   shutil.copytree(folder.with_name("killed"), tmp_path / "run")
@@ -188,24 +190,59 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
   tiny.assert_same_run(folder, tmp_path, runs.made(task).params)
 
 
-@by_default("classification")
-def test_the_check_of_the_reference_is_recorded(runs, task, monkeypatch):
-  config, _, _, _ = runs.whole(task)
-  folder = runs.folder / task / "checked"
+@pytest.fixture
+def begin(monkeypatch):
+  """`begin(config, folder) -> report`: checks the reference; trains nothing."""
 
   def stop(run, *_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
   monkeypatch.setattr(trainer.Run, "to_the_end", stop)
-  with pytest.raises(KeyboardInterrupt):
-    trainer.train_and_evaluate(config, folder)
-  report = json.loads((folder / reference_check.FILE).read_text())
+
+  def begin(config, folder):
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train_and_evaluate(config, folder)
+    return json.loads((folder / reference_check.FILE).read_text())
+
+  return begin
+
+
+@small_model
+def test_the_check_of_the_reference_is_recorded(runs, task, begin, tmp_path):
+  config = runs.toward_reference(task)
+  report = begin(config, tmp_path / "run")
   assert report["verdict"] != "foreign basin"
   assert report["num_samples"] == config.mimic.check_samples
+  none = runs.toward_reference(task, **{"mimic.check_samples": 0})
+  with pytest.raises(ValueError, match="check_samples is 0"):
+    trainer.train_and_evaluate(none, tmp_path / "none")
 
 
-@small_models
+@small_model
+def test_a_foreign_reference_stops_a_run_until_it_is_forced(
+  runs, task, begin, tmp_path, monkeypatch
+):
+  """Also one that was found foreign in a run that was forced."""
+  check = gm.check_reference
+
+  def checking(*args, **options):
+    report = check(*args, **options)
+    return dataclasses.replace(report, verdict="foreign basin")
+
+  monkeypatch.setattr(gm, "check_reference", checking)
+  config = runs.toward_reference(task)
+  with pytest.raises(ValueError, match=r"foreign basin.*mimic\.force"):
+    trainer.train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  forced = runs.toward_reference(task, **{"mimic.force": True})
+  report = begin(forced, tmp_path / "run")
+  assert report["verdict"] == "foreign basin"
+  with pytest.raises(ValueError, match=r"foreign basin.*mimic\.force"):
+    trainer.train_and_evaluate(config, tmp_path / "run")
+
+
+@small_model
 def test_a_finished_run_is_not_repeated(runs, task, monkeypatch):
   config, folder, result, _ = runs.whole(task)
   monkeypatch.setattr(trainer.Run, "to_the_end", None)
@@ -224,7 +261,7 @@ def test_a_workdir_in_use_is_refused(runs, task, tmp_path, monkeypatch):
     trainer.train_and_evaluate(config, tmp_path / "run")
 
 
-@small_models
+@small_model
 def test_a_workdir_of_another_config_is_refused(runs, task):
   _, folder, _, _ = runs.whole(task)
   other = runs.toward_reference(task, **{"optimizer.learning_rate": 0.5})
@@ -235,7 +272,8 @@ def test_a_workdir_of_another_config_is_refused(runs, task):
     trainer.train_and_evaluate(other, folder)
 
 
-@by_default("classification", "contrastive")
+# By default the tests of methods and of contrastive losses ask single steps.
+@by_default()
 def test_microbatches_train_alike_or_are_refused(runs, task, tmp_path):
   config = runs.toward_reference(task, **{"mimic.microbatch_size": 4})
   made = runs.made(task)
@@ -272,7 +310,7 @@ def assert_scored(folder, result):
   assert np.isfinite(scores).all()
 
 
-@small_models
+@small_model
 def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
   config = score_of(runs, task)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -284,14 +322,6 @@ def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
     done.append(None)
     return append(*args, **fields)
 
-  make_step, made = steps.make_score_step, []
-
-  def make_once(*args, **options):
-    if not made:
-      made.append(make_step(*args, **options))
-    return made[0]
-
-  monkeypatch.setattr(steps, "make_score_step", make_once)
   with monkeypatch.context() as patch:
     patch.setattr(gm.ScoreLedger, "append", appending)
     assert_scored(whole, scoring.score_dataset(config, whole))
@@ -301,7 +331,7 @@ def test_a_killed_pass_of_scores_goes_on(runs, task, tmp_path, monkeypatch):
   assert tables[0].equals(tables[1])
 
 
-@by_default("language")
+@small_model
 def test_scores_are_of_any_method_that_has_some(runs, task, tmp_path):
   config = score_of(runs, task, method="output_agreement")
   assert_scored(tmp_path, scoring.score_dataset(config, tmp_path))

@@ -446,7 +446,7 @@ class TestFile:
     ],
   )
   def test_human_labels_have_their_published_rates(self, column, rate):
-    clean = np.genfromtxt(HUMAN, delimiter=",", dtype=int, skip_header=1)[:, 1]
+    clean = np.loadtxt(HUMAN, int, delimiter=",", skiprows=1, usecols=1)
     noisy = noise.apply_noise(
       clean,
       kind="file",

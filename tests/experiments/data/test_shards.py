@@ -1179,7 +1179,9 @@ class TestStream:
     with pytest.raises(ValueError, match="closed"):
       next(threaded)
 
-  @pytest.mark.parametrize("prefetch", [0, 2])
+  @pytest.mark.parametrize(
+    "prefetch", [pytest.param(0, marks=pytest.mark.slow), 2]
+  )
   def test_resumes_at_every_batch(self, folder, tmp_path, prefetch):
     """With broken samples, a filter and the turn of an epoch in between."""
     broken = archive(

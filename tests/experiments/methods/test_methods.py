@@ -262,8 +262,11 @@ def test_output_agreement_of_some_layers_is_the_librarys(make_config, normed):
 
 @pytest.mark.parametrize(
   "name",
-  ["output_agreement", "random"]
-  + [pytest.param(x, marks=pytest.mark.slow) for x in ("rho", "grad_mimic")],
+  ["output_agreement"]
+  + [
+    pytest.param(x, marks=pytest.mark.slow)
+    for x in ("random", "rho", "grad_mimic")
+  ],
 )
 def test_steps_in_microbatches_are_the_same_steps(linear, name):
   given = linear.outputs

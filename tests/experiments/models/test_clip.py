@@ -102,7 +102,7 @@ def unit(features):
   ("library", "prefix", "activation", "remat"),
   [
     ("huggingface", "", "quick_gelu", False),
-    ("huggingface", "gelu_", "gelu", True),
+    pytest.param("huggingface", "gelu_", "gelu", True, marks=pytest.mark.slow),
     ("openclip", "", "gelu", False),
   ],
 )

@@ -798,7 +798,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
   make_config, tmp_path, poison, stop, broken
 ):
   poison(*broken)
-  config = make_config(method="random", **{"faults.nonfinite_stop": stop})
+  config = make_config(
+    method="random", steps_per_call=3, **{"faults.nonfinite_stop": stop}
+  )
   result = train.train_and_evaluate(config, tmp_path)
   rows = metrics_of(tmp_path)
   skipped = [row["step"] for row in rows if row.get("train_skipped")]

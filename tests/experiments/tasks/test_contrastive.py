@@ -160,9 +160,10 @@ def mesh_of_eight():
   ("kind", "told"),
   [
     ("clip", True),
-    ("sigmoid", False),
-    pytest.param("clip", False, marks=pytest.mark.slow),
-    pytest.param("sigmoid", True, marks=pytest.mark.slow),
+    *(
+      pytest.param(*x, marks=pytest.mark.slow)
+      for x in (("sigmoid", False), ("clip", False), ("sigmoid", True))
+    ),
   ],
 )
 def test_eight_devices_hold_their_rows_and_give_the_same(kind, told):
@@ -178,7 +179,9 @@ def test_eight_devices_hold_their_rows_and_give_the_same(kind, told):
   check(result, truth(kind, True), MASK)
 
 
-@pytest.mark.parametrize("kind", contrastive.KINDS)
+@pytest.mark.parametrize(
+  "kind", ["clip", pytest.param("sigmoid", marks=pytest.mark.slow)]
+)
 def test_a_pair_that_is_not_finite_is_nobodys_negative(kind):
   last = VOCABULARY - 1
   others = np.arange(SIZE) != 5
@@ -538,9 +541,9 @@ def more_dots_than_forward(name, depth, remat=False):
     # and of the similarities.
     ("image_last_mlp", 1, False, 5),
     pytest.param("image_last_mlp", 2, False, 5, marks=pytest.mark.slow),
-    ("image_last_mlp", 2, True, 5),
+    pytest.param("image_last_mlp", 2, True, 5, marks=pytest.mark.slow),
     ("text_last_mlp", 2, False, 5),
-    ("both_last_mlp", 1, False, 10),
+    pytest.param("both_last_mlp", 1, False, 10, marks=pytest.mark.slow),
   ],
 )
 def test_a_tangent_flows_from_the_mimic_layer_upward_only(

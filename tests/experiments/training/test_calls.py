@@ -86,9 +86,27 @@ def compilations():
 
 
 def train(make_config, folder, **fields):
-  config = make_config(num_epochs=1, method="random", **fields)
+  config = make_config(
+    num_epochs=1,
+    method="random",
+    **{
+      "data.flip": True,
+      "checkpoint.every_epochs": 0,
+      "checkpoint.every_steps": 4,
+      **fields,
+    },
+  )
   trainer.train_and_evaluate(config, folder)
   return folder
+
+
+@pytest.fixture
+def four(make_config, tmp_path_factory):
+  """The folder of a run with four steps in a call, of the last two are live.
+
+  Its program is compiled once for all tests.
+  """
+  return train(make_config, tmp_path_factory.mktemp("run") / "four")
 
 
 def results(folder, like):
@@ -99,16 +117,15 @@ def results(folder, like):
   )
 
 
-def test_any_number_of_steps_in_a_call_trains_alike(make_config, tmp_path):
+def test_any_number_of_steps_in_a_call_trains_alike(
+  make_config, four, tmp_path
+):
   """Bit for bit, also where calls are cut and have steps that are not live."""
-  fields = {"data.flip": True, "checkpoint.every_epochs": 0}
-  fields["checkpoint.every_steps"] = 4
-  one = train(make_config, tmp_path / "one", steps_per_call=1, **fields)
+  one = train(make_config, tmp_path / "one", steps_per_call=1)
   like = trainer.Run(make_config(), tmp_path / "like").state.params
   expected = results(one, like)
   assert len(expected[1]) == 8  # six steps, an evaluation before and after
-  train(make_config, tmp_path / "four", **fields)  # of the last two are live
-  params, rows, table = results(tmp_path / "four", like)
+  params, rows, table = results(four, like)
   jax.tree.map(np.testing.assert_array_equal, params, expected[0])
   assert rows == expected[1]
   assert table.equals(expected[2])
@@ -129,9 +146,11 @@ def interrupt(*_):
   raise KeyboardInterrupt
 
 
-def test_a_second_seed_compiles_nothing(make_config, tmp_path, compilations):
-  train(make_config, tmp_path / "first")
-  assert compilations
+def test_a_second_seed_compiles_nothing(
+  make_config, four, tmp_path, compilations
+):
+  jax.jit(lambda x: 2 * x)(1.0)
+  assert compilations  # are seen
   compilations.clear()
   train(make_config, tmp_path / "second", seed=1, **{"noise.seed": 1})
   assert not compilations

@@ -9,6 +9,9 @@ from configs import classification
 from experiments.studies import runner as study
 from experiments.training import reference_check, trainer as train
 
+# The contract of tasks has the check recorded, a run stopped, and one forced.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory, digits_dir):
@@ -88,7 +91,6 @@ def test_force_goes_on_with_a_foreign_reference(references, tmp_path):
   assert report["verdict"] == "foreign basin"
 
 
-@pytest.mark.slow
 def test_a_study_stops_too_and_its_advice_works_there(make_config, tmp_path):
   fields = {
     "noise.rate": 0.4,
@@ -107,10 +109,3 @@ def test_a_study_stops_too_and_its_advice_works_there(make_config, tmp_path):
   run(**{"study.methods": ("grad_mimic_outputs",)})
   run(**{"study.methods": ("grad_mimic",), "mimic.force": True})
   assert reference.stat().st_mtime_ns == made
-
-
-def test_no_samples_for_the_check_are_refused(references, tmp_path):
-  with pytest.raises(ValueError, match="check_samples is 0"):
-    train.train_and_evaluate(
-      mimic(references, 0, **{"mimic.check_samples": 0}), tmp_path / "run"
-    )
