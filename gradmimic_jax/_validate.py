@@ -83,8 +83,18 @@ def floating_params(params: Any) -> None:
       raise TypeError(
         f"params leaf {_tree.key_path(path)!r} is {_describe(leaf)}; expected a"
         " floating-point array. Keep counters, random keys and other state out"
-        " of params and pass them as keyword arguments."
+        f" of params and pass them as keyword arguments.{_nnx_advice(params)}"
       )
+
+
+def _nnx_advice(tree: Any) -> str:
+  """Names the functions that take a module of Flax NNX; "" for other trees."""
+  if not any(x.__module__.startswith("flax.nnx") for x in type(tree).__mro__):
+    return ""
+  return (
+    " A module of Flax NNX goes to the functions of these names in gm.nnx,"
+    " which see to its state."
+  )
 
 
 def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
@@ -113,7 +123,7 @@ def like_params(name: str, tree: Any, params: Any, advice: str) -> Any:
     if not floating:
       raise TypeError(
         f"{name} leaf {path!r} is {_describe(found)}; expected a"
-        f" floating-point array. {advice}"
+        f" floating-point array. {advice}{_nnx_advice(tree)}"
       )
     if jnp.shape(found) != jnp.shape(leaf):
       raise ValueError(

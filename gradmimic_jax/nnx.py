@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from gradmimic_jax import gradients
+from gradmimic_jax import gradients, reference as reference_lib
 from gradmimic_jax.gradients import MimicInfo, MimicScores
+from gradmimic_jax.reference import ReferenceReport
 
 if TYPE_CHECKING:
   from flax import nnx
@@ -113,6 +114,53 @@ def mimic_scores(
     return score(run.params, run.params_of(reference), batch, **kwargs)
 
   return fn
+
+
+def check_reference(
+  losses_fn: Callable[..., Any],
+  model: nnx.Module,
+  reference: nnx.Module,
+  batch: Any,
+  *,
+  wrt: Any = None,
+  has_aux: bool = False,
+  **options: Any,
+) -> ReferenceReport:
+  """Tests if a reference module's weights can guide this model.
+
+  As `gm.check_reference`; both modules stay as they are. Losses are those of
+  the mode that the model is in, by its own statistics and random keys.
+
+  Args:
+    losses_fn: as in `mimic_value_and_grad`.
+    model: the learner.
+    reference: a module of the same structure.
+    batch: leaves `[B, ...]`.
+    wrt: as in `mimic_value_and_grad`.
+    has_aux: as in `mimic_value_and_grad`.
+    **options: of `gm.check_reference`, and keyword arguments for losses_fn.
+
+  Returns:
+    A ReferenceReport.
+
+  Raises:
+    ModuleNotFoundError: flax is not installed.
+    TypeError, ValueError: as `gm.check_reference`.
+
+  Example: ::
+
+    print(gm.nnx.check_reference(losses_fn, model, reference, batch))
+  """
+  lib = _nnx()
+  run = _Run(lib, model, lib.Param if wrt is None else wrt, losses_fn, has_aux)
+  return reference_lib.check_reference(
+    run.losses,
+    run.params,
+    run.params_of(reference),
+    batch,
+    has_aux=True,
+    **options,
+  )
 
 
 class _Run:

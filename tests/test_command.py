@@ -183,7 +183,8 @@ def test_tables_of_all_kinds_say_the_same(folder):
     }
   )
   pq.write_table(frame, folder / "t.parquet")
-  for name in ("t.tsv", "quoted.csv", "t.parquet"):
+  (folder / "semi.csv").write_text(text.replace(",", ";"))
+  for name in ("t.tsv", "quoted.csv", "semi.csv", "t.parquet"):
     found = read(folder / name)
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_array_equal(found.scores, wanted.scores)
@@ -209,7 +210,16 @@ def test_the_index_that_pandas_writes_becomes_the_ids(folder):
   write_csv("t.csv", ["score"], [row[1:] for row in rows])
   found = read(folder / "t.csv")
   assert found.ids.tolist() == list(range(N))
-  assert "numbered by row" in found.notes[0]
+  assert found.notes[0].endswith("numbered by row, from 0")
+
+
+def test_a_column_of_names_is_pointed_at(folder):
+  rows = [["cat" if i % 2 else "dog", f"{i}.jpg", i - 3.5] for i in range(N)]
+  write_csv("t.csv", ["kind", "file name", "score"], rows)
+  found = read(folder / "t.csv")
+  assert found.ids.tolist() == list(range(N))
+  told = "from 0; if 'file name' names them: --id 'file name'"
+  assert found.notes[-1].endswith(told)
 
 
 def test_missing_scores_are_nan(folder):
@@ -500,7 +510,7 @@ MISTAKES = {
   ),
   "decimal commas": (
     ("curate", "commas.tsv", "--out", "out"),
-    "has no column of scores",
+    "write 0.5, not 0,5",
   ),
   "no scores": (("curate", "none.csv", "--out", "out"), "no column of scores"),
   "nothing but nan": (

@@ -131,6 +131,36 @@ def test_an_aux_of_ones_own_comes_back(batch):
   assert int(model.drop.rngs.count.get_value()) == 1
 
 
+@pytest.mark.slow
+def test_a_reference_is_checked_as_that_of_a_tree_is(batch):
+  model = Model(0, stateful=False)
+  graph, params = nnx.split(model)
+
+  def of_tree(params, batch):
+    return losses_fn(nnx.merge(graph, params), batch)
+
+  for reference in (Model(0, stateful=False), Model(1, stateful=False)):
+    ours = gm.nnx.check_reference(losses_fn, model, reference, batch)
+    theirs = gm.check_reference(of_tree, params, nnx.state(reference), batch)
+    assert ours.verdict == theirs.verdict
+    np.testing.assert_allclose(ours.path_losses, theirs.path_losses, rtol=1e-5)
+
+
+def test_a_check_leaves_statistics_and_keys_as_they_are(batch):
+  model, reference = Model(0), Model(1)
+  assert gm.nnx.check_reference(losses_fn, model, reference, batch).num_samples
+  assert_same(nnx.state(model), nnx.state(Model(0)))
+  assert_same(nnx.state(reference), nnx.state(Model(1)))
+
+
+def test_a_module_among_functions_of_trees_is_told_where_to_go(batch):
+  for fn in (gm.mimic_value_and_grad(losses_fn), gm.mimic_scores(losses_fn)):
+    with pytest.raises(TypeError, match=r"names in gm\.nnx, which see to"):
+      fn(Model(0), Model(1), batch)
+  with pytest.raises(TypeError, match=r"names in gm\.nnx, which see to"):
+    gm.check_reference(losses_fn, Model(0), Model(1), batch)
+
+
 def test_what_can_not_be_is_refused(batch):
   fn = gm.nnx.mimic_value_and_grad(losses_fn)
   with pytest.raises(TypeError, match=r"expected an nnx\.Module"):

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from gradmimic_jax.selection import _columns, _csv, _ids
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 _LOOK = 1000  # rows by which a column's kind is told
+_COMMAS = " Decimal commas aren't read: write 0.5, not 0,5."
+_LONGEST_LINE = 1 << 16  # bytes of the line of names that are looked at
 _STEPS = ("step", "epoch", "iteration", "checkpoint", "round")
 
 
@@ -47,6 +50,9 @@ class File:
     if not content:
       raise ValueError(f"{path} is empty; expected a line of names, and rows.")
     self._content = content
+    first_line = content[:_LONGEST_LINE].split(b"\n", 1)[0]
+    if self._delimiter == "," and b";" in first_line and b"," not in first_line:
+      self._delimiter = ";"  # as spreadsheets of half of Europe write it
     with _files.named(path, "table"):
       if self.is_text:
         names, first = _csv.first_records(content, delimiter=self._delimiter)
@@ -191,11 +197,10 @@ class File:
       try:
         _columns.numbers(pa.array([value], pa.large_string()), name)
       except ValueError:
-        hint = " Decimal commas aren't read: write 0.5, not 0,5."
         return (
           f"{self.path}: column {name!r} holds text, such as {value!r:.60} in"
           f" row {row + 1}; expected numbers."
-          + hint * ("," in value)
+          + _COMMAS * ("," in value)
           + " Choose the columns of scores: --scores 'a,b' or --scores 'step_*'"
         )
     return f"{self.path}: column {name!r} holds no numbers."
@@ -258,7 +263,10 @@ def read_wide(
   values = file.matrix(steps)
   if ids is None:
     ids = np.arange(len(values))
-    notes.append("no column of ids: samples are numbered by row, from 0")
+    told = "no column of ids: samples are numbered by row, from 0"
+    if unique := _find_names(file, {*others, *steps}):
+      told += f"; if {unique!r} names them: --id {_quoted(unique)}"
+    notes.append(told)
   return Table(ids, _finite(values, file, steps), steps, id_name, None, notes)
 
 
@@ -343,6 +351,21 @@ def find_id(file: File) -> str | None:
   return named[0] if named else None
 
 
+def _find_names(file: File, taken: set[str]) -> str | None:
+  """Finds a column of texts that all differ, as names of files do."""
+  head = file.head()
+  for name in file.names:
+    column = _columns.whole(head[name])
+    if (
+      name not in taken
+      and not _frames.is_label_name(name)
+      and _columns.is_text(column)
+      and len(column) == pc.count_distinct(column).as_py() > 1
+    ):
+      return name
+  return None
+
+
 def _numbered(name: str) -> bool:
   return name.strip().lower().startswith(("unnamed:", "__index"))
 
@@ -382,6 +405,9 @@ def _find_scores(file: File, taken: set[Any], notes: list[str]) -> list[str]:
     if texts:
       example = f" such as {head[texts[0]][0].as_py()!r:.60}"
       rest = f" {texts[0]!r} holds text{example}."
+    firsts = [str(head[name][0].as_py()) for name in texts]
+    if any(re.fullmatch(r"[+-]?\d*,\d+", first) for first in firsts):
+      rest = f"{rest}{_COMMAS}"
     raise ValueError(
       f"{file.path} has no column of scores: its columns are"
       f" {shown(file.names)}.{rest} Expected numbers such as 0.25, a column a"
