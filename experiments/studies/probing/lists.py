@@ -51,8 +51,9 @@ def write(
   The folder gets `probabilities.npy` [N, C], `labels.npz` and the ledger, whose
   scores are means over the seeds; `samples.parquet`, a row a sample with its
   labels and all rankings; of each method and of confident learning the lowest
-  samples, as `lowest_<name>.csv` and, where there are images, `.png`; and
-  `results.csv`, `results.md` and `summary.json`.
+  samples with their scores (of the latter, the probability of the given label),
+  as `lowest_<name>.csv` and, where there are images, `.png`; and `results.csv`,
+  `results.md` and `summary.json`.
   """
   given = labels.labels
   probabilities = found.probabilities.mean(axis=0)
@@ -84,9 +85,10 @@ def write(
   shown = [*found.samples, rankings.CONFIDENT_LEARNING]
   chosen = {name: rankings.lowest(together[name], count) for name in together}
   for name in shown:
-    files += _write_list(
-      folder, name, chosen[name], known, together[name], source
-    )
+    values = together[name]
+    if name == rankings.CONFIDENT_LEARNING:  # which are mere places
+      values = np.exp(together[rankings.LOSS])
+    files += _write_list(folder, name, chosen[name], known, values, source)
   issues = rankings.find_issues(probabilities, given)
   accuracy = (found.probabilities.argmax(axis=2) == given).mean(axis=1)
   summary = {
@@ -159,13 +161,13 @@ def _write_run(config, folder, source, labels, probabilities, found):
   ledger.flush()
 
 
-def _write_list(folder, name, positions, known, ranking, source):
+def _write_list(folder, name, positions, known, values, source):
   """Writes the samples at some positions as a table and a contact sheet."""
   rows = [
     {
       "rank": rank,
-      **{key: str(values[at]) for key, values in known.items()},
-      "value": float(ranking[at]),
+      **{key: str(column[at]) for key, column in known.items()},
+      "value": float(values[at]),
     }
     for rank, at in enumerate(positions, start=1)
   ]

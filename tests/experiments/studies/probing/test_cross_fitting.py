@@ -164,7 +164,13 @@ def test_what_it_leaves(whole):
   worst = np.argsort(table["grad_mimic"])[:3]
   lines = (folder / "lowest_grad_mimic.csv").read_text().splitlines()
   assert [line.split(",")[1] for line in lines[1:]] == list(data.ids[worst])
-  assert (folder / "lowest_confident_learning.png").exists()
+  file = folder / "lowest_confident_learning.csv"
+  assert file.with_suffix(".png").exists()
+  for line in file.read_text().splitlines()[1:]:
+    _, sample, given, suggested, value = line.split(",")
+    at = table["id"].index(sample)
+    assert (given, suggested) == (table["given"][at], table["suggested"][at])
+    assert float(value) == pytest.approx(probabilities[at, int(given)])
   rows = {row["ranking"]: row for row in summary["rows"]}
   assert {row["truth"] for row in summary["rows"]} == {"noise"}
   assert rows["grad_mimic"]["auroc"] == pytest.approx(
