@@ -58,6 +58,8 @@ def test_every_field_of_a_run_is_decided(task):
     ("study", "noise.rate", "study.layers"),
     ("grid", "probe.num_epochs", "probe.rates"),
     ("grid", "optimizer.learning_rate", "noise.rate"),
+    ("cross_fitting", "cross.folds", "cross.proxy"),
+    ("cross_fitting", "study.seeds", "study.methods"),
     ("tuning", "method", "study.methods"),
     ("tuning", "noise.kind", "noise.rate"),
     ("score", "mimic.layers", "mimic.reference"),
