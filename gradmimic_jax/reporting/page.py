@@ -34,7 +34,7 @@ from gradmimic_jax.selection.selection import Selection
 _FOLDER = pathlib.Path(__file__).parent
 _UNKNOWN = "\N{EN DASH}"
 # Sides of the images in pixels; the first with which the page fits is taken.
-_SIDES = (thumbnails.LARGEST, 96, 64, 48, 32, 16)
+_SIDES = (128, 96, 64, 48, 32, 16)
 # In the list, images stand beside the worst samples only.
 _LIST_SIDES = (64, 48, 32)
 _LIST_IMAGES = 300
@@ -87,7 +87,8 @@ def report(
       `ids` (if the selection's aren't positions), `labels` as given and
       `suggested` or `true_labels` (integers, or names), `captions` (texts, or
       lists of tokens), `images` (uint8 [H, W] or [H, W, C], anything that
-      gives one by position); and `class_names` [C].
+      gives one by position, and small ones by a method `at_most(position,
+      side)` if it has that); and `class_names` [C].
     columns: the user's own names of `ids`, `labels`, `suggested`,
       `true_labels`, `captions`, as texts, and of `scores`, a list [T].
     title: of the page.
@@ -227,7 +228,7 @@ class _Reader:
     found = {}
     for row in rows:
       try:
-        image = self._samples.image(row)
+        image = self._samples.image(row, side)
       except (OSError, ValueError) as error:  # a damaged file, or none
         self.failed += 1
         self.error = self.error or error
