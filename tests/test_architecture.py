@@ -184,6 +184,27 @@ def test_tests_mirror_the_rooms():
   assert folders <= {*ROOMS, "contract"}
 
 
+@pytest.mark.slow  # a process of its own
+def test_a_run_loads_nothing_heavy_that_it_does_not_need():
+  code = (
+    "import sys\n"
+    "from experiments.training import trainer\n"
+    "from experiments.tasks.classification import task\n"
+    "from gradmimic_jax import _ledger_files\n"
+    "_ledger_files._as_parquet('', 'integer')\n"
+    "print(*{'sklearn', 'matplotlib', 'tensorflow', 'pandas', 'jinja2',"
+    " 'grain', 'pyarrow.compute', 'experiments.tasks.language.task'}"
+    " & set(sys.modules))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert not done.stdout.strip()
+
+
 def test_importing_the_library_loads_nothing_heavy():
   code = (
     "import sys, gradmimic_jax\n"

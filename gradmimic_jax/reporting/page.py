@@ -34,7 +34,7 @@ from gradmimic_jax.selection.selection import Selection
 _FOLDER = pathlib.Path(__file__).parent
 _UNKNOWN = "\N{EN DASH}"
 # Sides of the images in pixels; the first with which the page fits is taken.
-_SIDES = (thumbnails.LARGEST, 96, 64, 48, 32, 16)
+_SIDES = (128, 96, 64, 48, 32, 16)
 # In the list, images stand beside the worst samples only.
 _LIST_SIDES = (64, 48, 32)
 _LIST_IMAGES = 300
@@ -88,7 +88,8 @@ def report(
       `ids` (if the selection's aren't positions), `labels` as given and
       `suggested` or `true_labels` (integers, or names), `captions` (texts, or
       lists of tokens), `images` (uint8 [H, W] or [H, W, C], anything that
-      gives one by position); and `class_names` [C]. Or a data frame with such
+      gives one by position, and small ones by a method `at_most(position,
+      side)` if it has that); and `class_names` [C]. Or a data frame with such
       columns, but for images and class_names; `label`, say, will do for
       `labels`, its index for `ids`, and other columns are passed over.
     columns: the user's own names, and those of the columns of a frame, of
@@ -231,7 +232,7 @@ class _Reader:
     found = {}
     for row in rows:
       try:
-        image = self._samples.image(row)
+        image = self._samples.image(row, side)
       except (OSError, ValueError) as error:  # a damaged file, or none
         self.failed += 1
         self.error = self.error or error

@@ -83,12 +83,21 @@ class Samples:
       and is_tokens(self.captions[0])
     )
 
-  def image(self, row: int) -> Any:
-    """Returns a sample's image; None if there are none."""
+  def image(self, row: int, side: int) -> Any:
+    """Returns a sample's image, by choice a small one; None if there are none.
+
+    Args:
+      row: of the selection.
+      side: in pixels, all that is needed. Images that have a method `at_most`
+        are asked for it.
+    """
     if self.images is None:
       return None
     assert self.rows is not None
-    return self.images[int(self.rows[row])]
+    position = int(self.rows[row])
+    if hasattr(self.images, "at_most"):
+      return self.images.at_most(position, side)
+    return self.images[position]
 
 
 def find_samples(

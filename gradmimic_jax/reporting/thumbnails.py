@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 128  # pixels of a side, of any image on a page
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's numbers, by channels
 
 

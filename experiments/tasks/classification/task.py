@@ -39,26 +39,28 @@ BAD_IMAGES_FILE = "bad_images.json"  # reasons by id, of each split
 
 
 class _Shown:
-  """Images of a page: each is decoded when it is shown, black if it is bad.
-
-  They are what the model sees, but no larger than pages show them.
-  """
+  """Images of a page: each is decoded when it is shown, black if it is bad."""
 
   def __init__(self, source: sources.Source, transform: decoding.Transform):
-    # Here, as training needs none of it.
-    from gradmimic_jax.reporting import thumbnails
-
-    size = transform.size and min(transform.size, thumbnails.LARGEST)
-    self._source = source
-    self._transform = dataclasses.replace(transform, size=size)
+    self._source, self._transform = source, transform
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, position: int) -> np.ndarray:
+    return self._decode(position, self._transform)
+
+  def at_most(self, position: int, side: int) -> np.ndarray:
+    """Decodes an image no larger than needed; JPEG files cost less then."""
+    transform = self._transform
+    if transform.size is not None and side < transform.size:
+      transform = dataclasses.replace(transform, size=side)
+    return self._decode(position, transform)
+
+  def _decode(self, position, transform):
     (stored,) = self._source.read([position])
     try:
-      return self._transform.decode(stored)
+      return transform.decode(stored)
     except images_lib.BadImageError:
       return np.zeros((1, 1, 1), np.uint8)
 

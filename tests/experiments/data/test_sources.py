@@ -22,10 +22,10 @@ from experiments.data import filters, noise, sources
 from experiments.data.sources import (
   arrays as arrays_lib,
   base,
-  decoded as decoded_lib,
   folder as folder_lib,
   index,
   splits,
+  whole_splits,
 )
 
 CLASSES = ("ant", "bee", "cat")
@@ -332,7 +332,7 @@ def write_npz(root, **changes):
 
 def decode(data, split):
   size = data.image_size or None
-  return decoded_lib.decode(sources.open(data, split), size)
+  return whole_splits.decode_split(sources.open(data, split), size)
 
 
 class TestArrays:

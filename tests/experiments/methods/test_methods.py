@@ -447,6 +447,19 @@ def test_samples_of_the_test_split_are_there_by_name_only(make_config):
     )
 
 
+def test_short_runs_have_at_most_two_batches_on_the_devices(monkeypatch):
+  started, waited = [], []
+  monkeypatch.setattr(jax, "block_until_ready", waited.append)
+
+  def step(state, _, batch):
+    started.append(batch)
+    assert len(started) - len(waited) <= 2
+    return state + batch, types.SimpleNamespace(metrics=batch)
+
+  assert grand._train(0, step, range(9)) == sum(range(9))
+  assert waited == list(range(8))
+
+
 class TestOfflineNorms:
   def make(self, make_config, **overrides):
     """A linear model on 30 samples: its norms have a closed form."""

@@ -18,7 +18,7 @@ from experiments.data import decoding, stream, workers
 from experiments.reporting import page
 from experiments.runtime import checkpoint
 from experiments.selection import files
-from experiments.tasks.classification import data
+from experiments.tasks.classification import data, task
 from experiments.training import trainer
 from tests.experiments import processes
 from tests.experiments.data import source_case, test_sources
@@ -185,6 +185,17 @@ def test_fields_that_make_no_sense(photos, tmp_path, change, text):
     trainer.train_and_evaluate(
       make_config(**photos, **change), tmp_path / "run"
     )
+
+
+def test_pages_decode_images_no_larger_than_they_show_them():
+  encoded, labels = source_case.photos(2, kind="PNG")
+  source = source_case.Handmade(encoded, labels)
+  for size, shown in ((224, 64), (6, 6), (None, None)):
+    images = task._Shown(source, decoding.Transform(3, size))
+    small = decoding.Transform(3, shown).decode(encoded[1])
+    np.testing.assert_array_equal(images.at_most(1, 64), small)
+    whole = decoding.Transform(3, size).decode(encoded[1])
+    np.testing.assert_array_equal(images[1], whole)
 
 
 @pytest.mark.slow  # worker processes start
