@@ -36,7 +36,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 60
+nb_execution_timeout = 300  # seconds a cell; a busy machine takes its time
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
