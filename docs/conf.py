@@ -67,12 +67,14 @@ def _write_fields(app):
     "",
     "Every job takes `--config=configs/<name>.py:<arguments>`, and any field as"
     " `--config.<field>=<value>`. A field that is not here is refused. The"
-    " tables are made of the configs' own comments.",
+    " tables are made of the configs' own comments. `python -m experiments`"
+    " lists the jobs, and `python -m experiments.<job> --config=... --help`"
+    " shows the fields of one config, with the values that it gives them.",
     "",
   ]
   for title, name in _CONFIGS.items():
     module = importlib.import_module(f"configs.{name}")
-    lines += [f"## {title}: `configs/{name}.py`", ""]
+    lines += [f"## {title}", "", f"`configs/{name}.py`", ""]
     lines += ["| field | default | meaning |", "|---|---|---|"]
     for field in fields.list_fields(module.get_config(), [base, module]):
       cells = (f"`{field.name}`", f"`{field.default!r}`", field.comment)
