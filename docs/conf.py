@@ -36,7 +36,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 60
+nb_execution_timeout = 300  # seconds a cell; a busy machine takes its time
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
@@ -67,12 +67,14 @@ def _write_fields(app):
     "",
     "Every job takes `--config=configs/<name>.py:<arguments>`, and any field as"
     " `--config.<field>=<value>`. A field that is not here is refused. The"
-    " tables are made of the configs' own comments.",
+    " tables are made of the configs' own comments. `python -m experiments`"
+    " lists the jobs, and `python -m experiments.<job> --config=... --help`"
+    " shows the fields of one config, with the values that it gives them.",
     "",
   ]
   for title, name in _CONFIGS.items():
     module = importlib.import_module(f"configs.{name}")
-    lines += [f"## {title}: `configs/{name}.py`", ""]
+    lines += [f"## {title}", "", f"`configs/{name}.py`", ""]
     lines += ["| field | default | meaning |", "|---|---|---|"]
     for field in fields.list_fields(module.get_config(), [base, module]):
       cells = (f"`{field.name}`", f"`{field.default!r}`", field.comment)

@@ -99,7 +99,11 @@ def apply_noise(
   if rate is not None and not 0 <= rate < 1:
     raise ValueError(f"the noise rate must lie in [0, 1), got {rate}")
   if num_classes < 2:
-    raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    raise ValueError(
+      f"num_classes must be at least 2, got {num_classes}; of a folder of"
+      " images, expected a folder for each class, or a table of files and"
+      " labels, which config.data.labels names"
+    )
   if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
     raise ValueError(
       f"labels must lie in 0 .. {num_classes - 1}, got "

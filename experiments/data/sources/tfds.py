@@ -215,6 +215,8 @@ def _find(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     known = tfds.list_builders(with_community_datasets=False)
     similar = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else "check the name"
+    if os.path.isdir(name):
+      hint = f"for a folder of images, say 'folder:{name}'"
     raise ValueError(
       f"no data set named {name!r}: TFDS knows none and {data_dir} holds "
       f"{_prepared_names(data_dir)}; {hint}"
