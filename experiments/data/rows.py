@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from experiments.data import stream, streams
+from experiments.data import purposes, stream
 
 
 class Rows(grain.IterDataset):
@@ -125,7 +125,7 @@ class Rows(grain.IterDataset):
   def _draw_order(self, epoch: int) -> np.ndarray:
     if self.seed is None:
       return self.rows
-    rng = np.random.default_rng((self.seed, streams.ORDER, epoch))
+    rng = np.random.default_rng((self.seed, purposes.ORDER, epoch))
     return rng.permutation(self.rows)
 
   def _fingerprint(self, drop_last: bool, about: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import decoding, store, streams, workers as workers_lib
+from experiments.data import decoding, purposes, store, workers as workers_lib
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -119,10 +119,10 @@ class Plan:
       rows = np.append(rows, np.full(size - len(rows), rows[0]))
     flipped = draws = None
     if self.augmentation.flip:
-      flipped = self._rng(streams.FLIP, step).random(size) < 0.5
+      flipped = self._rng(purposes.FLIP, step).random(size) < 0.5
     if self.augmentation.crop_scale is not None:
       shape = (size, decoding.ATTEMPTS, 4)
-      draws = self._rng(streams.CROP, step).random(shape)
+      draws = self._rng(purposes.CROP, step).random(shape)
     return Planned(rows, mask, flipped, draws)
 
   def _rng(self, stream, number):
@@ -137,7 +137,7 @@ class Plan:
       return self.positions
     order = self._orders.get(epoch)
     if order is None:
-      order = self._rng(streams.ORDER, epoch).permutation(self.positions)
+      order = self._rng(purposes.ORDER, epoch).permutation(self.positions)
       # Threads may be in two epochs at once.
       self._orders = {epoch: order, **dict([*self._orders.items()][:1])}
     return order

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import streams
+from experiments.data import purposes
 
 KINDS = ("swapped", "truncated", "padded")
 # Words that pages put around a picture instead of describing it.
@@ -87,7 +87,7 @@ def apply_noise(
     raise ValueError(f"context_length must be positive, got {context_length}")
   if seed < 0:
     raise ValueError(f"seed must not be negative, got {seed}")
-  rng = np.random.default_rng((seed, streams.CAPTIONS))
+  rng = np.random.default_rng((seed, purposes.CAPTIONS))
   rows = rng.permutation(len(clean))[: round(rate * len(clean))]
   texts = clean.tolist()
   kind = np.full(len(clean), "", f"<U{max(map(len, KINDS))}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import streams
+from experiments.data import purposes
 from experiments.data.noise import captions as caption_noise
 from experiments.data.pairs import drawing
 
@@ -148,7 +148,7 @@ def load(
     if value < least:
       raise ValueError(f"{name} must be at least {least}, got {value}")
   number = SPLITS.index(split)
-  rng = np.random.default_rng((seed, streams.SHAPES, number))
+  rng = np.random.default_rng((seed, purposes.SHAPES, number))
   labels = rng.integers(len(COLOURS) * len(SHAPES), size=size)
   if split == "zero_shot":
     labels = rng.permutation(np.arange(size) % (len(COLOURS) * len(SHAPES)))

@@ -35,7 +35,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from experiments.data import streams
+from experiments.data import purposes
 from experiments.data.pairs import (
   images,
   readers as readers_lib,
@@ -185,7 +185,7 @@ class ShardStream(grain.IterDataset):
     """Returns the shards that this process reads in an epoch, in order."""
     numbers = np.arange(len(self.paths))
     if self.seed is not None:
-      rng = np.random.default_rng((self.seed, streams.SHARDS, epoch))
+      rng = np.random.default_rng((self.seed, purposes.SHARDS, epoch))
       numbers = rng.permutation(numbers)
     mine = numbers[self.process_index :: self.process_count]
     return [self.paths[number] for number in mine]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import streams
+from experiments.data import purposes
 from experiments.data.pairs import shard_samples
 from experiments.data.pairs.shard_samples import Sample, Statistics
 
@@ -99,7 +99,7 @@ class Windows:
       samples.append(sample)
       size += len(sample.image) + len(sample.caption)
     if stream.seed is not None:
-      rng = np.random.default_rng((stream.seed, streams.WINDOW, *place))
+      rng = np.random.default_rng((stream.seed, purposes.WINDOW, *place))
       samples = [samples[row] for row in rng.permutation(len(samples))]
     # In place, for the shard that is open counts there.
     found = copy.deepcopy(self._counts)

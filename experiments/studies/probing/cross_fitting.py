@@ -22,7 +22,7 @@ from ml_collections import config_dict
 import gradmimic_jax as gm
 from configs import natural_errors
 from experiments import methods
-from experiments.data import noise, streams
+from experiments.data import noise, purposes
 from experiments.runtime import claims, workdir as workdir_lib
 from experiments.studies import plan
 from experiments.studies.probing import (
@@ -157,7 +157,7 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
       f"config.cross.folds is {folds}, and there are {len(labels)} samples;"
       " expected no more folds than samples."
     )
-  rng = np.random.default_rng((seed, streams.PARTS))
+  rng = np.random.default_rng((seed, purposes.PARTS))
   order = rng.permutation(len(labels))
   order = order[np.argsort(labels[order], kind="stable")]
   found = np.empty(len(labels), np.int32)

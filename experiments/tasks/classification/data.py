@@ -11,11 +11,11 @@ from experiments.data import (
   decoding,
   filters,
   noise,
+  purposes,
   sources,
   statistics,
   store,
   stream,
-  streams,
 )
 from experiments.models import initial
 from experiments.runtime import distributed, workdir as workdir_lib
@@ -271,7 +271,7 @@ def draw_share(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:
   Returns:
     Their positions, rising.
   """
-  order = np.random.default_rng((seed, streams.PARTS)).permutation(len(labels))
+  order = np.random.default_rng((seed, purposes.PARTS)).permutation(len(labels))
   drawn = []
   for label in np.unique(labels):
     own = order[labels[order] == label]
@@ -314,7 +314,7 @@ def clean_positions(
       " than every class has, as train samples that are clean are not trained"
       " on."
     )
-  rng = np.random.default_rng((seed, streams.CLEAN))
+  rng = np.random.default_rng((seed, purposes.CLEAN))
   chosen = [
     rng.choice(np.flatnonzero(labels == c), per_class, replace=False)
     for c in range(num_classes)
@@ -358,7 +358,7 @@ def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
   rows = data.indices
   if rows is None:
     rows = np.arange(len(data.labels.labels))
-  rng = np.random.default_rng((seed, streams.CHECK))
+  rng = np.random.default_rng((seed, purposes.CHECK))
   return gather(data.train, data.labels.labels, rng.permutation(rows)[:samples])
 
 

@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from experiments import models
-from experiments.data import sources, store, stream, streams
+from experiments.data import purposes, sources, store, stream
 from experiments.runtime import (
   cache,
   checkpoint,
@@ -174,7 +174,7 @@ def draw_other(
   """
   digest = hashlib.sha256(np.asarray(index, "<i4").tobytes()).digest()
   entropy = int.from_bytes(digest, "little")
-  rng = np.random.default_rng((seed, streams.INDEPENDENT, entropy))
+  rng = np.random.default_rng((seed, purposes.INDEPENDENT, entropy))
   drawn = rng.choice(rows, size, replace=False)
   return drawn, rng.random(size) < 0.5 if flip else None
 

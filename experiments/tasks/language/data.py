@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from experiments.data import filters, rows as rows_lib, streams
+from experiments.data import filters, purposes, rows as rows_lib
 from experiments.tasks.language import (
   noise as noise_lib,
   texts as texts_lib,
@@ -208,7 +208,7 @@ def split(
       f"config.data.held_out_fraction is {fraction}; expected more than 0 and"
       " less than 1."
     )
-  key = repr((seed, streams.HELD_OUT)).encode()
+  key = repr((seed, purposes.HELD_OUT)).encode()
   _, starts = np.unique(owners, return_index=True)
   parts = np.split(sequences.tokens, np.sort(starts)[1:])
   digests = np.array(
@@ -264,7 +264,7 @@ def _sequences(section, noise):
     fraction=section["held_out_fraction"],
     seed=section["seed"],
   )
-  rng = np.random.default_rng((section["seed"], streams.HELD_OUT))
+  rng = np.random.default_rng((section["seed"], purposes.HELD_OUT))
   train = _some(found, ~held, section["train_size"], rng)
   held_out = _some(found, held, section["held_out_size"], rng)
   noisy = noise_lib.apply_noise(

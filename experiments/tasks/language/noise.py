@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import streams
+from experiments.data import purposes
 from experiments.tasks.language import texts as texts_lib
 
 KINDS = ("shuffled", "code", "boilerplate")
@@ -81,7 +81,7 @@ def apply_noise(
     )
   if seed < 0:
     raise ValueError(f"the seed of the noise is {seed}; expected 0 or more.")
-  rng = np.random.default_rng((seed, streams.TEXTS))
+  rng = np.random.default_rng((seed, purposes.TEXTS))
   rows = rng.permutation(len(texts))[: round(rate * len(texts))]
   noisy = list(texts)
   kind = np.full(len(texts), CLEAN, f"<U{max(map(len, KINDS))}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data import decoding, statistics, store, stream, streams
+from experiments.data import decoding, purposes, statistics, store, stream
 from experiments.runtime import distributed
 from experiments.tasks.classification import inputs
 from tests.experiments.data.source_case import (
@@ -52,7 +52,7 @@ def assert_same(first, second):
 
 
 def test_no_two_draws_share_a_stream():
-  numbers = [n for name, n in vars(streams).items() if name.isupper()]
+  numbers = [n for name, n in vars(purposes).items() if name.isupper()]
   assert len(numbers) >= 5
   assert len(set(numbers)) == len(numbers)
 
@@ -77,7 +77,7 @@ class TestTrainBatches:
   def test_the_order_is_the_one_of_seed_and_epoch(self):
     taken = np.concatenate([batch["index"] for batch in batches(seed=7)])
     for epoch in range(3):
-      order = np.random.default_rng((7, streams.ORDER, epoch)).permutation(NUM)
+      order = np.random.default_rng((7, purposes.ORDER, epoch)).permutation(NUM)
       np.testing.assert_array_equal(taken[56 * epoch :][:NUM], order)
 
   def test_rows_belong_together(self):
@@ -208,10 +208,10 @@ class TestInputs:
 def brute_force(step, seed, scale):
   """A batch of crops of PHOTOS by Pillow, in float64, one row at a time."""
   steps, rows = 3, []
-  order = np.random.default_rng((seed, streams.ORDER, step // steps))
+  order = np.random.default_rng((seed, purposes.ORDER, step // steps))
   order = order.permutation(23)[step % steps * 8 :][:8]
-  flips = np.random.default_rng((seed, streams.FLIP, step)).random(8) < 0.5
-  draws = np.random.default_rng((seed, streams.CROP, step)).random((8, 10, 4))
+  flips = np.random.default_rng((seed, purposes.FLIP, step)).random(8) < 0.5
+  draws = np.random.default_rng((seed, purposes.CROP, step)).random((8, 10, 4))
   for row, at in enumerate(order):
     pixels = Image.fromarray(decoding.Transform(3).decode(FILES[at]))
     box = decoding.random_box(pixels.size, draws[row], scale)

@@ -1,4 +1,4 @@
-"""Random streams of one seed: each draw is seeded with `(seed, its number)`.
+"""Purposes of random draws: each draw is seeded with `(seed, its purpose)`.
 
 Draws for one purpose say nothing about draws for another.
 """
