@@ -1,11 +1,15 @@
 """Settings of the documentation; `make docs` builds it, offline."""
 
 import importlib
+import os
 import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # configs and experiments are not installed
+# The notebooks' kernels are processes of their own.
+_known = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(_known)
 
 import gradmimic_jax  # noqa: E402
 from configs import base  # noqa: E402
