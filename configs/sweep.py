@@ -80,9 +80,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 
 def _cifar10(values):
-  everywhere = {"data.name": "cifar10"}
-  if values["data_dir"]:
-    everywhere["data.data_dir"] = values["data_dir"]
+  everywhere = {"data.name": "cifar10", **_prepared(values)}
   model = {
     "model.name": "resnet",
     "model.widths": (16, 32, 64),
@@ -213,9 +211,7 @@ def _noises(values) -> dict[str, dict[str, object]]:
 
 def _efficientnet(values):
   seeds, noises = tuple(range(values["seeds"] or 5)), _noises(values)
-  everywhere = {"data.name": "cifar10"}
-  if values["data_dir"]:
-    everywhere["data.data_dir"] = values["data_dir"]
+  everywhere = {"data.name": "cifar10", **_prepared(values)}
   heads = {
     **everywhere,
     "data.image_size": 128,

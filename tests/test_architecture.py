@@ -186,7 +186,7 @@ def test_tests_mirror_the_rooms():
 
 @pytest.mark.slow  # a process of its own
 def test_a_run_loads_nothing_heavy_that_it_does_not_need():
-  code = (
+  loaded = _print_of(
     "import sys\n"
     "from experiments.training import trainer\n"
     "from experiments.tasks.classification import task\n"
@@ -196,26 +196,24 @@ def test_a_run_loads_nothing_heavy_that_it_does_not_need():
     " 'grain', 'pyarrow.compute', 'experiments.tasks.language.task'}"
     " & set(sys.modules))"
   )
+  assert not loaded
+
+
+def _print_of(code):
   done = subprocess.run(
     [sys.executable, "-c", code],
     capture_output=True,
     text=True,
     check=True,
   )
-  assert not done.stdout.strip()
+  return done.stdout.strip()
 
 
 def test_importing_the_library_loads_nothing_heavy():
-  code = (
+  loaded = _print_of(
     "import sys, gradmimic_jax\n"
     "[getattr(gradmimic_jax, name) for name in gradmimic_jax.__all__]\n"
     "print(*{'sklearn', 'matplotlib', 'flax', 'tensorflow', 'pandas', 'PIL',"
     " 'jinja2'} & set(sys.modules))"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert not done.stdout.strip()
+  assert not loaded

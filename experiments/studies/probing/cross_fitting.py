@@ -25,7 +25,9 @@ from experiments import methods
 from experiments.data import noise, purposes
 from experiments.runtime import claims, workdir as workdir_lib
 from experiments.studies import plan
+from experiments.studies.plan import REFERENCE
 from experiments.studies.probing import (
+  cells,
   features as features_lib,
   heads,
   lists,
@@ -41,7 +43,6 @@ from gradmimic_jax import _files
 
 JOB = "cross_fitting"
 CELLS = "cells"
-REFERENCE = "reference"
 
 
 class Cell(NamedTuple):
@@ -119,7 +120,8 @@ def check(config: config_dict.ConfigDict) -> None:
       )
   for name in methods_of(config):
     method = methods.create(name, config.mimic)
-    if method is None or method.score is None or not _has_reference(method):
+    has_scores = method is not None and method.score is not None
+    if not has_scores or not cells.has_reference(name, config):
       raise ValueError(
         f"config.method is {config.method!r} and config.study.methods"
         f" {tuple(config.study.methods)}; expected methods with scores that"
@@ -180,10 +182,6 @@ def draw_labels(
     partial=config.noise.partial,
     **{name: config.noise[name] for name in data_lib.NOISE_OPTIONS},
   )
-
-
-def _has_reference(method):
-  return method.direction in ("weights", "outputs")
 
 
 def _claim(folder, config):

@@ -73,18 +73,15 @@ def compare(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
   Returns:
     Rows of `rate`, `share`, `method`, `value`, the mean `difference`, and its
-    standard `error` over the seeds. None if Grad-Mimic isn't there, or has more
+    standard `error` over the seeds. [] if Grad-Mimic isn't there, or has more
     than one value of its weighting.
   """
   runs: dict[tuple[Any, ...], dict[int, float]] = {}
-  rates: dict[float, None] = {}
   for result in results:
     for run in result["runs"]:
       key = result["method"], result["share"], run["value"], run["rate"]
       accuracy = run["curves"]["test_accuracy"][-1]
       runs.setdefault(key, {})[run["seed"]] = accuracy
-      if result["method"] == _OURS:
-        rates[run["rate"]] = None
   ours = [key for key in runs if key[0] == _OURS]
   if len({key[2] for key in ours}) != 1:
     return []
