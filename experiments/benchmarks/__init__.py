@@ -24,6 +24,8 @@ _MODULES = {
 }
 # The first of several processes measures it alone.
 _BY_FIRST = ("engines",)
+# These choose the number of devices, which can't change once it was asked for.
+_BY_VIRTUAL_DEVICES = ("pod",)
 
 
 def load(config: config_dict.ConfigDict) -> types.ModuleType:
@@ -55,15 +57,12 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
       "this job is one for a single process; expected no --distributed and no"
       " --coordinator"
     )
-  terminal.note(
-    terminal.outline(
-      f"benchmark of {config.benchmark}",
-      {
-        "devices": terminal.describe_devices(),
-        "look at": pathlib.Path(workdir) / benchmark.RESULT_FILE,
-      },
-    )
-  )
+  outline: dict[str, object] = {
+    "look at": pathlib.Path(workdir) / benchmark.RESULT_FILE
+  }
+  if config.benchmark not in _BY_VIRTUAL_DEVICES:
+    outline = {"devices": terminal.describe_devices(), **outline}
+  terminal.note(terminal.outline(f"benchmark of {config.benchmark}", outline))
   results = benchmark.measure(config, workdir)
   print(f"\n{benchmark.table(config, results)}\n")
   print(f"all of it: {pathlib.Path(workdir) / benchmark.RESULT_FILE}")

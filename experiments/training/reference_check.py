@@ -42,10 +42,15 @@ def check(
 
   Raises:
     ValueError: the reference lies in a foreign basin, and `config.mimic.force`
-      is not set.
+      is not set; or no samples to check it on.
   """
   if reference is None or reference.params is None:
     return None
+  if config.mimic.check_samples < 1:
+    raise ValueError(
+      f"config.mimic.check_samples is {config.mimic.check_samples}; expected at"
+      " least 1."
+    )
   known = None
   if (folder / FILE).exists():
     fields = {"reference": str, "verdict": str}

@@ -347,14 +347,7 @@ def draw_batch(data: Any, *, samples: int, seed: int) -> dict[str, np.ndarray]:
 
   Returns:
     As `gather`; `inputs.make_expand` makes the model's input of it.
-
-  Raises:
-    ValueError: no samples were asked for.
   """
-  if samples < 1:
-    raise ValueError(
-      f"config.mimic.check_samples is {samples}; expected at least 1."
-    )
   rows = data.indices
   if rows is None:
     rows = np.arange(len(data.labels.labels))

@@ -191,12 +191,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 
 
 @pytest.fixture
-def begin(monkeypatch):
+def begin(runs, task, monkeypatch):
   """`begin(config, folder) -> report`: checks the reference; trains nothing."""
 
   def stop(run, *_):
     raise KeyboardInterrupt
 
+  runs.toward_reference(task)  # trains that one, whole
   monkeypatch.setattr(trainer.Run, "check_reference", CHECK)
   monkeypatch.setattr(trainer.Run, "to_the_end", stop)
 

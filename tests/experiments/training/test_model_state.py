@@ -493,9 +493,8 @@ def test_a_run_with_all_of_it_goes_on_bit_for_bit(make_config, tmp_path):
   scoring.score_dataset(job.lock(), tmp_path / "scores")
   _, found = gm.ScoreLedger(tmp_path / "scores/ledger").matrix("loss")
   batch = next(iter(task.passes()))
-  expected, _ = task.losses_fn(
-    states[1][0], task.take(batch).seen, statistics=states[1][1]
-  )
+  seen = task.expand(task.take(batch).seen, task.resident)
+  expected, _ = task.losses_fn(states[1][0], seen, statistics=states[1][1])
   np.testing.assert_allclose(
     found[: len(expected), 0], expected, rtol=1e-4, atol=1e-6
   )

@@ -50,7 +50,7 @@ def mimic(references, seed, **overrides):
 def begin(config, folder):
   """Starts a run, which stops before its first step."""
 
-  def stop(self, sink):
+  def stop(run, *_):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch:
