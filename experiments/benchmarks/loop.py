@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from configs.benchmark import loop as loop_config
 from experiments.benchmarks import timing
+from experiments.data import sources
 from experiments.runtime import (
   metrics as writers,
   prefetch,
@@ -236,11 +237,16 @@ def _measure_seeds(config, folder):
 
 def _measure_start(config, folder):
   """CPU seconds of a process that takes one step, and evaluates and saves."""
+  # Prepares the set, which is done once on a machine.
+  sources.open(config.data, config.data.train_split)
   cache = folder / programs.FOLDER
+  flags = [f"--compilation_cache={cache}"]
+  if config.data.data_dir is not None:
+    flags.append(f"--config.data.data_dir={config.data.data_dir}")
+  # Programs are kept where this says, and Python keeps its bytecode.
+  unset = ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
   environment = {
-    key: value
-    for key, value in os.environ.items()
-    if key != "JAX_COMPILATION_CACHE_DIR"
+    key: value for key, value in os.environ.items() if key not in unset
   }
   found = {}
   for name in ("cold", "warm"):
@@ -250,8 +256,7 @@ def _measure_start(config, folder):
         *(sys.executable, "-m", "experiments.train"),
         "--config=configs/digits.py",
         f"--workdir={folder / name}",
-        f"--compilation_cache={cache}",
-        f"--config.data.data_dir={config.data.data_dir or ''}",
+        *flags,
         "--config.num_epochs=0",
         "--config.num_steps=1",
         "--config.method=random",

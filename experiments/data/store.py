@@ -33,7 +33,10 @@ DEVICE_SHARE = 1 / 8
 CPU_BYTES = 32 << 20
 # and in a process's memory, as a share of the machine's.
 MEMORY_SHARE = 1 / 64
-_CHUNK = 64  # samples that are decoded at once
+# Samples that are decoded at once, and of small ones as many as have so many
+# bytes: a call of array_record costs as much as some hundred records.
+_CHUNK = 64
+_CHUNK_BYTES = 1 << 20
 _KEPT = 4  # splits, for the next run of this process
 _LISTED = 5  # bad images in an error
 
@@ -193,6 +196,7 @@ class Images:
     self.bytes = (
       len(source) * math.prod(self.shape) * self.reader.dtype.itemsize
     )
+    self._chunk = max(_CHUNK, _CHUNK_BYTES * len(source) // max(self.bytes, 1))
     self.residence, reason = self._choose(residence, random_crop)
     self._shard: np.ndarray | None = None
     if self.residence == "memory":
@@ -269,7 +273,7 @@ class Images:
   def read_own(self, positions: Sequence[int]) -> Iterable[np.ndarray]:
     """Yields samples of this process's `shard`, some at a time; no bad ones."""
     wanted = np.asarray(positions, np.int64)
-    chunks = np.split(wanted, range(_CHUNK, len(wanted), _CHUNK))
+    chunks = np.split(wanted, range(self._chunk, len(wanted), self._chunk))
     read: Any = self.read
     threads = self.threads
     if self.residence == "device":
@@ -326,8 +330,8 @@ class Images:
       own = self.shard
       rows = self._devices.divided(len(self.source)) // self._devices.process[1]
       shard = np.zeros((rows, *self.shape), self.reader.dtype)
-      starts = range(0, len(own), _CHUNK)
-      chunks = [own[start : start + _CHUNK] for start in starts]
+      starts = range(0, len(own), self._chunk)
+      chunks = [own[start : start + self._chunk] for start in starts]
       read = in_threads(self.reader.read, chunks, self.threads)
       for start, (found, bad) in zip(starts, read, strict=True):
         shard[start : start + len(found)] = found

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 from ml_collections import config_dict
 
@@ -38,6 +39,9 @@ MODELS: dict[
   "vit": (ViT, lambda config: dict(config.vit)),
   "efficientnet_lite0": (EfficientNetLite0, lambda config: {}),
 }
+# Made by one program: it has fewer operations than there are programs for one
+# each. The layers of others are alike, and share such programs.
+_AT_ONCE = ("mlp", "convnet")
 
 
 def create(
@@ -140,11 +144,24 @@ def _create(config, input_shape, num_classes, seed, method):
       f" expected '' with config.model.name={config.name!r}."
     )
   module, options = MODELS[config.name]
+  make = _make_new(
+    module,
+    config.name in _AT_ONCE,
+    **options(config),
+    input_shape=tuple(input_shape),
+    num_classes=num_classes,
+    dtype=transformer.activations(config),
+  )
   with programs.run_once():
-    model = module(
-      input_shape=tuple(input_shape),
-      num_classes=num_classes,
-      rngs=nnx.Rngs(seed),
-      **{**options(config), "dtype": transformer.activations(config)},
-    )
+    model = make(jax.random.key(seed))
   return apply_lib.from_nnx(model, config.name, method)
+
+
+@programs.once
+def _make_new(module, at_once, **options):
+  """Makes `make(key)`, which makes a new model."""
+
+  def make(key):
+    return module(rngs=nnx.Rngs(key), **options)
+
+  return nnx.jit(make) if at_once else make

@@ -1,6 +1,7 @@
 """The command line of every job: flags, log lines, one-line errors."""
 
 import contextlib
+import gc
 import importlib.util
 import inspect
 import os
@@ -82,6 +83,8 @@ def run(
       else is done with it.
   """
   preemption.listen()
+  gc.freeze()  # what was imported, which is no garbage
+  gc.enable()
   if exclusive:
     job = _locking(job)
 

@@ -41,6 +41,7 @@ class ModelState(NamedTuple):
   statistics: Any  # such as BatchNorm's; () if there are none
 
 
+@functools.partial(jax.jit, static_argnames=("tx", "average"))
 def init_state(
   params: Any,
   tx: optax.GradientTransformation,
@@ -48,11 +49,11 @@ def init_state(
   *,
   average: bool = False,
 ) -> TrainState:
-  """Makes the state before the first step.
+  """Makes the state before the first step, as one program.
 
   Args:
     params: the learner's.
-    tx: the optimizer.
+    tx: the optimizer, one object for runs that share the program.
     model_state: as in `TrainState`.
     average: whether to keep an average, for a train step that has one.
 

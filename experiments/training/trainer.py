@@ -148,13 +148,14 @@ class Run:
       self.config.optimizer, total_steps=self.total_steps, last=task.last
     )
     average = optimizer.read_average(self.config.optimizer)
-    self.state = self.devices.compute(
-      lambda params, model_state: steps.init_state(
-        params, tx, model_state, average=bool(average)
-      ),
-      task.params,
-      steps.make_model_state(task.outputs, task.statistics, config.seed),
-    )
+    with programs.run_once():
+      self.state = self.devices.compute(
+        lambda params, model_state: steps.init_state(
+          params, tx, model_state, average=bool(average)
+        ),
+        task.params,
+        steps.make_model_state(task.outputs, task.statistics, config.seed),
+      )
     self.train_step, self.make_call = calls.make(
       task.losses_fn,
       tx,

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments import models
 from experiments.models import initial, vit
 from experiments.models.pretrained import positions, vit as pretrained
+from experiments.runtime import programs
 
 IMAGE, CLASSES = (16, 16, 3), 5
 # Who made the golden file, which model in it, and what its norms add.
@@ -157,6 +159,24 @@ def test_named_sizes_have_their_parameters(name, parameters):
 
   others = (sizes["depth"] - 1) * count(like["blocks"][0])
   assert count(like) + others == parameters
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_one_program_makes_the_bits_that_many_make(name):
+  config = config_of(name, widths=(16, 8))
+  module, options = models.MODELS[name]
+  with programs.run_once():
+    made = module(
+      input_shape=IMAGE,
+      num_classes=CLASSES,
+      rngs=nnx.Rngs(3),
+      **options(config),
+    )
+  expected = nnx.to_pure_dict(nnx.state(made, nnx.Param))
+  _, found = models.create(
+    config, input_shape=IMAGE, num_classes=CLASSES, seed=3
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_head_that_does_not_fit_stays_and_is_said(write, caplog):
