@@ -24,7 +24,7 @@ _SECONDS = 0.05
 _SPEED = {"cpu": 5e10}  # floating-point operations a second; of a device:
 _ACCELERATOR = 5e13
 _LONGEST = 64  # steps: a SIGTERM, and metrics, wait for the end of a call
-_BYTES = 1 << 25  # of the batches of a call, several of which are in memory
+_BYTES = 24 << 20  # of the batches of a call, several of which are in memory
 
 
 class Call(NamedTuple):
@@ -88,7 +88,7 @@ def choose_length(
   its devices alone: as many as make a call of 50 ms, by a rough count of its
   multiplications, but at most 64, no more than there are from one evaluation or
   checkpoint to the next (in calls of about equal length), and no more than
-  32 MiB of batches. One on CPUs where a step has convolutions, which a loop
+  24 MiB of batches. One on CPUs where a step has convolutions, which a loop
   makes 29 times as slow there.
 
   Args:
