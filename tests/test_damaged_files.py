@@ -272,9 +272,8 @@ def test_every_damage_is_seen_or_does_no_harm():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_many_more_damages(seed):
-  count, _, wrong = run(seed=seed, flips=400, cuts=60)
+def test_many_more_damages():
+  count, _, wrong = run(seed=1, flips=400, cuts=60)
   assert count > 5000
   assert not wrong, "\n".join(wrong)
 

@@ -199,7 +199,7 @@ UNSHRUNK = settings(
 )
 # With missing entries and ties.
 GAPS = {"seed": 15, "n": 60, "n_steps": 3, "rate": 0.3, "distance": 5.0}
-MANY = settings(UNSHRUNK, max_examples=50)
+MANY = settings(UNSHRUNK, max_examples=20)
 
 
 def drawn(options):
@@ -297,13 +297,13 @@ def test_generated_sets_come_out_right(seed):
 
 
 @pytest.mark.slow
-def test_hundreds_of_generated_sets_come_out_right():
-  outcome = run(400, 100_000)
+def test_a_hundred_generated_sets_come_out_right():
+  outcome = run(120, 100_000)
   print(outcome)
   # Not all are right: 1 in 45 came out otherwise (10 of 450), of which most are
   # undecidable by the truth's own evidence; the others are of skewed noise in
   # few steps, where the tail of one group is the other.
-  assert len(outcome.wrong) + len(outcome.undecidable) <= 10
+  assert len(outcome.wrong) + len(outcome.undecidable) <= 3
   assert not any(
     "none wrong" in " ".join(bad) for bad in outcome.wrong.values()
   )
@@ -510,8 +510,11 @@ WEAK = [
   ("clean_fraction", "separation", "offset", "mark"),
   [
     pytest.param(*x, marks=() if x in WEAK else SLOW)
-    for x in itertools.product(
-      (0.3, 1.0), (0.5, 1.0, 2.0, 4.0), (0.0, -0.5, -1.0), (None, 0.0)
+    for x in dict.fromkeys(
+      [
+        *WEAK,
+        *itertools.product((0.3, 1.0), (0.5, 4.0), (0.0, -1.0), (None, 0.0)),
+      ]
     )
   ],
 )

@@ -262,7 +262,7 @@ MIMIC = (
   ("pairs", "grad_mimic", "forward"),
 )
 PLAIN = (("classes", "sgd", "auto"), ("pairs", "sgd", "forward"))
-METHODS = {32: MIMIC + PLAIN, 64: MIMIC}  # by the bits of the numbers
+METHODS = {32: MIMIC[::2] + PLAIN, 64: MIMIC}  # by the bits of the numbers
 
 
 def run_cases(folder, fsdps, *, simple, **layout):
@@ -303,18 +303,12 @@ def on_one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("count", "devices", "bits"),
-  [
-    *((1, 8, 64), (4, 2, 64)),
-    *((1, 8, 32), (2, 4, 32)),
-  ],
-)
+@pytest.mark.parametrize(("count", "devices", "bits"), [(4, 2, 64), (1, 8, 32)])
 def test_an_update_is_the_single_devices(on_one_device, count, devices, bits):
   """Whole or divided parameters, engines, tasks; weights are of the batch."""
   # JAX's attention is float32 at most. And how a program is divided doesn't
   # depend on whose the devices are: several processes don't compile attention.
-  simple = bits == 64 or count > 1
+  simple = bits == 64
   folder, alone = on_one_device(bits, simple)
   fsdps = sorted({1, count * devices})
   found, held = run_cases(
@@ -469,7 +463,7 @@ def test_a_study_is_made_together(digits_dir, tmp_path):
   fields = {
     **settings(digits_dir),
     "num_epochs": 2,
-    "study.methods": "('sgd','grad_mimic','grad_mimic_outputs')",
+    "study.methods": "('grad_mimic',)",
   }
   texts = [
     run_job(

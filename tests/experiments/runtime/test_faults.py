@@ -212,9 +212,9 @@ def show(request, name, seconds):
 
 
 @pytest.mark.slow
-def test_six_kills_lose_nothing(start, undisturbed, tmp_path, request):
+def test_three_kills_lose_nothing(start, undisturbed, tmp_path, request):
   """Of either process, at any moment; the other one leaves by itself."""
-  moments = ["starting"] + ["saving"] * 2 + ["stepping"] * 3
+  moments = ["starting", "saving", "stepping"]
   rng = random.Random(7)
   rng.shuffle(moments)
   whole, run = undisturbed(2), tmp_path / "run"

@@ -250,20 +250,18 @@ def test_a_study_of_resized_images(make_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("rate", "sgd", "grad_mimic"), [(0.4, 0.88, 0.97), (0.6, 0.70, 0.95)]
-)
-def test_the_numbers_on_digits(tmp_path, digits_dir, rate, sgd, grad_mimic):
-  config = digits.get_config(f"rate={rate}").unlock()
+def test_the_numbers_on_digits(tmp_path, digits_dir):
+  config = digits.get_config("rate=0.6").unlock()
   config.data.data_dir = digits_dir
+  config.study.methods, config.study.retrain = ("sgd", "grad_mimic"), False
   found = runner.run_study(config.lock(), tmp_path / "study")
 
   def mean(entries, key):
     return sum(entry[key] for entry in entries) / len(entries)
 
   runs, detected = found["runs"], found["detection"]["grad_mimic"]
-  assert mean(runs["sgd"], "test_accuracy") == pytest.approx(sgd, abs=0.05)
-  assert mean(runs["grad_mimic"], "test_accuracy") >= grad_mimic
+  assert mean(runs["sgd"], "test_accuracy") == pytest.approx(0.7, abs=0.05)
+  assert mean(runs["grad_mimic"], "test_accuracy") >= 0.95
   assert mean(detected, "auroc") >= 0.99
   assert mean(detected, "f1") >= 0.95
 
