@@ -12,8 +12,10 @@ from pairs_case import make, on_shapes, on_shards
 
 import gradmimic_jax as gm
 from configs import datacomp
+from experiments import tasks
 from experiments.benchmarks import methods as costs
 from experiments.data.pairs import shapes
+from experiments.runtime import checkpoint, distributed
 from experiments.training import optimizer, trainer as clip_train
 
 
@@ -69,6 +71,19 @@ class TestShards:
     assert np.isin(ids, uids[::2]).all()
     # All sound pairs in the first pass; the batch at the turn counts for it.
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
+
+  @pytest.mark.slow
+  def test_an_interrupted_run_goes_on_bit_for_bit(self, scored, tmp_path):
+    """With the place in the shards restored."""
+    config, whole, result = scored
+    run = tmp_path / "run"
+    with tiny.interrupted(3):
+      clip_train.train_and_evaluate(config, run)
+    assert checkpoint.steps(run) == [2]
+    again = clip_train.train_and_evaluate(config, run)
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    task = tasks.create(config, distributed.Devices.alone())
+    tiny.assert_same_run(whole, run, task.params)
 
   def test_broken_samples_are_counted(self, folder, tmp_path):
     config = on_shards(folder, **{"data.max_broken_share": 0.0})
