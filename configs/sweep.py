@@ -258,6 +258,9 @@ def _efficientnet(values):
     }
     fields = heads | noises[name] | more
     cells.append(_line(f"outgrowing_{name}", "study", outgrowing, fields))
+  weights = {"model.pretrained": values["backbone"], **_prepared(values)}
+  finetune = f"{outgrowing},protocol=finetune"
+  cells.append(_line("outgrowing_finetune", "study", finetune, weights))
   cells.append(
     _line(
       "probe_tuning",
