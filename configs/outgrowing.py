@@ -18,7 +18,8 @@ number of `seeds`. The figure is accuracy_by_share_<rate>.png.
 
 `protocol=finetune` trains all weights of that backbone, reference and learner,
 on 2,500 of the images at 48 pixels. The reference knows the true labels of a
-`share` of them. Three seeds take an hour on 2 CPU cores.
+`share` of them. Compiling takes minutes a method, and three seeds take hours on
+2 CPU cores.
 """
 
 from ml_collections import config_dict
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   Raises:
     ValueError: an unknown argument, data set or protocol; all weights of
-      digits' heads.
+      digits' heads; a share that isn't above 0 and up to 1.
   """
   values = base.parse_arg(
     arg,
@@ -55,6 +56,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     if is_small:
       raise ValueError(
         "protocol=finetune takes dataset=cifar10: digits have no backbone."
+      )
+    if not 0 < values["share"] <= 1:
+      raise ValueError(
+        f"config argument share={values['share']:g}; expected a number above 0"
+        " and up to 1."
       )
     return _finetune(values)
   config = label_noise.get_config(

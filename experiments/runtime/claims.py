@@ -99,6 +99,31 @@ def hold(path: pathlib.Path, *, poll: float = 0.5) -> Iterator[None]:
     claim.release()
 
 
+def do_once(
+  path: pathlib.Path,
+  read: Callable[[], Result | None],
+  work: Callable[[], Result],
+) -> Result | None:
+  """Does work that no other process is at, unless it is done by now.
+
+  Args:
+    path: of the claim.
+    read: gives the result, if there is one.
+    work: makes it, and leaves it for `read`.
+
+  Returns:
+    The result; None if another process has the claim.
+  """
+  claim = take(path)
+  if claim is None:
+    return None
+  try:
+    found = read()
+    return work() if found is None else found
+  finally:
+    claim.release()
+
+
 def share(
   items: Sequence[Item], attempt: Callable[[Item], Result | None]
 ) -> list[Result]:

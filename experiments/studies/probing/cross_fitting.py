@@ -263,23 +263,21 @@ class _Study:
       reference = self._result(Cell(REFERENCE, cell.fold))
       if reference is None:
         return None
-    claim = claims.take(self._file(cell).with_suffix(".claim"))
-    if claim is None:
-      return None
-    try:
-      found = self._result(cell)
-      if found is None:
-        print(
-          f"{cell.method}: fold {cell.fold + 1} of {self.config.cross.folds},"
-          f" seeds {', '.join(map(str, self.seeds))}",
-          flush=True,
-        )
-        found = self._train(cell, reference)
-        with _files.replacing(self._file(cell)) as content:
-          np.savez(content, allow_pickle=False, **found)
+
+    def work():
+      print(
+        f"{cell.method}: fold {cell.fold + 1} of {self.config.cross.folds},"
+        f" seeds {', '.join(map(str, self.seeds))}",
+        flush=True,
+      )
+      found = self._train(cell, reference)
+      with _files.replacing(self._file(cell)) as content:
+        np.savez(content, allow_pickle=False, **found)
       return found
-    finally:
-      claim.release()
+
+    return claims.do_once(
+      self._file(cell).with_suffix(".claim"), lambda: self._result(cell), work
+    )
 
   def _file(self, cell) -> pathlib.Path:
     """Named after all that its result depends on."""

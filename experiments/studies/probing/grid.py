@@ -115,24 +115,22 @@ class _Grid:
     """The cell's result, unless another process is at it, or it must wait."""
     if not all(self._result(other) for other in self._needed(cell)):
       return None
-    claim = claims.take(self._file(cell).with_suffix(".claim"))
-    if claim is None:
-      return None
-    try:
-      result = self._result(cell)
-      if result is None:
-        print(
-          f"{cell.name}: seeds {', '.join(map(str, cell.seeds))},"
-          f" {len(cell.seeds) * len(cell.points)} runs"
-          + (f", reference on {cell.share:.1%}" if cell.share else ""),
-          flush=True,
-        )
-        result = self._train(cell)
-        grid_summary.detections(self.config, self.folder / SAMPLES, result)
-        workdir_lib.write_json(self._file(cell), result)
+
+    def work():
+      print(
+        f"{cell.name}: seeds {', '.join(map(str, cell.seeds))},"
+        f" {len(cell.seeds) * len(cell.points)} runs"
+        + (f", reference on {cell.share:.1%}" if cell.share else ""),
+        flush=True,
+      )
+      result = self._train(cell)
+      grid_summary.detections(self.config, self.folder / SAMPLES, result)
+      workdir_lib.write_json(self._file(cell), result)
       return result
-    finally:
-      claim.release()
+
+    return claims.do_once(
+      self._file(cell).with_suffix(".claim"), lambda: self._result(cell), work
+    )
 
   def _needed(self, cell) -> list[Cell]:
     """The cells that come before it: references, or whose scores choose."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gradmimic_jax as gm
-from configs import label_noise
+from configs import label_noise, outgrowing
 from experiments import methods, models, study as study_command, tasks
 from experiments.data import decoding, sources, store, stream
 from experiments.runtime import checkpoint, claims
@@ -675,3 +675,12 @@ def test_a_tenth_of_the_grid_that_was_promised(
   print(f"{seconds:.0f} s")
   assert len(summary["rows"]) == 1 + 7 * 5
   assert seconds < 90
+
+
+def test_a_share_of_true_labels_lies_above_0_and_up_to_1():
+  arg = "dataset=cifar10,protocol=finetune,share="
+  for share in ("0", "-0.1", "1.5", "nan"):
+    with pytest.raises(ValueError, match=rf"share={share}; expected a number"):
+      outgrowing.get_config(arg + share)
+  config = outgrowing.get_config(arg + "0.02")
+  assert config.study.reference.train_split == "train[:50]"
