@@ -61,14 +61,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.model.name = "decoder"
   # Of the activations, such as "bfloat16"; None is that of the parameters.
   config.model.dtype = config_dict.placeholder(str)
-  config.model.decoder = config_dict.ConfigDict()
-  config.model.decoder.width = 32
-  config.model.decoder.depth = 2  # blocks
-  config.model.decoder.heads = 2
-  config.model.decoder.mlp_width = 128
-  config.model.decoder.tied = False  # whether the head is the embedding
-  config.model.decoder.activation = "gelu"  # or "quick_gelu"
-  config.model.decoder.norm_epsilon = 1e-5
+  config.model.decoder = decoder()
 
   config.optimizer.learning_rate = 3e-3
   config.optimizer.weight_decay = 0.01
@@ -79,3 +72,16 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.study.methods = ("sgd", "grad_mimic", "rho")
   config.study.retrain = False
   return config.lock()
+
+
+def decoder() -> config_dict.ConfigDict:
+  """Options of a small decoder, as `Decoder` describes them."""
+  config = config_dict.ConfigDict()
+  config.width = 32
+  config.depth = 2  # blocks
+  config.heads = 2
+  config.mlp_width = 128
+  config.tied = False  # whether the head is the embedding
+  config.activation = "gelu"  # or "quick_gelu"
+  config.norm_epsilon = 1e-5
+  return config

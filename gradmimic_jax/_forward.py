@@ -52,7 +52,7 @@ def reweighted(
     chosen, _ = split(leaves, problem.flags)
     _, others = split(jax.tree.leaves(means), problem.flags)
     leaves = merge(chosen, others, problem.flags)
-  leaves = _without_poison(leaves, found, problem)
+  leaves = without_poison(leaves, found, problem)
   return found, weights, back(leaves)
 
 
@@ -62,7 +62,7 @@ def _own(problem):
   return problem._replace(params=params), back
 
 
-def _without_poison(leaves, found, problem):
+def without_poison(leaves, found, problem):
   """Puts zeros where a sample that overflowed on its way has left NaN.
 
   Where no sample is left, all entries become NaN.

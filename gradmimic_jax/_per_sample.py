@@ -166,7 +166,7 @@ def _gradients(problem, batch):
 
   def single_loss(params, sample):
     losses, aux = shown_alone(problem.losses_fn, params, sample)
-    aux = jax.tree_util.tree_map_with_path(_drop_batch_axis, aux)
+    aux = jax.tree_util.tree_map_with_path(drop_batch_axis, aux)
     return losses[0], (losses[0], aux)
 
   grads, (losses, aux) = jax.vmap(
@@ -196,7 +196,7 @@ def refuse_state(path: Any, alone: Any, many: str = "") -> None:
   )
 
 
-def _drop_batch_axis(path, leaf):
+def drop_batch_axis(path, leaf):
   shape = jnp.shape(leaf)
   if shape[:1] != (1,):
     refuse_state(path, shape)

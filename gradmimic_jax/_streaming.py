@@ -1,4 +1,4 @@
-"""The per-sample engine in microbatches: few gradients at a time, same numbers.
+"""Engines in microbatches: few samples' gradients at a time, same numbers.
 
 A softmax over the whole batch needs no second look at the gradients. With the
 highest score so far, `peak`, the sums `sum exp((m_i - peak) / tau) g_i` and
@@ -6,9 +6,10 @@ highest score so far, `peak`, the sums `sum exp((m_i - peak) / tau) g_i` and
 whenever the peak rises; their quotient is the reweighted gradient. Weightings
 of another kind take two passes: all scores, then the weighted gradient.
 
-Where a mesh is set (`jax.set_mesh`), each of its devices carries sums of its
-own, over its own rows of every microbatch, and all meet once, at the end:
-gradients are then summed over devices once a step, not once a microbatch.
+Where a mesh is set (`jax.set_mesh`), each of its devices carries the per-sample
+engine's sums of its own, over its own rows of every microbatch, and all meet
+once, at the end: gradients are then summed over devices once a step, not once a
+microbatch.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from gradmimic_jax import _mesh, _per_sample, _tree, weighting as weighting_lib
+from gradmimic_jax import (
+  _forward,
+  _ghost,
+  _mesh,
+  _per_sample,
+  _tree,
+  weighting as weighting_lib,
+)
 from gradmimic_jax._problem import (
   Answer,
   Problem,
@@ -29,36 +37,79 @@ from gradmimic_jax._problem import (
 )
 
 
-def answer(problem: Problem, microbatch_size: int) -> Answer:
+def answer(
+  problem: Problem, microbatch_size: int, engine: str = "per_sample"
+) -> Answer:
   """Computes scores and losses without a gradient."""
   params, _ = _mesh.for_rows(problem.params, problem.candidates)
   problem = problem._replace(params=params)
   stacked, restore = _stack(problem, microbatch_size)
   found = jax.lax.map(
-    lambda part: _per_sample.dense(_part(problem, part))[0], stacked
+    lambda part: _prepare(engine, _part(problem, part))[0], stacked
   )
   return restore(found)
 
 
 def reweighted(
-  problem: Problem, weigh: Weigh, scope: str, microbatch_size: int
+  problem: Problem,
+  weigh: Weigh,
+  scope: str,
+  microbatch_size: int,
+  engine: str = "per_sample",
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Computes scores, weights `[B]`, and the gradient's leaves."""
   params, back = _mesh.for_rows(problem.params, problem.candidates)
   problem = problem._replace(params=params)
   once = weigh.temperature is not None
   in_passes = _in_one_pass if once else _in_two_passes
-  found, weights, leaves = in_passes(problem, weigh, scope, microbatch_size)
+  found, weights, leaves = in_passes(
+    problem, weigh, scope, microbatch_size, engine
+  )
+  if engine == "ghost":
+    leaves = _forward.without_poison(leaves, found, problem)
   return found, weights, back(leaves)
 
 
-def _in_one_pass(problem, weigh, scope, microbatch_size):
+def _prepare(engine, problem, grouped=None):
+  """Computes a microbatch's answer, and gets ready to sum up its gradients.
+
+  Args:
+    engine: "per_sample" or "ghost".
+    problem: the microbatch's.
+    grouped: of the per-sample engine: rows `[M, ...]` by group.
+
+  Returns:
+    The answer, and `sums(in_scope, weights [groups, M], plain [groups, M]) ->
+    leaves [groups, *p]`.
+  """
+  if engine == "ghost":
+    found, sums = _ghost.prepare(problem, checkpoints=True)
+
+    def one_group(in_scope, weights, plain):
+      return [x[None] for x in sums(in_scope, weights[0], plain[0])]
+
+    return found, one_group
+  found, rows = _per_sample.dense(problem)
+
+  def by_group(in_scope, weights, plain):
+    chosen = [weights if weighted else plain for weighted in in_scope]
+    return [
+      jax.vmap(_tree.weighted_sum)(
+        each, grouped(_tree.where_rows(found.valid, row))
+      )
+      for row, each in zip(rows, chosen, strict=True)
+    ]
+
+  return found, by_group
+
+
+def _in_one_pass(problem, weigh, scope, microbatch_size, engine):
   stacked, restore = _stack(problem, microbatch_size)
   in_scope = [scope == "all" or flag for flag in problem.flags]
   leaves = jax.tree.leaves(problem.params)
   dtype = _tree.common_dtype(leaves)
   temperature = weighting_lib.in_range(weigh.temperature, dtype)
-  groups, names, grouped = _groups(stacked["candidates"])
+  groups, names, grouped = _groups(stacked["candidates"], engine)
 
   def relative(peak, base):
     # Before the first valid sample the peak is -inf and there is nothing to
@@ -70,7 +121,7 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
 
   def step(carry, part):
     peak, total, count, sums = carry
-    found, rows = _per_sample.dense(_part(problem, part))
+    found, sums_of = _prepare(engine, _part(problem, part), grouped)
     valid = grouped(found.valid)
     scores = jnp.where(valid, grouped(found.scores.astype(dtype)), -jnp.inf)
     new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
@@ -78,16 +129,13 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
     rescale = relative(peak, base)
     parts = jnp.where(valid, relative(scores, base[:, None]), 0)
     plain = valid.astype(dtype)
+    added = sums_of(in_scope, parts, plain)
     new_sums = []
-    for total_so_far, row, weighted in zip(sums, rows, in_scope, strict=True):
-      row = grouped(_tree.where_rows(found.valid, row))
+    for total_so_far, x, weighted in zip(sums, added, in_scope, strict=True):
       if weighted:
         factor = rescale.astype(total_so_far.dtype)
         total_so_far *= _tree.expand_rows(factor, total_so_far.ndim)
-      new_sums.append(
-        total_so_far
-        + jax.vmap(_tree.weighted_sum)(parts if weighted else plain, row)
-      )
+      new_sums.append(total_so_far + x.astype(total_so_far.dtype))
     carry = (
       new_peak,
       total * rescale + jnp.sum(parts, axis=1),
@@ -116,8 +164,8 @@ def _in_one_pass(problem, weigh, scope, microbatch_size):
   return found, weigh(found.scores, found.valid), grads
 
 
-def _in_two_passes(problem, weigh, scope, microbatch_size):
-  found = answer(problem, microbatch_size)
+def _in_two_passes(problem, weigh, scope, microbatch_size, engine):
+  found = answer(problem, microbatch_size, engine)
   weights = weigh(found.scores, found.valid)
   plain = mean_weights(found.valid, weights.dtype)
   # Losses don't depend on batch mates here, so a sample of weight 0 may be
@@ -132,7 +180,7 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
     split_rows(plain, fill=0),
   )
   leaves = jax.tree.leaves(problem.params)
-  groups, names, grouped = _groups(stacked[1])
+  groups, names, grouped = _groups(stacked[1], engine)
 
   def gradient(batch, weights, plain):
     losses, pullback = jax.vjp(
@@ -170,17 +218,18 @@ def _in_two_passes(problem, weigh, scope, microbatch_size):
   return found, weights, grads
 
 
-def _groups(stacked):
+def _groups(stacked, engine):
   """Finds the groups of rows that are summed apart, one for each device.
 
   Devices are those over which microbatches are divided along explicit axes;
   without such axes, those of the mesh that is set, if they can share a
   microbatch. There is one group if no mesh is set, as jit doesn't show which
-  devices a batch is divided over; and inside `jax.shard_map`, where each device
-  has its own microbatches.
+  devices a batch is divided over; inside `jax.shard_map`, where each device has
+  its own microbatches; and for the ghost engine, whose products sum over rows.
 
   Args:
     stacked: microbatches `[K, M]`.
+    engine: the engine's name.
 
   Returns:
     The number, the axes' names, and a function of rows `[M, ...]` to groups
@@ -193,6 +242,8 @@ def _groups(stacked):
   count = _mesh.devices(stacked, names)
   if not mesh.empty and automatic and microbatch_size % mesh.size == 0:
     count = mesh.size
+  if engine == "ghost":
+    count, names = 1, ()
 
   def grouped(rows):
     return _mesh.reshape(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gradmimic_jax import (
   _forward,
+  _ghost,
   _mesh,
   _per_sample,
   _problem,
@@ -27,7 +28,11 @@ from gradmimic_jax.layers import Layers
 from gradmimic_jax.scores import Score
 from gradmimic_jax.weighting import Weighting
 
-_ENGINES = {"forward": _forward, "per_sample": _per_sample}
+_ENGINES = {
+  "forward": _forward,
+  "per_sample": _per_sample,
+  "ghost": _ghost,
+}
 SCOPES = ("all", "layers")
 _ADVICE = "Pass has_aux=True if it returns (losses, aux)."
 
@@ -314,6 +319,11 @@ def _check_aux(score, has_aux):
 def _engine(name, score, microbatch_size):
   """Returns the engine's name and its `answer` and `reweighted`."""
   _validate.choice("engine", name, ("auto", *_ENGINES))
+  if name == "ghost" and (score.needs_norms or score.needs_gram):
+    raise ValueError(
+      f"score is {score.name!r} with engine='ghost', which has no sample's"
+      " gradient; expected engine='auto' or 'per_sample'."
+    )
   if microbatch_size is not None:
     _validate.positive_int("microbatch_size", microbatch_size)
     if name == "forward":
@@ -327,9 +337,11 @@ def _engine(name, score, microbatch_size):
         " compares all samples' gradients with each other; expected None, or,"
         " where the mimic layers are one linear head, gm.linear_head.scores."
       )
-    return "per_sample", _Solver(
-      functools.partial(_streaming.answer, microbatch_size=microbatch_size),
-      functools.partial(_streaming.reweighted, microbatch_size=microbatch_size),
+    name = "per_sample" if name == "auto" else name
+    options = {"microbatch_size": microbatch_size, "engine": name}
+    return name, _Solver(
+      functools.partial(_streaming.answer, **options),
+      functools.partial(_streaming.reweighted, **options),
     )
   if name == "auto":
     one_by_one = score.needs_norms or score.needs_gram

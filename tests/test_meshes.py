@@ -216,6 +216,9 @@ CASES = {
     layers="head",
     scope="layers",
   ),
+  "ghost": step(engine="ghost", fn=with_aux, has_aux=True),
+  "ghost of the head": step(engine="ghost", layers="head", scope="layers"),
+  "ghost stream": step(engine="ghost", microbatch_size=8),
   "proportional": step(weighting=gm.proportional()),
   "cosine": step(score="cosine"),
   "cosine forward": step(score="cosine", engine="forward"),
@@ -401,6 +404,8 @@ def in_parts(case, check, axes):
     "forward",
     "cosine forward",
     "per sample top",
+    "ghost",
+    "ghost stream",
     "matching",
     "stream of odd microbatches",
     "stream in two passes",
@@ -412,7 +417,7 @@ def test_local_steps_are_traced_in_shard_map(case):
 
 @pytest.mark.parametrize(
   "case",
-  ["cosine forward", "stream in two passes"],
+  ["cosine forward", "ghost stream", "stream in two passes"],
 )
 @pytest.mark.slow
 def test_local_steps_are_those_of_each_part(case):

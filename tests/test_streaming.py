@@ -49,16 +49,17 @@ BATCH = {
   "x": RNG.normal(size=(SIZE, FEATURES)).astype(np.float32),
   "y": RNG.integers(0, CLASSES, SIZE).astype(np.int32),
 }
+SLOW = pytest.mark.slow
 WARM, COLD = np.int32(0), np.int32(1)
 
 
 @functools.cache
-def compiled(weighting, microbatch_size, **kwargs):
+def compiled(weighting, microbatch_size, engine="per_sample", **kwargs):
   return jax.jit(
     gm.mimic_value_and_grad(
       losses_fn,
       weighting=WEIGHTINGS[weighting],
-      engine="per_sample",
+      engine=engine,
       microbatch_size=microbatch_size,
       **kwargs,
     )
@@ -213,6 +214,7 @@ def test_scores_stream_too():
     ({"score": "cosine"}, "per_sample"),
     ({"microbatch_size": 4}, "per_sample"),
     ({"engine": "per_sample"}, "per_sample"),
+    ({"engine": "ghost", "microbatch_size": 4}, "ghost"),
     ({"engine": "forward", "score": "cosine"}, "forward"),
   ],
 )
@@ -227,6 +229,16 @@ def test_engine_refuses_a_microbatch_of_nothing(value):
     gm.mimic_value_and_grad(losses_fn, microbatch_size=value)
   with pytest.raises(TypeError, match="expected an integer"):
     gm.mimic_value_and_grad(losses_fn, microbatch_size=2.0)
+
+
+@pytest.mark.parametrize(
+  "weighting",
+  ["softmax", *(pytest.param(w, marks=SLOW) for w in ("ess", "uniform"))],
+)
+def test_ghost_in_microbatches_gives_the_same(weighting):
+  for size in (3, 1000):
+    found = run(weighting, size, engine="ghost")
+    assert_close(found, run(weighting, None))
 
 
 def test_forward_engine_refuses_microbatches():
@@ -261,6 +273,7 @@ def test_engine_that_takes_a_custom_vjp_is_named():
       for fn, options in (
         (plain, {}),
         (custom, {"microbatch_size": 3}),
+        (custom, {"engine": "ghost"}),
       )
     ]
 
@@ -272,17 +285,26 @@ def test_engine_that_takes_a_custom_vjp_is_named():
 def test_engines_take_rematerialised_losses():
   remat = jax.checkpoint(losses_fn)
   expected = run("softmax", None, MASK | True, step=WARM)
-  for options in ({"engine": "forward"}, {"microbatch_size": 4}):
+  for options in (
+    {"engine": "forward"},
+    {"microbatch_size": 4},
+    {"engine": "ghost", "microbatch_size": 4},
+  ):
     fn = gm.mimic_value_and_grad(
       remat, weighting=WEIGHTINGS["softmax"], **options
     )
     assert_close(jax.jit(fn)(PARAMS, REFERENCE, BATCH, step=WARM), expected)
+  whole = gm.mimic_value_and_grad(remat, engine="ghost")
+  with pytest.raises(ValueError, match=r"jax\.checkpoint.* microbatch_size"):
+    whole(PARAMS, REFERENCE, BATCH)
 
 
 ENGINES = {
   "forward": {"engine": "forward"},
   "per_sample": {"engine": "per_sample"},
   "stream": {"microbatch_size": 8},
+  "ghost": {"engine": "ghost"},
+  "ghost stream": {"engine": "ghost", "microbatch_size": 8},
 }
 
 
@@ -293,9 +315,11 @@ ENGINES = {
   "engine",
   [
     *(
-      pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "per_sample")
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in ("forward", "per_sample", "ghost stream")
     ),
     "stream",
+    "ghost",
   ],
 )
 def test_engine_update_is_the_same_on_eight_devices(engine, weighting):

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +23,15 @@ from ml_collections import config_dict
 import gradmimic_jax as gm
 from experiments import models
 from experiments.benchmarks import float64, timing
+from experiments.models import decoder
 from experiments.tasks.classification import losses as classification
+from experiments.tasks.language import losses as language
 
 RATIOS = ("time", "flops", "memory")
 ERRORS = ("score_error", "gradient_error")
 _TEMPERATURE = 1.0
+_PROFILED = 3  # steps
+_PADDING = 0  # a token that no sequence has
 
 
 class Case(NamedTuple):
@@ -50,25 +55,60 @@ class _Candidate(NamedTuple):
 
 def patterns(section: Any) -> dict[str, str | None]:
   """Patterns of a model's mimic layers by name, as `layers=` takes them."""
-  if section.name == "vit":
-    last = f"^blocks/{section.vit.depth - 1}/mlp/"
-  elif section.widths:
-    last = f"^body/{len(section.widths) - 1}/"
-  else:  # nothing but a head
+  if section.name in ("vit", "decoder"):
+    depth = section[section.name].depth
+    return {
+      "head": "^head/",
+      "last_mlp": f"^blocks/{depth - 1}/mlp/",
+      "last_quarter": _from_block(depth - max(1, depth // 4), depth),
+      "last_half": _from_block(depth // 2, depth),
+      "all": None,
+    }
+  if not section.widths:  # nothing but a head
     return {"head": "^head/"}
+  last = f"^body/{len(section.widths) - 1}/"
   return {"head": "^head/", "last_mlp": last, "all": None}
+
+
+def _from_block(first, depth):
+  """The pattern of all that comes from a block on."""
+  numbers = "|".join(str(block) for block in range(first, depth))
+  return f"^(blocks/({numbers})|final_norm|head)/"
+
+
+def options_of(engine: str) -> dict[str, Any]:
+  """The options of a row of the table, such as "streaming_8".
+
+  Raises:
+    ValueError: streaming without a microbatch size.
+  """
+  name, _, size = engine.rpartition("_")
+  if size.isdigit():
+    microbatch = {"microbatch_size": int(size)}
+    return microbatch if name == "streaming" else {"engine": name, **microbatch}
+  if engine == "streaming":
+    raise ValueError(
+      "config.engines has 'streaming'; expected its microbatch size too, as in"
+      " 'streaming_8'."
+    )
+  return {"engine": engine}
 
 
 class Setup:
   """One model at one batch size: its data, its plain step, the truth."""
 
   def __init__(
-    self, section: Any, batch_size: int, config: config_dict.ConfigDict
+    self,
+    section: Any,
+    batch_size: int,
+    config: config_dict.ConfigDict,
+    profiles: pathlib.Path | None = None,
   ):
-    """Draws parameters and a batch."""
-    self.config, self.section = config, section
+    """Draws parameters and a batch; profiles go into a folder."""
+    self.config, self.section, self.profiles = config, section, profiles
     self.outputs_fn, self.losses_fn, self.params = _model(section, config.seed)
     self.batch = _batch(section, batch_size, config.seed)
+    self._given = self.params, self.batch
     self._truth: dict[str, Any] = {}
 
   def count(self, case: Case) -> dict[str, Any]:
@@ -117,7 +157,7 @@ class Setup:
         timing.temporaries(compiled), timing.temporaries(self.plain)
       )
       # A scan's body is counted once, however often it runs.
-      if case.engine != "streaming":
+      if "microbatch_size" not in options_of(case.engine):
         entry["flops"] = timing.ratio(
           timing.flops(compiled), timing.flops(self.plain)
         )
@@ -128,17 +168,27 @@ class Setup:
         if scores is not None:
           entry["score_error"] = float64.error(scores, true_scores)
       del output
-      entry |= self._time(functools.partial(compiled, *candidate.args))
+      step = functools.partial(compiled, *candidate.args)
+      entry |= self._time(step)
+      if f"{case.layers}/{case.engine}" in self.config.profiles:
+        self._profile(f"{case.layers}/{case.engine}", step)
+        self._profile("plain", functools.partial(self.plain, *self._given))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       entry["failed"] = "out of memory"
     return entry
 
+  def _profile(self, name, step):
+    """Writes a profile of a few warm steps."""
+    if self.profiles is not None:
+      with jax.profiler.trace(str(self.profiles / name)):
+        jax.block_until_ready([step() for _ in range(_PROFILED)])
+
   def _time(self, candidate):
     """Times two warm steps in turn: the median of the rounds' ratios."""
     wanted = self.config.timing
-    plain = functools.partial(self.plain, self.params, self.batch)
+    plain = functools.partial(self.plain, *self._given)
     # An accelerator queues calls, as in training; a CPU could overlap them.
     (device,) = jax.tree.leaves(self.params)[0].devices()
     ahead = 0 if device.platform == "cpu" else None
@@ -200,10 +250,9 @@ class Setup:
     return case.layers, self._step(case).engine
 
   def _step(self, case):
-    options = {
-      "outputs": {"direction": gm.toward_outputs(self.outputs_fn)},
-      "streaming": {"microbatch_size": self.config.microbatch_size},
-    }.get(case.engine, {"engine": case.engine})
+    options = options_of(case.engine)
+    if case.engine == "outputs":
+      options = {"direction": gm.toward_outputs(self.outputs_fn)}
     return gm.mimic_value_and_grad(
       self.losses_fn,
       layers=patterns(self.section)[case.layers],
@@ -276,23 +325,34 @@ def _entry(engine):
 
 
 def _model(section, seed):
-  """`(params, batch) -> logits`, `-> losses [B]`, and params."""
-  apply, params = models.create(
-    section,
-    input_shape=section.input_shape,
-    num_classes=section.num_classes,
-    seed=seed,
-  )
-  with_hits = classification.make_losses_fn(apply)
-  return (
-    classification.make_outputs_fn(apply),
-    lambda params, batch: with_hits(params, batch)[0],
-    params,
-  )
+  """`(params, batch) -> outputs`, `-> losses [B]`, and params."""
+  if section.name == "decoder":
+    apply, params = decoder.create(
+      section,
+      vocab_size=section.vocab_size,
+      context_length=section.length,
+      seed=seed,
+    )
+    losses_fn = language.make_losses_fn(apply, padding=_PADDING)
+    outputs_fn = language.make_outputs(apply, padding=_PADDING).of
+  else:
+    apply, params = models.create(
+      section,
+      input_shape=section.input_shape,
+      num_classes=section.num_classes,
+      seed=seed,
+    )
+    losses_fn = classification.make_losses_fn(apply)
+    outputs_fn = classification.make_outputs_fn(apply)
+  return outputs_fn, lambda params, batch: losses_fn(params, batch)[0], params
 
 
 def _batch(section, size, seed):
   rng = np.random.default_rng(seed)
+  if section.name == "decoder":
+    shape = size, section.length + 1
+    tokens = rng.integers(_PADDING + 1, section.vocab_size, size=shape)
+    return {"tokens": jnp.asarray(tokens, jnp.int32)}
   images = rng.normal(size=(size, *section.input_shape)).astype(np.float32)
   labels = rng.integers(section.num_classes, size=size)
   return {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}

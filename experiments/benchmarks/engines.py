@@ -78,7 +78,9 @@ def _measure(part, cases, config, results, file):
   if not left:
     return
   size = left[0].batch_size
-  setup = engine_steps.Setup(left[0].section, size, config)
+  model, number, *_ = left[0].key.split("/")
+  folder = file.parent / "profiles" / model / number
+  setup = engine_steps.Setup(left[0].section, size, config, folder)
   if part == "tokens":
     for case in left:
       keep(case, setup.count(case))

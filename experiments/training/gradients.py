@@ -336,10 +336,10 @@ def make_mimic(
     weighting=method.weighting,
     scope=config.scope,
   )
-  if value_and_grad.engine == "per_sample":
+  if value_and_grad.engine != "forward":
     check_couples(
       outputs,
-      "the engine 'per_sample', which config.method or"
+      f"the engine {value_and_grad.engine!r}, which config.method or"
       " config.mimic.engine asks for,",
     )
 

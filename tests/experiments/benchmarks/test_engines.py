@@ -20,7 +20,14 @@ def config():
     {
       "models": ("mlp",),
       "layers": ("last_mlp",),
-      "microbatch_size": 3,
+      "engines": (
+        "forward",
+        "per_sample",
+        "streaming_3",
+        "auto",
+        "optax",
+        "outputs",
+      ),
       "largest_compared": 10,
       "timing.pairs": 1,
       "timing.seconds": 0.0,

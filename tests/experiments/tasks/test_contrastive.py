@@ -228,7 +228,8 @@ def test_a_batch_of_padding_has_no_loss_and_no_gradient():
 
 
 @pytest.mark.parametrize(
-  "options", [{"engine": "per_sample"}, {"microbatch_size": 4}]
+  "options",
+  [{"engine": "per_sample"}, {"engine": "ghost"}, {"microbatch_size": 4}],
 )
 def test_engines_that_show_one_pair_at_a_time_are_refused(options):
   fn = gm.mimic_value_and_grad(

@@ -299,6 +299,7 @@ def test_nothing_is_random_and_nothing_moves_where_a_batch_is_scored():
     ("sgd", {"microbatch_size": 2}),
     ("grand", {}),
     ("grad_mimic", {"engine": "per_sample"}),
+    ("grad_mimic", {"engine": "ghost"}),
     ("grad_mimic", {"microbatch_size": 2}),
   ],
 )
