@@ -1,10 +1,10 @@
 """Check that samples are independent: each loss depends on its own row only.
 
-The per-sample engine shows losses_fn one sample at a time. It gives the
-gradient of the batch's losses only if these don't depend on batch mates, on
-their number, or on a random key that all share. This module compares both views
-on a few made-up rows: under jit there are no others. Nothing of the comparison
-is in the program that is being traced.
+Engines other than the forward one show losses_fn one sample at a time. They
+give the gradient of the batch's losses only if these don't depend on batch
+mates, on their number, or on a random key that all share. This module compares
+both views on a few made-up rows: under jit there are no others. Nothing of the
+comparison is in the program that is being traced.
 """
 
 import contextlib
@@ -429,7 +429,8 @@ def _with_mates(inputs, others):
 
 _EXPECTED = (
   "The per-sample engine, which microbatches and scores with gradient norms"
-  " take, shows losses_fn one sample at a time; expected losses of single rows."
+  " take, and the ghost engine show losses_fn one sample at a time; expected"
+  " losses of single rows."
 )
 
 

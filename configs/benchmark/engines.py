@@ -33,14 +33,15 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # "head", "last_mlp" (of the last block), "last_quarter" and "last_half" of
   # the blocks with the head, "all".
   config.layers = ("head", "last_mlp", "all")
-  # "streaming_8" is the per-sample engine in microbatches of 8; "optax" the
-  # optax transformation, fed by vmap(value_and_grad); "outputs" the forward
-  # engine toward a reference's stored outputs, where the others go toward
-  # weights.
+  # "streaming_8" is the per-sample engine in microbatches of 8, "ghost_8" the
+  # ghost engine; "optax" the optax transformation, fed by vmap(value_and_grad);
+  # "outputs" the forward engine toward a reference's stored outputs, where the
+  # others go toward weights.
   config.engines = (
     "forward",
     "per_sample",
     "streaming_8",
+    "ghost",
     "auto",
     "optax",
     "outputs",
@@ -108,7 +109,13 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   if sizes == "accelerator":
     config.models = ("vit_b16", "decoder")
     config.layers = ("all", "last_half", "last_quarter")
-    config.engines = ("forward", "per_sample", "streaming_8", "streaming_32")
+    config.engines = (
+      "forward",
+      "ghost",
+      "per_sample",
+      "ghost_32",
+      "streaming_32",
+    )
     config.largest_compared = 0
     config.timing.pairs = 15
     config.sweep.batch_size = config.sweep.depth = config.sweep.width = ()

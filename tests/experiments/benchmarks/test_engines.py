@@ -1,6 +1,7 @@
 """The benchmark end to end, small; and the vision transformer it measures."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_a_benchmark_end_to_end(config, tmp_path, monkeypatch):
   for key, entry in results["cases"].items():
     assert entry["time"] > 0
     assert entry["gradient_error"] < 1e-5
-    assert (entry["flops"] is None) == key.endswith("/streaming")
+    assert (entry["flops"] is None) == key.endswith("_3")
     if key.endswith("/optax"):
       assert entry["score_error"] is None
     else:
@@ -98,12 +99,41 @@ def test_a_benchmark_end_to_end(config, tmp_path, monkeypatch):
 def test_every_engine_and_layer_has_its_row():
   config = engines_config.get_config()
   keys = [case.key for case in engines.table_cases(config)]
-  # Two batch sizes, six engines; a probe is nothing but a head.
-  assert len(keys) == len(set(keys)) == 2 * 6 * (3 + 3 + 1)
+  # Two batch sizes, seven engines; a probe is nothing but a head.
+  assert len(keys) == len(set(keys)) == 2 * 7 * (3 + 3 + 1)
   larger = engines_config.get_config("sizes=accelerator")
-  keys = {case.key for case in engines.table_cases(larger)} - set(keys)
-  assert len(keys) == 6 * 3
-  assert all(key.startswith("vit_b16/64/") for key in keys)
+  keys = {case.key for case in engines.table_cases(larger)}
+  # A ViT-B/16 at two batch sizes and a decoder at one, five engines.
+  assert len(keys) == 3 * 5 * 3
+  assert {key.rsplit("/", 2)[0] for key in keys} == {
+    "vit_b16/64",
+    "vit_b16/256",
+    "decoder/32",
+  }
+
+
+def test_layers_that_are_a_part_of_the_blocks():
+  config = engines_config.get_config("sizes=accelerator")
+  paths = [
+    "patch_embed/kernel",
+    *(f"blocks/{k}/mlp/fc1/kernel" for k in range(12)),
+    "head/kernel",
+  ]
+  for name in ("vit_b16", "decoder"):
+    found = engine_steps.patterns(config[name])
+    chosen = {
+      layers: [path for path in paths if re.search(pattern, path)]
+      for layers, pattern in found.items()
+      if pattern is not None
+    }
+    assert chosen["last_half"] == paths[7:]
+    assert chosen["last_quarter"] == paths[10:]
+    assert chosen["last_mlp"] == [paths[12]]
+
+
+def test_streaming_without_a_size_is_refused():
+  with pytest.raises(ValueError, match="expected its microbatch size too"):
+    engine_steps.options_of("streaming")
 
 
 def test_sizes_that_meet_in_the_base_are_measured_once(
@@ -274,7 +304,7 @@ def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
   config.update_from_flattened_dict(
     {"layers": ("all",), "models": ("vit_b16",)}
     # All but "auto", which is "forward" here.
-    | {"engines": ("forward", "per_sample", "streaming", "optax", "outputs")}
+    | {"engines": ("forward", "ghost", "ghost_2", "streaming_2", "outputs")}
     | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
     | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
   )
