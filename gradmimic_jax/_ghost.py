@@ -16,8 +16,8 @@ need not be linear. A loop over layers (`lax.scan`) is taken apart likewise.
 References:
   Goodfellow, Efficient Per-Example Gradient Computations, `arXiv:1510.01799
   <https://arxiv.org/abs/1510.01799>`_; Wang et al., Data Shapley in One
-  Training Run, `arXiv:2406.11011 <https://arxiv.org/abs/2406.11011>`_, section
-  4.2 (the "ghost" dot product, for pairs of samples).
+  Training Run, `arXiv:2406.11011 <https://arxiv.org/abs/2406.11011>`_ (the
+  "ghost" dot product of two samples' gradients).
 """
 
 import enum
@@ -41,10 +41,19 @@ from gradmimic_jax._problem import (
 )
 from gradmimic_jax.scores import Measured
 
-# Calls whose operations are looked at one by one.
+# Calls whose operations are looked at one by one, and those that compute again.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")
 _BILINEAR = ("dot_general", "conv_general_dilated")
+# From one small array to a larger one, linear.
+_SPREADING = (
+  "broadcast_in_dim",
+  "convert_element_type",
+  "copy",
+  "expand_dims",
+  "reshape",
+  "squeeze",
+)
 # Single gradients are kept of parameters so many times smaller than what comes
 # out where they are used: such as a bias that all tokens share. They cost one
 # pass over the deltas, where a score and a gradient cost one each.
@@ -492,17 +501,6 @@ class _Level:
     return _Loop(eqn, level, entries)
 
 
-# From one small array to a larger one, linear.
-_SPREADING = (
-  "broadcast_in_dim",
-  "convert_element_type",
-  "copy",
-  "expand_dims",
-  "reshape",
-  "squeeze",
-)
-
-
 class _Uses:
   """The sites with all that a batch's scores and gradient need of them."""
 
@@ -729,8 +727,9 @@ def _along(weights, x, axis):
 
 def _scaled(weights, x, axis):
   """Scales rows; those of weight 0 are 0 even where they are not finite."""
-  weights = _along(weights.astype(x.dtype), x, axis)
-  return jnp.where(weights == 0, 0, x * weights)
+  wide = _tree.to_accumulate(x)
+  weights = _along(weights.astype(wide.dtype), x, axis)
+  return jnp.where(weights == 0, 0, wide * weights).astype(x.dtype)
 
 
 def _weighted(weights, rows, axis):

@@ -375,6 +375,7 @@ each_engine_and_score = pytest.mark.parametrize(
   [
     ("forward", "projection"),
     ("per_sample", "cosine"),
+    ("ghost", "projection"),
     pytest.param("forward", "cosine", marks=pytest.mark.slow),
     pytest.param("per_sample", "projection", marks=pytest.mark.slow),
   ],
