@@ -6,6 +6,7 @@ import pathlib
 import threading
 
 import jax
+import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
@@ -67,3 +68,21 @@ def pytest_configure(config):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of its processes, too
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+  """A file's slow tests compile as the default suite does, in half the time.
+
+  For files that say nothing of what a compiler does with a program: what goes
+  on bit for bit, is refused, or is in a folder. Others compile as users do.
+  """
+  if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    yield
+    return
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of its processes, too
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()  # the next file's are not these

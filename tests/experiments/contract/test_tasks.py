@@ -25,6 +25,7 @@ from experiments.training import (
   trainer,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
 

@@ -21,6 +21,8 @@ from experiments.tasks.classification import (
 from experiments.training import grand, steps, trainer as train
 from tests.experiments.data.source_case import see
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 
 def outputs_fn(params, batch):
   return batch["x"] @ params["w"]

@@ -29,6 +29,7 @@ from experiments.runtime import checkpoint, metrics as writers
 from experiments.selection import files as select
 from experiments.training import scoring as score, steps, trainer as train
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 FOLDER = "a folder in its place"
 NEWEST, BEFORE = "checkpoints/9/", "checkpoints/6/"
 

@@ -36,6 +36,7 @@ from experiments.tasks.contrastive import data as pairs_lib
 from experiments.training import scoring as score, trainer as train
 from gradmimic_jax.selection.uids import parse_uids
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 ROOT = pathlib.Path(__file__).parents[3]
 SHAPES, SHARDS = (
   pytest.param(x, marks=pytest.mark.slow) for x in ("shapes", "shards")

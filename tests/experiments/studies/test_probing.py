@@ -22,6 +22,7 @@ from experiments.studies.probing import cells, features, grid as probe, heads
 from experiments.tasks.classification import data
 from experiments.training import trainer as train
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 ROOT = pathlib.Path(__file__).parents[3]
 RATE = 0.4
 
