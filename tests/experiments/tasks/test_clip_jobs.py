@@ -187,7 +187,7 @@ def test_costs_are_of_all_settings(tmp_path, monkeypatch):
     **{
       "mimic.reference": str(tmp_path / "reference"),
       "study.cost_batch_sizes": (16, 32),
-    }
+    },
   )
   config = config.unlock()
   config.benchmark = "methods"
