@@ -86,3 +86,13 @@ def quick_programs():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
   jax.clear_caches()  # the next file's are not these
+
+
+@pytest.fixture
+def users_programs(quick_programs):
+  """A slow test among such compiles as users do: its seconds are theirs."""
+  before = jax.config.jax_disable_most_optimizations
+  if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
+    jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

@@ -7,8 +7,8 @@ import pytest
 
 from tests.experiments import pinned
 
-# Compared by hand, around a refactoring: that runs which are interrupted or made
-# by two processes end as others do is asked by `contract/test_tasks.py` and, of
+# Compared by hand, around a refactoring. That interrupted runs, and those of
+# two processes, end as others do is asked by `contract/test_tasks.py` and, of
 # divided parameters, by `runtime/test_distributed.py`.
 BY_HAND = (pinned.INTERRUPTED, "/two_processes")
 # The rest takes minutes.

@@ -568,7 +568,7 @@ def start(config, folder):
 
 @pytest.mark.slow
 def test_processes_share_a_grid_and_survive_a_kill(make_grid, tmp_path):
-  names = ("sgd", "grad_mimic", "rho", "grand", "agra")
+  names = ("sgd", "grad_mimic", "rho", "grand")
   config = make_grid(**{"study.methods": names})
   killed = start(config, tmp_path / "grid")
   while not list((tmp_path / "grid").glob("cells/sgd_*.json")):
@@ -637,6 +637,7 @@ class TestClaims:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("users_programs")
 def test_a_tenth_of_the_grid_that_was_promised(
   make_grid, tmp_path, monkeypatch
 ):
