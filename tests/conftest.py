@@ -90,7 +90,7 @@ def quick_programs():
 
 @pytest.fixture
 def users_programs(quick_programs):
-  """A slow test among such compiles as users do: its seconds are theirs."""
+  """A slow test among such compiles as users do: it computes for longer."""
   before = jax.config.jax_disable_most_optimizations
   if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
     jax.config.update("jax_disable_most_optimizations", False)

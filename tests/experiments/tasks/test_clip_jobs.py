@@ -154,6 +154,7 @@ def test_the_optimizer_is_openclips():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("users_programs")
 def test_a_foreign_reference_is_flagged(tmp_path):
   learned = {
     "num_samples": 60 * 64,
