@@ -58,7 +58,8 @@ def pytest_configure(config):
   """Lets the default suite compile fast, not make fast.
 
   Its programs are small; compiling them is most of its time. The slow tests
-  compile as users do, and JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
+  compile as users do, but for files that take `quick_programs`, and
+  JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
   """
   if (
     config.option.markexpr == "not slow"
