@@ -21,7 +21,6 @@ from experiments.data.pairs import in_memory as image_text
 from experiments.runtime import checkpoint, distributed, sharding
 from experiments.training import steps
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 CASE = str(pathlib.Path(update_case.__file__))
 
 
