@@ -6,7 +6,6 @@ import pathlib
 import threading
 
 import jax
-import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
@@ -58,8 +57,7 @@ def pytest_configure(config):
   """Lets the default suite compile fast, not make fast.
 
   Its programs are small; compiling them is most of its time. The slow tests
-  compile as users do, but for files that take `quick_programs`, and
-  JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
+  compile as users do, and JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
   """
   if (
     config.option.markexpr == "not slow"
@@ -69,31 +67,3 @@ def pytest_configure(config):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of its processes, too
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])
-
-
-@pytest.fixture(scope="module")
-def quick_programs():
-  """A file's slow tests compile as the default suite does, in half the time.
-
-  For files that say nothing of what a compiler does with a program: what goes
-  on bit for bit, is refused, or is in a folder. Others compile as users do.
-  """
-  if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
-    yield
-    return
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of its processes, too
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-  jax.clear_caches()  # the next file's are not these
-
-
-@pytest.fixture
-def users_programs(quick_programs):
-  """A slow test among such compiles as users do: it computes for longer."""
-  before = jax.config.jax_disable_most_optimizations
-  if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
-    jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)

@@ -57,10 +57,8 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 
 @pytest.mark.slow
-def test_several_processes_run_as_written(tmp_path, monkeypatch):
+def test_several_processes_run_as_written(tmp_path):
   """On this machine; with its Python, a free port and folders of the test's."""
-  # Most of it is compilation, of which nothing is asked here.
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   blocks = re.findall(r"```\w*\n(.*?)```", PODS.read_text(), re.DOTALL)
   (block,) = [text for text in blocks if "localhost:12321" in text]
   with socket.socket() as free:

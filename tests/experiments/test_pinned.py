@@ -7,10 +7,6 @@ import pytest
 
 from tests.experiments import pinned
 
-# Compared by hand, around a refactoring. That interrupted runs, and those of
-# two processes, end as others do is asked by `contract/test_tasks.py` and, of
-# divided parameters, by `runtime/test_distributed.py`.
-BY_HAND = (pinned.INTERRUPTED, "/two_processes")
 # The rest takes minutes.
 QUICK = ("classification/grad_mimic", "select/train/auto")
 
@@ -44,7 +40,6 @@ def expected():
   [
     case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
     for case in pinned.CASES
-    if not case.endswith(BY_HAND)
   ],
 )
 def test_a_run_ends_where_it_did(case, root, expected):

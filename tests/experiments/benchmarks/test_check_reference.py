@@ -7,7 +7,6 @@ from experiments.benchmarks import check_reference
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_programs")
 def test_basins_are_told_apart_on_digits(tmp_path, digits_dir):
   config = check_reference_config.get_config().unlock()
   config.update_from_flattened_dict(

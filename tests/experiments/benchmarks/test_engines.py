@@ -303,8 +303,8 @@ def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
   sizes = {"width": 24, "mlp_width": 48, "depth": 1, "patch_size": 16}
   config.update_from_flattened_dict(
     {"layers": ("all",), "models": ("vit_b16",)}
-    # "auto" is "forward" here, and a part is a batch to "ghost".
-    | {"engines": ("forward", "ghost", "streaming_2", "outputs")}
+    # All but "auto", which is "forward" here.
+    | {"engines": ("forward", "ghost", "ghost_2", "streaming_2", "outputs")}
     | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
     | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
   )

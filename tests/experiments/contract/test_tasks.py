@@ -25,7 +25,6 @@ from experiments.training import (
   trainer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 KILLED_BEFORE = 3  # a step; a checkpoint is at 2
 
 
@@ -272,10 +271,8 @@ def test_a_workdir_of_another_config_is_refused(runs, task):
     trainer.train_and_evaluate(other, folder)
 
 
-# By default the tests of methods and of contrastive losses ask single steps; of
-# classification those are enough.
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["contrastive", "language"])
+# By default the tests of methods and of contrastive losses ask single steps.
+@by_default()
 def test_microbatches_train_alike_or_are_refused(runs, task, tmp_path):
   config = runs.toward_reference(task, **{"mimic.microbatch_size": 4})
   made = runs.made(task)
@@ -339,10 +336,7 @@ def test_scores_are_of_any_method_that_has_some(runs, task, tmp_path):
   assert_scored(tmp_path, scoring.score_dataset(config, tmp_path))
 
 
-# Classification's are asked on images of all residences, and with parts of the
-# parameters in each of several processes (`runtime/test_distributed`).
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["contrastive", "language"])
+@by_default()
 def test_two_processes_train_alike(runs, task, tmp_path):
   """Of the same batches, up to the order of sums; the first one speaks."""
   _, folder, result, _ = runs.whole(task)

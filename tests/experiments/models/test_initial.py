@@ -17,8 +17,6 @@ from experiments.studies import runner as study
 from experiments.tasks.classification import data as data_lib
 from experiments.training import grand, trainer as train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -29,7 +29,6 @@ from experiments.runtime import checkpoint, metrics as writers
 from experiments.selection import files as select
 from experiments.training import scoring as score, steps, trainer as train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 FOLDER = "a folder in its place"
 NEWEST, BEFORE = "checkpoints/9/", "checkpoints/6/"
 
@@ -298,8 +297,8 @@ def made_once(make):
 
 @pytest.mark.slow
 def test_damages_of_all_files_and_the_next_job(house):
-  cases = house.cases(seed=0)[:60]  # some of them, drawn
-  assert len(cases) == 60
+  cases = house.cases(seed=0)[:120]  # some of them, drawn
+  assert len(cases) == 120
   failures = [wrong for case in cases if (wrong := house.outcome(case))]
   print(f"{len(cases)} damaged runs, {len(failures)} failures", *failures)
   assert not failures, "\n".join(failures)

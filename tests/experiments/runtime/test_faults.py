@@ -240,18 +240,15 @@ def test_three_kills_lose_nothing(start, undisturbed, tmp_path, request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("count", "asked"), [(1, [(0,)]), (2, [(1,), (0, 1)])])
 def test_a_run_that_is_asked_to_leave_saves_first(
-  start, undisturbed, tmp_path, request
+  start, undisturbed, tmp_path, request, count, asked
 ):
-  """With status 0, within the grace period, whoever is asked.
-
-  A single process is asked by `test_a_run_that_is_asked_to_leave_loses_no_step`
-  and `test_a_job_that_is_asked_to_leave_before_its_loop_ends_well`.
-  """
-  rng = random.Random(2)
+  """With status 0, within the grace period, whoever is asked."""
+  rng = random.Random(count)
   run, needed = tmp_path / "run", []
-  for numbers in ((1,), (0, 1)):
-    begun = Begun(start, run)
+  for numbers in asked:
+    begun = Begun(start, run, count=count)
     begun.stepping(rng)
     since = time.monotonic()
     for number in numbers:
@@ -259,13 +256,13 @@ def test_a_run_that_is_asked_to_leave_saves_first(
     words = [process.communicate(timeout=GRACE) for process in begun.processes]
     needed.append(time.monotonic() - since)
     assert needed[-1] < GRACE
-    assert [process.returncode for process in begun.processes] == [0, 0]
+    assert [process.returncode for process in begun.processes] == [0] * count
     (step,) = re.findall(r"SIGTERM: saved \S+ at step (\d+)", words[0][1])
     assert newest(run) == int(step)
     assert not half_saved(run)
     assert not (run / train.RESULT_FILE).exists()
-  processes.finish(start(run))
-  assert_same_run(run, undisturbed(2))
+  processes.finish(start(run, count=count))
+  assert_same_run(run, undisturbed(count))
   show(request, "from SIGTERM to the end", needed)
 
 

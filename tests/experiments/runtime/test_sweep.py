@@ -28,8 +28,6 @@ from experiments.studies import (
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_the_cells_there_are_make_a_sweep(name):

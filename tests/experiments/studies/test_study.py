@@ -19,7 +19,6 @@ from experiments.studies import plan, records, runner, tables
 from experiments.tasks import base
 from experiments.training import trainer
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 _FILTERS = {"contrastive": "clip_top90 - mimic_bottom20"}
 
 

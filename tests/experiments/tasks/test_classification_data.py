@@ -23,7 +23,6 @@ from experiments.training import trainer
 from tests.experiments import processes
 from tests.experiments.data import source_case, test_sources
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 NUM = 24
 
 

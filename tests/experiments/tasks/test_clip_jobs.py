@@ -18,8 +18,6 @@ from experiments.data.pairs import shapes
 from experiments.runtime import checkpoint, distributed
 from experiments.training import optimizer, trainer as clip_train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -154,7 +152,6 @@ def test_the_optimizer_is_openclips():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("users_programs")
 def test_a_foreign_reference_is_flagged(tmp_path):
   learned = {
     "num_samples": 60 * 64,
@@ -179,16 +176,14 @@ def test_a_foreign_reference_is_flagged(tmp_path):
 @pytest.mark.slow
 def test_costs_are_of_all_settings(tmp_path, monkeypatch):
   monkeypatch.setattr(costs, "_ROUNDS", 2)
-  plain = {"optimizer.name": "sgd"}  # whose programs are the smallest
-  reference = on_shapes(**plain, **{"noise.rate": 0.0})
+  reference = on_shapes(**{"noise.rate": 0.0})
   with tiny.nudged():
     clip_train.train_and_evaluate(reference, tmp_path / "reference")
   config = on_shapes(
-    **plain,
     **{
       "mimic.reference": str(tmp_path / "reference"),
       "study.cost_batch_sizes": (16, 32),
-    },
+    }
   )
   config = config.unlock()
   config.benchmark = "methods"

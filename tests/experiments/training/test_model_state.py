@@ -29,7 +29,6 @@ from experiments.training import (
 )
 from tests.experiments import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 SHAPE, CLASSES, BATCH, RATE = (4, 4, 1), 3, 6, 0.3
 BOTH = "norm='batch', rate=0.5"
 MASKED = "norm='layer', rate=0.5"

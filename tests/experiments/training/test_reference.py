@@ -22,7 +22,6 @@ from experiments.tasks.classification import (
 from experiments.training import steps, trainer as train
 from tests.experiments.data.source_case import see
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 LOADED = methods.Method("outputs", None, None)
 
 

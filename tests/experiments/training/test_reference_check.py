@@ -10,10 +10,7 @@ from experiments.studies import runner as study
 from experiments.training import reference_check, trainer as train
 
 # The contract of tasks has the check recorded, a run stopped, and one forced.
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_programs"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

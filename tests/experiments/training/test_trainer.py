@@ -14,8 +14,6 @@ from experiments.runtime import metrics as writers
 from experiments.tasks.classification import data as data_lib
 from experiments.training import steps, trainer as train
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
