@@ -19,9 +19,9 @@ from gradmimic_jax._problem import (
   Weigh,
   mean_weights,
   merge,
+  scored,
   split,
 )
-from gradmimic_jax.scores import Measured
 
 
 def answer(problem: Problem) -> Answer:
@@ -131,7 +131,6 @@ def _explained_custom_vjp():
 
 
 def _answer(problem, losses, descents, aux, pullback):
-  # Losses may come in bfloat16; scores and all that follows don't.
   norms = None
   if problem.score.needs_norms:
     norms = _measure_each(_tree.norm, problem, losses, pullback)
@@ -142,19 +141,15 @@ def _answer(problem, losses, descents, aux, pullback):
   gram = counted = None
   if problem.score.needs_gram:
     gram, counted = _gram(problem, losses, pullback)
-  losses = _mesh.rows_like(_tree.to_accumulate(losses), problem.candidates)
-  scores = problem.score.compute(
-    Measured(
-      descents=descents,
-      norms=norms,
-      gram=gram,
-      valid=counted,
-      **problem.known(losses, aux),
-    ),
-    problem.candidates,
+  return scored(
+    problem,
+    losses,
+    aux,
+    descents=descents,
+    norms=norms,
+    gram=gram,
+    counted=counted,
   )
-  valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
-  return Answer(scores, losses, valid, aux)
 
 
 def _measure_each(measure, problem, losses, pullback):

@@ -37,9 +37,9 @@ from gradmimic_jax._problem import (
   Weigh,
   mean_weights,
   merge,
+  scored,
   split,
 )
-from gradmimic_jax.scores import Measured
 
 # Calls whose operations are looked at one by one, and those that compute again.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -77,12 +77,10 @@ def reweighted(
   weights = weigh(found.scores, found.valid)
   in_scope = [scope == "all" or flag for flag in problem.flags]
   plain = mean_weights(found.valid, weights.dtype)
-  leaves = sums(in_scope, weights, plain)
-  leaves = [
-    x.astype(p.dtype)
-    for x, p in zip(leaves, jax.tree.leaves(params), strict=True)
-  ]
-  return found, weights, back(_forward.without_poison(leaves, found, problem))
+  leaves = _forward.without_poison(
+    sums(in_scope, weights, plain), found, problem
+  )
+  return found, weights, back(leaves)
 
 
 def prepare(
@@ -156,29 +154,14 @@ def prepare(
       for u, p in zip(problem.unit, mimic, strict=True)
     ]
     descents = -uses.slopes(unit)
-  losses = _tree.to_accumulate(losses)
-  aux = jax.tree.unflatten(aux_structure, aux)
-  scores = problem.score.compute(
-    Measured(
-      descents=descents,
-      norms=None,
-      gram=None,
-      valid=None,
-      **problem.known(losses, aux),
-    ),
-    problem.candidates,
-  )
-  valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
 
   def sums(in_scope, weights, plain):
-    if all(in_scope):
-      return uses.sums(in_scope, weights)
-    chosen, _ = split(uses.sums(in_scope, weights), in_scope)
     others = [not flag for flag in in_scope]
-    means, _ = split(uses.sums(others, plain), others)
-    return merge(chosen, means, in_scope)
+    means = uses.sums(others, plain) if any(others) else []
+    return merge(uses.sums(in_scope, weights), means, in_scope)
 
-  return Answer(scores, losses, valid, aux), sums
+  aux = jax.tree.unflatten(aux_structure, aux)
+  return scored(problem, losses, aux, descents=descents), sums
 
 
 class _Kind(enum.Enum):
@@ -535,10 +518,8 @@ class _Uses:
       total += self._slope(k, ours, fixed[k], theirs)
     return total
 
-  def sums(
-    self, chosen: list[bool], weights: jax.Array
-  ) -> list[jax.Array | None]:
-    """Computes `sum_i weights_i g_i` of the chosen leaves; None elsewhere."""
+  def sums(self, chosen: list[bool], weights: jax.Array) -> list[jax.Array]:
+    """Computes `sum_i weights_i g_i` of the chosen leaves."""
     roots_of, leaves, live = self._roots_of(chosen)
     roots, pullback, fixed = jax.vjp(roots_of, leaves, has_aux=True)
     cotangents = [
@@ -550,8 +531,7 @@ class _Uses:
       ]
       for k, ours in zip(live, roots, strict=True)
     ]
-    (sums,) = pullback(cotangents)
-    return merge(sums, [None] * chosen.count(False), chosen)
+    return pullback(cotangents)[0]
 
   def _roots_of(self, chosen):
     """Returns live sites' roots as a function of the chosen leaves."""
@@ -772,18 +752,19 @@ def _bind(eqn, operands):
   return list(found) if eqn.primitive.multiple_results else [found]
 
 
-def _inner_jaxprs(eqn):
+def _called(eqn):
+  """Iterates over the functions that an operation calls, with constants."""
   for value in eqn.params.values():
     for each in value if isinstance(value, (tuple, list)) else (value,):
       inner = getattr(each, "jaxpr", each)
       if hasattr(inner, "eqns"):
-        yield inner
+        yield inner, getattr(each, "consts", ())
 
 
 def _has_custom_vjp(eqn):
   """Tells whether an operation has a backward derivative only."""
   return "custom_vjp" in eqn.primitive.name or any(
-    _has_custom_vjp(each) for inner in _inner_jaxprs(eqn) for each in inner.eqns
+    _has_custom_vjp(each) for inner, _ in _called(eqn) for each in inner.eqns
   )
 
 
@@ -803,13 +784,8 @@ def _inlined(closed, args, checkpoints):
           " or engine='forward'."
         )
       if name in (*_CALLS, *_CHECKPOINTS):
-        (inner,) = _inner_jaxprs(eqn)
-        (consts_,) = (
-          getattr(value, "consts", ())
-          for value in eqn.params.values()
-          if getattr(value, "jaxpr", value) is inner
-        )
-        values = run(inner, consts_, *values)
+        (function,) = _called(eqn)
+        values = run(*function, *values)
       elif name == "scan":
         body = eqn.params["jaxpr"]
         avals = [v.aval for v in body.jaxpr.invars]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gradmimic_jax import _mesh, _tree, _validate
-from gradmimic_jax.scores import Score
+from gradmimic_jax.scores import Measured, Score
 from gradmimic_jax.weighting import Weighting, guarded
 
 
@@ -50,6 +50,45 @@ class Answer(NamedTuple):
   losses: jax.Array  # [B]
   valid: jax.Array  # bool [B]: candidates with finite loss, score, gradient
   aux: Any  # losses_fn's aux, or None
+
+
+def scored(
+  problem: Problem,
+  losses: jax.Array,
+  aux: Any,
+  *,
+  descents: jax.Array | None,
+  norms: jax.Array | None = None,
+  gram: jax.Array | None = None,
+  counted: jax.Array | None = None,
+) -> Answer:
+  """Computes the scores of a batch of which no single gradients are at hand.
+
+  Args:
+    problem: the problem.
+    losses: `[B]`, perhaps in bfloat16: scores and all that follows are not.
+    aux: losses_fn's, or None.
+    descents: `[B]`, if the score asks for them, and likewise the others.
+    norms: `[B]`.
+    gram: `[B, B]`.
+    counted: bool `[B]`, the samples in the Gram matrix.
+
+  Returns:
+    The answer.
+  """
+  losses = _mesh.rows_like(_tree.to_accumulate(losses), problem.candidates)
+  scores = problem.score.compute(
+    Measured(
+      descents=descents,
+      norms=norms,
+      gram=gram,
+      valid=counted,
+      **problem.known(losses, aux),
+    ),
+    problem.candidates,
+  )
+  valid = problem.candidates & jnp.isfinite(losses) & jnp.isfinite(scores)
+  return Answer(scores, losses, valid, aux)
 
 
 class Weigh(NamedTuple):

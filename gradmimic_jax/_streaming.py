@@ -37,9 +37,7 @@ from gradmimic_jax._problem import (
 )
 
 
-def answer(
-  problem: Problem, microbatch_size: int, engine: str = "per_sample"
-) -> Answer:
+def answer(problem: Problem, microbatch_size: int, engine: str) -> Answer:
   """Computes scores and losses without a gradient."""
   params, _ = _mesh.for_rows(problem.params, problem.candidates)
   problem = problem._replace(params=params)
@@ -55,7 +53,7 @@ def reweighted(
   weigh: Weigh,
   scope: str,
   microbatch_size: int,
-  engine: str = "per_sample",
+  engine: str,
 ) -> tuple[Answer, jax.Array, list[jax.Array]]:
   """Computes scores, weights `[B]`, and the gradient's leaves."""
   params, back = _mesh.for_rows(problem.params, problem.candidates)

@@ -172,7 +172,6 @@ class Setup:
       entry |= self._time(step)
       if f"{case.layers}/{case.engine}" in self.config.profiles:
         self._profile(f"{case.layers}/{case.engine}", step)
-        self._profile("plain", functools.partial(self.plain, *self._given))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -180,10 +179,14 @@ class Setup:
     return entry
 
   def _profile(self, name, step):
-    """Writes a profile of a few warm steps."""
-    if self.profiles is not None:
-      with jax.profiler.trace(str(self.profiles / name)):
-        jax.block_until_ready([step() for _ in range(_PROFILED)])
+    """Writes profiles of a few warm steps: these, and once the plain ones."""
+    if self.profiles is None:
+      return
+    plain = functools.partial(self.plain, *self._given)
+    for folder, each in {name: step, "plain": plain}.items():
+      if not (self.profiles / folder).exists():
+        with jax.profiler.trace(str(self.profiles / folder)):
+          jax.block_until_ready([each() for _ in range(_PROFILED)])
 
   def _time(self, candidate):
     """Times two warm steps in turn: the median of the rounds' ratios."""
