@@ -111,9 +111,6 @@ def probe() -> config_dict.ConfigDict:
   # References are trained on the true labels of these shares of the training
   # samples, drawn class by class, in as many steps as on all of them.
   config.reference_shares = (1.0,)
-  # Scores are measured in every so many epochs; in between, weights are made of
-  # those of the last such epoch.
-  config.refresh_epochs = 1
   # How images are scaled: as the "model" was trained, or to mean and standard
   # deviation .5 as "published".
   config.scaling = "model"

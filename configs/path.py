@@ -2,9 +2,9 @@
 
 The excess loss is the mimic score integrated along the way to the reference
 (experiments/training/path.py), so RHO and Grad-Mimic are the ends of a family.
-Points of the way in between, a direction in Adam's metric, and scores less
-those of the class, all over all layers of a network that is trained whole
-toward a reference of its own initialisation:
+Points of the way in between, a direction in Adam's metric, scores less those
+of the class, and averages over the epochs so far, all over all layers of a
+network that is trained whole toward a reference of its own initialisation:
 
 python -m experiments.study --config=configs/path.py --workdir=runs/path
 
@@ -22,7 +22,15 @@ from ml_collections import config_dict
 from configs import base, classification, directions
 
 POINTS = ("0", "0.25", "0.5", "0.75", "0.2113+0.7887")  # Gauss-Legendre's two
-METHODS = ("sgd", "rho", "grad_mimic", "grad_mimic_adam", "grad_mimic_by_class")
+METHODS = (
+  "sgd",
+  "rho",
+  "rho_averaged",
+  "grad_mimic",
+  "grad_mimic_adam",
+  "grad_mimic_averaged",
+  "grad_mimic_by_class",
+)
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:

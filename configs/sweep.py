@@ -312,8 +312,8 @@ def _probe_ablations(probe, fields, seeds, steps=782):
     "reference_1_epoch": {"study.reference.num_epochs": 1},
     "reference_noise_0.2": {"study.reference.noise_rate": 0.2},
     "reference_noise_0.4": {"study.reference.noise_rate": 0.4},
-    "scores_every_2_epochs": {"probe.refresh_epochs": 2},
-    "scores_of_epoch_1": {"probe.refresh_epochs": 5},
+    "scores_every_2_epochs": {"mimic.refresh_epochs": 2},
+    "scores_of_epoch_1": {"mimic.refresh_epochs": 5},
     "start_epoch_1": {"mimic.warmup_steps": steps},
     "start_epoch_3": {"mimic.warmup_steps": 3 * steps},
   }

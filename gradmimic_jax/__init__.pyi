@@ -22,6 +22,10 @@ from .gradients import (
 )
 from .independence import check_independence as check_independence
 from .ledger import ScoreLedger as ScoreLedger
+from .microbatches import (
+  MicrobatchSizes as MicrobatchSizes,
+  choose_microbatch_size as choose_microbatch_size,
+)
 from .reference import (
   ReferenceReport as ReferenceReport,
   check_reference as check_reference,

@@ -9,6 +9,8 @@
 | grad_mimic_adam          | weights, in Adam's metric | of the config | w     |
 | grad_mimic_by_class      | the reference's weights   | less the      | w     |
 |                          |                           | class's mean  |       |
+| grad_mimic_averaged      | the reference's weights   | of the config,| w     |
+|                          |                           | mean of epochs|       |
 | influence                | clean gradient            | projection    | w     |
 | influence_test_leak      | gradient of test samples  | projection    | w     |
 | agra                     | gradient of another batch | cosine        | +     |
@@ -16,6 +18,8 @@
 | output_agreement         | the reference's outputs,  | in the space  | w     |
 |                          | each sample its own       | of outputs    |       |
 | rho                      | - (looks at the outputs)  | excess loss   | w     |
+| rho_averaged             | - (looks at the outputs)  | excess loss,  | w     |
+|                          |                           | mean of epochs|       |
 | rho_topk                 | - (looks at the outputs)  | excess loss   | 10 %  |
 | rho_as_published         | - (looks at the outputs)  | excess loss   | a     |
 | grand                    | -                         | gradient norm | w     |
@@ -76,6 +80,7 @@ class Method(NamedTuple):
   points: tuple[float, ...] = (0.0,)
   metric: str = ""  # "adam": of that optimizer's second moments
   by_class: bool = False  # less the mean of the scores of that label
+  averaged: bool = False  # over a sample's scores in the epochs so far
 
   @property
   def is_measured_apart(self) -> bool:
@@ -137,6 +142,9 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   "grad_mimic_by_class": functools.partial(
     _grad_mimic, direction="weights", points=(0.0,), by_class=True
   ),
+  "grad_mimic_averaged": functools.partial(
+    _grad_mimic, direction="weights", points=(0.0,), averaged=True
+  ),
   "influence": _weighted("clean_gradient", "projection"),
   "influence_test_leak": _weighted("test_gradient", "projection"),
   "agra": lambda config: Method(
@@ -147,6 +155,9 @@ METHODS: dict[str, Callable[[Any], Method] | None] = {
   ),
   "output_agreement": _weighted("outputs", "output_agreement"),
   "rho": _weighted("outputs", "excess_loss"),
+  "rho_averaged": lambda config: Method(
+    "outputs", "excess_loss", weighting(config), averaged=True
+  ),
   "rho_topk": lambda config: Method(
     "outputs", "excess_loss", gm.top_fraction(0.1)
   ),

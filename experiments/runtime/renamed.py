@@ -45,6 +45,7 @@ FIELDS = {
   "checkpoint.keep_every": (
     "checkpoint.keep_every_epochs (of image-text pairs: keep_every_steps)"
   ),
+  "probe.refresh_epochs": "mimic.refresh_epochs",
   "study.reference.samples_seen": "study.reference.num_samples",
 }
 _FOLDER = os.path.dirname(os.path.dirname(__file__))  # experiments

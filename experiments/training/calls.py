@@ -161,6 +161,7 @@ def make(
   expand: Callable[[Any, Any], Any] | None,
   *,
   average: float = 0.0,
+  memory: Any = None,
   out_shardings: Any = None,
 ) -> tuple[jax.stages.Wrapped, Callable[[int, bool], Call]]:
   """Makes a run's step, and calls of several; once for equal arguments.
@@ -173,6 +174,7 @@ def make(
     outputs: the task's.
     expand: the task's; None: batches come as the model takes them.
     average: decay of the exponential average.
+    memory: what is remembered of scores.
     out_shardings: of one step's results.
 
   Returns:
@@ -188,6 +190,7 @@ def make(
     outputs,
     expand=expand,
     average=average,
+    memory=memory,
     out_shardings=out_shardings,
   )
   return step, programs.once(

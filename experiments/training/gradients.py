@@ -29,6 +29,7 @@ class StepOutput(NamedTuple):
   metrics: dict[str, jax.Array]  # each [], means over the valid samples
   samples: dict[str, jax.Array]  # score, weight, loss: each [B]; {} if plain
   statistics: Any = ()  # within a step: the model's new ones
+  memory: Any = ()  # within a step: the scores to remember
 
 
 def get_statistics(state: Any) -> Any:

@@ -15,7 +15,7 @@ from experiments import methods
 from experiments.methods import Method
 from experiments.runtime import programs, sharding
 from experiments.tasks.base import Outputs
-from experiments.training import gradients, path
+from experiments.training import gradients, memory as memory_lib, path
 from experiments.training.gradients import StepOutput
 
 # Alone and among others under vmap, these draw the same numbers.
@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
   model_state: Any = ()  # a ModelState; () where training is as evaluation
   # The exponential average to evaluate by: params and statistics; () if none.
   average: Any = ()
+  memory: Any = ()  # a Memory; () where every step has scores of its own
 
 
 class ModelState(NamedTuple):
@@ -41,13 +42,14 @@ class ModelState(NamedTuple):
   statistics: Any  # such as BatchNorm's; () if there are none
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "average"))
+@functools.partial(jax.jit, static_argnames=("tx", "average", "samples"))
 def init_state(
   params: Any,
   tx: optax.GradientTransformation,
   model_state: Any = (),
   *,
   average: bool = False,
+  samples: int = 0,
 ) -> TrainState:
   """Makes the state before the first step, as one program.
 
@@ -56,6 +58,7 @@ def init_state(
     tx: the optimizer, one object for runs that share the program.
     model_state: as in `TrainState`.
     average: whether to keep an average, for a train step that has one.
+    samples: number of samples whose scores are remembered, for one that does.
 
   Returns:
     The state.
@@ -65,6 +68,7 @@ def init_state(
     params,
     tx.init(params),
     jax.tree.map(jnp.asarray, model_state),
+    memory=memory_lib.init(samples) if samples else (),
   )
   if not average:
     return state
@@ -136,6 +140,7 @@ def make_train_step(
   *,
   expand: Callable[[Any, Any], Any] | None = None,
   average: float = 0.0,
+  memory: memory_lib.Plan | None = None,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
@@ -151,6 +156,7 @@ def make_train_step(
     expand: `(batch, resident) -> batch`, the task's, which comes before any
       loss; None: batches come as losses_fn takes them.
     average: decay of the exponential average, as in `make_step`.
+    memory: what is remembered of scores; None: nothing.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
@@ -175,14 +181,11 @@ def make_train_step(
   gradients.check_coupled(config, outputs)
   if config.microbatch_size is not None:
     gradients.check_couples(outputs, "config.mimic.microbatch_size")
-  if method is None or method.score is None:
-    gradient = gradients.make_plain(losses_fn, method, config, outputs)
-  elif not method.detached:
-    gradient = gradients.make_attached(losses_fn, method, outputs)
-  elif method.is_measured_apart:
-    gradient = path.make_path(losses_fn, method, config, outputs)
-  else:
-    gradient = gradients.make_mimic(losses_fn, method, config, outputs)
+  gradient = memory_lib.remembering(
+    lambda method: make_gradient(losses_fn, method, config, outputs),
+    method,
+    memory,
+  )
   is_batch = method is not None and method.direction in gradients.BATCHES
   step = make_step(
     _with_keys(gradient),
@@ -196,6 +199,31 @@ def make_train_step(
     donate_argnums=0,
     out_shardings=out_shardings,
   )
+
+
+def make_gradient(
+  losses_fn: Callable[..., Any],
+  method: Method | None,
+  config: Any,
+  outputs: Outputs | None = None,
+) -> gradients.Gradient:
+  """Makes the gradient by which a method's steps go.
+
+  Args:
+    losses_fn: as in `make_train_step`, and so are the others.
+    method: weights the samples; None is the plain mean.
+    config: `config.mimic`.
+    outputs: the task's.
+
+  Returns:
+    The gradient.
+  """
+  if method is None or method.score is None:
+    return gradients.make_plain(losses_fn, method, config, outputs)
+  if not method.detached:
+    return gradients.make_attached(losses_fn, method, outputs)
+  make = path.make_path if method.is_measured_apart else gradients.make_mimic
+  return make(losses_fn, method, config, outputs)
 
 
 def _with_keys(gradient):
@@ -250,6 +278,9 @@ def make_step(
         model_state=state.model_state._replace(statistics=output.statistics)
       )
       output = output._replace(statistics=())
+    if output.memory != ():
+      new = new._replace(memory=output.memory)
+      output = output._replace(memory=())
     sound = _is_sound(
       (grads, gradients.get_statistics(new)),
       output.metrics["nonfinite"],

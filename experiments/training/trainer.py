@@ -25,6 +25,7 @@ from experiments.runtime import (
 from experiments.training import (
   calls,
   loop,
+  memory,
   opening,
   optimizer,
   reference as reference_lib,
@@ -148,10 +149,20 @@ class Run:
       self.config.optimizer, total_steps=self.total_steps, last=task.last
     )
     average = optimizer.read_average(self.config.optimizer)
+    self.memory = memory.make_plan(
+      self.config.mimic,
+      self.method,
+      samples=task.samples,
+      steps_per_epoch=task.steps_per_epoch,
+    )
     with programs.run_once():
       self.state = self.devices.compute(
         lambda params, model_state: steps.init_state(
-          params, tx, model_state, average=bool(average)
+          params,
+          tx,
+          model_state,
+          average=bool(average),
+          samples=self.memory.samples if self.memory else 0,
         ),
         task.params,
         steps.make_model_state(task.outputs, task.statistics, config.seed),
@@ -164,6 +175,7 @@ class Run:
       task.outputs,
       task.expand,
       average=average,
+      memory=self.memory,
       out_shardings=steps.make_shardings(self.state, self.devices.mesh),
     )
 
@@ -233,9 +245,16 @@ class Run:
     return (
       self.state,
       self.reference and self.reference.for_batch(batch),
-      self.devices.put(self.task.take(batch).seen),
+      self.devices.put(self._take(batch).seen),
       self.task.resident,
     )
+
+  def _take(self, batch):
+    rows = self.task.take(batch)
+    if self.memory is None:
+      return rows
+    position = np.maximum(batch["index"], 0).astype(np.int32)
+    return rows._replace(seen=rows.seen | {memory.POSITION: position})
 
   def plan(self, batch: dict[str, np.ndarray]) -> calls.Call:
     """Chooses how many steps go into a call, by the first batch."""
@@ -256,7 +275,7 @@ class Run:
     """Makes the function that stacks batches for a call of that length."""
 
     def stack(batches):
-      rows = [self.task.take(batch) for batch in batches]
+      rows = [self._take(batch) for batch in batches]
       live = np.arange(length) < len(rows)
       # Steps that aren't live change nothing, whatever they see.
       rows += rows[-1:] * (length - len(rows))

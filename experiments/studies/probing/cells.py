@@ -70,7 +70,6 @@ def check(config: config_dict.ConfigDict) -> None:
     ("probe.rates", len(config.probe.rates)),
     ("probe.reference_shares", len(config.probe.reference_shares)),
     ("probe.runs_per_cell", config.probe.runs_per_cell),
-    ("probe.refresh_epochs", config.probe.refresh_epochs),
     ("num_epochs", config.num_epochs),
     ("batch_size", config.batch_size),
     ("eval_batch_size", config.eval_batch_size),

@@ -36,7 +36,7 @@ from experiments.studies.probing.cells import (
   check,
 )
 from experiments.tasks.classification import data as data_lib
-from experiments.training import optimizer
+from experiments.training import memory as memory_lib, optimizer
 from gradmimic_jax import _files
 
 CELLS, SAMPLES = "cells", "samples"
@@ -252,7 +252,10 @@ class _Grid:
     steps = -(-(self.num_samples if as_all else rows) // self.config.batch_size)
     total = epochs * steps
     tx = optimizer.create(shared.optimizer, total_steps=total)
-    states = heads.init_states(head, tx, len(cell.points))
+    memory = memory_lib.make_plan(
+      shared.mimic, method, samples=self.num_samples, steps_per_epoch=steps
+    )
+    states = heads.init_states(head, tx, len(cell.points), memory)
     given = heads.Given(
       jnp.asarray(np.stack([[n.labels for n in row] for row in noisy])),
       given_values,
@@ -265,22 +268,16 @@ class _Grid:
     ]
     # Cells that differ in their data alone take one program.
     setting = workdir_lib.fingerprint(name, fields, total)
-    measured, stale, evaluate = self.programs.setdefault(
+    program, evaluate = self.programs.setdefault(
       setting,
       (
-        *(
-          jax.jit(
-            heads.make_epoch(head, tx, name, shared.mimic, stale=is_stale),
-            donate_argnums=0,
-          )
-          for is_stale in (False, True)
+        jax.jit(
+          heads.make_epoch(head, tx, name, shared.mimic, memory),
+          donate_argnums=0,
         ),
         jax.jit(heads.make_evaluate(head)),
       ),
     )
-    refreshed = self.config.probe.refresh_epochs
-    if not methods.tells_samples_apart(method):
-      refreshed = 1
     test_labels = jnp.asarray(self.data.test.labels)
     curves: dict[str, list[np.ndarray]] = {}
     samples: dict[str, np.ndarray] = {}
@@ -293,12 +290,6 @@ class _Grid:
         break
       parts = [schedule[epoch] for schedule in schedules]
       batches = jax.tree.map(lambda *xs: np.stack(xs), *parts)
-      program = measured
-      if epoch % refreshed:
-        last = samples["score"][..., epoch - epoch % refreshed]
-        program, given = stale, given._replace(scores=last)
-      else:
-        given = given._replace(scores=None)
       arguments = states, given, self.data.images, batches
       if epoch == 0:
         program.lower(*arguments).compile()
@@ -307,8 +298,6 @@ class _Grid:
       seconds.append(time.monotonic() - before)
       for key, value in metrics.items():
         curves.setdefault(f"train_{key}", []).append(np.asarray(value))
-      if epoch % refreshed:  # these were scores of another epoch
-        del by_step["score"]
       _collect(samples, by_step, batches, epoch, epochs, self.num_samples)
     shape = len(seeds), len(cell.points)
     runs = []

@@ -26,7 +26,7 @@ from experiments.tasks.classification import (
   losses as classification,
   reference as reference_lib,
 )
-from experiments.training import gradients, steps
+from experiments.training import gradients, memory as memory_lib, steps
 from gradmimic_jax import layers as layers_lib, weighting as weighting_lib
 
 
@@ -48,7 +48,6 @@ class Given(NamedTuple):
   values: Any  # [S, K], of the weighting; None: as the config has it
   reference: Any  # a head [S, ...], or a batch [S, M, ...]; None
   kept: Any = None  # bool [S, K, N], who takes part; None: all
-  scores: Any = None  # [S, K, N], of an earlier epoch; None: they are measured
 
 
 class Head(NamedTuple):
@@ -130,14 +129,13 @@ def make_epoch(
   tx: optax.GradientTransformation,
   name: str,
   config: config_dict.ConfigDict,
-  *,
-  stale: bool = False,
+  memory: memory_lib.Plan | None = None,
 ) -> Callable[..., Any]:
   """One epoch of the method of that name, for S seeds x K runs at once.
 
   The temperature in `config.mimic` (or, with weights that have none, its
-  fraction) gives way to the values that are given. A stale epoch weighs by the
-  scores that are given, and measures none.
+  fraction) gives way to the values that are given. With a memory, states have
+  one, too.
 
   Returns:
     `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,
@@ -149,33 +147,29 @@ def make_epoch(
     classification.make_outputs_fn(head.apply)
   )
 
-  def run_step(state, labels, value, kept, scores, reference, images, batch):
+  def run_step(state, labels, value, kept, reference, images, batch):
     mimic = mimic_view(name, config, value)
     method = methods.create(name, mimic)
-    if stale and method is not None:
-      method = Method("offline_norms", "given", method.weighting)
-      reference = scores[batch.sample]
     direction = method and method.direction
     if direction == "outputs":
       reference = head.apply(reference, images[0])
     elif direction == "noisy_gradient":
       reference = {"image": images[1], "label": labels[batch.other_sample]}
     mask = batch.mask if kept is None else batch.mask & kept[batch.sample]
-    step = _make_step(losses_fn, tx, method, mimic, outputs)
-    return step(
-      state,
-      reference,
-      {"image": images[0], "label": labels[batch.sample], "mask": mask},
-    )
+    step = _make_step(losses_fn, tx, method, mimic, outputs, memory)
+    seen = {"image": images[0], "label": labels[batch.sample], "mask": mask}
+    if memory is not None:
+      seen[memory_lib.POSITION] = batch.sample
+    return step(state, reference, seen)
 
-  by_run = (0, 0, 0, 0, 0)
+  by_run = (0, 0, 0, 0)
   over_runs = jax.vmap(run_step, in_axes=(*by_run, None, None, None))
 
-  def seed_step(state, labels, value, kept, scores, reference, features, batch):
+  def seed_step(state, labels, value, kept, reference, features, batch):
     images = [features[batch.row]]
     if batch.other_row is not None:
       images.append(features[batch.other_row])
-    given = labels, value, kept, scores, reference
+    given = labels, value, kept, reference
     return over_runs(state, *given, images, batch)
 
   over_seeds = jax.vmap(seed_step, in_axes=(*by_run, 0, None, 0))
@@ -187,7 +181,6 @@ def make_epoch(
         given.labels,
         given.values,
         given.kept,
-        given.scores,
         given.reference,
         features,
         batch,
@@ -208,13 +201,18 @@ def make_epoch(
 
 
 def init_states(
-  head: Head, tx: optax.GradientTransformation, runs: int
+  head: Head,
+  tx: optax.GradientTransformation,
+  runs: int,
+  memory: memory_lib.Plan | None = None,
 ) -> steps.TrainState:
   """States `[S, K, ...]` before the first step; a seed's runs start alike."""
+  samples = memory.samples if memory else 0
   states = []
   for i in range(len(jax.tree.leaves(head.params)[0])):
     params = jax.tree.map(lambda x, i=i: x[i], head.params)
-    states.append(jax.device_get(steps.init_state(params, tx)))
+    state = steps.init_state(params, tx, samples=samples)
+    states.append(jax.device_get(state))
   # By NumPy, which has nothing to compile.
   return jax.tree.map(
     lambda *xs: jnp.asarray(
@@ -265,14 +263,18 @@ def mimic_view(
   return types.SimpleNamespace(**fields)
 
 
-def _make_step(losses_fn, tx, method, config, outputs):
+def _make_step(losses_fn, tx, method, config, outputs, memory):
   """The general loop's step, or the same numbers by closed forms."""
-  if method is not None and method.score is not None and method.detached:
-    score = gradients.find_score(method, outputs)
-    if score.needs_norms or score.needs_gram:
-      gradient = _closed_gradient(losses_fn, method, score, config, outputs)
-      return steps.make_step(gradient, tx)
-  return steps.make_train_step(losses_fn, tx, method, config, outputs)
+
+  def make_gradient(method):
+    if method is not None and method.score is not None and method.detached:
+      score = gradients.find_score(method, outputs)
+      if score.needs_norms or score.needs_gram:
+        return _closed_gradient(losses_fn, method, score, config, outputs)
+    return steps.make_gradient(losses_fn, method, config, outputs)
+
+  gradient = memory_lib.remembering(make_gradient, method, memory)
+  return steps.make_step(gradient, tx)
 
 
 def _closed_gradient(losses_fn, method, score, config, outputs):

@@ -162,6 +162,7 @@ METHODS = [
         },
       ),
       ("agra", {"data.flip": True}),
+      ("grad_mimic_averaged", {"mimic.refresh_epochs": 2}),
       # Without steps of its own runs, which would be counted as this one's.
       ("grand_offline", {"mimic.grand_runs": 2, "mimic.grand_epochs": 0}),
       ("distillation", {"data.flip": True}),

@@ -1,0 +1,147 @@
+"""The scores that a run remembers of its samples from epoch to epoch.
+
+With s_e(i) the score of sample i in epoch e, its weight may go by
+
+  s_k(i),                       k = e - e mod K: measured every K-th epoch only,
+  (s_0(i) + ... + s_e(i)) / (e + 1):       an average over the epochs so far.
+
+An epoch that measures nothing costs what plain training costs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.methods import Method
+from experiments.training.gradients import Gradient
+
+# The position of a batch's samples among all, int32 [B].
+POSITION = "position"
+
+
+class Memory(NamedTuple):
+  """What a state remembers of the scores of N samples."""
+
+  score: jax.Array  # float32 [N], the last one or the average
+  epochs: jax.Array  # int32 [N], that measured it
+
+
+class Plan(NamedTuple):
+  """What a run remembers, and when it measures."""
+
+  samples: int  # N
+  steps_per_epoch: int
+  refresh_epochs: int  # scores are measured every so many epochs
+
+
+def make_plan(
+  config: Any,
+  method: Method | None,
+  *,
+  samples: int | None,
+  steps_per_epoch: int | None,
+) -> Plan | None:
+  """Plans what a run remembers.
+
+  Args:
+    config: `config.mimic`: `refresh_epochs`.
+    method: the run's.
+    samples: number N of samples of the data; None: it isn't known.
+    steps_per_epoch: batches in a pass over them; None: there is no end.
+
+  Returns:
+    The Plan; None: each step has scores of its own, or none.
+
+  Raises:
+    ValueError: fewer epochs than one, a method whose weights can't go by scores
+      that are given, or samples that are not known.
+  """
+  epochs = config.refresh_epochs
+  if epochs < 1:
+    raise ValueError(
+      f"config.mimic.refresh_epochs is {epochs}; expected at least 1."
+    )
+  if method is None or method.score is None or method.by_chance:
+    return None
+  if epochs == 1 and not method.averaged:
+    return None
+  if not method.detached:
+    raise ValueError(
+      f"config.mimic.refresh_epochs is {epochs}, and the gradient of"
+      " config.method takes that of its weights along; expected 1."
+    )
+  if samples is None or steps_per_epoch is None:
+    raise ValueError(
+      "config.method averages scores over epochs, or"
+      f" config.mimic.refresh_epochs (it is {epochs}) is above 1, and this data"
+      " has no epochs; expected data that is in memory, or neither."
+    )
+  return Plan(samples, steps_per_epoch, epochs)
+
+
+def init(samples: int) -> Memory:
+  """Makes the memory of N samples before the first step."""
+  return Memory(jnp.zeros([samples]), jnp.zeros([samples], jnp.int32))
+
+
+def remembering(
+  make_gradient: Callable[[Method | None], Gradient],
+  method: Method | None,
+  plan: Plan | None,
+) -> Gradient:
+  """Makes a method's gradient, which weighs by what is remembered, too.
+
+  Args:
+    make_gradient: makes the gradient of a method.
+    method: the run's.
+    plan: the run's; None: nothing is remembered.
+
+  Returns:
+    The gradient. With a plan it is of a state with a Memory, and of batches
+    with POSITION, and its output has the memory that the step leaves. Where
+    nothing is measured, the samples' scores are those remembered.
+  """
+  if method is None or plan is None:
+    return make_gradient(method)
+  given = make_gradient(Method("offline_norms", "given", method.weighting))
+
+  def gradient(state, reference, batch):
+    known = jax.tree.map(lambda x: x[batch[POSITION]], state.memory)
+
+    def average(scores):
+      if not method.averaged:
+        return scores
+      return known.score + (scores - known.score) / (known.epochs + 1)
+
+    def weigh(scores, mask, step):
+      assert method.weighting is not None
+      return method.weighting(average(scores), mask, step)
+
+    def measure():
+      weighting: Any = weigh if method.averaged else method.weighting
+      weighted = method._replace(weighting=weighting)
+      grads, output = make_gradient(weighted)(state, reference, batch)
+      scores = output.samples["score"]
+      # A padded row is no sample, and a broken one says nothing.
+      sound = batch["mask"] & jnp.isfinite(scores)
+      rows = jnp.where(sound, batch[POSITION], plan.samples)
+      memory = Memory(
+        state.memory.score.at[rows].set(average(scores), mode="drop"),
+        state.memory.epochs.at[rows].add(1, mode="drop"),
+      )
+      return grads, output._replace(memory=memory)
+
+    def remember():
+      # A sample without a score so far counts as broken.
+      scores = jnp.where(known.epochs > 0, known.score, jnp.nan)
+      grads, output = given(state, scores, batch)
+      return grads, output._replace(memory=state.memory)
+
+    if plan.refresh_epochs == 1:
+      return measure()
+    epoch = state.step // plan.steps_per_epoch
+    return jax.lax.cond(epoch % plan.refresh_epochs == 0, measure, remember)
+
+  return gradient

@@ -1,0 +1,150 @@
+"""Weights by scores of earlier epochs."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import methods
+from experiments.training import memory, steps
+
+N, B, D = 9, 4, 3
+RATE = 0.05
+
+
+def losses_fn(params, batch):
+  gaps = batch["x"] @ params["w"] - batch["y"]
+  return gaps**2, gaps > 0
+
+
+def draw_epochs(rng, count):
+  """Three batches an epoch; the last has padding, which is row 0."""
+  for _ in range(count):
+    rows = np.append(rng.permutation(N), [0, 0, 0])
+    yield from zip(
+      rows.reshape(-1, B), (np.arange(12) < N).reshape(-1, B), strict=True
+    )
+
+
+@pytest.mark.parametrize(
+  ("method", "every"),
+  [
+    ("grad_mimic", 2),
+    ("grad_mimic", 3),
+    ("grad_mimic_averaged", 1),
+    ("grad_mimic_averaged", 2),
+  ],
+)
+def test_weights_are_those_of_numpy(make_config, method, every):
+  """Four epochs; a sample that is broken in the first has no score in it."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(N, D)), rng.normal(size=N)
+  w, reference = rng.normal(size=D), rng.normal(size=D)
+  config = make_config(
+    **{"mimic.refresh_epochs": every, "mimic.weighting": "softmax"}
+  ).mimic
+  chosen = methods.create(method, config)
+  plan = memory.make_plan(config, chosen, samples=N, steps_per_epoch=3)
+  tx = optax.sgd(RATE)
+  step = steps.make_train_step(losses_fn, tx, chosen, config, memory=plan)
+  state = steps.init_state({"w": jnp.float32(w)}, tx, samples=N)
+  toward = {"w": jnp.float32(reference)}
+  found: dict[int, list[float]] = {i: [] for i in range(N)}
+  for number, (rows, mask) in enumerate(draw_epochs(rng, 4)):
+    epoch, broken = number // 3, np.zeros(B, bool)
+    if epoch == 0:
+      broken = rows == 5
+    targets = np.where(broken, np.nan, y[rows])
+    state, output = step(
+      state,
+      toward,
+      {
+        "x": jnp.float32(x[rows]),
+        "y": jnp.float32(targets),
+        "mask": jnp.asarray(mask),
+        memory.POSITION: jnp.asarray(rows),
+      },
+    )
+    real = mask & ~broken
+    gradients = 2 * (x[rows] @ w - y[rows])[:, None] * x[rows]
+    way = reference - w
+    scores = -gradients @ way / np.linalg.norm(way)
+    if epoch % every == 0:
+      for i, score in zip(rows[real], scores[real], strict=True):
+        found[i].append(score)
+    else:
+      scores = np.array([(found[i] or [np.nan])[-1] for i in rows])
+      if method == "grad_mimic_averaged":
+        scores = np.array([np.mean(found[i] or [np.nan]) for i in rows])
+      real &= np.isfinite(scores)
+    np.testing.assert_allclose(
+      output.samples["score"][real], scores[real], rtol=1e-4, atol=1e-5
+    )
+    strengths = scores[real]
+    if method == "grad_mimic_averaged":
+      strengths = np.array([np.mean(found[i]) for i in rows[real]])
+    weights = np.zeros(B)
+    weights[real] = np.exp(strengths - strengths.max())
+    weights /= weights.sum()
+    np.testing.assert_allclose(
+      output.samples["weight"], weights, rtol=1e-4, atol=1e-6
+    )
+    w = w - RATE * weights[real] @ gradients[real]
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4, atol=1e-5)
+
+
+def test_epochs_in_between_measure_nothing(make_config):
+  """Their branch of the step has no product along a tangent."""
+  config = make_config(**{"mimic.refresh_epochs": 2}).mimic
+  chosen = methods.create("grad_mimic", config)
+  plan = memory.make_plan(config, chosen, samples=N, steps_per_epoch=3)
+  tx = optax.sgd(RATE)
+  state = steps.init_state({"w": jnp.ones(D)}, tx, samples=N)
+  batch = {
+    "x": jnp.ones((B, D)),
+    "y": jnp.ones(B),
+    "mask": jnp.ones(B, bool),
+    memory.POSITION: jnp.arange(B),
+  }
+
+  def trace(method, plan=None):
+    step = steps.make_train_step(losses_fn, tx, method, config, memory=plan)
+    return step.trace(state, {"w": jnp.zeros(D)}, batch).jaxpr
+
+  (branches,) = (
+    equation.params["branches"]
+    for equation in trace(chosen, plan).eqns
+    if equation.primitive.name == "cond"
+  )
+  plain = str(trace(None)).count("dot_general")
+  counts = sorted(str(branch).count("dot_general") for branch in branches)
+  assert counts[0] == plain < counts[1]
+
+
+@pytest.mark.parametrize(
+  ("method", "fields", "samples", "message"),
+  [
+    ("grad_mimic", {"mimic.refresh_epochs": 0}, N, "expected at least 1"),
+    ("rho_as_published", {"mimic.refresh_epochs": 2}, N, "expected 1"),
+    ("grad_mimic", {"mimic.refresh_epochs": 2}, None, "has no epochs"),
+    ("rho_averaged", {}, None, "has no epochs"),
+  ],
+)
+def test_what_cannot_be_remembered_is_refused(
+  make_config, method, fields, samples, message
+):
+  config = make_config(**fields).mimic
+  with pytest.raises(ValueError, match=message):
+    memory.make_plan(
+      config,
+      methods.create(method, config),
+      samples=samples,
+      steps_per_epoch=3,
+    )
+
+
+@pytest.mark.parametrize("method", ["sgd", "random", "distillation"])
+def test_methods_without_scores_remember_none(make_config, method):
+  config = make_config(**{"mimic.refresh_epochs": 2}).mimic
+  chosen = methods.create(method, config)
+  assert memory.make_plan(config, chosen, samples=N, steps_per_epoch=3) is None
