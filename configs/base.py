@@ -122,6 +122,9 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.study.points = ()
   config.study.layers = ()
   config.study.weightings = ()
+  # How often each method with a reference is run: from the second round on, the
+  # learner of the round before is the reference.
+  config.study.rounds = 1
   # A run of the study that the others' accuracy is compared with, seed by seed.
   config.study.against = ""
   config.study.retrain = True  # on what each method's selection keeps

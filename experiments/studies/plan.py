@@ -26,6 +26,7 @@ class Run(NamedTuple):
   name: str  # of the run, and of its folder
   overrides: dict[str, Any]  # what its config has otherwise than the study's
   needs: tuple[str, ...] = ()  # runs of the same seed that must be finished
+  reference: str = REFERENCE  # which of these is its reference, if it is there
   # Of a run on a part of the data: whose scores choose (None: chance), and the
   # share that is kept (None: what that run's selection keeps); or a filter.
   chosen_by: str | None = None
@@ -77,6 +78,7 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
       runs.append(Run(seed, REFERENCE, other))
     for name, fields in settings.items():
       runs.append(Run(seed, name, fields, first if made[name] else ()))
+      runs += _plan_rounds(runs[-1], made[name], study.rounds)
     for name in scored if study.retrain else ():
       runs.append(Run(seed, f"retrained_{name}", plain, (name,), name))
     for keep, scorer in itertools.product(
@@ -89,6 +91,18 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
       title = "kept_" + cuts.file_of(text).removesuffix(".npy")
       runs.append(Run(seed, title, plain, (*first, by), filter=text))
   return runs
+
+
+def _plan_rounds(run, method, rounds):
+  """Plans runs whose reference is the learner of the round before."""
+  if method is None or method.direction not in ("weights", "outputs"):
+    return []
+  found, last = [], run.name
+  for number in range(2, rounds + 1):
+    name = f"{run.name}_round{number}"
+    found.append(run._replace(name=name, needs=(last,), reference=last))
+    last = name
+  return found
 
 
 def plan_settings(config: config_dict.ConfigDict) -> dict[str, dict[str, Any]]:
@@ -200,6 +214,10 @@ def _check(config):
     raise ValueError(
       f"config.study has methods {study.methods} at several settings or on"
       f" filters; expected {BASELINE!r} to compare with."
+    )
+  if study.rounds < 1:
+    raise ValueError(
+      f"config.study.rounds is {study.rounds}; expected at least 1."
     )
   task.check_study(config)
   for fraction in study.keep_fractions:

@@ -126,8 +126,8 @@ def _train(records, run):
     overrides["data.filter"] = distributed.by_first(
       lambda: str(_make_filter(records, run))
     )
-  elif plan.REFERENCE in run.needs:
-    reference = records.path(run.seed, plan.REFERENCE)
+  elif run.reference in run.needs:
+    reference = records.path(run.seed, run.reference)
     overrides["mimic.reference"] = str(reference)
   config = plan.make_config(records.config, run._replace(overrides=overrides))
   folder = records.path(run.seed, run.name)

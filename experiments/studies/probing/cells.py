@@ -56,6 +56,9 @@ def check(config: config_dict.ConfigDict) -> None:
     "config.study.reference.train_split": wanted.train_split,
     "config.study.reference.test_leak": wanted.test_leak,
     "config.study.keep_fractions": config.study.keep_fractions,
+    "config.study.rounds": config.study.rounds
+    if config.study.rounds > 1
+    else 0,
   }
   for field, value in given.items():
     if value:

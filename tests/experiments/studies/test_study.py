@@ -191,6 +191,37 @@ def test_what_a_study_of_pairs_refuses(overrides, message):
     plan.plan_runs(on_shapes(**overrides))
 
 
+def test_a_rounds_reference_is_the_learner_before_it(make_config):
+  config = make_config(
+    **{
+      "study.methods": ("sgd", "grad_mimic", "rho"),
+      "study.seeds": (4,),
+      "study.rounds": 3,
+      "study.retrain": False,
+    }
+  )
+  made = {run.name: run for run in plan.plan_runs(config)}
+  assert list(made) == [
+    plan.REFERENCE,
+    "sgd",
+    "grad_mimic",
+    "grad_mimic_round2",
+    "grad_mimic_round3",
+    "rho",
+    "rho_round2",
+    "rho_round3",
+  ]
+  assert made["sgd"].needs == ()
+  assert made["rho"].reference == plan.REFERENCE
+  for name, before in (
+    ("grad_mimic_round2", "grad_mimic"),
+    ("rho_round3", "rho_round2"),
+  ):
+    assert made[name].reference == before
+    assert made[name].needs == (before,)
+    assert made[name].overrides["method"] == name.split("_round")[0]
+
+
 def test_a_studys_settings(make_config):
   arg = (
     "layers=all+image_last_mlp,direction=weights+outputs,ess=0.3,"
