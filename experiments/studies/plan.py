@@ -26,12 +26,12 @@ class Run(NamedTuple):
   name: str  # of the run, and of its folder
   overrides: dict[str, Any]  # what its config has otherwise than the study's
   needs: tuple[str, ...] = ()  # runs of the same seed that must be finished
-  reference: str = REFERENCE  # which of these is its reference, if it is there
   # Of a run on a part of the data: whose scores choose (None: chance), and the
   # share that is kept (None: what that run's selection keeps); or a filter.
   chosen_by: str | None = None
   keep: float | None = None
   filter: str = ""
+  reference: str = REFERENCE  # the one of `needs` that it goes by
 
   @property
   def is_on_a_part(self) -> bool:
