@@ -17,7 +17,9 @@ the hub>`) instead of that network: heads at 128 pixels, and in `outgrowing_*`
 heads whose references know a part of the labels.
 
 `study=layers` is configs/layers.py in all its settings, with the costs, and
-`study=path` configs/path.py; both take `data_dir`, the latter also `labels`.
+`study=path` configs/path.py, with rounds in which the learner becomes the
+reference, and scores that are some epochs old; both take `data_dir`, the latter
+also `labels`.
 
 `study=digits` is the label-noise study in minutes, on scikit-learn's
 handwritten digits.
@@ -452,6 +454,19 @@ def _path(values):
       cells.append(
         _line("_".join(filter(None, (setting, name))), "study", config, fields)
       )
+  plain: dict[str, object] = {
+    "study.methods": ("sgd", "rho", "grad_mimic"),
+    "study.points": (),
+    "study.weightings": ("ess0.5",),
+    "study.references": "{sweep}/references",
+  }
+  variants = {"digits_rounds": {"study.rounds": 4}} | {
+    f"digits_refresh_{epochs}": {"mimic.refresh_epochs": epochs}
+    for epochs in (2, 5, 20, 200)
+  }
+  config = f"configs/path.py:seeds={seeds}"
+  for name, fields in variants.items():
+    cells.append(_line(name, "study", config, plain | fields))
   return tuple(cells)
 
 
