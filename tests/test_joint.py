@@ -554,6 +554,22 @@ def test_scores_around_the_mark_say_nothing():
   }
 
 
+def test_a_kept_population_tells_how_many_lie_below_the_mark():
+  """They may be a small group of wrong samples."""
+  scores = np.random.default_rng(0).normal(1.2, 1.0, (1999, 1))
+  got = select(scores, mark=0.0)
+  below = (scores < 0).mean()
+  assert got.keep.all()
+  assert got.diagnostics["population"] == (
+    f"one population above 0: all kept, and {below:.1%} lie below:"
+    " binarize='threshold' takes these out"
+  )
+  cut = select(scores, binarize="threshold")
+  assert (cut.keep == (scores[:, 0] > 0)).all()
+  few = select(scores + 1.2, mark=0.0)
+  assert few.diagnostics["population"] == "one population above 0: all kept"
+
+
 def test_early_steps_that_know_nothing_do_not_decide():
   rng = np.random.default_rng(0)
   bad = np.arange(1000) < 50

@@ -25,6 +25,7 @@ _NEAR_MARK = 0.25  # how far the upper group may lie below the mark, relative
 _OFF_MARK = 0.1  # how far the lower group must lie below it, likewise
 _ROUNDS = 4  # of weighing steps by how well they tell the two kinds apart
 _LEAST_STEP = 1.01  # a round goes on if it moves the two apart by so much
+_TOLD_BELOW = 0.02  # share below it that the note on a kept one mentions
 _FEW_FAR = 3  # samples off the scale below that may be a population
 _DRAWS = 100  # bootstrap samples of the clean fraction
 _BLOCK = 65_536  # samples that are compared at a time
@@ -587,7 +588,14 @@ def _by_the_mark(x, mark, probability, seen):
   """Judges a lone population by its side of the mark; returns a note on it."""
   above = float((x > 0).mean())
   if above >= ABOVE:
-    return f"one population above {mark:g}: all kept"
+    note = f"one population above {mark:g}: all kept"
+    if 1 - above < _TOLD_BELOW:
+      return note
+    # A small group of wrong samples may pass for the population's tail.
+    return (
+      f"{note}, and {1 - above:.1%} lie below: binarize='threshold' takes"
+      " these out"
+    )
   if above <= 1 - BELOW:
     probability[seen] = above
     return f"one population below {mark:g}: all dropped"
