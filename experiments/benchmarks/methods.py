@@ -5,11 +5,16 @@ are timed in turn, round by round: a time is the median over the rounds of its
 ratio to sgd's in the same round. Memory is the compiler's own count of what a
 step holds besides its arguments and results, and so are FLOPs. The reference's
 outputs are found once, before training, and don't count.
+
+Where `config.mimic.refresh_epochs` is above 1, there is also
+`<method>_between`: a step of the epochs that measure no scores.
 """
 
 import contextlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
@@ -55,9 +60,7 @@ def measure(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   found: dict[str, Any] = {"machine": workdir_lib.machine(), "batches": {}}
   for size in config.study.cost_batch_sizes or (config.batch_size,):
     sized = _sized(config, size)
-    found["batches"][str(size)] = _compare(
-      {name: _Step(sized, folder, fields) for name, fields in settings.items()}
-    )
+    found["batches"][str(size)] = _compare(_make_steps(sized, folder, settings))
     # After each size: the next may be too large for the machine.
     workdir_lib.write_json(folder / RESULT_FILE, found)
   return found
@@ -88,15 +91,27 @@ def _sized(config, size):
   return copy.lock()
 
 
-class _Step:
-  """A method's compiled step on the first batch, and what it holds."""
-
-  def __init__(self, config, folder, overrides):
+def _make_steps(config, folder, settings):
+  """Makes the steps of all runs, by name."""
+  made = {}
+  for name, overrides in settings.items():
     copy = config.copy_and_resolve_references().unlock()
     copy.update_from_flattened_dict(overrides)
     run = trainer.Run(copy.lock(), folder)
     with contextlib.closing(run.task):
-      self.step = timing.first_step(run, run.state)
+      if run.step_between is not None:  # before its state is donated
+        again = jax.tree.map(jnp.copy, run.state)
+        step = timing.first_step(run, again, run.step_between)
+        made[f"{name}_between"] = _Step(step)
+      made[name] = _Step(timing.first_step(run, run.state))
+  return made
+
+
+class _Step:
+  """A method's compiled step on the first batch, and what it holds."""
+
+  def __init__(self, step):
+    self.step = step
     compiled = self.step.compile()
     self.memory, self.flops = (
       timing.temporaries(compiled),

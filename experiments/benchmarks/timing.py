@@ -44,13 +44,16 @@ class TrainStep:
     return output
 
 
-def first_step(run: trainer.Run, state: Any) -> TrainStep:
-  """A step of a run on its first batch, which the run still has before it."""
+def first_step(run: trainer.Run, state: Any, step: Any = None) -> TrainStep:
+  """A step of a run on its first batch, which the run still has before it.
+
+  It is the run's `train_step`, or the one that is given.
+  """
   start = run.batches.get_state()
   batch = next(run.batches)
   run.batches.set_state(start)
   _, *given = run.example(batch)
-  return TrainStep(run.train_step, state, *given)
+  return TrainStep(step or run.train_step, state, *given)
 
 
 def seconds(

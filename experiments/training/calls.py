@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.methods import Method
 from experiments.runtime import programs
 from experiments.tasks.base import Outputs
-from experiments.training import steps
+from experiments.training import memory as memory_lib, steps
 
 # What a call should take at least, by a rough count of its arithmetic: the host
 # needs some two milliseconds around it.
@@ -37,10 +37,31 @@ class Call(NamedTuple):
       `[B, ...]`, and so has a reference that differs by batch. `live` is bool
       `[K]`: where it is False, the state stays as it is and the outputs mean
       nothing. The state is donated.
+    between: the same in epochs that measure no scores; None: all do.
+    memory: tells which do.
   """
 
   length: int
   function: Callable[..., Any]
+  between: Callable[..., Any] | None = None
+  memory: memory_lib.Plan | None = None
+
+  def at(self, step: int) -> Callable[..., Any]:
+    """Picks the function of the call that begins at a step."""
+    if self.memory is None or self.memory.measures(step):
+      return self.function
+    assert self.between is not None
+    return self.between
+
+
+class Made(NamedTuple):
+  """The jitted steps of a run, and what makes calls of several."""
+
+  step: jax.stages.Wrapped
+  between: jax.stages.Wrapped | None  # in epochs that measure no scores
+  # `make_call(length, differs) -> Call`, one and the same for equal arguments;
+  # `differs` says whether the reference differs by batch.
+  make_call: Callable[[int, bool], Call]
 
 
 class Spacing(NamedTuple):
@@ -161,9 +182,9 @@ def make(
   expand: Callable[[Any, Any], Any] | None,
   *,
   average: float = 0.0,
-  memory: Any = None,
+  memory: memory_lib.Plan | None = None,
   out_shardings: Any = None,
-) -> tuple[jax.stages.Wrapped, Callable[[int, bool], Call]]:
+) -> Made:
   """Makes a run's step, and calls of several; once for equal arguments.
 
   Args:
@@ -178,26 +199,37 @@ def make(
     out_shardings: of one step's results.
 
   Returns:
-    The jitted step, and `make_call(length, differs) -> Call`, which gives one
-    and the same for equal arguments; `differs` says whether the reference
-    differs by batch.
+    What was made.
   """
-  step = steps.make_train_step(
-    losses_fn,
-    tx,
-    method,
-    config,
-    outputs,
-    expand=expand,
-    average=average,
-    memory=memory,
-    out_shardings=out_shardings,
-  )
-  return step, programs.once(
-    lambda length, differs: make_call(
-      step, length, differs=differs, out_shardings=out_shardings
+
+  def make_step(measures):
+    return steps.make_train_step(
+      losses_fn,
+      tx,
+      method,
+      config,
+      outputs,
+      expand=expand,
+      average=average,
+      memory=memory,
+      measures=measures,
+      out_shardings=out_shardings,
     )
-  )
+
+  step, between = make_step(True), None
+  if memory is not None and memory.refresh_epochs > 1:
+    between = make_step(False)
+
+  @programs.once
+  def make(length, differs):
+    options = {"differs": differs, "out_shardings": out_shardings}
+    call = make_call(step, length, **options)
+    if between is None:
+      return call
+    other = make_call(between, length, **options)
+    return call._replace(between=other.function, memory=memory)
+
+  return Made(step, between, make)
 
 
 def make_call(

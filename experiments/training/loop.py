@@ -43,6 +43,7 @@ class Schedule(NamedTuple):
   profile_steps: tuple[int, ...] = ()  # first and end of the traced steps
   nonfinite_stop: int = 10  # skipped steps in a row that end the run; 0: none
   stall_seconds: float = 1800  # without a step, until the process ends; 0: none
+  cut_every: int = 0  # steps at which calls end, too; 0: none
 
 
 def schedule(config: config_dict.ConfigDict, task: tasks.Task) -> Schedule:
@@ -228,7 +229,7 @@ def run(
         log.restart(reader.waited)
       read, taken = upcoming or _next(step, reader, log, take)
       trace.before(step)
-      state, output = call.function(
+      state, output = call.at(step)(
         state, taken.reference, taken.batch, resident, taken.live
       )
       log.add(step, taken, output, reader.waited)
@@ -241,9 +242,13 @@ def run(
 
 
 def spacing(schedule: Schedule) -> calls.Spacing:
-  """Finds where calls have to end: at evaluations, checkpoints and profiles."""
+  """Finds where calls have to end: at evaluations, checkpoints and the like."""
   return calls.Spacing(
-    (schedule.eval_every, schedule.save_every),
+    tuple(
+      filter(
+        None, (schedule.eval_every, schedule.save_every, schedule.cut_every)
+      )
+    ),
     schedule.profile_steps,
     schedule.total_steps,
   )

@@ -35,6 +35,10 @@ class Plan(NamedTuple):
   steps_per_epoch: int
   refresh_epochs: int  # scores are measured every so many epochs
 
+  def measures(self, step: int) -> bool:
+    """True if a step measures scores, False if it goes by those remembered."""
+    return step // self.steps_per_epoch % self.refresh_epochs == 0
+
 
 def make_plan(
   config: Any,
@@ -90,6 +94,8 @@ def remembering(
   make_gradient: Callable[[Method | None], Gradient],
   method: Method | None,
   plan: Plan | None,
+  *,
+  measures: bool = True,
 ) -> Gradient:
   """Makes a method's gradient, which weighs by what is remembered, too.
 
@@ -97,6 +103,9 @@ def remembering(
     make_gradient: makes the gradient of a method.
     method: the run's.
     plan: the run's; None: nothing is remembered.
+    measures: False: weights go by the scores remembered. Not a matter of the
+      state, as XLA's CPU backend makes convolutions in a branch 20 times as
+      slow as outside.
 
   Returns:
     The gradient. With a plan it is of a state with a Memory, and of batches
@@ -105,7 +114,8 @@ def remembering(
   """
   if method is None or plan is None:
     return make_gradient(method)
-  given = make_gradient(Method("offline_norms", "given", method.weighting))
+  if not measures:
+    given = make_gradient(Method("offline_norms", "given", method.weighting))
 
   def gradient(state, reference, batch):
     known = jax.tree.map(lambda x: x[batch[POSITION]], state.memory)
@@ -119,29 +129,21 @@ def remembering(
       assert method.weighting is not None
       return method.weighting(average(scores), mask, step)
 
-    def measure():
-      weighting: Any = weigh if method.averaged else method.weighting
-      weighted = method._replace(weighting=weighting)
-      grads, output = make_gradient(weighted)(state, reference, batch)
-      scores = output.samples["score"]
-      # A padded row is no sample, and a broken one says nothing.
-      sound = batch["mask"] & jnp.isfinite(scores)
-      rows = jnp.where(sound, batch[POSITION], plan.samples)
-      memory = Memory(
-        state.memory.score.at[rows].set(average(scores), mode="drop"),
-        state.memory.epochs.at[rows].add(1, mode="drop"),
-      )
-      return grads, output._replace(memory=memory)
-
-    def remember():
+    if not measures:
       # A sample without a score so far counts as broken.
       scores = jnp.where(known.epochs > 0, known.score, jnp.nan)
-      grads, output = given(state, scores, batch)
-      return grads, output._replace(memory=state.memory)
-
-    if plan.refresh_epochs == 1:
-      return measure()
-    epoch = state.step // plan.steps_per_epoch
-    return jax.lax.cond(epoch % plan.refresh_epochs == 0, measure, remember)
+      return given(state, scores, batch)
+    weighting: Any = weigh if method.averaged else method.weighting
+    weighted = method._replace(weighting=weighting)
+    grads, output = make_gradient(weighted)(state, reference, batch)
+    scores = output.samples["score"]
+    # A padded row is no sample, and a broken one says nothing.
+    sound = batch["mask"] & jnp.isfinite(scores)
+    rows = jnp.where(sound, batch[POSITION], plan.samples)
+    memory = Memory(
+      state.memory.score.at[rows].set(average(scores), mode="drop"),
+      state.memory.epochs.at[rows].add(1, mode="drop"),
+    )
+    return grads, output._replace(memory=memory)
 
   return gradient

@@ -141,6 +141,7 @@ def make_train_step(
   expand: Callable[[Any, Any], Any] | None = None,
   average: float = 0.0,
   memory: memory_lib.Plan | None = None,
+  measures: bool = True,
   out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
   """Makes a jitted step of one method.
@@ -157,6 +158,8 @@ def make_train_step(
       loss; None: batches come as losses_fn takes them.
     average: decay of the exponential average, as in `make_step`.
     memory: what is remembered of scores; None: nothing.
+    measures: with a memory, whether the step measures scores, or goes by those
+      remembered.
     out_shardings: of `(TrainState, StepOutput)`, or of the beginning of such a
       tree; None leaves them to the compiler.
 
@@ -185,6 +188,7 @@ def make_train_step(
     lambda method: make_gradient(losses_fn, method, config, outputs),
     method,
     memory,
+    measures=measures,
   )
   is_batch = method is not None and method.direction in gradients.BATCHES
   step = make_step(

@@ -167,7 +167,11 @@ class Run:
         task.params,
         steps.make_model_state(task.outputs, task.statistics, config.seed),
       )
-    self.train_step, self.make_call = calls.make(
+    if self.memory is not None:
+      self.schedule = self.schedule._replace(
+        cut_every=self.memory.steps_per_epoch
+      )
+    self.train_step, self.step_between, self.make_call = calls.make(
       task.losses_fn,
       tx,
       self.method,

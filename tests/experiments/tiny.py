@@ -111,7 +111,9 @@ def nudged() -> Iterator[None]:
   """Each step of a run goes some way off, the same one; nothing is compiled."""
   call = calls.Call(1, _nudge)
   with (
-    mock.patch.object(calls, "make", return_value=(None, lambda *_: call)),
+    mock.patch.object(
+      calls, "make", return_value=calls.Made(None, None, lambda *_: call)
+    ),
     mock.patch.object(calls, "choose_length", return_value=1),
   ):
     yield
@@ -138,28 +140,34 @@ def around_calls(
   """
   make, made = calls.make, []
 
-  def make_eventful(*args, **options):
-    step, make_call = make(*args, **options)
-    made.append((step, make_call))
+  def make_watched(*args, **options):
+    found = make(*args, **options)
+    made.append((found.step, found.make_call))
     done = 0
 
     def eventful_call(*given):
-      call = make_call(*given)
+      call = found.make_call(*given)
 
-      def eventful(*args):
-        nonlocal done
-        count = int(np.sum(args[-1]))
-        before(done, count)
-        result = call.function(*args)
-        after(done, count)
-        done += count
-        return result
+      def make_eventful(function):
+        def eventful(*args):
+          nonlocal done
+          count = int(np.sum(args[-1]))
+          before(done, count)
+          result = function(*args)
+          after(done, count)
+          done += count
+          return result
 
-      return call._replace(function=eventful)
+        return eventful
 
-    return step, eventful_call
+      between = call.between and make_eventful(call.between)
+      return call._replace(
+        function=make_eventful(call.function), between=between
+      )
 
-  with mock.patch.object(calls, "make", make_eventful):
+    return found._replace(make_call=eventful_call)
+
+  with mock.patch.object(calls, "make", make_watched):
     yield made
 
 

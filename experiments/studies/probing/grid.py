@@ -268,12 +268,17 @@ class _Grid:
     ]
     # Cells that differ in their data alone take one program.
     setting = workdir_lib.fingerprint(name, fields, total)
-    program, evaluate = self.programs.setdefault(
+    measuring, between, evaluate = self.programs.setdefault(
       setting,
       (
-        jax.jit(
-          heads.make_epoch(head, tx, name, shared.mimic, memory),
-          donate_argnums=0,
+        *(
+          jax.jit(
+            heads.make_epoch(
+              head, tx, name, shared.mimic, memory, measures=measures
+            ),
+            donate_argnums=0,
+          )
+          for measures in (True, False)
         ),
         jax.jit(heads.make_evaluate(head)),
       ),
@@ -290,6 +295,8 @@ class _Grid:
         break
       parts = [schedule[epoch] for schedule in schedules]
       batches = jax.tree.map(lambda *xs: np.stack(xs), *parts)
+      measures = memory is None or memory.measures(epoch * steps)
+      program = measuring if measures else between
       arguments = states, given, self.data.images, batches
       if epoch == 0:
         program.lower(*arguments).compile()

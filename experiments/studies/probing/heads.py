@@ -130,12 +130,14 @@ def make_epoch(
   name: str,
   config: config_dict.ConfigDict,
   memory: memory_lib.Plan | None = None,
+  *,
+  measures: bool = True,
 ) -> Callable[..., Any]:
   """One epoch of the method of that name, for S seeds x K runs at once.
 
   The temperature in `config.mimic` (or, with weights that have none, its
   fraction) gives way to the values that are given. With a memory, states have
-  one, too.
+  one, too; `measures` is as in `steps.make_train_step`.
 
   Returns:
     `epoch(states, given, features [V * N, D], batches [S, T, B]) -> (states,
@@ -156,7 +158,7 @@ def make_epoch(
     elif direction == "noisy_gradient":
       reference = {"image": images[1], "label": labels[batch.other_sample]}
     mask = batch.mask if kept is None else batch.mask & kept[batch.sample]
-    step = _make_step(losses_fn, tx, method, mimic, outputs, memory)
+    step = _make_step(losses_fn, tx, method, mimic, outputs, memory, measures)
     seen = {"image": images[0], "label": labels[batch.sample], "mask": mask}
     if memory is not None:
       seen[memory_lib.POSITION] = batch.sample
@@ -263,7 +265,7 @@ def mimic_view(
   return types.SimpleNamespace(**fields)
 
 
-def _make_step(losses_fn, tx, method, config, outputs, memory):
+def _make_step(losses_fn, tx, method, config, outputs, memory, measures):
   """The general loop's step, or the same numbers by closed forms."""
 
   def make_gradient(method):
@@ -273,7 +275,9 @@ def _make_step(losses_fn, tx, method, config, outputs, memory):
         return _closed_gradient(losses_fn, method, score, config, outputs)
     return steps.make_gradient(losses_fn, method, config, outputs)
 
-  gradient = memory_lib.remembering(make_gradient, method, memory)
+  gradient = memory_lib.remembering(
+    make_gradient, method, memory, measures=measures
+  )
   return steps.make_step(gradient, tx)
 
 

@@ -136,7 +136,9 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
   monkeypatch.setattr(
     calls,
     "make",
-    lambda *_, **options: (None, lambda *_: call._replace(function=again)),
+    lambda *_, **options: calls.Made(
+      None, None, lambda *_: call._replace(function=again)
+    ),
   )
   monkeypatch.setattr(calls, "choose_length", lambda *_, **options: 2)
   found = trainer.train_and_evaluate(config, tmp_path / "run")

@@ -46,7 +46,12 @@ def test_weights_are_those_of_numpy(make_config, method, every):
   chosen = methods.create(method, config)
   plan = memory.make_plan(config, chosen, samples=N, steps_per_epoch=3)
   tx = optax.sgd(RATE)
-  step = steps.make_train_step(losses_fn, tx, chosen, config, memory=plan)
+  train_steps = {
+    measures: steps.make_train_step(
+      losses_fn, tx, chosen, config, memory=plan, measures=measures
+    )
+    for measures in (True, False)
+  }
   state = steps.init_state({"w": jnp.float32(w)}, tx, samples=N)
   toward = {"w": jnp.float32(reference)}
   found: dict[int, list[float]] = {i: [] for i in range(N)}
@@ -55,7 +60,7 @@ def test_weights_are_those_of_numpy(make_config, method, every):
     if epoch == 0:
       broken = rows == 5
     targets = np.where(broken, np.nan, y[rows])
-    state, output = step(
+    state, output = train_steps[plan.measures(number)](
       state,
       toward,
       {
@@ -94,7 +99,7 @@ def test_weights_are_those_of_numpy(make_config, method, every):
 
 
 def test_epochs_in_between_measure_nothing(make_config):
-  """Their branch of the step has no product along a tangent."""
+  """Their step has no product along a tangent."""
   config = make_config(**{"mimic.refresh_epochs": 2}).mimic
   chosen = methods.create("grad_mimic", config)
   plan = memory.make_plan(config, chosen, samples=N, steps_per_epoch=3)
@@ -107,18 +112,14 @@ def test_epochs_in_between_measure_nothing(make_config):
     memory.POSITION: jnp.arange(B),
   }
 
-  def trace(method, plan=None):
-    step = steps.make_train_step(losses_fn, tx, method, config, memory=plan)
-    return step.trace(state, {"w": jnp.zeros(D)}, batch).jaxpr
+  def count_products(method, **options):
+    step = steps.make_train_step(losses_fn, tx, method, config, **options)
+    jaxpr = step.trace(state, {"w": jnp.zeros(D)}, batch).jaxpr
+    return str(jaxpr).count("dot_general")
 
-  (branches,) = (
-    equation.params["branches"]
-    for equation in trace(chosen, plan).eqns
-    if equation.primitive.name == "cond"
-  )
-  plain = str(trace(None)).count("dot_general")
-  counts = sorted(str(branch).count("dot_general") for branch in branches)
-  assert counts[0] == plain < counts[1]
+  plain = count_products(None)
+  assert count_products(chosen, memory=plan, measures=False) == plain
+  assert count_products(chosen, memory=plan) > plain
 
 
 @pytest.mark.parametrize(
