@@ -199,7 +199,7 @@ UNSHRUNK = settings(
 )
 # With missing entries and ties.
 GAPS = {"seed": 15, "n": 60, "n_steps": 3, "rate": 0.3, "distance": 5.0}
-MANY = settings(UNSHRUNK, max_examples=20)
+MANY = settings(UNSHRUNK, max_examples=12)
 
 
 def drawn(options):
