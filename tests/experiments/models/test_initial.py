@@ -72,11 +72,12 @@ def test_a_study_from_a_backbone(make_config, backbone, tmp_path):
       "model.pretrained": str(backbone),
       "noise.rate": 0.4,
       "data.image_size": 8,
-      "study.methods": ("sgd", "grad_mimic"),
+      "study.methods": ("grad_mimic",),
+      "study.retrain": False,
     }
   )
   summary = study.run_study(config, tmp_path / "study")
-  assert len(summary["runs"]) == 4
+  assert len(summary["runs"]) == 2
   assert summary["detection"]["grad_mimic"][0]["auroc"] > 0.8
   # Other weights at the same place are noticed; the same elsewhere are fine.
   shutil.copytree(backbone, tmp_path / "copy")
