@@ -11,8 +11,8 @@ from tests.experiments import pinned
 QUICK = ("classification/grad_mimic", "select/train/auto")
 # Compared by hand, around a refactoring. That interrupted runs, and those of
 # two processes, end as others do is asked by `contract/test_tasks.py` and, of
-# divided parameters, by `runtime/test_distributed.py`; and the other methods of
-# a contrastive task weigh as those of classification.
+# divided parameters, by `runtime/test_distributed.py`; what methods other than
+# grad_mimic weigh with two towers, by the tests of contrastive losses.
 BY_HAND = (
   *(f"{task}{pinned.INTERRUPTED}" for task in pinned.INTERRUPTED_AT),
   f"{pinned.CLASSIFICATION}/two_processes",

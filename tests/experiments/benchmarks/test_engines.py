@@ -166,8 +166,12 @@ def test_sizes_that_meet_in_the_base_are_measured_once(
 
 
 @pytest.mark.slow
-def test_flops_of_the_last_block_fall_with_tokens():
+def test_flops_of_the_last_block_fall_with_tokens(monkeypatch):
   config = engines_config.get_config()
+  # FLOPs are of shapes: a step toward it needn't be made.
+  monkeypatch.setattr(
+    engine_steps.Setup, "reference", property(lambda setup: setup.params)
+  )
   ratios = []
   for case in engines.token_cases(config):
     setup = engine_steps.Setup(case.section, case.batch_size, config)
@@ -303,8 +307,8 @@ def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
   sizes = {"width": 24, "mlp_width": 48, "depth": 1, "patch_size": 16}
   config.update_from_flattened_dict(
     {"layers": ("all",), "models": ("vit_b16",)}
-    # All but "auto", which is "forward" here.
-    | {"engines": ("forward", "ghost", "ghost_2", "streaming_2", "outputs")}
+    # "auto" is "forward" here, and a part is a batch to "ghost".
+    | {"engines": ("forward", "ghost", "streaming_2", "outputs")}
     | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
     | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
   )

@@ -203,7 +203,7 @@ def test_tuned_settings_that_are_none(make_study, tmp_path):
 
 @pytest.mark.slow
 def test_studies_share_a_reference_and_their_tables(
-  make_study, shared, tmp_path
+  make_study, shared, tmp_path, monkeypatch
 ):
   """Two noise rates, subsets, costs; and one page about all of it."""
   folders = []
@@ -237,6 +237,7 @@ def test_studies_share_a_reference_and_their_tables(
   assert rows["grad_mimic"]["auroc"] > 0.8
   assert rows["grad_mimic"]["f1_gmm"] > 0.6
 
+  monkeypatch.setattr(costs, "_ROUNDS", 2)
   config = make_study(**{"mimic.reference": first}).unlock()
   config.benchmark = "methods"
   costs.measure(config.lock(), tmp_path / "costs")
