@@ -558,8 +558,8 @@ def logged(tmp_path_factory):
 
 
 class TestRuns:
-  # The others are asked more in `studies/test_probing.py`, where each equals the
-  # general loop; but one of each kind is asked of a hidden layer.
+  # The others are asked more by `studies/test_probing.py`, where each equals
+  # the general loop; here one of each kind is asked of a hidden layer.
   @pytest.mark.slow
   @pytest.mark.parametrize(
     "name",

@@ -40,7 +40,10 @@ def teacher(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(folder, teacher, tmp_path_factory):
-  """A finished run with scores on every other pair: config, folder, result."""
+  """A finished run with scores on every other pair: config, folder, result.
+
+  Beside the folder is what a kill would have left of it.
+  """
   where = tmp_path_factory.mktemp("scored")
   uids = shapes.load("train", size=96, seed=0, image_size=16).uids
   kept = gm.export.write_datacomp_subset(where / "kept.npy", uids[::2])
@@ -55,6 +58,7 @@ def scored(folder, teacher, tmp_path_factory):
   with (
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
+    tiny.before_step(3, lambda: tiny.kill(where / "run", where / "killed", 3)),
   ):
     result = clip_train.train_and_evaluate(config, where / "run")
   return config, where / "run", result
@@ -73,12 +77,10 @@ class TestShards:
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
 
   @pytest.mark.slow
-  def test_an_interrupted_run_goes_on_bit_for_bit(self, scored, tmp_path):
+  def test_a_killed_run_goes_on_bit_for_bit(self, scored):
     """With the place in the shards restored."""
     config, whole, result = scored
-    run = tmp_path / "run"
-    with tiny.interrupted(3):
-      clip_train.train_and_evaluate(config, run)
+    run = whole.with_name("killed")
     assert checkpoint.steps(run) == [2]
     again = clip_train.train_and_evaluate(config, run)
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
