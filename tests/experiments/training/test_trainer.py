@@ -197,7 +197,7 @@ def test_a_reference_of_another_architecture(make_config, tmp_path, reference):
 def test_the_convnet_trains(make_config, tmp_path):
   config = make_config(
     num_epochs=1,
-    **{"model.name": "convnet", "model.widths": (4, 8), "noise.rate": 0.0},
+    **{"model.name": "convnet", "model.widths": (8, 16), "noise.rate": 0.0},
   )
   result = train.train_and_evaluate(config, tmp_path / "run")
   assert np.isfinite(result["test_loss"])
