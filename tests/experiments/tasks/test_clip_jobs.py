@@ -185,14 +185,13 @@ def test_costs_are_of_all_settings(tmp_path, monkeypatch):
   config = on_shapes(
     **{
       "mimic.reference": str(tmp_path / "reference"),
-      "study.cost_batch_sizes": (8, 16),
+      "study.cost_batch_sizes": (64,),  # more than there are
       **plain,
     }
   )
   config = config.unlock()
   config.benchmark = "methods"
   found = costs.measure(config.lock(), tmp_path / "costs")
-  assert list(found["batches"]) == ["8", "16"]
-  for entries in found["batches"].values():
-    assert entries["sgd"]["time"] == 1
-    assert entries["grad_mimic_weights_all_ess0.7"]["memory"] > 0.5
+  (entries,) = found["batches"].values()
+  assert entries["sgd"]["time"] == 1
+  assert entries["grad_mimic_weights_all_ess0.7"]["memory"] > 0.5
