@@ -134,7 +134,7 @@ def test_help_is_there_at_once(environment):
 def test_the_import_costs_hardly_more_than_jax_and_optax(environment):
   def seconds(code):
     return min(
-      measured([environment / "python", "-c", code])[1] for _ in range(3)
+      measured([environment / "python", "-c", code])[1] for _ in range(2)
     )
 
   names = "[getattr(gm, name) for name in gm.__all__]"
