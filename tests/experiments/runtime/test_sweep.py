@@ -155,7 +155,6 @@ def make_study(make_config, shared):
     return make_config(
       **{
         "num_epochs": 2,
-        "data.image_size": 6,  # what is kept is of images at their size
         "study.methods": ("sgd", "grad_mimic"),
         "study.retrain": False,
         "study.references": str(shared),
