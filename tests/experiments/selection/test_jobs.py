@@ -159,7 +159,7 @@ def test_scores_are_those_of_single_gradients(scored):
 
 @pytest.mark.slow  # the contract of tasks kills a pass
 @pytest.mark.parametrize("stop_at", [1, 5])
-@every_data
+@pytest.mark.parametrize("scored", ["shards"], indirect=True)
 def test_an_interrupted_pass_ends_with_the_same_ledger(
   scored, tmp_path, monkeypatch, stop_at
 ):

@@ -1,4 +1,4 @@
-"""CLIP's jobs: training on shapes and shards, filters, costs."""
+"""CLIP's jobs: training on shapes and shards, filters."""
 
 import math
 
@@ -13,7 +13,6 @@ from pairs_case import make, on_shapes, on_shards
 import gradmimic_jax as gm
 from configs import datacomp
 from experiments import tasks
-from experiments.benchmarks import methods as costs
 from experiments.data.pairs import shapes
 from experiments.runtime import checkpoint, distributed
 from experiments.training import optimizer, trainer as clip_train
@@ -173,25 +172,3 @@ def test_a_foreign_reference_is_flagged(tmp_path):
   )
   with pytest.raises(ValueError, match=r"foreign basin.*grad_mimic_outputs"):
     clip_train.train_and_evaluate(config, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_costs_are_of_all_settings(tmp_path, monkeypatch):
-  monkeypatch.setattr(costs, "_ROUNDS", 2)
-  plain = {"optimizer.name": "sgd"}  # whose programs are the smallest
-  reference = on_shapes(**plain, **{"noise.rate": 0.0})
-  with tiny.nudged():
-    clip_train.train_and_evaluate(reference, tmp_path / "reference")
-  config = on_shapes(
-    **{
-      "mimic.reference": str(tmp_path / "reference"),
-      "study.cost_batch_sizes": (64,),  # more than there are
-      **plain,
-    }
-  )
-  config = config.unlock()
-  config.benchmark = "methods"
-  found = costs.measure(config.lock(), tmp_path / "costs")
-  (entries,) = found["batches"].values()
-  assert entries["sgd"]["time"] == 1
-  assert entries["grad_mimic_weights_all_ess0.7"]["memory"] > 0.5
