@@ -638,7 +638,9 @@ class TestClaims:
 
 
 @pytest.mark.slow
-def test_a_tenth_of_the_grid_that_was_promised(make_grid, tmp_path, monkeypatch):
+def test_a_tenth_of_the_grid_that_was_promised(
+  make_grid, tmp_path, monkeypatch
+):
   """Seven methods, five rates, three seeds, five epochs; 5,000 x 768 features.
 
   At most 90 seconds of two cores (of 50,000, 15 minutes are promised), in CPU

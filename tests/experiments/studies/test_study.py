@@ -248,7 +248,7 @@ def test_a_study_of_resized_images(make_config, tmp_path):
 
 @pytest.mark.slow
 def test_the_numbers_on_digits(tmp_path, digits_dir):
-  config = digits.get_config("rate=0.6,seeds=1").unlock()
+  config = digits.get_config("rate=0.6").unlock()
   config.data.data_dir = digits_dir
   config.mesh.data = 1  # of the eight virtual devices
   config.study.methods, config.study.retrain = ("sgd", "grad_mimic"), False
