@@ -267,13 +267,10 @@ def options(model, exhaustive, engine):
 
 def all_options(model, exhaustive):
   if exhaustive:
-    return [
-      (choice, score, scope)
-      for choice, score, scope in itertools.product(CHOICES, SCORES, SCOPES)
-      if score == "projection"
-      or model == "mlp"
-      or (choice, score, scope) in FEW
-    ]
+    if model == "mlp":
+      return [*itertools.product(CHOICES, SCORES, SCOPES)]
+    each = zip(CHOICES, itertools.repeat("projection"), itertools.cycle(SCOPES))
+    return [*dict.fromkeys([*FEW, *each])]
   return FEW + MORE if model == "mlp" else FEW
 
 

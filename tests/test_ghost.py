@@ -198,12 +198,18 @@ def assert_close(actual, wanted, tolerance=1e-10):
 @pytest.mark.parametrize(
   ("case", "layers"),
   [
-    (case, layers)
-    if (case, layers)
-    in (("loop", "all"), ("loops in loops", "some"), ("odd", "all"))
-    else pytest.param(case, layers, marks=pytest.mark.slow)
-    for case in CASES
-    for layers in LAYERS
+    ("loop", "all"),
+    ("loops in loops", "some"),
+    ("odd", "all"),
+    *(
+      pytest.param(*x, marks=pytest.mark.slow)
+      for x in (
+        ("loop unrolled", "some"),
+        ("odd", "some"),
+        ("dropout", "all"),
+        ("convolution", "some"),
+      )
+    ),
   ],
 )
 def test_scores_and_gradients_are_those_of_single_samples(case, layers):

@@ -199,7 +199,7 @@ UNSHRUNK = settings(
 )
 # With missing entries and ties.
 GAPS = {"seed": 15, "n": 60, "n_steps": 3, "rate": 0.3, "distance": 5.0}
-MANY = settings(UNSHRUNK, max_examples=20)
+MANY = settings(UNSHRUNK, max_examples=12)
 
 
 def drawn(options):
@@ -297,13 +297,13 @@ def test_generated_sets_come_out_right(seed):
 
 
 @pytest.mark.slow
-def test_a_hundred_generated_sets_come_out_right():
-  outcome = run(120, 100_000)
+def test_sixty_generated_sets_come_out_right():
+  outcome = run(60, 100_000)
   print(outcome)
   # Not all are right: 1 in 45 came out otherwise (10 of 450), of which most are
   # undecidable by the truth's own evidence; the others are of skewed noise in
   # few steps, where the tail of one group is the other.
-  assert len(outcome.wrong) + len(outcome.undecidable) <= 3
+  assert len(outcome.wrong) + len(outcome.undecidable) <= 1
   assert not any(
     "none wrong" in " ".join(bad) for bad in outcome.wrong.values()
   )

@@ -58,17 +58,18 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_several_processes_run_as_written(tmp_path):
-  """On this machine; with its Python, a free port and folders of the test's."""
+  """Here, for an epoch; with this Python, a free port, the test's folders."""
   blocks = re.findall(r"```\w*\n(.*?)```", PODS.read_text(), re.DOTALL)
   (block,) = [text for text in blocks if "localhost:12321" in text]
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
+  few = f"--config.num_epochs=1 --config.data.data_dir={tmp_path}"
   for written, here in (
     (".venv/bin/python", sys.executable),
     ("localhost:12321", f"localhost:{port}"),
     ("runs/two_processes", str(tmp_path / "run")),
-    ("--config.method", f"--config.data.data_dir={tmp_path} --config.method"),
+    ("--config.method", f"{few} --config.method"),
   ):
     assert written in block
     block = block.replace(written, here)

@@ -12,6 +12,7 @@ def test_basins_are_told_apart_on_digits(tmp_path, digits_dir):
   config.update_from_flattened_dict(
     {
       "data.data_dir": digits_dir,
+      "mesh.data": 1,  # of the eight virtual devices
       "num_epochs": 4,
       "check_reference.seeds": (0,),
       "check_reference.epochs": (0, 4),

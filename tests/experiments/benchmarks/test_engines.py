@@ -166,8 +166,12 @@ def test_sizes_that_meet_in_the_base_are_measured_once(
 
 
 @pytest.mark.slow
-def test_flops_of_the_last_block_fall_with_tokens():
+def test_flops_of_the_last_block_fall_with_tokens(monkeypatch):
   config = engines_config.get_config()
+  # FLOPs are of shapes: a step toward it needn't be made.
+  monkeypatch.setattr(
+    engine_steps.Setup, "reference", property(lambda setup: setup.params)
+  )
   ratios = []
   for case in engines.token_cases(config):
     setup = engine_steps.Setup(case.section, case.batch_size, config)
@@ -268,43 +272,14 @@ def vit(dtype=None, **overrides):
   )
 
 
-@pytest.mark.slow  # its logits are the public model's, as models' tests say
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
-def test_a_vit_sees_every_patch_and_every_layer(pooling):
-  sizes = {"width": 24, "mlp_width": 48, "depth": 1, "pooling": pooling}
-  apply, params = vit(**sizes)
-  rng = np.random.default_rng(0)
-  images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
-
-  def loss(params, images):
-    logits = apply(params, images)
-    return jnp.sum(logits**2), logits
-
-  (grads, by_pixel), logits = jax.jit(
-    jax.grad(loss, argnums=(0, 1), has_aux=True)
-  )(params, images)
-  assert logits.shape == (4, 10)
-  assert (np.abs(by_pixel) > 0).mean() > 0.99
-  assert params["blocks"][0]["mlp"]["fc1"]["kernel"].shape == (24, 48)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(leaf).all()
-    # A bias of the keys shifts all attention logits of a query alike.
-    if "key" not in jax.tree_util.keystr(path):
-      assert np.abs(leaf).max() > 0
-  apply_bf16, _ = vit(dtype="bfloat16", **sizes)
-  rounded = jax.jit(apply_bf16)(params, images)
-  assert rounded.dtype == jnp.float32
-  np.testing.assert_allclose(rounded, logits, atol=0.05)
-
-
 @pytest.mark.slow
 def test_bfloat16_activations_agree_with_float64_to_2e_2(config):
   config = config.unlock()
   sizes = {"width": 24, "mlp_width": 48, "depth": 1, "patch_size": 16}
   config.update_from_flattened_dict(
     {"layers": ("all",), "models": ("vit_b16",)}
-    # All but "auto", which is "forward" here.
-    | {"engines": ("forward", "ghost", "ghost_2", "streaming_2", "outputs")}
+    # "auto" is "forward" here, and a part is a batch to "ghost".
+    | {"engines": ("forward", "ghost", "streaming_2", "outputs")}
     | {"vit_b16.input_shape": (32, 32, 3), "vit_b16.batch_sizes": (6,)}
     | {f"vit_b16.vit.{key}": value for key, value in sizes.items()}
   )

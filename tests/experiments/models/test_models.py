@@ -431,7 +431,7 @@ def test_a_model_of_the_files_sizes_is_the_public_one(golden, write, made):
     }[library].items()
   }
   params["head"] = {"kernel": head["kernel"].T, "bias": head["bias"]}
-  logits = apply(params, golden[library]["images"])
+  logits = jax.jit(apply)(params, golden[library]["images"])
   np.testing.assert_allclose(
     logits, golden[library][f"{prefix}logits"], atol=1e-5
   )

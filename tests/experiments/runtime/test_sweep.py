@@ -160,7 +160,7 @@ def make_study(make_config, shared):
         "study.references": str(shared),
         "study.binarizers": ("gmm", "weight"),
         "study.tune.learning_rates": (1e-4, 1e-2),
-        "study.tune.weighting_values": (0.3, 0.9),
+        "study.tune.weighting_values": (0.9,),
         **overrides,
       }
     )
@@ -173,7 +173,7 @@ def test_tuning_tries_all_and_a_study_takes_the_best(make_study, tmp_path):
   config = make_study(**{"data.train_split": "train[:1000]"})
   best = tune.tune(config, tmp_path / "tuning")
   assert best["sgd"]["settings"] == 2
-  assert best["grad_mimic"]["settings"] == 4
+  assert best["grad_mimic"]["settings"] == 2
   tried = (tmp_path / "tuning" / tune.TABLE_FILE).read_text().splitlines()
   accuracies = [
     float(line.split(",")[2]) for line in tried[1:] if line.startswith("sgd")
@@ -203,7 +203,7 @@ def test_tuned_settings_that_are_none(make_study, tmp_path):
 
 @pytest.mark.slow
 def test_studies_share_a_reference_and_their_tables(
-  make_study, shared, tmp_path
+  make_study, shared, tmp_path, monkeypatch
 ):
   """Two noise rates, subsets, costs; and one page about all of it."""
   folders = []
@@ -211,7 +211,7 @@ def test_studies_share_a_reference_and_their_tables(
     config = make_study(
       **{
         "noise.rate": rate,
-        "study.keep_fractions": (0.5,),
+        "study.keep_fractions": (0.5,) if rate == 0.5 else (),
         "mimic.fraction": 0.5 + rate / 10,  # nothing of the reference's
       }
     )
@@ -237,11 +237,15 @@ def test_studies_share_a_reference_and_their_tables(
   assert rows["grad_mimic"]["auroc"] > 0.8
   assert rows["grad_mimic"]["f1_gmm"] > 0.6
 
-  config = make_study(**{"mimic.reference": first}).unlock()
+  monkeypatch.setattr(costs, "_ROUNDS", 2)
+  sizes = (128, 256)
+  config = make_study(
+    **{"mimic.reference": first, "study.cost_batch_sizes": sizes}
+  ).unlock()
   config.benchmark = "methods"
   costs.measure(config.lock(), tmp_path / "costs")
   measured = results.load_costs(tmp_path / "costs" / costs.RESULT_FILE)
-  assert measured["batch_size"] == config.batch_size
+  assert measured["batch_size"] == sizes[0]
   assert measured["methods"]["sgd"]["time"] == pytest.approx(1)
   assert measured["methods"]["grad_mimic"]["memory"] > 0
 

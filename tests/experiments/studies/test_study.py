@@ -270,20 +270,18 @@ def test_steps_to_a_loss(values, target, expected):
 def test_a_study_of_resized_images(make_config, tmp_path):
   """What is kept is of the images that were trained on, at their size."""
   config = make_config(
-    **{"data.image_size": 6, "study.methods": ("grad_mimic",)}
+    num_epochs=1, **{"data.image_size": 6, "study.methods": ("grad_mimic",)}
   )
   found = runner.run_study(config, tmp_path / "study")
   (kept,) = found["runs"]["retrained_grad_mimic"]
   assert 0 < kept["train_samples"] < 1437
-  # Nothing to compare with.
-  assert "saved_loss" not in found["rows"][-1]
-  assert "steps saved" not in tables.markdown(found)
 
 
 @pytest.mark.slow
 def test_the_numbers_on_digits(tmp_path, digits_dir):
   config = digits.get_config("rate=0.6").unlock()
   config.data.data_dir = digits_dir
+  config.mesh.data = 1  # of the eight virtual devices
   config.study.methods, config.study.retrain = ("sgd", "grad_mimic"), False
   found = runner.run_study(config.lock(), tmp_path / "study")
 

@@ -1,4 +1,4 @@
-"""CLIP's jobs: training on shapes and shards, filters, costs."""
+"""CLIP's jobs: training on shapes and shards, filters."""
 
 import math
 
@@ -13,7 +13,6 @@ from pairs_case import make, on_shapes, on_shards
 import gradmimic_jax as gm
 from configs import datacomp
 from experiments import tasks
-from experiments.benchmarks import methods as costs
 from experiments.data.pairs import shapes
 from experiments.runtime import checkpoint, distributed
 from experiments.training import optimizer, trainer as clip_train
@@ -40,7 +39,10 @@ def teacher(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(folder, teacher, tmp_path_factory):
-  """A finished run with scores on every other pair: config, folder, result."""
+  """A finished run with scores on every other pair: config, folder, result.
+
+  Beside the folder is what a kill would have left of it.
+  """
   where = tmp_path_factory.mktemp("scored")
   uids = shapes.load("train", size=96, seed=0, image_size=16).uids
   kept = gm.export.write_datacomp_subset(where / "kept.npy", uids[::2])
@@ -55,6 +57,7 @@ def scored(folder, teacher, tmp_path_factory):
   with (
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
+    tiny.before_step(3, lambda: tiny.kill(where / "run", where / "killed", 3)),
   ):
     result = clip_train.train_and_evaluate(config, where / "run")
   return config, where / "run", result
@@ -73,12 +76,10 @@ class TestShards:
     np.testing.assert_array_equal(np.isfinite(scores).sum(axis=0), [47, 16])
 
   @pytest.mark.slow
-  def test_an_interrupted_run_goes_on_bit_for_bit(self, scored, tmp_path):
+  def test_a_killed_run_goes_on_bit_for_bit(self, scored):
     """With the place in the shards restored."""
     config, whole, result = scored
-    run = tmp_path / "run"
-    with tiny.interrupted(3):
-      clip_train.train_and_evaluate(config, run)
+    run = whole.with_name("killed")
     assert checkpoint.steps(run) == [2]
     again = clip_train.train_and_evaluate(config, run)
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
@@ -171,24 +172,3 @@ def test_a_foreign_reference_is_flagged(tmp_path):
   )
   with pytest.raises(ValueError, match=r"foreign basin.*grad_mimic_outputs"):
     clip_train.train_and_evaluate(config, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_costs_are_of_all_settings(tmp_path, monkeypatch):
-  monkeypatch.setattr(costs, "_ROUNDS", 2)
-  reference = on_shapes(**{"noise.rate": 0.0})
-  with tiny.nudged():
-    clip_train.train_and_evaluate(reference, tmp_path / "reference")
-  config = on_shapes(
-    **{
-      "mimic.reference": str(tmp_path / "reference"),
-      "study.cost_batch_sizes": (16, 32),
-    }
-  )
-  config = config.unlock()
-  config.benchmark = "methods"
-  found = costs.measure(config.lock(), tmp_path / "costs")
-  assert list(found["batches"]) == ["16", "32"]
-  for entries in found["batches"].values():
-    assert entries["sgd"]["time"] == 1
-    assert entries["grad_mimic_weights_all_ess0.7"]["memory"] > 0.5

@@ -23,6 +23,7 @@ def references(tmp_path_factory, digits_dir):
     fields.update_from_flattened_dict(
       {
         "data.data_dir": digits_dir,
+        "mesh.data": 1,  # of the eight virtual devices
         "num_epochs": 4,
         "model.widths": (32, 32),
         "optimizer.learning_rate": 1e-2,
@@ -107,5 +108,4 @@ def test_a_study_stops_too_and_its_advice_works_there(make_config, tmp_path):
   reference = tmp_path / "study" / "seed0" / "reference" / "result.json"
   made = reference.stat().st_mtime_ns
   run(**{"study.methods": ("grad_mimic_outputs",)})
-  run(**{"study.methods": ("grad_mimic",), "mimic.force": True})
   assert reference.stat().st_mtime_ns == made
