@@ -199,8 +199,7 @@ def assert_close(actual, wanted, tolerance=1e-10):
   ("case", "layers"),
   [
     (case, layers)
-    if (case, layers)
-    in (("loop", "all"), ("loops in loops", "some"), ("odd", "all"))
+    if (case, layers) in (("loop", "all"), ("odd", "all"))
     else pytest.param(case, layers, marks=pytest.mark.slow)
     for case in CASES
     for layers in LAYERS
