@@ -6,6 +6,7 @@ import pathlib
 import threading
 
 import jax
+from jax._src import compiler
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
@@ -23,6 +24,26 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+_compile, _programs = compiler._compile_and_write_cache, {}
+
+
+def _compile_once(*given):
+  """Compiles a program that is in no file, or takes it from those of before.
+
+  A test's function is another one than the next test's, its program often not.
+  """
+  *_, host_callbacks, _, key = given
+  if host_callbacks:
+    return _compile(*given)
+  if key not in _programs:
+    if len(_programs) == 400:
+      del _programs[next(iter(_programs))]  # the oldest
+    _programs[key] = _compile(*given)
+  return _programs[key]
+
+
+compiler._compile_and_write_cache = _compile_once
 
 
 _make_context, _contexts = mlir.make_ir_context, threading.local()

@@ -106,7 +106,8 @@ def test_streaming_gives_the_full_batch_update(weighting):
   "weighting", ["softmax", pytest.param("ess", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-  "microbatch_size", [1, pytest.param(8, marks=pytest.mark.slow), 1000]
+  "microbatch_size",
+  [*(pytest.param(x, marks=pytest.mark.slow) for x in (1, 8)), 1000],
 )
 def test_stream_sizes_from_one_sample_to_more_than_there_are(
   weighting, microbatch_size
@@ -316,10 +317,9 @@ ENGINES = {
   [
     *(
       pytest.param(x, marks=pytest.mark.slow)
-      for x in ("forward", "per_sample", "ghost stream")
+      for x in ("forward", "per_sample", "ghost stream", "ghost")
     ),
     "stream",
-    "ghost",
   ],
 )
 def test_engine_update_is_the_same_on_eight_devices(engine, weighting):
