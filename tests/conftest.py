@@ -24,7 +24,6 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-
 _make_context, _contexts = mlir.make_ir_context, threading.local()
 
 

@@ -146,7 +146,13 @@ def slow_if_in(names, cases):
 
 
 # What others of them show, too.
-MORE_COUPLED = ("a standard deviation", "bfloat16", "the valid count")
+MORE_COUPLED = (
+  "a standard deviation",
+  "bfloat16",
+  "the valid count",
+  "a key of all",
+  "centred",
+)
 
 
 @pytest.mark.parametrize("name", slow_if_in(MORE_COUPLED, COUPLED))
@@ -318,7 +324,14 @@ INDEPENDENT = {
 }
 
 
-MORE_INDEPENDENT = "masked", "logarithms", "uint32 keys", "keys of another kind"
+MORE_INDEPENDENT = (
+  "masked",
+  "logarithms",
+  "uint32 keys",
+  "keys of another kind",
+  "noise that is the same for all",
+  "sequences",
+)
 
 
 @pytest.mark.parametrize(

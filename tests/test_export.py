@@ -331,7 +331,7 @@ def round_trips(folder, selection):
 @pytest.mark.parametrize(
   "seed",
   [
-    seed if seed < 20 else pytest.param(seed, marks=pytest.mark.slow)
+    seed if seed < 6 else pytest.param(seed, marks=pytest.mark.slow)
     for seed in range(60)
   ],
 )

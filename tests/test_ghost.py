@@ -199,12 +199,12 @@ def assert_close(actual, wanted, tolerance=1e-10):
   ("case", "layers"),
   [
     ("loop", "all"),
-    ("loops in loops", "some"),
     ("odd", "all"),
     *(
       pytest.param(*x, marks=pytest.mark.slow)
       for x in (
         ("loop unrolled", "some"),
+        ("loops in loops", "some"),
         ("odd", "some"),
         ("dropout", "all"),
         ("convolution", "some"),

@@ -157,8 +157,8 @@ POPULATIONS = {
   "tenths": lambda rng, n: rng.normal(size=n).round(1),
   "integers": lambda rng, n: rng.normal(size=n).round(),
 }
-# Plain, skewed, bounded, and with many ties.
-SOME = [("normal", 600), ("lognormal", 600), ("uniform", 600), ("integers", 60)]
+# Skewed, and with many ties.
+SOME = [("lognormal", 600), ("integers", 60)]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_guarantees_on_many_matrices(options):
   st.integers(1, 5),
   st.sampled_from(["float16", "float32", "float64"]),
 )
-@settings(UNSHRUNK, max_examples=3)
+@settings(UNSHRUNK, max_examples=2)
 def test_finite_scores_of_any_size_never_crash(seed, n, n_steps, dtype):
   rng = np.random.default_rng(seed)
   low, high = {"float16": (-7, 4), "float32": (-44, 38)}.get(dtype, (-308, 308))
@@ -467,7 +467,7 @@ def test_without_noise_at_most_2_percent_are_flagged(seed):
   scores, _ = run_scores(seed, 0.0)
   assert (scores[:, -1] < 0).any()  # zero alone would flag some
   # What a mixture takes for granted: that there are two.
-  assert (~select(scores, binarize="gmm").keep).mean() > 0.2
+  assert (~select(scores[:, -1:], binarize="gmm").keep).mean() > 0.2
   for columns in (slice(None), slice(0, 1), slice(-1, None)):
     got = select(scores[:, columns], mark=0.0)
     assert (~got.keep).mean() <= 0.02
@@ -488,7 +488,7 @@ def test_noise_of_any_rate_is_found(rate, mark):
 
 
 def test_all_noise_is_all_dropped():
-  scores, _ = run_scores(0, 1.0)
+  scores, _ = run_scores(0, 1.0, n_steps=3)
   got = select(scores, mark=0.0)
   assert not got.keep.any()
   assert got.diagnostics["population"] == "one population below 0: all dropped"
@@ -509,7 +509,7 @@ WEAK = [
 @pytest.mark.parametrize(
   ("clean_fraction", "separation", "offset", "mark"),
   [
-    pytest.param(*x, marks=() if x in WEAK else SLOW)
+    pytest.param(*x, marks=() if x in WEAK[1:3] else SLOW)
     for x in dict.fromkeys(
       [
         *WEAK,

@@ -250,7 +250,10 @@ def test_an_empty_ledger(tmp_path):
 # Resume.
 
 
-@pytest.mark.parametrize("resume_from", [0, 3, 7, 17])
+@pytest.mark.parametrize(
+  "resume_from",
+  [3, 17, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 7))],
+)
 def test_resume_is_idempotent(tmp_path, resume_from):
   appends = random_appends(3)
   write(tmp_path / "whole", appends)
@@ -354,7 +357,7 @@ def write_shares(path, appends, rng, *, writers):
 @pytest.mark.parametrize(
   "seed",
   [
-    seed if seed < 4 else pytest.param(seed, marks=pytest.mark.slow)
+    seed if seed < 2 else pytest.param(seed, marks=pytest.mark.slow)
     for seed in range(12)
   ],
 )
@@ -717,7 +720,10 @@ def test_a_lost_file_is_refused_by_name(tmp_path):
     ScoreLedger(tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+  "seed",
+  [0, 1, *(pytest.param(x, marks=pytest.mark.slow) for x in range(2, 6))],
+)
 def test_lost_rows_are_recorded_again(tmp_path, seed):
   """Whoever wrote them, and however the run had come there."""
   rng = np.random.default_rng(seed)

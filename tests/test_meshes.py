@@ -295,7 +295,7 @@ def assert_divided(case, result, data):
     assert [specs(x) for x in found] == [(), rows, rows, rows]
 
 
-# Of the others than the first layout, what divides in a way of its own.
+# What divides in a way of its own; the others as they do in the first layout.
 OF_FSDP = ("forward", "stream", "matching", "transformation", "linear head")
 
 
@@ -303,7 +303,7 @@ OF_FSDP = ("forward", "stream", "matching", "transformation", "linear head")
   ("layout", "case"),
   [
     (layout, case)
-    if layout == "rows over two axes" or (layout == "fsdp" and case in OF_FSDP)
+    if layout == ("fsdp" if case in OF_FSDP else "rows over two axes")
     else pytest.param(layout, case, marks=pytest.mark.slow)
     for layout in LAYOUTS
     for case in CASES
@@ -399,13 +399,14 @@ def in_parts(case, check, axes):
   "case",
   [
     "forward",
-    "cosine forward",
     "per sample top",
-    "ghost",
     "ghost stream",
     "matching",
     "stream of odd microbatches",
-    "stream in two passes",
+    *(
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in ("cosine forward", "ghost", "stream in two passes")
+    ),
   ],
 )
 def test_local_steps_are_traced_in_shard_map(case):

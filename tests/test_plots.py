@@ -1,17 +1,16 @@
 """Plots say what the numbers say, on the axes that are given."""
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
 import gradmimic_jax as gm
 
-mpl.use("agg")
-plt = pytest.importorskip("matplotlib.pyplot")
-
 
 @pytest.fixture
 def ax():
+  mpl = pytest.importorskip("matplotlib")
+  mpl.use("agg")
+  plt = pytest.importorskip("matplotlib.pyplot")
   figure, axes = plt.subplots()
   yield axes
   plt.close(figure)

@@ -72,7 +72,9 @@ def test_scores_that_differ_by_rounding_have_a_quality():
   assert np.isfinite(quality).all()
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
+@pytest.mark.parametrize(
+  "rate", [0.4, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.2, 0.6))]
+)
 def test_probabilities_and_qualities_are_calibrated(rate):
   scores, noisy = noisy_scores(1, rate)
   got = select(scores)

@@ -1,5 +1,6 @@
 """Votes, their aggregation and the decision."""
 
+import itertools
 import json
 import math
 
@@ -105,8 +106,17 @@ def test_order_of_samples_does_not_matter(method):
   )
 
 
-@pytest.mark.parametrize("method", ["kmeans", "gmm", "top_fraction"])
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize(
+  ("method", "scale"),
+  [
+    case
+    if case in (("kmeans", 1e-6), ("gmm", 1e6), ("top_fraction", 1e6))
+    else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(
+      ("kmeans", "gmm", "top_fraction"), (1e-6, 1e6)
+    )
+  ],
+)
 def test_the_unit_and_the_zero_of_scores_do_not_matter(method, scale):
   scores, _ = noisy_scores(1)
   scores = scores.astype(np.float64)
@@ -120,16 +130,33 @@ def test_the_unit_and_the_zero_of_scores_do_not_matter(method, scale):
   )
 
 
-@pytest.mark.parametrize("method", ["auto", "gmm", "threshold"])
-@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
+@pytest.mark.parametrize(
+  ("method", "rate"),
+  [
+    case
+    if case in (("auto", 0.2), ("gmm", 0.4), ("threshold", 0.6))
+    else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(("auto", "gmm", "threshold"), (0.2, 0.4, 0.6))
+  ],
+)
 def test_a_narrow_and_a_wide_group_are_told_apart(method, rate):
   scores, noisy = noisy_scores(2, rate=rate)
   got = select(scores, binarize=method)
   assert metrics.f1(~got.keep, noisy) > 0.98
 
 
-@pytest.mark.parametrize("method", ["auto", "gmm", "kmeans", "threshold"])
-@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6])
+@pytest.mark.parametrize(
+  ("method", "rate"),
+  [
+    case
+    if case
+    in (("auto", 0.6), ("gmm", 0.4), ("kmeans", 0.2), ("threshold", 0.6))
+    else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(
+      ("auto", "gmm", "kmeans", "threshold"), (0.2, 0.4, 0.6)
+    )
+  ],
+)
 def test_two_groups_of_one_width_are_told_apart(method, rate):
   # k-means is only promised this: it cuts a wide group in two.
   noisy = np.arange(500) < 500 * rate
@@ -204,7 +231,16 @@ def test_kmeans_is_the_best_split():
   assert int((~got.keep).sum()) == 1 + int(np.argmin(spread))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+  "seed",
+  [
+    0,
+    1,
+    2,
+    3,
+    *(pytest.param(x, marks=pytest.mark.slow) for x in range(4, 20)),
+  ],
+)
 def test_gmm_cut_is_where_the_posterior_rises_through_one_half(seed):
   rng = np.random.default_rng(seed)
   share = rng.dirichlet([2, 2])

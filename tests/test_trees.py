@@ -224,7 +224,13 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+  "engine",
+  [
+    name if name != "stream" else pytest.param(name, marks=pytest.mark.slow)
+    for name in ENGINES
+  ],
+)
 @pytest.mark.parametrize("broken", ["params", "reference"])
 def test_nan_parameters_give_nan(engine, broken):
   trees = {"params": [ONE, TWO], "reference": [TWO, ONE]}

@@ -249,7 +249,7 @@ def test_a_finished_run_is_not_repeated(runs, task, monkeypatch):
   assert trainer.train_and_evaluate(config, folder) == result
 
 
-@every_task
+@by_default("classification", "language")
 def test_a_workdir_in_use_is_refused(runs, task, tmp_path, monkeypatch):
   """Before data are read."""
   config = runs.toward_reference(task)

@@ -439,10 +439,15 @@ class TestFile:
     ("column", "rate"),
     [
       ("aggre", 0.0903),
-      ("random1", 0.1723),
-      ("random2", 0.1812),
-      ("random3", 0.1764),
       ("worst", 0.4021),
+      *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+          ("random1", 0.1723),
+          ("random2", 0.1812),
+          ("random3", 0.1764),
+        )
+      ),
     ],
   )
   def test_human_labels_have_their_published_rates(self, column, rate):

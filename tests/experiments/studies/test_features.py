@@ -145,10 +145,15 @@ def _other_labels(file):
     _cut,
     _flip_a_bit,
     _other_labels,
-    lambda file: file.write_bytes(b""),
-    lambda file: file.with_suffix(".json").write_text("[]"),
     lambda file: file.with_suffix(".json").unlink(),
-    lambda file: file.unlink(),
+    *(
+      pytest.param(harm, marks=pytest.mark.slow)
+      for harm in (
+        lambda file: file.write_bytes(b""),
+        lambda file: file.with_suffix(".json").write_text("[]"),
+        lambda file: file.unlink(),
+      )
+    ),
   ],
 )
 def test_damage_is_repaired(make_probe, tmp_path, harm):

@@ -112,6 +112,7 @@ def truth(kind, masked, layers=None):
   return losses, scores, weights, grads
 
 
+@functools.cache
 def step(kind="clip", layers=None, sharding=None, **options):
   return jax.jit(
     gm.mimic_value_and_grad(

@@ -66,7 +66,10 @@ def unit(v):
   return v / np.linalg.norm(v)
 
 
-@pytest.mark.parametrize("points", [(0.5,), (0.25, 0.75), (0.0, 1.0)])
+@pytest.mark.parametrize(
+  "points",
+  [(0.5,), (0.25, 0.75), pytest.param((0.0, 1.0), marks=pytest.mark.slow)],
+)
 def test_points_around_the_middle_integrate_to_the_excess_loss(
   problem, make_config, points
 ):

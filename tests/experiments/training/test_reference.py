@@ -154,7 +154,14 @@ class TestOutputs:
       prints
     )
 
-  @pytest.mark.parametrize("harm", ["bit", "cut", "foreign", "no_sum"])
+  @pytest.mark.parametrize(
+    "harm",
+    [
+      "bit",
+      "foreign",
+      *(pytest.param(x, marks=pytest.mark.slow) for x in ("cut", "no_sum")),
+    ],
+  )
   def test_damaged_outputs_are_computed_again(self, make_config, teacher, harm):
     config = make_config(**{"mimic.reference": str(teacher)})
     right = load(config)
