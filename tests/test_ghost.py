@@ -199,10 +199,10 @@ def assert_close(actual, wanted, tolerance=1e-10):
   ("case", "layers"),
   [
     ("loop", "all"),
-    ("odd", "all"),
     *(
       pytest.param(*x, marks=pytest.mark.slow)
       for x in (
+        ("odd", "all"),
         ("loop unrolled", "some"),
         ("loops in loops", "some"),
         ("odd", "some"),

@@ -64,6 +64,7 @@ def scored(folder, teacher, tmp_path_factory):
 
 
 class TestShards:
+  @pytest.mark.slow
   def test_datacomps_config_runs(self, scored):
     _, run, result = scored
     assert result["steps"] == 4

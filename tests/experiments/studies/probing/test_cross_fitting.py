@@ -227,6 +227,7 @@ def undrawn(monkeypatch):
   monkeypatch.setattr(figures, "contact_sheet", lambda *given, **_: given[2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_killed_and_resumed_equals_uninterrupted(
   whole, tmp_path, monkeypatch, capsys
