@@ -167,7 +167,7 @@ class Run:
         task.params,
         steps.make_model_state(task.outputs, task.statistics, config.seed),
       )
-    if self.memory is not None:
+    if self.memory is not None and self.memory.refresh_epochs > 1:
       self.schedule = self.schedule._replace(
         cut_every=self.memory.steps_per_epoch
       )
