@@ -78,7 +78,8 @@ def get_config(task: str, **durations: int) -> config_dict.ConfigDict:
   config.mimic.temperature = 1.0  # of softmax
   config.mimic.warmup_steps = 0  # with uniform weights, before these
   # Scores are measured in every so many epochs; in those between, weights go by
-  # the last ones, and a step costs what a plain one does.
+  # the last ones, ledgers repeat them, and a step costs what a plain one does
+  # (in microbatches, a pass more).
   config.mimic.refresh_epochs = 1
   # Of ess_softmax, top_fraction, grad_match_omp and random.
   config.mimic.fraction = 0.3

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _LARGEST_SHARES = (2, 4, 8)  # of the batch, where no sizes are given
 
@@ -59,12 +60,12 @@ def choose_microbatch_size(
 
   Every size is compiled. Those that fit run `rounds` times after one call that
   doesn't count, in turn, so that a device whose speed drifts does no size an
-  injustice. Numbers are the same for all sizes but for rounding.
+  injustice. A size that the device itself has no room for doesn't fit. Numbers
+  are the same for all sizes but for rounding.
 
   Args:
     make: makes a function for a size, such as `lambda size:
-      gm.mimic_value_and_grad(losses_fn, microbatch_size=size)`. It must not
-      donate its arguments.
+      gm.mimic_value_and_grad(losses_fn, microbatch_size=size)`.
     *args: of that function; a batch of the size that is trained on.
     memory: bytes that a call's temporaries may take on a device; None: as many
       as they like. What the arguments and results take comes on top.
@@ -79,7 +80,7 @@ def choose_microbatch_size(
 
   Raises:
     ValueError: no sizes, a size below 1, or none that fits: the message names
-      the smallest need.
+      their needs.
 
   Example:
     >>> import jax.numpy as jnp
@@ -102,22 +103,31 @@ def choose_microbatch_size(
   if rounds < 1:
     raise ValueError(f"rounds is {rounds}; expected at least 1.")
   candidates = _candidates(sizes, args)
-  compiled, needs = {}, {}
+  compiled: dict[int | None, Any] = {}
+  needs: dict[int | None, int | None] = {}
   for size in candidates:
-    program = jax.jit(make(size)).lower(*args, **kwargs).compile()
-    needs[size] = need = _count_temporaries(program)
-    if memory is None or need is None or need <= memory:
-      compiled[size] = program
+    try:
+      program = jax.jit(make(size)).lower(*args, **kwargs).compile()
+      needs[size] = need = _count_temporaries(program)
+      if memory is None or need is None or need <= memory:
+        jax.block_until_ready(program(*args, **kwargs))
+        compiled[size] = program
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      needs.setdefault(size, None)
   if not compiled:
-    size, need = min(needs.items(), key=lambda item: item[1])
+    told = ", ".join(
+      f"{size}: {'unknown' if need is None else f'{need:,}'}"
+      for size, need in needs.items()
+    )
     raise ValueError(
-      f"no microbatch_size of {candidates} fits into {memory:,} bytes; the"
-      f" least, {need:,}, is taken by {size}. Expected more memory, a smaller"
-      " size among sizes, or fewer mimic layers."
+      "no microbatch_size fits into"
+      f" {'the device' if memory is None else f'{memory:,} bytes'}; their needs"
+      f" are {told}. Expected more memory, a smaller size among sizes, or fewer"
+      " mimic layers."
     )
   times: dict[int | None, list[float]] = {size: [] for size in compiled}
-  for program in compiled.values():
-    jax.block_until_ready(program(*args, **kwargs))
   for _ in range(rounds):
     for size, program in compiled.items():
       started = time.perf_counter()
@@ -130,7 +140,7 @@ def choose_microbatch_size(
 def _candidates(sizes, args):
   if sizes is None:
     leaves = jax.tree.leaves(args[2:3])
-    if not leaves:
+    if not leaves or not jnp.ndim(leaves[0]):
       raise ValueError(
         "sizes is None, and there is no batch to take them from; expected a"
         " batch as the third argument, or sizes."

@@ -562,7 +562,7 @@ def test_a_kept_population_tells_how_many_lie_below_the_mark():
   assert got.keep.all()
   assert got.diagnostics["population"] == (
     f"one population above 0: all kept, and {below:.1%} lie below:"
-    " binarize='threshold' takes these out"
+    " binarize='threshold', threshold=0 takes such out"
   )
   cut = select(scores, binarize="threshold")
   assert (cut.keep == (scores[:, 0] > 0)).all()

@@ -74,7 +74,7 @@ def test_sizes_are_parts_of_the_batch():
   [
     (
       {"memory": 10, "sizes": (2,)},
-      r"fits into 10 bytes; the least, [\d,]+, is taken by 2",
+      r"fits into 10 bytes; their needs are 2: [\d,]+",
     ),
     ({"sizes": ()}, "at least one"),
     ({"sizes": (4, 0)}, "from 1 on"),

@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from experiments import methods, tasks
 from experiments.selection import cuts
 from experiments.studies import detection, settings as tuned_settings
+from experiments.training import memory
 
 REFERENCE = "reference"
 BASELINE = "sgd"  # what the others are compared with
@@ -55,6 +56,8 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
     name: methods.create(fields["method"], config.mimic)
     for name, fields in settings.items()
   }
+  for method in made.values():  # before hours go into the other runs
+    memory.make_plan(config.mimic, method, samples=1, steps_per_epoch=1)
   scored = [
     name for name, method in made.items() if methods.tells_samples_apart(method)
   ]
@@ -91,6 +94,11 @@ def plan_runs(config: config_dict.ConfigDict) -> list[Run]:
       title = "kept_" + cuts.file_of(text).removesuffix(".npy")
       runs.append(Run(seed, title, plain, (*first, by), filter=text))
   return runs
+
+
+def is_later_round(name: str) -> bool:
+  """True for the name of a run whose reference is a learner."""
+  return re.search(r"_round\d+$", name) is not None
 
 
 def _plan_rounds(run, method, rounds):
@@ -218,6 +226,11 @@ def _check(config):
   if study.rounds < 1:
     raise ValueError(
       f"config.study.rounds is {study.rounds}; expected at least 1."
+    )
+  if study.rounds > 1 and config.mimic.outputs is not None:
+    raise ValueError(
+      f"config.study.rounds is {study.rounds}, and config.mimic.outputs has the"
+      " outputs of one reference for all rounds; expected one of the two."
     )
   task.check_study(config)
   for fraction in study.keep_fractions:

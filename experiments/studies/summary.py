@@ -162,11 +162,16 @@ def _mean_of(entries, field):
 
 
 def find_best(rows: Sequence[dict[str, Any]]) -> str | None:
-  """The run with scores that saves the most steps in all seeds, or None."""
+  """The run with scores that saves the most steps in all seeds, or None.
+
+  Not one of a later round, which takes the steps of those before it, too.
+  """
   able = [
     row
     for row in rows
-    if row["auroc"] is not None and row.get("reached_loss") == row["runs"]
+    if row["auroc"] is not None
+    and row.get("reached_loss") == row["runs"]
+    and not plan.is_later_round(row["method"])
   ]
   return (
     max(able, key=lambda row: row["saved_loss"])["method"] if able else None

@@ -221,7 +221,7 @@ def make(
     between = make_step(False)
 
   @programs.once
-  def make(length, differs):
+  def make_of_length(length, differs):
     options = {"differs": differs, "out_shardings": out_shardings}
     call = make_call(step, length, **options)
     if between is None:
@@ -229,7 +229,7 @@ def make(
     other = make_call(between, length, **options)
     return call._replace(between=other.function, memory=memory)
 
-  return Made(step, between, make)
+  return Made(step, between, make_of_length)
 
 
 def make_call(

@@ -298,12 +298,15 @@ def make_options(
     The options.
   """
   score = find_score(method, outputs)
+  engine = config.engine
+  if score.name == "given" and config.microbatch_size is None:
+    engine = "forward"  # which has nothing to do for them, of any loss
   return {
     "losses_fn": _compute(losses_fn, outputs, score.needs_aux),
     "direction": make_direction(method.direction, losses_fn, outputs),
     "layers": config.layers,
     "score": score,
-    "engine": config.engine,
+    "engine": engine,
     "microbatch_size": config.microbatch_size,
     "has_aux": True,
     "check_independence": config.check_independence,

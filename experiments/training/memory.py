@@ -5,7 +5,9 @@ With s_e(i) the score of sample i in epoch e, its weight may go by
   s_k(i),                       k = e - e mod K: measured every K-th epoch only,
   (s_0(i) + ... + s_e(i)) / (e + 1):       an average over the epochs so far.
 
-An epoch that measures nothing costs what plain training costs.
+An epoch that measures nothing costs what plain training costs, but for the
+second pass of microbatches. A sample that was never measured, as a batch that
+is not full was left out, counts like the mean of its batch mates' scores.
 """
 
 from collections.abc import Callable
@@ -80,7 +82,7 @@ def make_plan(
     raise ValueError(
       "config.method averages scores over epochs, or"
       f" config.mimic.refresh_epochs (it is {epochs}) is above 1, and this data"
-      " has no epochs; expected data that is in memory, or neither."
+      " has no epochs; expected data that has some, or neither."
     )
   return Plan(samples, steps_per_epoch, epochs)
 
@@ -116,9 +118,13 @@ def remembering(
     return make_gradient(method)
   if not measures:
     given = make_gradient(Method("offline_norms", "given", method.weighting))
+  else:
+    measuring = make_gradient(method)
 
   def gradient(state, reference, batch):
     known = jax.tree.map(lambda x: x[batch[POSITION]], state.memory)
+    if not measures:
+      return given(state, _fill(known, batch["mask"]), batch)
 
     def average(scores):
       if not method.averaged:
@@ -129,13 +135,11 @@ def remembering(
       assert method.weighting is not None
       return method.weighting(average(scores), mask, step)
 
-    if not measures:
-      # A sample without a score so far counts as broken.
-      scores = jnp.where(known.epochs > 0, known.score, jnp.nan)
-      return given(state, scores, batch)
-    weighting: Any = weigh if method.averaged else method.weighting
-    weighted = method._replace(weighting=weighting)
-    grads, output = make_gradient(weighted)(state, reference, batch)
+    measure = measuring
+    if method.averaged:
+      weighting: Any = weigh
+      measure = make_gradient(method._replace(weighting=weighting))
+    grads, output = measure(state, reference, batch)
     scores = output.samples["score"]
     # A padded row is no sample, and a broken one says nothing.
     sound = batch["mask"] & jnp.isfinite(scores)
@@ -147,3 +151,11 @@ def remembering(
     return grads, output._replace(memory=memory)
 
   return gradient
+
+
+def _fill(known, mask):
+  """Returns the scores; those never measured are the mean of the batch's."""
+  measured = mask & (known.epochs > 0)
+  total = jnp.sum(jnp.where(measured, known.score, 0))
+  mean = total / jnp.maximum(jnp.sum(measured), 1)
+  return jnp.where(known.epochs > 0, known.score, mean)

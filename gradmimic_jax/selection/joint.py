@@ -593,8 +593,8 @@ def _by_the_mark(x, mark, probability, seen):
       return note
     # A small group of wrong samples may pass for the population's tail.
     return (
-      f"{note}, and {1 - above:.1%} lie below: binarize='threshold' takes"
-      " these out"
+      f"{note}, and {1 - above:.1%} lie below: binarize='threshold',"
+      f" threshold={mark:g} takes such out"
     )
   if above <= 1 - BELOW:
     probability[seen] = above

@@ -11,6 +11,7 @@ from experiments.runtime import workdir as workdir_lib
 from experiments.studies import detection, settings
 from experiments.studies.plan import BASELINE, REFERENCE
 from experiments.studies.probing import heads
+from experiments.training import memory
 
 # Methods whose fraction must be a number when jit traces.
 ONE_VALUE = ("grad_match_omp",)
@@ -80,7 +81,12 @@ def check(config: config_dict.ConfigDict) -> None:
     if count < 1:
       raise ValueError(f"config.{field} has {count}; expected at least 1.")
   for name in config.study.methods:
-    methods.create(name, config.mimic)
+    memory.make_plan(
+      config.mimic,
+      methods.create(name, config.mimic),
+      samples=1,
+      steps_per_epoch=1,
+    )
     if name == "grand_offline":
       raise ValueError(
         "config.study.methods has 'grand_offline', which needs runs of its own;"

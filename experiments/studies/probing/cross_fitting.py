@@ -118,9 +118,21 @@ def check(config: config_dict.ConfigDict) -> None:
       raise ValueError(
         f"config.{field} has {count}; expected at least {least}."
       )
+  if config.mimic.refresh_epochs != 1 or config.study.rounds != 1:
+    raise ValueError(
+      f"config.mimic.refresh_epochs is {config.mimic.refresh_epochs} and"
+      f" config.study.rounds {config.study.rounds}; a cross-fitting scores each"
+      " sample in every epoch, against a reference that is a head of its own:"
+      " expected 1 and 1."
+    )
   for name in methods_of(config):
     method = methods.create(name, config.mimic)
     has_scores = method is not None and method.score is not None
+    if method is not None and method.averaged:
+      raise ValueError(
+        f"{name!r} weighs by averages over epochs, which a cross-fitting does"
+        " not keep; expected grad_mimic or rho."
+      )
     if not has_scores or not cells.has_reference(name, config):
       raise ValueError(
         f"config.method is {config.method!r} and config.study.methods"

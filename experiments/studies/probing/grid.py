@@ -55,8 +55,9 @@ def run_grid(config: config_dict.ConfigDict, workdir: Any) -> dict[str, Any]:
   """Trains the whole grid; goes on where an interrupted one stopped.
 
   The workdir gets a JSON file for each cell, an `.npz` file for each run (its
-  head, labels, and the scores, weights and losses of all samples in each
-  epoch), tables, figures and `summary.json`, whose content is returned.
+  head, labels, and the scores, weights and losses of all samples in each epoch;
+  an epoch that measures no scores has the last ones), tables, figures and
+  `summary.json`, whose content is returned.
 
   Raises:
     ValueError: an unknown field or name, or a workdir of another config.

@@ -15,7 +15,7 @@ from configs import digits
 from experiments import tasks
 from experiments.data.pairs import datacomp
 from experiments.selection import cuts
-from experiments.studies import plan, records, runner, tables
+from experiments.studies import plan, records, runner, summary, tables
 from experiments.tasks import base
 from experiments.training import trainer
 
@@ -164,6 +164,9 @@ def test_a_method_that_is_not_there_stops_a_study_at_once(
     ({"study.keep_fractions": (0.0,)}, "above 0 and below 1"),
     ({"study.keep_fractions": (1.0,)}, "above 0 and below 1"),
     ({"study.keep_fractions": (80,)}, "above 0 and below 1"),
+    ({"study.rounds": 0}, "expected at least 1"),
+    ({"study.rounds": 2, "mimic.outputs": "logits.npy"}, "one of the two"),
+    ({"mimic.refresh_epochs": 0}, "expected at least 1"),
   ],
 )
 def test_what_a_study_refuses(make_config, overrides, message):
@@ -220,6 +223,16 @@ def test_a_rounds_reference_is_the_learner_before_it(make_config):
     assert made[name].reference == before
     assert made[name].needs == (before,)
     assert made[name].overrides["method"] == name.split("_round")[0]
+
+
+def test_a_later_round_is_no_headline():
+  row = {"auroc": 0.9, "reached_loss": 3, "runs": 3}
+  rows = [
+    {"method": "rho", "saved_loss": 0.4, **row},
+    {"method": "rho_round2", "saved_loss": 0.6, **row},
+  ]
+  assert summary.find_best(rows) == "rho"
+  assert summary.find_best(rows[1:]) is None
 
 
 def test_a_studys_settings(make_config):

@@ -314,6 +314,9 @@ def test_another_config_is_refused(whole, make_cross):
     ({"mimic.direction": "clean_gradient"}, "'grad_mimic' is none"),
     ({"probe.rates": (0.4,)}, r"probe\.rates is .* has no use for"),
     ({"mimic.reference": "run"}, r"mimic\.reference is 'run'"),
+    ({"mimic.refresh_epochs": 2}, "expected 1 and 1"),
+    ({"study.rounds": 2}, "expected 1 and 1"),
+    ({"study.methods": ("rho_averaged",)}, "by averages over epochs"),
     ({"cross.proxy": "people.csv"}, r"config\.cross\.proxy: there is no"),
   ],
 )
