@@ -408,7 +408,7 @@ def test_each_device_streams_to_the_same_gradient(weighting):
 
 @pytest.mark.slow
 def test_communication_grows_by_the_scores_only(tmp_path):
-  """At 8, 64 and 256 devices, both tasks, both weightings."""
+  """At 8 and 64 devices, both tasks, both weightings."""
   command = [
     sys.executable,
     "-m",
@@ -416,6 +416,7 @@ def test_communication_grows_by_the_scores_only(tmp_path):
     "--config=configs/benchmark/pod.py",
     f"--workdir={tmp_path}",
     "--config.cases=()",
+    "--config.scaling.devices=(8,64)",
     "--config.scaling.steps=('forward','per_sample')",
   ]
   subprocess.run(
@@ -450,4 +451,4 @@ def test_communication_grows_by_the_scores_only(tmp_path):
     asked = 5 * int(devices) + (scores if weighting == "ess_softmax" else 0)
     assert 0 <= gather - (features * int(size) if clip else 0) <= asked
     seen += 1
-  assert seen == 3 * (2 * 2 + 2)
+  assert seen == 2 * (2 * 2 + 2)

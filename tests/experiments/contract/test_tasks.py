@@ -149,7 +149,6 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, task, tmp_path, monkeypatch):
 # With the step before which each is interrupted.
 METHODS = [
   ("language", "rho", {}, 0),
-  ("contrastive", "output_agreement", {}, 2),
   ("classification", "random", {}, 5),
   *(
     ("classification", method, fields, 3)

@@ -31,7 +31,7 @@ from experiments.runtime import (
 from experiments.training import step_log, trainer as train
 
 SAMPLES = 1437
-EPOCHS = 64  # a job notices a SIGTERM within a second
+EPOCHS = 96  # a job notices a SIGTERM within a second
 HEARTBEAT_TIMEOUT = 10  # seconds; the usual 40 would all be waited for
 STALL_SECONDS = 15
 BOUND = 60  # seconds until the others of a lost process have left
