@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_LARGEST_SHARES = (2, 4, 8)  # of the batch, where no sizes are given
+_SHARES = (2, 4, 8)  # of the batch, where no sizes are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _candidates(sizes, args):
         " batch as the third argument, or sizes."
       )
     rows = leaves[0].shape[0]
-    parts = (rows // share for share in _LARGEST_SHARES)
+    parts = (rows // share for share in _SHARES)
     sizes = (None, *(size for size in parts if size >= 1))
   chosen = tuple(dict.fromkeys(sizes))
   if not chosen or any(size is not None and size < 1 for size in chosen):
