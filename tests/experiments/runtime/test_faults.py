@@ -31,7 +31,7 @@ from experiments.runtime import (
 from experiments.training import step_log, trainer as train
 
 SAMPLES = 1437
-EPOCHS = 96  # a job notices a SIGTERM within a second
+EPOCHS = 64  # a job notices a SIGTERM within a second
 HEARTBEAT_TIMEOUT = 10  # seconds; the usual 40 would all be waited for
 STALL_SECONDS = 15
 BOUND = 60  # seconds until the others of a lost process have left
@@ -253,7 +253,7 @@ def test_a_run_that_is_asked_to_leave_saves_first(
   for numbers in ((1,), (0, 1)):
     begun = Begun(start, run)
     begun.stepping(rng)
-    since = time.monotonic()
+    since, before = time.monotonic(), newest(run)
     for number in numbers:
       begun.processes[number].send_signal(signal.SIGTERM)
     words = [process.communicate(timeout=GRACE) for process in begun.processes]
@@ -261,7 +261,8 @@ def test_a_run_that_is_asked_to_leave_saves_first(
     assert needed[-1] < GRACE
     assert [process.returncode for process in begun.processes] == [0, 0]
     (step,) = re.findall(r"SIGTERM: saved \S+ at step (\d+)", words[0][1])
-    assert newest(run) == int(step)
+    # JAX looks for a signal once a second; epochs have six steps.
+    assert before < newest(run) == int(step) <= before + 12 * 6
     assert not half_saved(run)
     assert not (run / train.RESULT_FILE).exists()
   processes.finish(start(run))
