@@ -7,6 +7,10 @@ INSTALLED = $(VENV)/.installed
 INSTALLED_SLOW = $(VENV)/.installed_slow
 INSTALLED_DOCS = $(VENV)/.installed_docs
 
+# Python keeps what it compiles, wherever the environment says not to: the tests
+# start many processes.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo clip-demo study-small test test-slow test-browser docs lint format \
   clean
 

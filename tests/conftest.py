@@ -6,6 +6,7 @@ import pathlib
 import threading
 
 import jax
+import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
@@ -53,16 +54,30 @@ _FAST_COMPILATION = (
 
 
 def pytest_configure(config):
-  """Lets the default suite compile fast, not make fast.
+  """Lets programs compile fast, not run fast.
 
-  Its programs are small; compiling them is most of its time. The slow tests
-  compile as users do, and JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all do so.
+  The tests' programs are small; compiling them is most of the time. Slow tests
+  that take `optimized` compile with all optimizations, and
+  JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all tests compile as users do.
   """
-  if (
-    config.option.markexpr == "not slow"
-    and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
-  ):
+  if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of its processes, too
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])
+
+
+@pytest.fixture
+def optimized(request, monkeypatch):
+  """A slow test's programs are optimized, as are those of its processes.
+
+  For a test that computes for long, or whose rounding is to be that of users.
+  """
+  if request.node.get_closest_marker("slow") is None:
+    yield
+    return
+  before = jax.config.read("jax_disable_most_optimizations")
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

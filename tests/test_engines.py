@@ -322,6 +322,7 @@ def truth(model):
   return dense_float64(*task(model)[:2], task(model).batch)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 import gradmimic_jax as gm
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LAYERS = ("head.weight", "body.weight")
 TEMPERATURES = (0.03, 0.1, 0.5, 1.0)
 SCOPES = {"layer_only": "layers", "all": "all"}

@@ -19,6 +19,7 @@ from gradmimic_jax import _files, plots
 _COLORS = plots.COLORS
 _FEW = 7  # curves; more need room for their legend
 _CLEAN, _MISLABELLED = _COLORS[0], _COLORS[1]
+_CELL = (1.08, 1.4)  # of a contact sheet, in inches and sides of its images
 _STYLE: Any = {
   "figure.dpi": 150,
   "font.size": 9,
@@ -165,26 +166,39 @@ def contact_sheet(
     colored = [False] * len(images)
   columns = min(columns, len(images))
   rows = math.ceil(len(images) / columns)
-  with _figure(path, figsize=(1.05 * columns, 1.3 * rows + 0.5)) as (
-    figure,
-    file,
-  ):
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-      panel.set_axis_off()
-    shown = zip(panels.flat, images, captions, colored, strict=False)
-    for panel, image, caption, flag in shown:
+  size = (_CELL[0] * columns, _CELL[1] * rows + 0.3)
+  with _figure(path, figsize=size) as (figure, file):
+    # One panel for all: to lay out one each takes most of the time.
+    panel = figure.subplots()
+    panel.set_axis_off()
+    shown = zip(images, captions, colored, strict=False)
+    for i, (image, caption, flag) in enumerate(shown):
+      row, column = divmod(i, columns)
+      left, top = column * _CELL[0], row * _CELL[1]
       gray = image.shape[-1] == 1
+      height, width = (side / max(image.shape[:2]) for side in image.shape[:2])
+      left, top = left + (1 - width) / 2, top + 1 - height
       panel.imshow(
         image[..., 0] if gray else image,
+        extent=(left, left + width, top + height, top),
         cmap="gray_r" if gray else None,
         vmin=0,
         vmax=255,
         interpolation="nearest",
       )
-      color = _COLORS[1] if flag else "black"
-      # Captions come from data: a "$" in them is no formula.
-      panel.set_title(caption, fontsize=7, color=color, parse_math=False)
+      panel.text(
+        left + width / 2,
+        top - 0.06,
+        caption,
+        ha="center",
+        va="bottom",
+        fontsize=7,
+        color=_COLORS[1] if flag else "black",
+        parse_math=False,  # captions come from data: a "$" is no formula
+      )
+    panel.set(
+      xlim=(-0.05, columns * _CELL[0]), ylim=(1 + (rows - 1) * _CELL[1], -0.4)
+    )
     figure.suptitle(title, parse_math=False)
   return file
 

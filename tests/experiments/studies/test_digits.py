@@ -14,7 +14,7 @@ from experiments.studies import plan, runner as study
 from experiments.tasks.classification import data as data_lib
 from experiments.training import trainer as train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 BARS = {"f1": 0.95, "clean_fraction": 0.03, "calibration_error": 0.05}
 
 

@@ -654,6 +654,7 @@ class TestClaims:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_tenth_of_the_grid_that_was_promised(
   make_grid, tmp_path, monkeypatch
 ):

@@ -291,6 +291,7 @@ def test_a_study_of_resized_images(make_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_numbers_on_digits(tmp_path, digits_dir):
   config = digits.get_config("rate=0.6").unlock()
   config.data.data_dir = digits_dir
