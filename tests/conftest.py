@@ -67,6 +67,12 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILATION, given])
 
 
+def pytest_sessionfinish():
+  """Looks for garbage once; pytest does so five times, a second each."""
+  gc.collect()
+  gc.freeze()
+
+
 @pytest.fixture
 def optimized(request, monkeypatch):
   """A slow test's programs are optimized, as are those of its processes.

@@ -86,10 +86,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
   "weighting",
   [
-    # One that needs all scores before any weight, and one that doesn't.
-    name
-    if name in ("softmax", "ess")
-    else pytest.param(name, marks=pytest.mark.slow)
+    name if name == "softmax" else pytest.param(name, marks=pytest.mark.slow)
     for name in WEIGHTINGS
   ],
 )
@@ -286,6 +283,7 @@ def test_engine_that_takes_a_custom_vjp_is_named():
     assert_close(one, expected)
 
 
+@pytest.mark.slow
 def test_engines_take_rematerialised_losses():
   remat = jax.checkpoint(losses_fn)
   expected = run("softmax", None, MASK | True, step=WARM)

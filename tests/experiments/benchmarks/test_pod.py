@@ -226,16 +226,17 @@ def total(step, kind):
   return sum(x.bytes * x.times for x in step.collectives if x.kind == kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("step", "weighting", "gradients", "samples"),
   [
     ("plain", "softmax", 1, 0),
-    pytest.param("forward", "ess_softmax", 1, 1, marks=pytest.mark.slow),
-    pytest.param("per_sample", "softmax", 1, 1, marks=pytest.mark.slow),
+    ("forward", "ess_softmax", 1, 1),
+    ("per_sample", "softmax", 1, 1),
     # Without a mesh that is set, once a microbatch.
-    pytest.param("streaming", "softmax", 8, 1, marks=pytest.mark.slow),
+    ("streaming", "softmax", 8, 1),
     # A second sample for its second pass.
-    pytest.param("streaming_mesh", "ess_softmax", 1, 2, marks=pytest.mark.slow),
+    ("streaming_mesh", "ess_softmax", 1, 2),
   ],
 )
 def test_what_a_step_is_given_and_sends(

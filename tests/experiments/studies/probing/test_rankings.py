@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from cleanlab import filter as cleanlab_filter, rank as cleanlab_rank
 
 from configs import natural_errors
 from experiments.data import noise
@@ -26,6 +25,9 @@ def drawn(count=200, seed=0):
 
 
 def test_confident_learning_is_cleanlabs_and_leads_with_its_issues():
+  # Where it is used: it is slow to import, and all processes read all tests.
+  from cleanlab import filter as cleanlab_filter, rank as cleanlab_rank
+
   p, labels, _ = drawn()
   wide = p.astype(float) / p.astype(float).sum(axis=1, keepdims=True)
   found = rankings.rank(p, labels, {})
