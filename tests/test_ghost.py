@@ -195,21 +195,17 @@ def assert_close(actual, wanted, tolerance=1e-10):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("case", "layers"),
   [
     ("loop", "all"),
-    *(
-      pytest.param(*x, marks=pytest.mark.slow)
-      for x in (
-        ("odd", "all"),
-        ("loop unrolled", "some"),
-        ("loops in loops", "some"),
-        ("odd", "some"),
-        ("dropout", "all"),
-        ("convolution", "some"),
-      )
-    ),
+    ("odd", "all"),
+    ("loop unrolled", "some"),
+    ("loops in loops", "some"),
+    ("odd", "some"),
+    ("dropout", "all"),
+    ("convolution", "some"),
   ],
 )
 def test_scores_and_gradients_are_those_of_single_samples(case, layers):

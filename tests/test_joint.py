@@ -268,6 +268,7 @@ def test_guarantees_on_many_matrices(options):
   check_monotone(options)
 
 
+@SLOW
 @given(
   st.integers(0, 10_000),
   st.integers(1, 40),
@@ -446,9 +447,8 @@ def test_missing_entries_make_a_sample_less_sure():
   assert metrics.calibration_error(p, ~wrong) < 0.03
 
 
-@pytest.mark.parametrize(
-  "seed", [15, *(pytest.param(x, marks=SLOW) for x in (16, 17))]
-)
+@SLOW
+@pytest.mark.parametrize("seed", [15, 16, 17])
 def test_unanimous_votes_are_never_contradicted(seed):
   got = select(make(seed).scores)
   cast = (got.votes >= 0).sum(axis=1)

@@ -196,7 +196,10 @@ AGREEMENT = gm.output_agreement(
 )
 
 
-@pytest.mark.parametrize("engine", TWO_ENGINES)
+@pytest.mark.parametrize(
+  "engine",
+  [TWO_ENGINES[0], pytest.param(TWO_ENGINES[1], marks=pytest.mark.slow)],
+)
 def test_output_agreement_in_both_engines(engine):
   """Scores by the definition; weights and gradient as of given scores."""
   outputs = OUTPUTS.at[2].set(jnp.nan)
@@ -273,6 +276,7 @@ def test_random_scores_are_the_same_in_every_engine_and_others_each_step():
   assert (np.asarray(info.scores)[MASK] != drawn[MASK]).all()
 
 
+@pytest.mark.slow
 def test_the_transformation_draws_the_same_random_scores():
   params = {"w": jnp.zeros(D)}
   tx = gm.reweight_by_mimic_score(

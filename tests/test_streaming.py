@@ -127,6 +127,7 @@ def test_stream_leaves_outside_the_scope_get_the_plain_mean(weighting):
   assert_close(result[1]["body"], plain["body"])
 
 
+@pytest.mark.slow
 def test_stream_takes_the_cosine_score():
   assert_close(
     run("softmax", 3, score="cosine"), run("softmax", None, score="cosine")
@@ -263,6 +264,12 @@ def test_engine_that_takes_a_custom_vjp_is_named():
     jax.eval_shape(gm.mimic_value_and_grad(custom), PARAMS, REFERENCE, BATCH)
   with pytest.raises(TypeError, match="engine='per_sample'"):
     gm.mimic_scores(custom)(PARAMS, REFERENCE, BATCH)
+
+
+@pytest.mark.slow
+def test_engines_that_take_a_custom_vjp_agree():
+  def custom(params, batch):
+    return backward_only(losses_fn(params, batch))
 
   def plain(params, batch):
     return losses_fn(params, batch) ** 2

@@ -25,6 +25,7 @@ def config(digits_dir):
   return config.lock()
 
 
+@pytest.mark.slow
 def test_every_round_of_a_loop_that_sleeps(config, tmp_path, monkeypatch):
   """Beside its steps: the same steps by themselves do not sleep."""
   take, pause = loop.trainer.Run.take, 0.02

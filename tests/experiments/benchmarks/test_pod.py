@@ -344,11 +344,12 @@ def test_wrong_targets_and_names_are_refused(section):
       pod_step.compile_step(case, section, pod_step.devices("host", 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "weighting",
   [
     pytest.param(gm.softmax(0.1), id="one"),
-    pytest.param(gm.ess_softmax(0.4), id="two", marks=pytest.mark.slow),
+    pytest.param(gm.ess_softmax(0.4), id="two"),
   ],
 )
 def test_each_device_streams_to_the_same_gradient(weighting):

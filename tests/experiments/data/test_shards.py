@@ -1310,6 +1310,7 @@ class TestStream:
     assert len(uids_of(iterator)) == 230
     assert iterator.statistics.broken == {"shard not readable": 1}
 
+  @pytest.mark.slow
   def test_readers_take_turns_and_resume_at_every_batch(
     self, folder, pairs, monkeypatch
   ):

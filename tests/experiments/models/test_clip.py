@@ -103,7 +103,7 @@ def unit(features):
   [
     ("huggingface", "", "quick_gelu", False),
     pytest.param("huggingface", "gelu_", "gelu", True, marks=pytest.mark.slow),
-    ("openclip", "", "gelu", False),
+    pytest.param("openclip", "", "gelu", False, marks=pytest.mark.slow),
   ],
 )
 def test_features_and_logits_are_those_of_the_public_model(
@@ -186,6 +186,7 @@ def test_named_sizes_have_their_parameters(name, parameters):
   assert count(like) + others == parameters
 
 
+@pytest.mark.slow
 def test_half_precision_activations_keep_parameters_and_features_wide(
   golden, write
 ):

@@ -693,6 +693,7 @@ def test_the_head_on_the_features_is_the_model(name):
   )
 
 
+@pytest.mark.slow
 def test_a_resnets_gradients_ignore_batch_mates_and_go_forward_too():
   apply, like = shapes(config_of("resnet", widths=(8, 16)), (7, 6, 3))
   params, direction = (

@@ -244,6 +244,7 @@ def by_shares(make_grid, made_by_shares, tmp_path_factory):
 SHARE = 1 / 12
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_epochs_scores(by_shares):
   config, folder, _ = by_shares
   arrays, run = samples_of(folder, "grad_mimic", 1, RATE, share=1.0)
@@ -266,6 +267,7 @@ def test_weights_of_an_earlier_epochs_scores(by_shares):
   assert np.isfinite(arrays["weight"]).all()
 
 
+@pytest.mark.slow
 def test_a_reference_of_few_labels_takes_as_many_steps(by_shares, tmp_path):
   """It is the general loop's run on those samples, of so many epochs."""
   config, folder, _ = by_shares
@@ -288,6 +290,7 @@ def test_a_reference_of_few_labels_takes_as_many_steps(by_shares, tmp_path):
   assert accuracy == pytest.approx(result["test_accuracy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_clean", [False, True])
 def test_plain_runs_on_what_a_selection_keeps(by_shares, with_clean):
   config, folder, _ = by_shares
@@ -312,6 +315,7 @@ def test_plain_runs_on_what_a_selection_keeps(by_shares, with_clean):
   assert_trained_alike(run, arrays, by_hand)
 
 
+@pytest.mark.slow
 def test_results_by_share(by_shares):
   _, folder, summary = by_shares
   names = {(row["method"], row["share"]) for row in summary["rows"]}

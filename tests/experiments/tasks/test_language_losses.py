@@ -95,6 +95,7 @@ def test_padding_never_counts(batch):
   assert not np.asarray(found)[~real].any()
 
 
+@pytest.mark.slow
 def test_scores_are_the_sequences_own_gradients_along_the_way(model, batch):
   apply, params = model
   losses_fn = losses.make_losses_fn(apply, padding=PADDING)

@@ -294,9 +294,8 @@ def test_batch_norm_is_refused_where_samples_are_shown_alone(method, fields):
     case.step(method, **fields)
 
 
-@pytest.mark.parametrize(
-  "method", ["sgd", pytest.param("distillation", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sgd", "distillation"])
 def test_microbatches_give_the_whole_batchs_gradient(method):
   """In float64, with padding, and of a size that is no divisor."""
   with jax.enable_x64(True):
