@@ -47,6 +47,7 @@ def test_the_fastest_is_chosen():
   assert str(found).count("<- chosen") == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_not_run():
   every = choose(rounds=1, sizes=(None, 4, 2))
   # A sample's gradient is a matrix; the more at a time, the more memory.

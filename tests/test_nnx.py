@@ -146,6 +146,7 @@ def test_a_reference_is_checked_as_that_of_a_tree_is(batch):
     np.testing.assert_allclose(ours.path_losses, theirs.path_losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_check_leaves_statistics_and_keys_as_they_are(batch):
   model, reference = Model(0), Model(1)
   assert gm.nnx.check_reference(losses_fn, model, reference, batch).num_samples

@@ -7,8 +7,6 @@ import pytest
 
 from tests.experiments import pinned
 
-# The rest takes minutes.
-QUICK = ("classification/grad_mimic", "select/train/auto")
 # Compared by hand, around a refactoring. That interrupted runs, and those of
 # two processes, end as others do is asked by `contract/test_tasks.py` and, of
 # divided parameters, by `runtime/test_distributed.py`; what methods other than
@@ -44,13 +42,9 @@ def expected():
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "case",
-  [
-    case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
-    for case in pinned.CASES
-    if case not in BY_HAND
-  ],
+  "case", [case for case in pinned.CASES if case not in BY_HAND]
 )
 def test_a_run_ends_where_it_did(case, root, expected):
   found = pinned.summarize(pinned.CASES[case](root))

@@ -129,6 +129,7 @@ def test_the_activation_is_seen(golden):
   assert np.abs(there["gelu_logits"] - there["logits"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_tower_alone_and_shorter_captions(golden, write):
   expected = golden["openclip"]
   apply, like = create(**FIELDS)

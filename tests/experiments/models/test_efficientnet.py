@@ -152,6 +152,7 @@ def write(tmp_path):
   return write
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_published_description(created, write):
   apply, like = created
   weights = make_weights()

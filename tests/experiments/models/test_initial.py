@@ -35,6 +35,7 @@ def backbone(make_config, folder):
   return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_ones_body(make_config, backbone, tmp_path):
   fresh, config = (
     make_config(**{"model.pretrained": source})

@@ -745,6 +745,7 @@ def test_a_run_that_is_asked_to_leave_loses_no_step(
   assert metrics_of(run) == metrics_of(whole)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_as_a_run_ends_leaves_in_the_next(
   make_config, tmp_path, monkeypatch
 ):

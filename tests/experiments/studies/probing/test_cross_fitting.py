@@ -251,6 +251,7 @@ def test_killed_and_resumed_equals_uninterrupted(
   assert times == [1, 1, 1, 1, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_damaged_cells_and_lost_claims_are_made_good(whole, tmp_path, capsys):
   config, folder, _ = whole
@@ -270,6 +271,7 @@ def test_damaged_cells_and_lost_claims_are_made_good(whole, tmp_path, capsys):
   assert not list((copy / "cells").glob("*.claim*"))
 
 
+@pytest.mark.slow
 def test_is_a_run_that_select_and_report_read(whole, tmp_path):
   _, folder, _ = whole
   manifest = files.select_run(
