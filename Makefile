@@ -17,6 +17,8 @@ export PYTHONDONTWRITEBYTECODE =
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[test]"
+	@# As pip does with packages that are not editable.
+	$(RUN) -m compileall -q gradmimic_jax experiments configs
 	@touch $@
 
 $(INSTALLED_SLOW): $(INSTALLED)

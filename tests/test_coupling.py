@@ -360,9 +360,8 @@ def test_what_is_a_matter_of_single_samples_is_taken(name, traced):
   assert not CALLS
 
 
-@pytest.mark.parametrize(
-  "name", ["typed keys", pytest.param("uint32 keys", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["typed keys", "uint32 keys"])
 def test_a_key_a_sample_gives_all_engines_the_same_losses(name):
   losses_fn, batch, _ = INDEPENDENT[name]
 

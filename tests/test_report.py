@@ -214,6 +214,7 @@ def test_a_screen_reader_finds_its_way(scores, selection, tmp_path):
   assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
+@pytest.mark.slow
 def test_large_images_leave_the_page_small(scores, selection, tmp_path):
   rng = np.random.default_rng(0)
   photo = rng.integers(0, 256, (120, 160, 3), np.uint8)  # doesn't compress

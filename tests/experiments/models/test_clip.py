@@ -323,6 +323,7 @@ def test_names_and_leaves_that_some_files_have(golden, write, tmp_path):
   np.testing.assert_array_equal(params["logit_scale"], scale)
 
 
+@pytest.mark.slow
 def test_a_model_is_made_from_weights_that_its_config_names(write, caplog):
   config = config_of(**FIELDS)
   config.pretrained = str(write("openclip"))

@@ -433,6 +433,7 @@ def test_what_a_grid_leaves(grid):
   np.testing.assert_allclose(arrays["weight"].sum(axis=0), 6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_done_again(grid, tmp_path, capsys):
   config, folder, summary = grid
   copy = tmp_path / "copy"

@@ -66,6 +66,7 @@ def photos(tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_the_same_data_train_alike_however_they_are_stored(tmp_path):
   found = {}
   for write in (

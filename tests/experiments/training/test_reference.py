@@ -100,8 +100,8 @@ def expected_outputs(teacher, config, *, mirrored=False):
   ]
 
 
-  @pytest.mark.slow
 class TestOutputs:
+  @pytest.mark.slow
   def test_each_row_is_the_output_for_the_image_as_it_was_shown(
     self, make_config, teacher
   ):
