@@ -381,7 +381,10 @@ each_engine_and_score = pytest.mark.parametrize(
 
 most_engines = pytest.mark.parametrize(
   "engine",
-  ["forward", pytest.param("per_sample", marks=pytest.mark.slow), "ghost"],
+  [
+    "forward",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("per_sample", "ghost")),
+  ],
 )
 
 

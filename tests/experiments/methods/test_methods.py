@@ -86,6 +86,7 @@ def kept(linear):
   return {k: v[:9] for k, v in linear.batch.items()}
 
 
+@pytest.mark.slow
 def test_rho_as_published_descends_through_its_weights(linear):
   # A sample whose reference outputs were never logged, and a padded one.
   outputs = linear.outputs.at[jnp.array([2, 9])].set(jnp.nan)
@@ -113,6 +114,7 @@ def test_rho_as_published_descends_through_its_weights(linear):
   assert found[0].metrics["nonfinite"] == 1
 
 
+@pytest.mark.slow
 def test_agra_goes_by_an_independent_batch(linear):
   rng = np.random.default_rng(9)
   other = {

@@ -104,6 +104,7 @@ def test_a_reference_of_another_architecture_starts_anew(make_config):
   )
 
 
+@pytest.mark.slow
 def test_a_backbone_that_does_not_fit(make_config, backbone, tmp_path):
   def start(**fields):
     config = make_config(**fields)

@@ -34,9 +34,10 @@ KINDS_AND_MASKS = pytest.mark.parametrize(
   ("kind", "masked"),
   [
     ("clip", True),
-    ("sigmoid", False),
-    pytest.param("clip", False, marks=pytest.mark.slow),
-    pytest.param("sigmoid", True, marks=pytest.mark.slow),
+    *(
+      pytest.param(*x, marks=pytest.mark.slow)
+      for x in (("clip", False), ("sigmoid", False), ("sigmoid", True))
+    ),
   ],
 )
 
