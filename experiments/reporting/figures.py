@@ -174,10 +174,10 @@ def contact_sheet(
     shown = zip(images, captions, colored, strict=False)
     for i, (image, caption, flag) in enumerate(shown):
       row, column = divmod(i, columns)
-      left, top = column * _CELL[0], row * _CELL[1]
       gray = image.shape[-1] == 1
       height, width = (side / max(image.shape[:2]) for side in image.shape[:2])
-      left, top = left + (1 - width) / 2, top + 1 - height
+      left = column * _CELL[0] + (1 - width) / 2
+      top = row * _CELL[1] + 1 - height
       panel.imshow(
         image[..., 0] if gray else image,
         extent=(left, left + width, top + height, top),

@@ -66,12 +66,9 @@ def start(tmp_path_factory):
     everyone.extend(started)
     return started
 
-  with pytest.MonkeyPatch.context() as patch:
-    # Most of a start is compilation, of which nothing is asked here.
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    clean = {"method": "sgd", "noise.rate": 0.0, "num_epochs": 3}
-    processes.finish(start(reference, count=1, **clean))
-    yield start
+  clean = {"method": "sgd", "noise.rate": 0.0, "num_epochs": 3}
+  processes.finish(start(reference, count=1, **clean))
+  yield start
   for process in everyone:
     process.kill()
     process.communicate()
